@@ -1,0 +1,1 @@
+"""Export: everything that imports onnx."""

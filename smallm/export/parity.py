@@ -1,0 +1,56 @@
+"""Proof that an exported file computes what the PyTorch model computes, in the very ways in which it will be used."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from smallm.errors import UserError
+from smallm.session import Session
+from smallm.training.model import TransformerLanguageModel
+
+TOLERANCE = 1e-4  # largest allowed difference of a logit, fp32
+
+
+def check_parity(model: TransformerLanguageModel, path: Path) -> float:
+    """Largest |difference| of the logits over whole, chunked and id-by-id passes of several shapes.
+
+    Raises `UserError` if one exceeds `TOLERANCE`.
+    """
+    session = Session(path)
+    block_size, generator = model.config.block_size, np.random.default_rng(0)
+    worst = 0.0
+    for batch in (1, 3):
+        for length in sorted({1, min(7, block_size), block_size}):
+            ids = generator.integers(0, model.vocab_size, (batch, length))
+            expected = _torch_logits(model, ids)  # (B, T, V)
+            worst = max(worst, _difference(f"whole, {batch} x {length} ids", session.logits(ids), expected))
+            for size in {1, 3, max(1, length // 2)} if batch == 1 else ():
+                found, positions = _in_chunks(session, ids[0], size)
+                worst = max(worst, _difference(f"{length} ids, {size} at a time", found, expected[0, positions]))
+    return worst
+
+
+def _torch_logits(model: TransformerLanguageModel, ids: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(ids)).float().numpy()
+
+
+def _in_chunks(session: Session, ids: np.ndarray, size: int) -> tuple[np.ndarray, list[int]]:
+    """Logits (n, V) after each chunk fed to the cache, and the positions they belong to."""
+    decoder, found, positions = session.decoder(), [], []
+    for start in range(0, len(ids), size):
+        chunk = ids[start : start + size]
+        found.append(decoder.feed(chunk).copy())
+        positions.append(start + len(chunk) - 1)
+    return np.stack(found), positions
+
+
+def _difference(what: str, found: np.ndarray, expected: np.ndarray) -> float:
+    difference = float(np.abs(found - expected).max())
+    if not difference < TOLERANCE:  # also true for NaN
+        raise UserError(
+            f"the exported graph differs from the PyTorch model by {difference:.2g} in a logit ({what}; "
+            f"at most {TOLERANCE:g} is allowed), so nothing was written; please report this"
+        )
+    return difference

@@ -1,0 +1,148 @@
+"""`infer.py`: generate text from a seed, or measure a model on a text. Starts fast: argparse, numpy, onnxruntime."""
+
+import argparse
+import codecs
+import json
+import secrets
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from smallm.errors import UserError
+from smallm.runs import newest_run
+
+EXAMPLES = """\
+examples:
+  python infer.py --seed "O God, O God!"
+  python infer.py --model runs/shakespeare --seed "ROMEO:" --max-length 500 --temperature 0.8 --top-k 40
+  python infer.py --seed "Anna" --stop "\\n" --num-samples 5
+  python infer.py --perplexity my.txt"""
+PIECE_BYTES = 1 << 20
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `infer.py` with these arguments; text and figures go to stdout, all else to stderr."""
+    options = _parser().parse_args(argv)
+    from smallm.runtime import LanguageModel  # after argparse, so that --help and mistakes are instant
+
+    path = options.model
+    if path is None:
+        path = newest_run()
+        print(f"model: {path}", file=sys.stderr)
+    model = LanguageModel.load(path, threads=options.threads)
+    if options.perplexity is not None:
+        return _perplexity(model, options)
+    return _generate(model, options)
+
+
+def _generate(model, options: argparse.Namespace) -> int:
+    if options.num_samples < 1:
+        raise UserError(f"--num-samples {options.num_samples} is out of range; it must be 1 or more")
+    rng_seed = secrets.randbits(32) if options.rng_seed is None else options.rng_seed
+    stops = [codecs.decode(stop, "unicode_escape") if "\\" in stop else stop for stop in options.stop]
+    chosen = {
+        "max_length": options.max_length, "temperature": options.temperature, "top_k": options.top_k,
+        "top_p": options.top_p, "min_p": options.min_p, "stop": stops, "overflow": options.overflow,
+        "rng_seed": rng_seed,
+    }  # fmt: skip
+    texts = []
+    for number in range(options.num_samples):
+        pieces = model.stream(options.seed, stream_number=number, **chosen)
+        if options.json:
+            texts.append("".join(pieces))
+            continue
+        if number:
+            print("-" * 40)
+        _print_text(options.seed, pieces, stream=options.stream)
+    if options.json:
+        samples = [{"text": options.seed + text, "new_text": text} for text in texts]
+        given = {k: v for k, v in chosen.items() if v is not None}
+        print(json.dumps({"seed": options.seed, **given, "samples": samples}, ensure_ascii=False))
+    elif options.rng_seed is None:
+        print(f"again with: --rng-seed {rng_seed}", file=sys.stderr)
+    return 0
+
+
+def _print_text(seed: str, pieces: Iterator[str], stream: bool) -> None:
+    if not stream:
+        print(seed + "".join(pieces))
+        return
+    sys.stdout.write(seed)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _perplexity(model, options: argparse.Namespace) -> int:
+    path = Path(options.perplexity)
+    result = asdict(model.perplexity(_pieces(path, options.encoding), stride=options.stride))
+    if options.json:
+        print(json.dumps({"file": str(path), **result}))
+    else:
+        print(
+            f"{result['nats_per_char']:.4f} nats per character (cross-entropy), {result['bits_per_char']:.4f} bits per "
+            f"character, perplexity {result['perplexity']:.4f}, over {result['characters']:,} characters"
+        )
+    return 0
+
+
+def _pieces(path: Path, encoding: str) -> Iterator[str]:
+    """The text of a file, piece by piece, with a progress bar. Raises `UserError`."""
+    from tqdm import tqdm
+
+    try:
+        decoder = codecs.getincrementaldecoder(encoding)()
+        with path.open("rb") as file, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, leave=False) as bar:
+            read = 0
+            while data := file.read(PIECE_BYTES):
+                try:
+                    yield decoder.decode(data)
+                except UnicodeDecodeError as error:
+                    at = read - len(decoder.getstate()[0]) + error.start
+                    raise UserError(f"{path} is not valid {encoding}: byte offset {at}; pass --encoding NAME") from None
+                read += len(data)
+                bar.update(len(data))
+            yield decoder.decode(b"", final=True)
+    except LookupError:
+        raise UserError(f"unknown encoding {encoding!r}; try utf-8 or latin-1") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} ends in the middle of a character; pass --encoding NAME") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; see --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="infer.py",
+        description="Generates text with an exported model, or measures it on a text.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", "--model_path", metavar="PATH", help="run, export folder or .onnx file; default: the newest run")
+    add("--seed", "--seed_string", default="", metavar="TEXT", help="text to go on from")
+    add("--max-length", "--max_length", type=int, default=500, metavar="N", help="new characters (default: 500)")
+    add("--temperature", type=float, metavar="T", help="0 = always the likeliest character (default: the model's)")
+    add("--top-k", "--top_k", type=int, metavar="K", help="choose from the K likeliest; 0 = all")
+    add("--top-p", "--top_p", type=float, metavar="P", help="choose from the likeliest that make up this probability")
+    add("--min-p", "--min_p", type=float, metavar="P", help="least probability, relative to the likeliest")
+    add("--rng-seed", "--rng_seed", type=int, metavar="N", help="random seed: the same N gives the same text")
+    add("--num-samples", "--num_samples", type=int, default=1, metavar="N", help="texts to write (default: 1)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
+    add("--overflow", choices=("crop", "shift"), default="crop",
+        help="past block_size: crop = exact, slower; shift = keep half of the window, fast")  # fmt: skip
+    add("--stream", action=argparse.BooleanOptionalAction, default=True, help="print characters as they come")
+    add("--perplexity", metavar="FILE", help="measure the model on this text instead of generating")
+    add("--stride", type=int, metavar="N", help="for --perplexity: overlapping windows N ids apart")
+    add("--encoding", default="utf-8", metavar="NAME", help="for --perplexity: encoding of the file")
+    add("--threads", type=int, metavar="N", help="threads of ONNX Runtime; default: by the size of the model")
+    add("--json", action="store_true", help="print one JSON object")
+    return parser

@@ -1,0 +1,140 @@
+"""What a model folder says about itself: smallm's own manifest, and the files that other runtimes read."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from smallm.errors import UserError
+from smallm.vocabulary import Vocabulary
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "smallm.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a host needs besides the weights; stands in the ONNX metadata and, the same, in `smallm.json`."""
+
+    block_size: int
+    """Longest context, in ids."""
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    head_dim: int
+    vocab_size: int
+    tokens: str
+    """The vocabulary's entries from id 256 up, each the hex of its UTF-8 bytes, separated by spaces."""
+    start_text: str
+    """What an empty seed stands for."""
+    sampling: dict[str, float] = field(default_factory=dict)
+    """Default temperature, top_k, top_p, min_p."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Facts about the training: text, steps, validation loss …"""
+    precision: str = "fp32"
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary that `tokens` spells."""
+        return Vocabulary.from_hex_tokens(self.tokens)
+
+    def to_metadata(self) -> dict[str, str]:
+        """One JSON value a field: what `metadata_props` of an ONNX file can hold."""
+        return {f"smallm.{k}": json.dumps(v, ensure_ascii=True) for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], source: object) -> "Manifest":
+        """The inverse of `to_metadata`. Raises `UserError`, naming `source`, for anything that is not a manifest."""
+        values = {k.removeprefix("smallm."): v for k, v in metadata.items() if k.startswith("smallm.")}
+        if not values:
+            raise UserError(f"{source} is not a smallm model; write one with `python export.py`")
+        try:
+            return cls.from_dict({k: json.loads(v) for k, v in values.items()}, source)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{source} has broken metadata ({error}); export the model again") from None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: object) -> "Manifest":
+        """Checks every value before it is used. Raises `UserError`, naming `source`."""
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{source} has format version {version}; this smallm reads {FORMAT_VERSION}: "
+                "export the model again, or install the smallm that wrote it"
+            )
+        known = {f.name: f for f in fields(cls)}
+        try:
+            manifest = cls(**{k: v for k, v in values.items() if k in known})
+            sizes = (manifest.block_size, manifest.n_layer, manifest.n_kv_head, manifest.head_dim)
+            sane = all(type(size) is int and 0 < size < 1 << 24 for size in sizes)
+            sane &= isinstance(manifest.start_text, str) and 0 < len(manifest.start_text) < 1000
+            sane &= isinstance(manifest.sampling, dict) and isinstance(manifest.training, dict)
+            sane &= isinstance(manifest.tokens, str) and manifest.vocabulary.size == manifest.vocab_size
+        except (TypeError, UserError):
+            sane = False
+        if not sane:
+            raise UserError(f"{source} has broken metadata; export the model again")
+        return manifest
+
+
+def hugging_face_files(
+    vocabulary: Vocabulary,
+    *,
+    block_size: int,
+    n_layer: int,
+    n_head: int,
+    n_kv_head: int,
+    n_embd: int,
+    n_inner: int,
+    head_dim: int,
+    rope_theta: float,
+    norm_eps: float,
+    sampling: Mapping[str, float],
+) -> dict[str, dict[str, Any]]:
+    """File name -> content of the JSON files that make a folder a Hugging Face model of the Qwen3 family."""
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": vocabulary.size,
+        "hidden_size": n_embd,
+        "intermediate_size": n_inner,
+        "num_hidden_layers": n_layer,
+        "num_attention_heads": n_head,
+        "num_key_value_heads": n_kv_head,
+        "head_dim": head_dim,
+        "max_position_embeddings": block_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": norm_eps,
+        "rope_theta": rope_theta,  # readers before transformers 5
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+        # No character doubles as an end-of-text mark: text has no end that the model could know.
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "use_cache": True,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
+    generation = {"do_sample": True, "max_new_tokens": 256, "temperature": sampling["temperature"] or 1.0,
+                  "top_k": sampling["top_k"], "top_p": sampling["top_p"], "min_p": sampling["min_p"]}  # fmt: skip
+    if sampling["temperature"] == 0:
+        generation |= {"do_sample": False}
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": False,
+        "add_eos_token": False,
+    }
+    return {
+        "config.json": config,
+        "generation_config.json": generation,
+        "tokenizer.json": vocabulary.tokenizer_json(),
+        "tokenizer_config.json": tokenizer_config,
+    }

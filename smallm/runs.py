@@ -1,0 +1,42 @@
+"""Run folders: where a training run leaves everything, and how the other commands find it again."""
+
+from pathlib import Path
+
+from smallm.errors import UserError
+
+RUNS = Path("runs")
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+EXPORT = "export"
+
+
+def new_run(out: str | None, name: str) -> Path:
+    """The folder of a new run: `out`, or the first free of `runs/name`, `runs/name-2`, …
+
+    Raises `UserError` if `out` holds a run already.
+    """
+    if out is not None:
+        path = Path(out)
+        if is_run(path):
+            raise UserError(f"{path} already holds a run; go on with --resume {path}, or choose another --out")
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file; choose another --out")
+        return path
+    path, number = RUNS / name, 1
+    while path.exists():
+        number += 1
+        path = RUNS / f"{name}-{number}"
+    return path
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder holds a run."""
+    return (path / METRICS).is_file() or (path / CHECKPOINTS).is_dir()
+
+
+def newest_run() -> Path:
+    """The run in `runs/` that was written to last. Raises `UserError` if there is none."""
+    runs = [path for path in RUNS.glob("*") if (path / METRICS).is_file()]
+    if not runs:
+        raise UserError("no run found in runs/; train one with `python train.py`, or name a folder")
+    return max(runs, key=lambda path: (path / METRICS).stat().st_mtime)

@@ -1,0 +1,215 @@
+"""`LanguageModel`: an exported model that writes and reads text. numpy and onnxruntime only.
+
+Three layers: ids (`_next_ids`), text as it comes (`stream`), a whole string (`generate`).
+"""
+
+import heapq
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Literal, TypedDict, Unpack
+
+import numpy as np
+
+from smallm.errors import UserError
+from smallm.manifest import Manifest
+from smallm.runs import EXPORT, is_run
+from smallm.sampling import Rng, Sampling, log_softmax, ranked, sample
+from smallm.scoring import IGNORED, Perplexity, begins_character, windows
+from smallm.session import Decoder, Session
+from smallm.vocabulary import Vocabulary
+
+MODEL_FILE = "model.onnx"
+Overflow = Literal["crop", "shift"]
+
+
+class Options(TypedDict, total=False):
+    """Options of generation; what is left out takes the model's own default (`LanguageModel.metadata.sampling`)."""
+
+    temperature: float | None
+    """0 = always the likeliest id."""
+    top_k: int | None
+    """Choose from the k likeliest ids; 0 = all."""
+    top_p: float | None
+    """Choose from the likeliest ids that make up this probability."""
+    min_p: float | None
+    """Least probability, relative to the likeliest id."""
+    rng_seed: int | None
+    """Equal rng_seed and stream_number give equal text; None = a random one."""
+    stream_number: int
+    """Tells several texts of one rng_seed apart."""
+    stop: str | Sequence[str]
+    """Generation ends before the first of these texts."""
+    overflow: Overflow
+    """What happens past block_size, see `LanguageModel`."""
+
+
+class LanguageModel:
+    """A character-level language model.
+
+    A context longer than `block_size` ids is cut: with overflow "crop" the model sees exactly the last block_size ids
+    at every step, and the window is computed anew for each id; with "shift" it goes on with the newest half of the
+    window whenever that is full, which costs no more time per character than before.
+    """
+
+    def __init__(self, session: Session):
+        self._session = session
+        self.metadata: Manifest = session.manifest
+        self.vocabulary: Vocabulary = session.manifest.vocabulary
+        self.vocab_size, self.block_size = session.manifest.vocab_size, session.manifest.block_size
+
+    @classmethod
+    def load(cls, path: str | Path, threads: int | None = None) -> "LanguageModel":
+        """Opens a run that was exported, an export folder or an .onnx file. Raises `UserError`."""
+        return cls(Session(find_model(Path(path)), threads))
+
+    def generate(self, seed: str = "", max_length: int = 500, **options: Unpack[Options]) -> str:
+        """The seed text followed by up to `max_length` new characters. Raises `UserError` for a value out of range."""
+        return seed + "".join(self.stream(seed, max_length, **options))
+
+    def stream(self, seed: str = "", max_length: int = 500, **options: Unpack[Options]) -> Iterator[str]:
+        """The new text alone, in pieces of whole characters as they come; options as for `generate`."""
+        return self._stream(seed, max_length, **options)
+
+    def _stream(
+        self,
+        seed: str,
+        max_length: int,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        rng_seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        overflow: Overflow = "crop",
+        stream_number: int = 0,
+    ) -> Iterator[str]:
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        sampling = Sampling.resolve(given, self.metadata.sampling)
+        rng = Rng(secrets.randbits(32) if rng_seed is None else rng_seed, stream_number)
+        if max_length < 0:
+            raise UserError(f"max_length = {max_length} is out of range; it must be 0 or more")
+        if overflow not in ("crop", "shift"):
+            raise UserError(f"overflow = {overflow!r} is unknown; it must be 'crop' or 'shift'")
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        ids = self._next_ids(self._encode_seed(seed), sampling, rng, overflow)
+        return _until(islice(self._characters(ids), max_length), [s for s in stops if s])
+
+    def next_characters(self, text: str, n: int = 10) -> list[tuple[str, float]]:
+        """The n likeliest next characters and their probabilities, at temperature 1; fewer if there are fewer."""
+        context = self._encode_seed(text)[-self.block_size :]
+        found: list[tuple[str, float]] = []
+        paths: list[tuple[float, tuple[int, ...]]] = [(-1.0, ())]  # beginnings of a character, the likeliest first
+        while paths and len(found) < n:
+            negative, path = heapq.heappop(paths)
+            character = self.vocabulary.decode(path)
+            if len(character) == 1 and character != "\ufffd":
+                found.append((character, -negative))
+            elif len(path) < 4:
+                ids = np.concatenate((context, np.array(path, np.int64)))[-self.block_size :]
+                allowed, probabilities = ranked(self._session.decoder().feed(ids), Sampling(temperature=1.0))
+                for id, p in zip(allowed.tolist(), probabilities.tolist(), strict=True):
+                    if bool(begins_character(np.array(id))) == (not path):  # else it could not become a character
+                        heapq.heappush(paths, (negative * p, (*path, id)))
+        return found
+
+    def score(self, text: str) -> np.ndarray:
+        """Nats of each character (len(text),) float64; the first is NaN, since nothing comes before it."""
+        ids = self.vocabulary.encode(text)
+        nats = np.full(len(ids), np.nan)
+        if len(ids) > 1:
+            nats[1:] = np.concatenate([self._nats(*batch)[batch[1] != IGNORED] for batch in self._whole(ids)])
+        starts = np.flatnonzero(begins_character(ids))
+        return np.add.reduceat(nats, starts) if len(starts) else nats
+
+    def perplexity(self, text: str | Iterable[str], stride: int | None = None) -> Perplexity:
+        """How well the model predicts a text, given as a string or in pieces of any length.
+
+        Every character after the first is predicted once: in windows of block_size ids side by side, or, with `stride`,
+        in overlapping windows that far apart, where each id sees at least block_size - stride ids before it. Raises
+        `UserError` for a text of fewer than two characters or a stride out of range.
+        """
+        if stride is not None and not 1 <= stride <= self.block_size:
+            raise UserError(f"stride = {stride} is out of range; it must be from 1 to block_size = {self.block_size}")
+        characters = 0
+
+        def pieces() -> Iterator[np.ndarray]:
+            nonlocal characters
+            for piece in [text] if isinstance(text, str) else text:
+                characters += len(piece)
+                yield self.vocabulary.encode(piece)
+
+        nats = sum(float(self._nats(*batch).sum()) for batch in windows(pieces(), self.block_size, stride))
+        if characters < 2:
+            raise UserError(f"the text has {characters} character(s); perplexity needs at least 2")
+        return Perplexity.of(nats, characters - 1)
+
+    def _encode_seed(self, seed: str) -> np.ndarray:
+        return self.vocabulary.encode(seed or self.metadata.start_text).astype(np.int64)
+
+    def _whole(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Windows in which the rest of the first character counts too, so that there is a target for each later id."""
+        for inputs, targets in windows([ids], self.block_size):
+            if inputs[0, 0] == ids[0] and (targets[0] == IGNORED).any():
+                known = min(targets.shape[1], len(ids) - 1)
+                targets[0, :known] = ids[1 : known + 1]
+            yield inputs, targets
+
+    def _nats(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """inputs (B, T), targets (B, T) -> nats (B, T) float64; 0 where the target does not count."""
+        log_probabilities = log_softmax(self._session.logits(inputs))  # (B, T, V)
+        nats = -np.take_along_axis(log_probabilities, targets.clip(min=0)[..., None], axis=-1)[..., 0]
+        return np.where(targets == IGNORED, 0.0, nats.astype(np.float64))
+
+    def _next_ids(self, ids: np.ndarray, sampling: Sampling, rng: Rng, overflow: Overflow) -> Iterator[int]:
+        """Ids without end, each drawn from the model's prediction after all before it."""
+        decoder: Decoder = self._session.decoder()
+        window = ids[-self.block_size :]
+        logits = decoder.feed(window)
+        history = list(window)
+        while True:
+            id = sample(logits, rng.uniform(), sampling)
+            yield id
+            history.append(id)
+            if decoder.length < self.block_size:
+                logits = decoder.feed(np.array([id]))
+                continue
+            keep = self.block_size if overflow == "crop" else max(1, self.block_size // 2)
+            history = history[-keep:]
+            decoder.reset()
+            logits = decoder.feed(np.array(history))
+
+    def _characters(self, ids: Iterable[int]) -> Iterator[str]:
+        decoder = self.vocabulary.decoder()
+        for id in ids:
+            yield from decoder.push(id)
+
+
+def find_model(path: Path) -> Path:
+    """The .onnx file that a run, an export folder or a file's own path stands for. Raises `UserError`."""
+    if path.is_file():
+        return path
+    for folder in (path, path / EXPORT):
+        if (folder / MODEL_FILE).is_file():
+            return folder / MODEL_FILE
+    if is_run(path):
+        raise UserError(f"{path} is not exported yet; run: python export.py {path}")
+    raise UserError(f"there is no model in {path}; give a run, an export folder or an .onnx file")
+
+
+def _until(characters: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """Characters up to the first stop string; those that may be its beginning are held back."""
+    held = ""
+    for character in characters:
+        held += character
+        if any(held.endswith(stop) for stop in stops):
+            held = min((held[: -len(stop)] for stop in stops if held.endswith(stop)), key=len)
+            break
+        keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        if len(held) > keep:
+            yield held[: len(held) - keep]
+            held = held[len(held) - keep :]
+    if held:
+        yield held

@@ -1,0 +1,107 @@
+"""From logits to an id: arithmetic on an array, with randomness as an argument.
+
+The definition that every host of a smallm model shares:
+
+1. Ids are ranked by logit, the largest first; of equal logits the lower id stands first.
+2. temperature 0 takes the first. Otherwise weights are exp((logit - largest) / temperature), in double precision.
+3. top_k keeps the first k ids, top_p the shortest beginning that holds at least that share of the kept weight,
+   min_p the ids with at least that share of the first one's weight.
+4. The id taken is the first whose cumulative weight exceeds u times the weight kept, with u in [0, 1).
+
+u comes from `Rng`, whose draw i is a function of (seed, stream, i), so a stream can be taken up again anywhere.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from smallm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose the next id. Raises `UserError` for values out of range."""
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.temperature >= 0, "temperature", self.temperature, "0 or more (0 = the likeliest character)")
+        _check(self.top_k >= 0, "top_k", self.top_k, "0 or more (0 = all ids)")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (1 = all ids)")
+        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1 (0 = all ids)")
+
+    @classmethod
+    def resolve(cls, given: Mapping[str, float | None], defaults: Mapping[str, float]) -> "Sampling":
+        """The values given, and where one is None the model's own default."""
+        chosen = {f.name: given.get(f.name) for f in fields(cls)}
+        return cls(**{k: defaults.get(k, getattr(cls, k)) if v is None else v for k, v in chosen.items()})
+
+
+def ranked(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """logits (V,) -> the ids that may be taken, likeliest first (K,), and their probabilities (K,) float64."""
+    order = np.argsort(-logits, kind="stable")
+    largest = float(logits[order[0]])
+    if not np.isfinite(largest):
+        raise UserError("the model's logits are not finite; the model is broken, export it again")
+    if sampling.temperature == 0:
+        return order[:1], np.ones(1)
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    weights = np.exp((logits[order].astype(np.float64) - largest) / sampling.temperature)  # (K,), the first is 1
+    keep = len(weights)
+    if sampling.top_p < 1:
+        cumulative = np.cumsum(weights)
+        keep = min(keep, int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1])) + 1)
+    if sampling.min_p > 0:
+        keep = min(keep, int(np.searchsorted(-weights, -sampling.min_p, side="right")))
+    weights = weights[:keep]
+    return order[:keep], weights / weights.sum()
+
+
+def sample(logits: np.ndarray, u: float, sampling: Sampling) -> int:
+    """logits (V,) and u in [0, 1) -> the id taken. Raises `UserError` if the logits are not finite."""
+    ids, probabilities = ranked(logits, sampling)
+    cumulative = np.cumsum(probabilities)
+    return int(ids[min(np.searchsorted(cumulative, u * cumulative[-1], side="right"), len(ids) - 1)])
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """logits (..., V) -> natural log probabilities (..., V), in the precision of the input."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+class Rng:
+    """A counter-based generator of 32 bits: draw i is `mix(key + i * 0x9E3779B9)`, u = (x >> 8) * 2**-24.
+
+    key = mix(mix(seed) + stream); stream tells the samples of one seed apart. `mix` is a bijection of 32 bits found by
+    T. Ettinger's search for low bias (lowbias32). All arithmetic is modulo 2**32.
+    """
+
+    def __init__(self, seed: int, stream: int = 0):
+        """seed and stream from 0 to 2**32 - 1. Raises `UserError` for others."""
+        _check(0 <= seed < 1 << 32, "rng_seed", seed, "from 0 to 4294967295")
+        self._key = mix(mix(seed) + stream)
+        self.draws = 0
+
+    def uniform(self) -> float:
+        """The next u in [0, 1), a multiple of 2**-24."""
+        self.draws += 1
+        return (mix(self._key + self.draws * 0x9E3779B9) >> 8) * 2.0**-24
+
+
+def mix(x: int) -> int:
+    """A bijection of the 32-bit numbers that leaves no visible structure; x is taken modulo 2**32."""
+    x &= 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _check(condition: bool, name: str, value: object, rule: str) -> None:
+    if not condition:  # also true for NaN
+        raise UserError(f"{name} = {value} is out of range; it must be {rule}")

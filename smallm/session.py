@@ -1,0 +1,95 @@
+"""The door to ONNX Runtime: a model file as a function of ids, with or without a cache. Nothing else imports it."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from smallm.errors import UserError
+from smallm.manifest import Manifest
+
+BIG_MODEL_BYTES = 16_000_000  # below it a second thread costs more in hand-overs than it computes
+
+
+class Session:
+    """A loaded model. Shapes: B batch, T time, V vocabulary."""
+
+    def __init__(self, path: str | Path, threads: int | None = None):
+        """threads: None chooses by the size of the model. Raises `UserError` for a file that is not a smallm model."""
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"there is no model file {path}; write one with `python export.py`")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or default_threads(path.stat().st_size)
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4  # what goes wrong comes as an exception
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's own errors share no base class
+            raise UserError(f"{path} is truncated or no ONNX model: {_first_line(error)}") from None
+        self.manifest = Manifest.from_metadata(self._session.get_modelmeta().custom_metadata_map, path)
+        m = self.manifest
+        self.past = [f"past_key_values.{i}.{part}" for i in range(m.n_layer) for part in ("key", "value")]
+        self.present = [f"present.{i}.{part}" for i in range(m.n_layer) for part in ("key", "value")]
+        names = {value.name for value in self._session.get_inputs()}
+        if not {"input_ids", "attention_mask", *self.past} <= names:
+            raise UserError(f"{path} has not the inputs that its metadata promise; export the model again")
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """ids (B, T) -> logits (B, T, V), without a cache; T up to block_size."""
+        m, (B, T) = self.manifest, ids.shape
+        feeds = {"input_ids": ids.astype(np.int64), "attention_mask": np.ones((B, T), np.int64)}
+        empty = np.zeros((B, m.n_kv_head, 0, m.head_dim), np.float32)
+        return self._session.run(["logits"], feeds | dict.fromkeys(self.past, empty))[0]
+
+    def decoder(self) -> "Decoder":
+        """A new, empty cache over this model."""
+        return Decoder(self._session, self)
+
+
+class Decoder:
+    """One text in the making: its cache is a buffer that past and present share, so a step copies nothing."""
+
+    def __init__(self, session: ort.InferenceSession, model: Session):
+        m = model.manifest
+        self.block_size, self.length = m.block_size, 0
+        self._session, self._binding = session, session.io_binding()
+        self._mask = np.ones((1, m.block_size), np.int64)
+        self._keep = np.ones((), np.int64)
+        self._id = np.zeros((1, 1), np.int64)
+        self._logits = np.zeros((1, 1, m.vocab_size), np.float32)
+        shape = (1, m.n_kv_head, m.block_size, m.head_dim)
+        self._cache = [np.zeros(shape, np.float32) for _ in model.past]
+        for past, present, buffer in zip(model.past, model.present, self._cache, strict=True):
+            self._bind_input(past, buffer, shape)
+            self._binding.bind_output(present, "cpu", 0, np.float32, shape, buffer.ctypes.data)
+        self._binding.bind_output("logits", "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
+        self._bind_input("num_logits_to_keep", self._keep, ())
+
+    def feed(self, ids: np.ndarray) -> np.ndarray:
+        """Appends ids (T,), at least one, and returns the logits (V,) after the last; valid until the next call."""
+        T = len(ids)
+        assert 0 < T <= self.block_size - self.length, (T, self.length)
+        self._id = np.ascontiguousarray(ids, dtype=np.int64)  # kept: the binding holds no reference
+        self._bind_input("input_ids", self._id, (1, T))
+        self.length += T
+        self._bind_input("attention_mask", self._mask, (1, self.length))
+        self._session.run_with_iobinding(self._binding)
+        return self._logits[0, 0]
+
+    def reset(self) -> None:
+        """Forgets the text."""
+        self.length = 0
+
+    def _bind_input(self, name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+        self._binding.bind_input(name, "cpu", 0, array.dtype, shape, array.ctypes.data)
+
+
+def default_threads(model_bytes: int) -> int:
+    """One for small models, half of the logical processors, at most 4, for bigger ones."""
+    return 1 if model_bytes < BIG_MODEL_BYTES else min(4, max(2, (os.cpu_count() or 1) // 2))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]

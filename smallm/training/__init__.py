@@ -1,0 +1,1 @@
+"""Training: everything that imports torch and accelerate."""

@@ -1,0 +1,154 @@
+"""`train.py`: from the command line and TOML files to a resolved `Config` and a run folder."""
+
+import re
+import tomllib
+from argparse import ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smallm.errors import UserError
+from smallm.runs import new_run
+from smallm.training.config import KEYS, SECTIONS, Config, flatten, nearest
+
+DESCRIPTION = """\
+Trains a character-level language model on a text and leaves everything in a run folder.
+
+  python train.py                                built-in text, about a minute on two cores
+  python train.py --data my.txt                  your own text
+  python train.py --config configs/shakespeare-cpu.toml --data shakespeare --out runs/shakespeare
+  python train.py --resume runs/shakespeare      goes on exactly where it stopped
+
+Every line of a TOML file is also a flag: [model] n_layer = 6 is --model.n_layer 6; flags win."""
+
+SHORT = {"--data": "--data.source", "--encoding": "--data.encoding"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    config: Config
+    out: Path
+    resume: bool
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `train.py` with these arguments."""
+    request = parse(argv)
+    from smallm.training.trainer import train  # torch is slow to import: mistakes are told before
+
+    return train(request.config, request.out, resume=request.resume)
+
+
+def parse(argv: Sequence[str]) -> Request:
+    """Defaults, then the TOML file (or the resumed run's settings), then flags; `UserError` for any mistake."""
+    argv = _config_first([_long(argument) for argument in argv])
+    parser = _parser()
+    values = _parse(parser, argv)
+    if values["resume"]:
+        run = Path(values["resume"])
+        if values["config"] or values["out"]:
+            raise UserError("--resume takes its settings and its folder from the run; leave out --config and --out")
+        from smallm.training.checkpoint import saved_config
+
+        parser.set_defaults(flatten(saved_config(run).to_dict()))
+        values = _parse(parser, argv)
+        return Request(_config(values), run, resume=True)
+    name = Path(values["config"][-1]).stem if values["config"] else "quickstart"
+    return Request(_config(values), new_run(values["out"], name), resume=False)
+
+
+def load_config(path: str | Path) -> Config:
+    """A TOML file's settings over the defaults. Raises `UserError`."""
+    return _config(_parse(_parser(), ["--config", str(find_config(path))]))
+
+
+def find_config(name: str | Path) -> Path:
+    """A TOML file, or the name of one that comes with smallm: `shakespeare-cpu`."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    package = Path(__file__).parents[1]
+    folders = [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
+    for folder in folders:
+        if (shipped := folder / f"{path.stem}.toml").is_file() and path.suffix in ("", ".toml"):
+            return shipped
+    names = sorted({file.stem for folder in folders for file in folder.glob("*.toml")})
+    raise UserError(f"there is no config {name}; give a TOML file or one of: {', '.join(names)}")
+
+
+def _parser():
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="train.py",
+        description=DESCRIPTION,
+        parser_mode="toml",
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", action="config", metavar="TOML", help="settings; a file or a shipped name")
+    parser.add_argument("--out", type=str, default=None, metavar="DIR", help="run folder; default: runs/<config>")
+    parser.add_argument("--resume", type=str, default=None, metavar="RUN", help="go on with an interrupted run")
+    for name, section in SECTIONS.items():
+        parser.add_class_arguments(section, name, as_group=False)
+    return parser
+
+
+def _parse(parser, argv: Sequence[str]) -> dict[str, Any]:
+    try:
+        return parser.parse_args(argv).as_dict()
+    except ArgumentError as error:
+        _refuse_unknown_keys(argv)
+        message = " ".join(str(error).split())
+        message = re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", re.sub(r"<class '(\w+)'>", r"\1", message))
+        raise UserError(f"{message}; see --help") from None
+
+
+def _config(values: dict[str, Any]) -> Config:
+    return Config.from_dict({name: dict(values[name]) for name in SECTIONS})
+
+
+def _refuse_unknown_keys(argv: Sequence[str]) -> None:
+    """The commonest mistake gets a better line than the parser's: the nearest setting."""
+    for argument, value in zip(argv, [*argv[1:], ""], strict=True):
+        key = argument.removeprefix("--").split("=")[0]
+        if argument == "--config":
+            keys = flatten(_toml(Path(value)))
+        elif argument.startswith("--") and key not in ("out", "resume", "help"):
+            keys = [key]
+        else:
+            continue
+        for unknown in (k for k in keys if k not in KEYS):
+            place = f" in {value}" if argument == "--config" else ""
+            raise UserError(f"unknown setting {unknown}{place}{nearest(unknown)}")
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable TOML file: {error}") from None
+
+
+def _long(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return SHORT.get(name, name) + equals + value
+
+
+def _config_first(argv: list[str]) -> list[str]:
+    """Moves `--config FILE` to the front, so that flags win wherever they stand."""
+    configs, rest = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--config":
+            argument = f"--config={next(arguments, '')}"
+        if argument.startswith("--config="):
+            configs += ["--config", str(find_config(argument.removeprefix("--config=")))]
+        else:
+            rest.append(argument)
+    return configs + rest

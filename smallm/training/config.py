@@ -1,0 +1,228 @@
+"""Everything that can be set, in five sections: `[data] [model] [optim] [train] [sample]`.
+
+The same field is a line in a TOML file (`[model]` / `n_layer = 6`), a flag (`--model.n_layer 6`) and an attribute
+(`config.model.n_layer`). The defaults below are the quick start, `configs/quickstart.toml`.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from smallm.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = "python-docs"
+    """Text to train on: a file, a folder of .txt files, or a name: python-docs, shakespeare."""
+    encoding: str = "utf-8"
+    """Encoding of the files."""
+    min_count: int = 10
+    """A non-ASCII character seen at least this often gets an id of its own; rarer ones are spelled in UTF-8 bytes."""
+    val_fraction: float = 0.1
+    """Share of the text, at its end, that is kept for validation."""
+
+    def __post_init__(self) -> None:
+        _check(self.min_count >= 1, "data.min_count", self.min_count, "must be at least 1")
+        _check(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    n_layer: int = 4
+    """Number of Transformer blocks."""
+    n_head: int = 4
+    """Number of attention heads."""
+    n_kv_head: int = 0
+    """Number of key/value heads (grouped-query attention); 0 = n_head."""
+    n_embd: int = 128
+    """Width of the model."""
+    n_inner: int = 0
+    """Width of the feed-forward layer; 0 = 8/3 of n_embd, rounded up to a multiple of 32."""
+    block_size: int = 128
+    """Longest context, in ids (one id a character, for ASCII text)."""
+    dropout: float = 0.0
+    """Probability of dropping an activation in training."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "block_size"):
+            _check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        for name in ("n_kv_head", "n_inner"):
+            _check(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must be 0 (automatic) or more")
+        _check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be at least 0 and less than 1")
+        _check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "must be positive")
+        if self.n_embd % self.n_head:
+            raise UserError(
+                f"model.n_embd = {self.n_embd} is not divisible by model.n_head = {self.n_head}; "
+                f"use n_embd = {self.n_embd // self.n_head * self.n_head or self.n_head} or another n_head"
+            )
+        if self.n_head % self.kv_heads:
+            raise UserError(f"model.n_head = {self.n_head} is not divisible by model.n_kv_head = {self.n_kv_head}")
+        if self.head_dim % 8:
+            raise UserError(
+                f"model.n_embd / model.n_head = {self.head_dim} is not a multiple of 8, which the exported model "
+                "needs; 32 or 64 are good sizes of a head"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads, resolved."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def inner(self) -> int:
+        """Width of the feed-forward layer, resolved."""
+        return self.n_inner or -(-8 * self.n_embd // (3 * 32)) * 32
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: Literal["adam", "adamw", "muon"] = "muon"
+    """Optimiser; muon = Muon for the matrices of the blocks, AdamW for embedding and gains."""
+    learning_rate: float = 0.02
+    """Peak learning rate (under muon: of the matrices)."""
+    adam_learning_rate: float = 0.005
+    """Peak learning rate of embedding and gains under muon; unused by adam and adamw."""
+    schedule: Literal["constant", "exponential", "cosine", "wsd"] = "wsd"
+    """Course of the learning rate after warm-up; wsd = warm-up, stable, linear decay."""
+    gamma: float = 0.95
+    """Factor per epoch of the exponential schedule."""
+    warmup_steps: int = 10
+    """Steps of linear warm-up."""
+    decay_fraction: float = 0.6
+    """Last part of the run in which wsd decays."""
+    min_lr: float = 0.0
+    """Learning rate at the end of cosine and wsd."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the matrices (adamw and muon)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of Adam's moments."""
+    momentum: float = 0.9
+    """Momentum of Muon."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 = no clipping."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "adam_learning_rate", "gamma"):
+            _check(getattr(self, name) > 0, f"optim.{name}", getattr(self, name), "must be positive")
+        for name in ("warmup_steps", "min_lr", "weight_decay", "grad_clip"):
+            _check(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must not be negative")
+        for value in (*self.betas, self.momentum):
+            _check(0 <= value < 1, "optim.betas and optim.momentum", value, "must be at least 0 and less than 1")
+        _check(0 <= self.decay_fraction <= 1, "optim.decay_fraction", self.decay_fraction, "must lie between 0 and 1")
+        _check(self.min_lr <= self.learning_rate, "optim.min_lr", self.min_lr, "must not exceed learning_rate")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    batch_size: int = 32
+    """Sequences per step over all processes."""
+    micro_batch_size: int = 0
+    """Sequences per process and forward pass; 0 = batch_size / processes, without accumulation."""
+    max_steps: int = 800
+    """Steps (optimiser updates) to train; 0 = set by epochs."""
+    epochs: float = 0.0
+    """Passes over the training text; 0 = set by max_steps. With both, what comes first ends the run."""
+    eval_every: int = 200
+    """Steps between evaluations on the whole validation text; 0 = once an epoch."""
+    save_every: int = 0
+    """Steps between checkpoints, besides those at the best evaluation and at the end; 0 = eval_every."""
+    keep_last: int = 2
+    """Newest checkpoints to keep, besides the best."""
+    patience: int = 0
+    """Evaluations without improvement after which the run stops; 0 = never."""
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl."""
+    sample_length: int = 120
+    """Characters generated at each evaluation; 0 = none."""
+    seed: int = 1
+    """Random seed of initialisation, batches and dropout."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Arithmetic; auto = bf16 or fp16 on a GPU that has it, fp32 on CPUs."""
+    compile: bool = False
+    """Use torch.compile."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "keep_last", "log_every"):
+            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        for name in ("micro_batch_size", "max_steps", "epochs", "eval_every", "save_every", "patience",
+                     "sample_length", "seed"):  # fmt: skip
+            _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
+        if not self.max_steps and not self.epochs:
+            raise UserError("train.max_steps and train.epochs are both 0; set one of them")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    seed: str = ""
+    """Seed text of the samples shown in training; empty = as at the start of a line."""
+    temperature: float = 0.8
+    """Default temperature; 0 = always the likeliest character."""
+    top_k: int = 40
+    """Default number of likeliest ids to choose from; 0 = all."""
+    top_p: float = 1.0
+    """Default share of probability to choose from."""
+    min_p: float = 0.0
+    """Default least probability, relative to the likeliest id."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run, resolved; saved in each checkpoint."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, dict[str, Any]]) -> "Config":
+        """The inverse of `to_dict`; a missing field takes its default, an unknown one is a `UserError`."""
+        sections = {f.name: f.default_factory for f in fields(cls)}
+        for key in flatten(values):
+            if key not in KEYS:
+                raise UserError(f"unknown setting {key}{nearest(key)}")
+        return cls(**{name: section(**_tuples(values.get(name, {}))) for name, section in sections.items()})
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain sections of numbers, strings and lists, as TOML and JSON hold them."""
+        return {name: {k: list(v) if isinstance(v, tuple) else v for k, v in section.items()}
+                for name, section in asdict(self).items()}  # fmt: skip
+
+
+SECTIONS = {f.name: f.default_factory for f in fields(Config)}
+KEYS = tuple(f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section))
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"model": {"n_layer": 6}}` -> `{"model.n_layer": 6}`."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def nearest(key: str) -> str:
+    """`; did you mean model.n_layer?`, or nothing when no setting is like `key`."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(key, KEYS, n=1, cutoff=0.5)
+    if not close:  # a right name in the wrong section, or without one
+        close = [k for k in KEYS if k.split(".")[1] == key.split(".")[-1]]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _check(condition: bool, name: str, value: object, rule: str) -> None:
+    if not condition:
+        raise UserError(f"{name} = {value} {rule}")
+
+
+def _tuples(section: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}

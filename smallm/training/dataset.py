@@ -1,0 +1,81 @@
+"""Windows of the training text in an order that is a pure function of (seed, row): no sampler, no state to save."""
+
+import numpy as np
+
+
+class CharDataset:
+    """Windows of `block_size` ids and the ids that follow each of them.
+
+    The text is cut into windows at a phase that changes with each epoch, and an epoch visits each window once, in
+    shuffled order. Row r of the endless sequence of rows belongs to epoch `r // len(dataset)`; a batch is a run of
+    rows. So which window comes when depends on the seed alone, never on the number of processes or on an earlier run.
+    """
+
+    def __init__(self, ids: np.ndarray, block_size: int, seed: int = 0):
+        """ids (N,) with N > block_size; may be a memory map, only the windows asked for are read."""
+        if len(ids) <= block_size:
+            raise ValueError(f"{len(ids)} ids hold no window of block_size + 1 = {block_size + 1}")
+        self.ids, self.block_size, self.seed = ids, block_size, seed
+        self._windows = max(1, (len(ids) - block_size) // block_size)  # whole windows at any phase
+
+    def __len__(self) -> int:
+        """Windows in an epoch."""
+        return self._windows
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row `row` of epoch 0, 1, …: ids (T,) and targets (T,), the same shifted by one."""
+        if row < 0:
+            raise IndexError(row)
+        ids, targets = self.rows(np.array([row]))
+        return ids[0], targets[0]
+
+    def batch(self, step: int, batch_size: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """The global batch of a step, or the `rows` of it: ids and targets, each (B, T) int64."""
+        return self.rows(np.arange(step * batch_size, (step + 1) * batch_size)[rows])
+
+    def rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ids and targets, each (len(rows), T) int64."""
+        starts = self.starts(rows)  # (B,)
+        windows = self.ids[starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)  # (B, T + 1)
+        return windows[:, :-1], windows[:, 1:]
+
+    def starts(self, rows: np.ndarray) -> np.ndarray:
+        """Offset in the text of each row's window."""
+        T, n = self.block_size, self._windows
+        epochs, places = np.divmod(np.asarray(rows, dtype=np.int64), n)
+        starts = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            key = _mix(np.array([self.seed * _GOLDEN + int(epoch) + 1 & _MASK], dtype=np.uint64))
+            phase = int(key[0]) % min(T, len(self.ids) - n * T)
+            starts[here] = phase + _shuffled(places[here], n, key) * T
+        return starts
+
+
+_GOLDEN, _MASK = 0x9E3779B97F4A7C15, 0xFFFFFFFFFFFFFFFF
+
+
+def _shuffled(places: np.ndarray, count: int, key: np.ndarray) -> np.ndarray:
+    """The images of `places` under a permutation of range(count) that `key` chooses.
+
+    A four-round Feistel network on the next even number of bits, walked until the image is in range (Black and Rogaway
+    2002): a permutation of any size with no table, so that a corpus of any size is shuffled in constant memory.
+    """
+    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    images, outside = places.astype(np.uint64), np.ones(len(places), dtype=bool)
+    while outside.any():
+        x = images[outside]
+        left, right = x >> half, x & mask
+        for turn in range(4):
+            left, right = right, left ^ (_mix(right * np.uint64(_GOLDEN) + key + np.uint64(turn)) & mask)
+        images[outside] = left << half | right
+        outside = images >= count
+    return images.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014): a well-mixed 64-bit function of x."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,58 @@
+"""What we train on: device, precision, processes, threads."""
+
+import os
+import platform
+from importlib.metadata import version
+
+import torch
+from accelerate import Accelerator
+
+from smallm.errors import UserError
+from smallm.training.config import TrainConfig
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """The Accelerator for this config; precision `auto` is the launcher's choice, or else what suits the device."""
+    precision = config.mixed_precision
+    if precision == "auto":
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+        precision = launched if launched in ("bf16", "fp16") else best_precision()
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.mixed_precision = fp16 needs a GPU; use auto, no or bf16")
+    backend = "inductor" if config.compile else "no"
+    return Accelerator(mixed_precision=precision, dynamo_backend=backend, step_scheduler_with_optimizer=False)
+
+
+def best_precision() -> str:
+    """bf16 or fp16 on a GPU that computes it natively; fp32 elsewhere."""
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return "no"
+    major, _ = torch.cuda.get_device_capability()
+    return "bf16" if major >= 8 else "fp16" if major >= 7 else "no"
+
+
+def describe_device(accelerator: Accelerator) -> tuple[str, str]:
+    """Device and precision in a few words each."""
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    if accelerator.device.type == "cuda":
+        return torch.cuda.get_device_name(accelerator.device), precision
+    if accelerator.device.type == "cpu":
+        return f"cpu with {torch.get_num_threads()} thread(s)", precision
+    return str(accelerator.device), precision
+
+
+def launcher_warning(accelerator: Accelerator) -> list[str]:
+    """One line if `accelerate launch` was asked for several processes and started a single one.
+
+    Its simple launcher, which `--cpu` selects, then sets the rendezvous port but no world size.
+    """
+    if accelerator.num_processes == 1 and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        return ["several processes were asked for, but one was started; for two on a CPU use "
+                "accelerate launch --config_file configs/accelerate/cpu-2.yaml"]  # fmt: skip
+    return []
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    packages = ("smallm", "torch", "accelerate", "numpy")
+    return {"python": platform.python_version()} | {package: version(package) for package in packages}

@@ -1,0 +1,73 @@
+"""What a run says while it runs: a progress bar, lines on stderr, and `metrics.jsonl` for programs."""
+
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from smallm.training.checkpoint import TrainingState
+
+
+class Report:
+    """Bar, messages and metrics of one run; silent where not enabled (all processes but the first)."""
+
+    def __init__(self, metrics: Path, state: TrainingState, total_steps: int, enabled: bool = True):
+        """Goes on with the metrics of a resumed run, without the lines written after its checkpoint."""
+        self.enabled = enabled
+        if enabled:
+            kept = _lines_until(metrics, state.step)
+            self._file = metrics.open("w", encoding="utf-8")
+            self._file.writelines(kept)
+        self._bar = tqdm(total=total_steps, initial=state.step, unit="step", disable=not enabled, dynamic_ncols=True,
+                         mininterval=0.5, delay=0.001)  # fmt: skip
+
+    def say(self, message: str) -> None:
+        """A message above the bar."""
+        if self.enabled:
+            tqdm.write(message, file=sys.stderr)
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step`."""
+        self._bar.update(step - self._bar.n)
+
+    def train(self, **values) -> None:
+        """Figures of the last training steps."""
+        speed = f"{values['characters_per_second']:,.0f} chars/s"
+        self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed}", refresh=False)
+        self._write({"kind": "train", **values})
+
+    def evaluation(self, **values) -> None:
+        """Figures of an evaluation, and the sample."""
+        train_loss = "" if values["train_loss"] is None else f", train {values['train_loss']:.4f}"
+        self.say(
+            f"step {values['step']:,} (epoch {values['epoch']:.2f}): validation {values['val_loss']:.4f} nats per "
+            f"character = {values['bits_per_character']:.3f} bits{train_loss}"
+        )
+        if values["sample"]:
+            self.say("    " + values["sample"].strip("\n").replace("\n", "\n    "))
+        self._write({"kind": "eval", **values})
+
+    def close(self) -> None:
+        """Ends the bar and the file."""
+        self._bar.close()
+        if self.enabled:
+            self._file.close()
+
+    def _write(self, values: dict) -> None:
+        if self.enabled:
+            self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            self._file.flush()
+
+
+def _lines_until(metrics: Path, step: int) -> list[str]:
+    if not step or not metrics.is_file():
+        return []
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue  # a line cut off by a kill
+    return kept

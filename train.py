@@ -1,0 +1,13 @@
+"""Trains a character-level language model on a text. `python train.py --help` lists every option.
+
+python train.py                                            built-in text, about a minute on two cores
+python train.py --data my.txt                              your own text
+python train.py --config configs/shakespeare-cpu.toml --data shakespeare --out runs/shakespeare
+python train.py --resume runs/shakespeare                  goes on exactly where it stopped
+accelerate launch --config_file configs/accelerate/multi-gpu.yaml train.py --config configs/shakespeare-gpu.toml
+"""
+
+from smallm.cli import run, train
+
+if __name__ == "__main__":
+    raise SystemExit(run(train))
