@@ -92,9 +92,9 @@ class TestCurves:
         assert run.best == 1
 
     def test_a_resumed_run_counts_the_later_record(self):
-        run = curves("", [train(step, 3.0) for step in (10, 20, 30)] + [train(step, 2.0) for step in (20, 40)])
-        np.testing.assert_array_equal(run.train["step"], [10, 20, 30, 40])
-        np.testing.assert_array_equal(run.train["loss"], [3, 2, 3, 2])
+        run = curves("", [train(step, 3.0) for step in (10, 20, 30)] + [train(step, 2.0) for step in (15, 20, 40)])
+        np.testing.assert_array_equal(run.train["step"], [10, 15, 20, 30, 40])
+        np.testing.assert_array_equal(run.train["loss"], [3, 2, 2, 3, 2])
 
     def test_without_training_lines_the_evaluations_tell_the_training_loss(self):
         run = curves("", [evaluation(5, 2.1, None), evaluation(8, 2.0, 2.2)])
@@ -205,11 +205,15 @@ class TestPicture:
         assert count(pixels(out), BLUE) > 50
 
     def test_six_runs_of_any_name_and_length(self, tmp_path):
-        names = ["a/run", "b/run", "_hidden", "$x^2$ \\frac", "莎士比亚", "long-" * 40]
+        names = ["a/run", "b/run", "_hidden", "$\\frac$", "莎士比亚", "long-" * 40]
         runs = [write_run(tmp_path / name, falling(100 * (i + 1))) for i, name in enumerate(names)]
         image = pixels(plot_runs(runs, tmp_path / "six.png"))
         for colour in plot.COLOURS[:6]:
             assert count(image, tuple(bytes.fromhex(colour[1:]))) > 100
+
+    def test_a_name_that_is_no_formula(self, tmp_path):
+        out = plot_runs([write_run(tmp_path / "$\\frac$", [train(1)])], tmp_path / "loss.png")
+        assert out.stat().st_size > 1000
 
     def test_runs_of_one_name_are_told_apart(self, tmp_path, monkeypatch):
         seen = []

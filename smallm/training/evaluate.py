@@ -1,13 +1,15 @@
-"""The loss on the validation text, by the protocol that `infer.py --perplexity` follows too."""
+"""How good the model is by now: its loss on the validation text, by the protocol of `infer.py`, and a sample."""
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from smallm.sampling import Rng, Sampling, sample
 from smallm.scoring import windows
 from smallm.training.corpus import Corpus
 from smallm.training.model import cross_entropy
+from smallm.vocabulary import Vocabulary
 
 IDS_PER_PIECE = 1 << 20  # read from the memory map at a time
 
@@ -28,6 +30,22 @@ def evaluate(accelerator: Accelerator, model: nn.Module, corpus: Corpus, block_s
             nats += _sum_of_nats(model, inputs[mine], targets[mine], accelerator.device)
     model.train()
     return accelerator.reduce(nats, "sum").item() / (corpus.val_characters - 1)
+
+
+@torch.no_grad()
+def write_sample(
+    model: nn.Module, vocabulary: Vocabulary, ids: list[int], length: int, block_size: int, sampling: Sampling
+) -> str:
+    """A glimpse of what the model writes after `ids`: `length` of them, as text. `infer.py` is the real sampler."""
+    device = next(model.parameters()).device
+    rng, decoder, text = Rng(0), vocabulary.decoder(), ""
+    model.eval()
+    for _ in range(length):
+        logits = model(torch.tensor([ids[-block_size:]], device=device))  # (1, T, V)
+        ids = [*ids, sample(logits[0, -1].float().cpu().numpy(), rng.uniform(), sampling)]
+        text += decoder.push(ids[-1])
+    model.train()
+    return text
 
 
 def _sum_of_nats(model: nn.Module, inputs: np.ndarray, targets: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -13,8 +13,8 @@ def lr_factor(step: int, config: OptimConfig, total_steps: int, steps_per_epoch:
     """Share of the peak learning rate at `step` (0-based) of `total_steps`.
 
     Warm-up is linear over the first `warmup_steps`; `exponential` then multiplies by gamma at the start of each epoch,
-    `cosine` falls to min_lr at the end, `wsd` (warm-up, stable, decay; Hu et al. 2024, MiniCPM) falls to min_lr linearly
-    over the last `decay_fraction` of the run.
+    `cosine` falls to min_lr at the end, and `wsd` (warm-up, stable, decay; Hu et al. 2024, MiniCPM) falls to min_lr
+    over the last `decay_fraction` of the run, linearly.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

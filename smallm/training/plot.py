@@ -9,7 +9,6 @@ Reads each run's ``metrics.jsonl``. Losses are nats per character.
 import argparse
 import json
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -70,8 +69,7 @@ def curves(name: str, records: Sequence[dict]) -> Curves:
         trains = [record | {"loss": record["train_loss"], "learning_rate": None} for record in evals]
 
     def columns(rows: list[dict], **keys: str) -> dict[str, np.ndarray]:
-        numbers = {name: [np.nan if row[key] is None else row[key] for row in rows] for name, key in keys.items()}
-        return {name: np.array([float(number) for number in column]) for name, column in numbers.items()}
+        return {to: np.array([np.nan if row[k] is None else float(row[k]) for row in rows]) for to, k in keys.items()}
 
     val = columns(evals, step="step", epoch="epoch", loss="val_loss")
     best = int(np.nanargmin(val["loss"])) if np.isfinite(val["loss"]).any() else None
@@ -117,8 +115,8 @@ def plot_runs(runs: Sequence[Path], out: Path) -> Path:
     out, paths = Path(out), [Path(run).resolve() for run in runs]
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UserError(f"cannot draw into {out}: give a file name that ends in .png, .svg or .pdf")
-    times = Counter(path.name for path in paths)
-    names = [path.name if times[path.name] == 1 else f"{path.parent.name}/{path.name}" for path in paths]
+    names = [path.name for path in paths]
+    names = [path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in paths]
     names = [name if len(name) <= 54 else f"{name[:26]}…{name[-27:]}" for name in names]  # the ends tell runs apart
     figure = _figure([curves(name, read_metrics(run)) for name, run in zip(names, runs, strict=True)])
     try:
@@ -151,7 +149,8 @@ def _figure(runs: Sequence[Curves]):
     by_epoch.set(xlabel="epoch", ylabel="loss (nats per character)")
     rate.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    by_step.xaxis.set(major_locator=ticker.MaxNLocator("auto", integer=True, min_n_ticks=1), major_formatter="{x:,.0f}")
+    whole = ticker.MaxNLocator("auto", integer=True, min_n_ticks=1, steps=[1, 2, 2.5, 5, 10])
+    by_step.xaxis.set(major_locator=whole, major_formatter="{x:,.0f}")
     for axes in (by_step, by_epoch, rate):
         axes.grid(color="0.9")
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,9 +1,7 @@
 """The training loop: the same for a CPU, one GPU and several processes, through Accelerate."""
 
 import math
-import signal
-import sys
-import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +11,16 @@ from torch import Tensor
 
 from smallm.errors import UserError
 from smallm.runs import METRICS
-from smallm.sampling import Rng, Sampling, sample
+from smallm.sampling import Sampling
 from smallm.training import checkpoint
 from smallm.training.checkpoint import TrainingState
 from smallm.training.config import Config
 from smallm.training.corpus import Corpus, open_corpus
 from smallm.training.dataset import CharDataset
 from smallm.training.devices import build_accelerator, describe_device, launcher_warning, versions
-from smallm.training.evaluate import evaluate
+from smallm.training.evaluate import evaluate, write_sample
+from smallm.training.interrupt import Interrupt
+from smallm.training.meter import Meter
 from smallm.training.model import TransformerLanguageModel, cross_entropy
 from smallm.training.optim import build_optimizer, lr_factor, set_lr
 from smallm.training.report import Report
@@ -60,37 +60,47 @@ class Trainer:
         self.total_steps = total_steps(c.max_steps, c.epochs, self.steps_per_epoch)
         self.eval_every = c.eval_every or max(1, round(self.steps_per_epoch))
         self.save_every = c.save_every or self.eval_every
-        # Losses are reported per character of text, whatever the ids were.
+        # Losses and speeds are given per character of text, whatever the ids were.
         self.ids_per_character = len(corpus.train_ids) / corpus.train_characters
+        self.characters_per_step = c.batch_size * config.model.block_size / self.ids_per_character
 
         self.model = TransformerLanguageModel(corpus.vocabulary.size, config.model, seed=c.seed)
         optimizer = build_optimizer(self.model, config.optim)
         # `model` stays the plain module: evaluation and checkpoints use it, only training runs the prepared one.
         self.prepared, self.optimizer = accelerator.prepare(self.model, optimizer)
+        device, precision = describe_device(accelerator)
         self.state = TrainingState(
             fingerprint=corpus.fingerprint,
             start_text=corpus.start_text,
-            facts={"text": corpus.name, "characters": corpus.train_characters + corpus.val_characters, **versions()},
+            facts={
+                "text": corpus.name,
+                "characters": corpus.train_characters + corpus.val_characters,
+                "parameters": self.model.parameter_count(),
+                "device": device,
+                "precision": precision,
+                "processes": ranks,
+                **versions(),
+            },
         )
-        self.interrupted = False
 
     def train(self) -> bool:
-        """Runs to the end, or to an interruption or loss of patience; returns whether the run is finished."""
+        """Runs to the end, to loss of patience or to Ctrl-C; returns whether the run is finished."""
         self._open()
-        for step in range(self.state.step, self.total_steps):
-            factor = lr_factor(step, self.config.optim, self.total_steps, self.steps_per_epoch)
-            set_lr(self.optimizer, factor)
-            loss, norm = self.train_step(step)
-            self.state.step = step + 1
-            self._log(loss, norm, factor)
-            if self._due(self.eval_every):
-                self._evaluate()
-            if self._due(self.save_every) or self.state.best_step == self.state.step:
-                self._save()
-            if self._should_stop():
-                break
-        if not self.interrupted:
-            self._save()
+        with Interrupt() as interrupt:
+            for step in range(self.state.step, self.total_steps):
+                factor = lr_factor(step, self.config.optim, self.total_steps, self.steps_per_epoch)
+                set_lr(self.optimizer, factor)
+                loss, norm = self.train_step(step)
+                self.state.step, self.state.val_loss = step + 1, None
+                self._log(loss, norm, factor)
+                if self._due(self.eval_every):
+                    self._evaluate()
+                if self._due(self.save_every) or self.state.best_step == self.state.step:
+                    self._save()
+                if self._any_process(interrupt.requested):
+                    return self._break_off()
+                if self._out_of_patience():
+                    break
         return self._finish()
 
     def train_step(self, step: int) -> tuple[Tensor, Tensor | None]:
@@ -102,7 +112,7 @@ class Trainer:
         for micro_step in range(self.grad_accum_steps):
             ids, targets = self._micro_batch(step, micro_step)
             last = micro_step == self.grad_accum_steps - 1
-            with torch.enable_grad() if last else self.accelerator.no_sync(self.prepared):
+            with nullcontext() if last else self.accelerator.no_sync(self.prepared):
                 loss = cross_entropy(self.prepared(ids), targets) / self.grad_accum_steps
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -125,6 +135,7 @@ class Trainer:
         checkpoint.load_optimizer(folder, self.model, self.optimizer)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
+        state.facts = self.state.facts  # device and processes may be others today
         self.state = state
 
     def close(self) -> None:
@@ -132,6 +143,33 @@ class Trainer:
         self.accelerator.end_training()
 
     # What the loop is made of.
+
+    def _open(self) -> None:
+        """Makes the run folder and says what is about to happen."""
+        main = self.accelerator.is_main_process
+        if main:
+            try:
+                self.run.mkdir(parents=True, exist_ok=True)
+                (self.run / "validation.txt").write_bytes(self.corpus.val_text().encode())
+            except OSError as error:
+                raise UserError(f"cannot write to {self.run}: {error.strerror}; choose another --out") from None
+        self.report = Report(self.run / METRICS, self.state, self.total_steps, enabled=main)
+        self.meter = Meter(self.accelerator, self.state.seconds)
+        for warning in launcher_warning(self.accelerator):
+            self.report.say(f"warning: {warning}")
+        c, facts = self.config, self.state.facts
+        self.report.say(
+            f"text   {self.corpus.name}: {self.corpus.train_characters:,} characters to learn, "
+            f"{self.corpus.val_characters:,} to validate; vocabulary of {self.corpus.vocabulary.size}\n"
+            f"model  {c.model.n_layer} layers x {c.model.n_embd}, {facts['parameters']:,} parameters, "
+            f"context {c.model.block_size}, {self.model.flops_per_id() / 1e6:.1f} MFLOP per id\n"
+            f"run    {self.run}: {self.total_steps:,} steps of {self.characters_per_step:,.0f} characters = "
+            f"{self.total_steps / self.steps_per_epoch:.1f} epochs, {c.optim.name}\n"
+            f"on     {facts['processes']} process(es), each with {facts['device']}, {facts['precision']}, "
+            f"{self.grad_accum_steps} x {self.micro_batch_size} sequences a step"
+        )
+        if self.state.step:
+            self.report.say(f"going on from step {self.state.step:,}")
 
     def _micro_batch(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
         """This process's share of one forward pass: ids and targets, each (micro_batch_size, T)."""
@@ -144,153 +182,96 @@ class Trainer:
         ids, targets = (torch.from_numpy(array).to(self.accelerator.device, non_blocking=True) for array in batch)
         return ids, targets
 
-    def _open(self) -> None:
-        """Makes the run folder, says what is about to happen, and lets Ctrl-C finish the step."""
-        main = self.accelerator.is_main_process
-        if main:
-            try:
-                self.run.mkdir(parents=True, exist_ok=True)
-                (self.run / "validation.txt").write_bytes(self.corpus.val_text().encode())
-            except OSError as error:
-                raise UserError(f"cannot write to {self.run}: {error.strerror}; choose another --out") from None
-        self.report = Report(self.run / METRICS, self.state, self.total_steps, enabled=main)
-        c, accelerator = self.config, self.accelerator
-        device, precision = describe_device(accelerator)
-        self.state.facts |= {"device": device, "precision": precision, "parameters": self.model.parameter_count()}
-        for warning in launcher_warning(accelerator):
-            self.report.say(f"warning: {warning}")
-        ids_per_step = c.train.batch_size * c.model.block_size
-        self.report.say(
-            f"text   {self.corpus.name}: {self.corpus.train_characters:,} characters to learn, "
-            f"{self.corpus.val_characters:,} to validate; vocabulary of {self.corpus.vocabulary.size}\n"
-            f"model  {c.model.n_layer} layers x {c.model.n_embd}, {self.model.parameter_count():,} parameters, "
-            f"context {c.model.block_size}, {self.model.flops_per_id() / 1e6:.1f} MFLOP per character\n"
-            f"run    {self.run}: {self.total_steps:,} steps of {ids_per_step:,} characters"
-            f" = {self.total_steps / self.steps_per_epoch:.1f} epochs; {accelerator.num_processes} process(es) on "
-            f"{device}, {precision}, {self.grad_accum_steps} x {self.micro_batch_size} sequences each; {c.optim.name}"
-        )
-        if self.state.step:
-            self.report.say(f"resume at step {self.state.step}")
-        self._started = time.perf_counter() - self.state.seconds
-        self._running, self._since = torch.zeros((), device=accelerator.device), self.state.step
-        self._evaluated_at, self._eval_losses = self.state.step, []
-        self._mark = time.perf_counter()
-
-        def interrupt(_signal, _frame):
-            self.interrupted = True
-            signal.signal(signal.SIGINT, previous)  # a second Ctrl-C stops at once
-
-        previous = signal.signal(signal.SIGINT, interrupt)
-        self._previous_handler = previous
-
     def _due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.total_steps
 
     def _log(self, loss: Tensor, norm: Tensor | None, factor: float) -> None:
         """Every `log_every` steps: mean loss over the steps and the processes, to the bar and to metrics.jsonl."""
-        self._running += loss
+        self.meter.add(loss)
         self.report.advance(self.state.step)
         if not self._due(self.config.train.log_every):
             return
-        steps = self.state.step - self._since
-        mean = (self.accelerator.reduce(self._running, "mean") / steps).item() * self.ids_per_character
-        self._running, self._since = torch.zeros_like(self._running), self.state.step
-        now = time.perf_counter()
-        ids = steps * self.config.train.batch_size * self.config.model.block_size
-        speed, self._mark = ids / self.ids_per_character / (now - self._mark), now
-        self._eval_losses.append((mean, steps))
+        mean, steps_per_second = self.meter.read()
         if not math.isfinite(mean):
             raise UserError(
                 f"the loss is {mean} at step {self.state.step}; lower optim.learning_rate or raise optim.warmup_steps, "
                 f"then train anew (the checkpoints in {self.run} are from before)"
             )
         self.report.train(
-            step=self.state.step, epoch=self.state.step / self.steps_per_epoch, loss=mean,
+            step=self.state.step, epoch=self.state.step / self.steps_per_epoch, loss=mean * self.ids_per_character,
             learning_rate=factor * self.config.optim.learning_rate, grad_norm=None if norm is None else float(norm),
-            characters_per_second=speed, seconds=now - self._started,
+            characters_per_second=steps_per_second * self.characters_per_step, seconds=self.meter.seconds,
         )  # fmt: skip
 
     def _evaluate(self) -> None:
         """Loss on the whole validation text, by all processes, and a sample by the first."""
-        loss = evaluate(self.accelerator, self.model, self.corpus, self.config.model.block_size)
+        block_size = self.config.model.block_size
+        with self.meter.paused():
+            loss = evaluate(self.accelerator, self.model, self.corpus, block_size)
+            text = self._sample() if self.accelerator.is_main_process else ""
         s = self.state
         s.val_loss = loss
         if s.best_val_loss is None or loss < s.best_val_loss:
             s.best_val_loss, s.best_step, s.evaluations_since_best = loss, s.step, 0
         else:
             s.evaluations_since_best += 1
-        steps = sum(n for _, n in self._eval_losses)
-        train_loss = sum(mean * n for mean, n in self._eval_losses) / steps if steps else None
-        self._eval_losses = []
-        text = self._sample() if self.accelerator.is_main_process else ""
+        train_loss = self.meter.since_evaluation()
         self.report.evaluation(
-            step=s.step, epoch=s.step / self.steps_per_epoch, train_loss=train_loss, val_loss=loss,
-            bits_per_character=loss / math.log(2), perplexity=math.exp(loss),
-            seconds=time.perf_counter() - self._started, sample=text,
+            step=s.step, epoch=s.step / self.steps_per_epoch,
+            train_loss=None if train_loss is None else train_loss * self.ids_per_character, val_loss=loss,
+            bits_per_character=loss / math.log(2), perplexity=math.exp(loss), seconds=self.meter.seconds, sample=text,
         )  # fmt: skip
-        self._mark = time.perf_counter()
 
-    @torch.no_grad()
     def _sample(self) -> str:
-        """A glimpse of what the model writes at this step; `infer.py` is the real sampler."""
-        seed = self.config.sample.seed or self.corpus.start_text
-        ids, decoder = self.corpus.vocabulary.encode(seed).tolist(), self.corpus.vocabulary.decoder()
-        sampling = Sampling(**checkpoint.sampling_defaults(self.config))
-        rng, text = Rng(self.config.train.seed), self.config.sample.seed
-        self.model.eval()
-        for _ in range(self.config.train.sample_length):
-            window = torch.tensor([ids[-self.config.model.block_size :]], device=self.accelerator.device)
-            logits = self.model(window)[0, -1].float().cpu().numpy()
-            ids.append(sample(logits, rng.uniform(), sampling))
-            text += decoder.push(ids[-1])
-        self.model.train()
-        return text
+        c, start_text = self.config, self.corpus.start_text
+        sampling = Sampling(**checkpoint.sampling_defaults(c))
+        length, block_size = c.train.sample_length, c.model.block_size
+        ids = self.corpus.vocabulary.encode(c.sample.seed or start_text).tolist()
+        return c.sample.seed + write_sample(self.model, self.corpus.vocabulary, ids, length, block_size, sampling)
 
     def _save(self) -> None:
         """A checkpoint of this step, unless there is one; the first process writes, the others wait."""
         folder = self.run / checkpoint.CHECKPOINTS / f"step-{self.state.step:06d}"
-        if self.accelerator.is_main_process and not (folder / checkpoint.STATE_FILE).exists():
-            s = self.state
-            s.seconds = time.perf_counter() - self._started
-            scaler = self.accelerator.scaler
-            s.scaler = scaler.state_dict() if scaler is not None else {}
-            checkpoint.save_checkpoint(self.run, s, self.config, self.model, self.optimizer, self.corpus.vocabulary)
-            checkpoint.rotate(self.run, s.best_step, self.config.train.keep_last)
-        self.accelerator.wait_for_everyone()
-        self.state.val_loss = None
-        self._mark = time.perf_counter()
+        with self.meter.paused():
+            if self.accelerator.is_main_process and not (folder / checkpoint.STATE_FILE).exists():
+                self.state.seconds, scaler = self.meter.seconds, self.accelerator.scaler
+                self.state.scaler = scaler.state_dict() if scaler is not None else {}
+                checkpoint.save_checkpoint(
+                    self.run, self.state, self.config, self.model, self.optimizer, self.corpus.vocabulary
+                )
+                checkpoint.rotate(self.run, self.state.best_step, self.config.train.keep_last)
+            self.accelerator.wait_for_everyone()
 
-    def _should_stop(self) -> bool:
-        """Whether Ctrl-C was pressed on any process, or patience is at its end."""
-        if self.accelerator.num_processes > 1:  # all must agree, or some would wait for the others for ever
-            flag = torch.tensor(int(self.interrupted), device=self.accelerator.device)
-            self.interrupted = bool(self.accelerator.reduce(flag, "sum").item())
-        return self.interrupted or self._out_of_patience()
+    def _any_process(self, here: bool) -> bool:
+        """Whether it is so on any process; all must agree, or some would wait for the others for ever."""
+        if self.accelerator.num_processes == 1:
+            return here
+        return bool(self.accelerator.reduce(torch.tensor(int(here), device=self.accelerator.device), "sum").item())
 
     def _out_of_patience(self) -> bool:
         return 0 < self.config.train.patience <= self.state.evaluations_since_best
 
+    def _break_off(self) -> bool:
+        """Ctrl-C: keeps what there is."""
+        self._save()
+        self.report.close()
+        self.report.say(f"interrupted at step {self.state.step:,}; go on with: python train.py --resume {self.run}")
+        return False
+
     def _finish(self) -> bool:
-        """The last words: where everything is and what to type next."""
-        if self.interrupted:
-            self._save()
-            self.report.close()
-            self.report.say(f"interrupted at step {self.state.step}; go on with: python train.py --resume {self.run}")
-            return False
-        signal.signal(signal.SIGINT, self._previous_handler)
+        """The last words: how good it is, where everything lies and what to type next."""
+        self._save()
         self.report.close()
         if self._out_of_patience():
             self.report.say(f"stopped: no better validation loss in {self.config.train.patience} evaluations")
         if self.accelerator.is_main_process:
             from smallm.training.plot import plot_runs
 
-            plot_runs([self.run], self.run / "loss.png")
-            best = self.state.best_val_loss
+            curve, best = plot_runs([self.run], self.run / "loss.png"), self.state.best_val_loss
             print(
                 f"best validation loss {best:.4f} nats per character ({best / math.log(2):.3f} bits, perplexity "
-                f"{math.exp(best):.2f}) at step {self.state.best_step}, {self.state.seconds:.0f} s; "
-                f"curve in {self.run / 'loss.png'}\nnext: python export.py {self.run}",
-                file=sys.stdout,
+                f"{math.exp(best):.2f}) at step {self.state.best_step:,}, {self.meter.seconds:.0f} s; see {curve}\n"
+                f"next: python export.py {self.run}"
             )
         return True
 

@@ -1,0 +1,54 @@
+"""Mean loss and speed between two lines of the log."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class Meter:
+    """Collects losses on the device, so that the loop waits for it only when a line is due."""
+
+    def __init__(self, accelerator: Accelerator, seconds_before: float = 0.0):
+        """seconds_before: what earlier parts of a resumed run took."""
+        self._accelerator = accelerator
+        self._start = self._mark = time.perf_counter()
+        self._start -= seconds_before
+        self._total, self._steps = torch.zeros((), device=accelerator.device), 0
+        self._sum_since_evaluation, self._steps_since_evaluation = 0.0, 0
+
+    @property
+    def seconds(self) -> float:
+        """Since the start of the run, evaluations and checkpoints included."""
+        return time.perf_counter() - self._start
+
+    def add(self, loss: Tensor) -> None:
+        """The loss of one step on this process, still on the device."""
+        self._total += loss
+        self._steps += 1
+
+    def read(self) -> tuple[float, float]:
+        """Mean loss over the steps since the last reading and over the processes, and steps per second."""
+        mean = self._accelerator.reduce(self._total, "mean").item() / self._steps
+        now, steps = time.perf_counter(), self._steps
+        speed = steps / (now - self._mark)
+        self._sum_since_evaluation += mean * steps
+        self._steps_since_evaluation += steps
+        self._total, self._steps, self._mark = torch.zeros_like(self._total), 0, now
+        return mean, speed
+
+    def since_evaluation(self) -> float | None:
+        """Mean loss since this was last asked; None if no step was read since."""
+        total, steps = self._sum_since_evaluation, self._steps_since_evaluation
+        self._sum_since_evaluation, self._steps_since_evaluation = 0.0, 0
+        return total / steps if steps else None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent within does not count as training speed."""
+        begun = time.perf_counter()
+        yield
+        self._mark += time.perf_counter() - begun
