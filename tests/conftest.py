@@ -11,7 +11,7 @@ OBJECTS = ["the moon", "a crème brûlée", "the long winter", "its façade", "t
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
+def corpus_cache(tmp_path_factory):
     """Encoded texts stay out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMALLM_CACHE", str(tmp_path_factory.mktemp("cache")))

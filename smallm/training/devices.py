@@ -19,8 +19,11 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         precision = launched if launched in ("bf16", "fp16") else best_precision()
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.mixed_precision = fp16 needs a GPU; use auto, no or bf16")
-    backend = "inductor" if config.compile else "no"
-    return Accelerator(mixed_precision=precision, dynamo_backend=backend, step_scheduler_with_optimizer=False)
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # said outright, or a launcher of several processes expects GPUs
+        mixed_precision=precision,
+        dynamo_backend="inductor" if config.compile else "no",
+    )
 
 
 def best_precision() -> str:
