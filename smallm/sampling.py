@@ -11,8 +11,10 @@ The definition that every host of a smallm model shares:
 u comes from `Rng`, whose draw i is a function of (seed, stream, i), so a stream can be taken up again anywhere.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -29,11 +31,7 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self.temperature >= 0, "temperature", self.temperature, "0 or more (0 = the likeliest character)")
-        _check(self.top_k >= 0, "top_k", self.top_k, "0 or more (0 = all ids)")
-        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (1 = all ids)")
-        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1 (0 = all ids)")
-
+        _check(self.temperature, Real, 0 <= self.temperature < math.inf, "temperature", "0 or more (0 = the likeliest)")
     @classmethod
     def resolve(cls, given: Mapping[str, float | None], defaults: Mapping[str, float]) -> "Sampling":
         """The values given, and where one is None the model's own default."""
@@ -42,37 +40,32 @@ class Sampling:
 
 
 def ranked(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """logits (V,) -> the ids that may be taken, likeliest first (K,), and their probabilities (K,) float64."""
-    order = np.argsort(-logits, kind="stable")
-    largest = float(logits[order[0]])
-    if not np.isfinite(largest):
-        raise UserError("the model's logits are not finite; the model is broken, export it again")
+    """logits (V,) -> the ids that may be taken, likeliest first (K,), and their weights (K,) float64, the first 1.
+
+    Raises `UserError` if the logits are not finite.
+    """
+    if not np.isfinite(logits).all():
+        raise UserError("the model's logits are not finite: its weights are broken; train it again")
     if sampling.temperature == 0:
-        return order[:1], np.ones(1)
-    if sampling.top_k:
-        order = order[: sampling.top_k]
-    weights = np.exp((logits[order].astype(np.float64) - largest) / sampling.temperature)  # (K,), the first is 1
+        return logits.argmax(keepdims=True), np.ones(1)
+    order = np.argsort(-logits, kind="stable")[: sampling.top_k or None]
+    shifted = logits[order].astype(np.float64) - float(logits[order[0]])
+    with np.errstate(over="ignore"):  # a minute temperature makes -inf of the others, and that is right
+        weights = np.exp(shifted / sampling.temperature)
     keep = len(weights)
     if sampling.top_p < 1:
         cumulative = np.cumsum(weights)
-        keep = min(keep, int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1])) + 1)
+        keep = int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1])) + 1
     if sampling.min_p > 0:
         keep = min(keep, int(np.searchsorted(-weights, -sampling.min_p, side="right")))
-    weights = weights[:keep]
-    return order[:keep], weights / weights.sum()
+    return order[:keep], weights[:keep]
 
 
 def sample(logits: np.ndarray, u: float, sampling: Sampling) -> int:
     """logits (V,) and u in [0, 1) -> the id taken. Raises `UserError` if the logits are not finite."""
-    ids, probabilities = ranked(logits, sampling)
-    cumulative = np.cumsum(probabilities)
-    return int(ids[min(np.searchsorted(cumulative, u * cumulative[-1], side="right"), len(ids) - 1)])
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """logits (..., V) -> natural log probabilities (..., V), in the precision of the input."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    ids, weights = ranked(logits, sampling)
+    cumulative = np.cumsum(weights)
+    return int(ids[np.searchsorted(cumulative, u * cumulative[-1], side="right")])
 
 
 class Rng:

@@ -39,38 +39,36 @@ def windows(
     """
     T, S = block_size, stride or block_size
     assert 1 <= S <= T
-    first, ids = True, np.empty(0, np.int64)
+    ids = np.empty((2, 0), np.int64)  # as input, as target
+    begun, known = 0, 0  # characters begun so far; targets of the next window that the one before has scored
     for piece in pieces:
-        ids = np.concatenate((ids, piece.astype(np.int64)))
-        count = (len(ids) - T - 1) // S + 1
+        pair = np.stack((piece, piece)).astype(np.int64)
+        if begun < 2:  # still in the first character
+            starts = np.flatnonzero(begins_character(piece))
+            pair[1, : starts[1 - begun] if begun + len(starts) > 1 else None] = IGNORED
+            begun += len(starts)
+        ids = np.concatenate((ids, pair), axis=1)
+        count = (ids.shape[1] - T - 1) // S + 1
         if count > 0:
-            yield from _batches(sliding_window_view(ids, T + 1)[: count * S : S], T - S, first)
-            ids, first = ids[count * S :], False
-    if len(ids) > 1 + (0 if first else T - S):
-        row = np.full((1, T + 1), IGNORED, np.int64)
-        row[0, : len(ids)] = ids
-        yield from _batches(row, T - S, first)
+            yield from _batches(sliding_window_view(ids, T + 1, axis=1)[:, : count * S : S], known, T - S)
+            ids, known = ids[:, count * S :], T - S
+    if ids.shape[1] > 1 + known:
+        rest = np.full((2, 1, T + 1), IGNORED, np.int64)
+        rest[:, 0, : ids.shape[1]] = ids
+        yield from _batches(rest, known, known)
 
 
-def _batches(rows: np.ndarray, known: int, first: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """rows (n, T + 1) -> batches; `known` targets of each row were scored in the row before."""
-    per_batch = max(1, IDS_PER_BATCH // (rows.shape[1] - 1))
-    for start in range(0, len(rows), per_batch):
-        batch = rows[start : start + per_batch]
-        inputs, targets = batch[:, :-1].clip(min=0), batch[:, 1:].copy()
-        begins = first and start == 0
-        targets[int(begins) :, :known] = IGNORED
-        if begins:
-            targets[0, : ids_of_first_character(batch[0]) - 1] = IGNORED
+def _batches(rows: np.ndarray, known: int, known_later: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """rows (2, n, T + 1) -> batches; the first `known` targets of the first row, `known_later` of others, are old."""
+    per_batch = max(1, IDS_PER_BATCH // (rows.shape[2] - 1))
+    for start in range(0, rows.shape[1], per_batch):
+        batch = rows[:, start : start + per_batch]
+        inputs, targets = batch[0, :, :-1].clip(min=0), batch[1, :, 1:].copy()
+        targets[0, : known_later if start else known] = IGNORED
+        targets[1:, :known_later] = IGNORED
         yield inputs, targets
 
 
 def begins_character(ids: np.ndarray) -> np.ndarray:
     """Whether each id begins a character: all do but the bytes 0x80-0xBF, which continue one in UTF-8."""
     return (ids < 0x80) | (ids >= 0xC0)
-
-
-def ids_of_first_character(ids: np.ndarray) -> int:
-    """Number of ids that spell the first character."""
-    later = np.flatnonzero(begins_character(ids[1:8]))
-    return int(later[0]) + 1 if len(later) else min(len(ids), 4)

@@ -25,9 +25,11 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
-from accelerate import Accelerator
 
-accelerator = Accelerator()
+from smallm.training.config import TrainConfig
+from smallm.training.devices import build_accelerator
+
+accelerator = build_accelerator(TrainConfig())
 state = accelerator.state
 total = accelerator.reduce(torch.tensor(accelerator.process_index + 1)).item()
 facts = [state.num_processes, state.backend, state.device.type, total]

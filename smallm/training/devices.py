@@ -19,11 +19,17 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         precision = launched if launched in ("bf16", "fp16") else best_precision()
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.mixed_precision = fp16 needs a GPU; use auto, no or bf16")
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # said outright, or a launcher of several processes expects GPUs
         mixed_precision=precision,
         dynamo_backend="inductor" if config.compile else "no",
     )
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise UserError(
+            f"the launcher started {os.environ['WORLD_SIZE']} processes, but they do not find each other; "
+            "for several processes on a CPU put ACCELERATE_USE_CPU=true before the command"
+        )
+    return accelerator
 
 
 def best_precision() -> str:

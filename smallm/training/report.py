@@ -17,7 +17,7 @@ class Report:
         self.enabled = enabled
         if enabled:
             kept = _lines_until(metrics, state.step)
-            self._file = metrics.open("w", encoding="utf-8")
+            self._file = metrics.open("wb")
             self._file.writelines(kept)
         self._bar = tqdm(total=total_steps, initial=state.step, unit="step", disable=not enabled, dynamic_ncols=True,
                          mininterval=0.5, delay=0.001)  # fmt: skip
@@ -56,18 +56,18 @@ class Report:
 
     def _write(self, values: dict) -> None:
         if self.enabled:
-            self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            self._file.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
             self._file.flush()
 
 
-def _lines_until(metrics: Path, step: int) -> list[str]:
+def _lines_until(metrics: Path, step: int) -> list[bytes]:
     if not step or not metrics.is_file():
         return []
     kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in metrics.read_bytes().splitlines(keepends=True):  # of bytes: text has more line ends than JSON Lines
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             continue  # a line cut off by a kill
     return kept

@@ -35,12 +35,13 @@ def train(config: Config, out: Path, resume: bool = False) -> int:
         d = config.data
         corpus = open_corpus(d.source, encoding=d.encoding, min_count=d.min_count, val_fraction=d.val_fraction,
                              progress=accelerator.is_main_process)  # fmt: skip
-    trainer = Trainer(accelerator, config, corpus, out)
-    if resume:
-        trainer.resume()
-    finished = trainer.train()
-    trainer.close()
-    return 0 if finished else INTERRUPTED
+    try:
+        trainer = Trainer(accelerator, config, corpus, out)
+        if resume:
+            trainer.resume()
+        return 0 if trainer.train() else INTERRUPTED
+    finally:
+        accelerator.end_training()
 
 
 class Trainer:
@@ -137,10 +138,6 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state.scaler)
         state.facts = self.state.facts  # device and processes may be others today
         self.state = state
-
-    def close(self) -> None:
-        """Leaves the process group."""
-        self.accelerator.end_training()
 
     # What the loop is made of.
 
@@ -265,15 +262,23 @@ class Trainer:
         if self._out_of_patience():
             self.report.say(f"stopped: no better validation loss in {self.config.train.patience} evaluations")
         if self.accelerator.is_main_process:
-            from smallm.training.plot import plot_runs
-
-            curve, best = plot_runs([self.run], self.run / "loss.png"), self.state.best_val_loss
+            best = self.state.best_val_loss
             print(
                 f"best validation loss {best:.4f} nats per character ({best / math.log(2):.3f} bits, perplexity "
-                f"{math.exp(best):.2f}) at step {self.state.best_step:,}, {self.meter.seconds:.0f} s; see {curve}\n"
+                f"{math.exp(best):.2f}) at step {self.state.best_step:,}, {self.meter.seconds:.0f} s{self._plot()}\n"
                 f"next: python export.py {self.run}"
             )
         return True
+
+    def _plot(self) -> str:
+        """Draws the curves; a picture that cannot be drawn spoils no finished run."""
+        from smallm.training.plot import plot_runs
+
+        try:
+            return f"; curves in {plot_runs([self.run], self.run / 'loss.png')}"
+        except UserError as error:
+            self.report.say(f"warning: {error}")
+            return ""
 
 
 def divide_batch(batch_size: int, micro_batch_size: int, ranks: int) -> tuple[int, int]:
