@@ -2,7 +2,9 @@
 
 import argparse
 import codecs
+import io
 import json
+import re
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,11 +21,14 @@ examples:
   python infer.py --seed "Anna" --stop "\\n" --num-samples 5
   python infer.py --perplexity my.txt"""
 PIECE_BYTES = 1 << 20
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}  # what may be written in --stop
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `infer.py` with these arguments; text and figures go to stdout, all else to stderr."""
+    """Runs `infer.py` with these arguments; text and figures go to stdout, in UTF-8, all else to stderr."""
     options = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the model's characters need not be in the locale's encoding
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     from smallm.runtime import LanguageModel  # after argparse, so that --help and mistakes are instant
 
     path = options.model
@@ -32,15 +37,18 @@ def main(argv: Sequence[str]) -> int:
         print(f"model: {path}", file=sys.stderr)
     model = LanguageModel.load(path, threads=options.threads)
     if options.perplexity is not None:
-        return _perplexity(model, options)
-    return _generate(model, options)
+        _perplexity(model, options)
+    else:
+        _generate(model, options)
+    sys.stdout.flush()  # here a reader who has gone (head) is still noticed in good order
+    return 0
 
 
-def _generate(model, options: argparse.Namespace) -> int:
+def _generate(model, options: argparse.Namespace) -> None:
     if options.num_samples < 1:
         raise UserError(f"--num-samples {options.num_samples} is out of range; it must be 1 or more")
     rng_seed = secrets.randbits(32) if options.rng_seed is None else options.rng_seed
-    stops = [codecs.decode(stop, "unicode_escape") if "\\" in stop else stop for stop in options.stop]
+    stops = [re.sub(r"\\([ntr\\])", lambda match: ESCAPES[match[1]], stop) for stop in options.stop]
     chosen = {
         "max_length": options.max_length, "temperature": options.temperature, "top_k": options.top_k,
         "top_p": options.top_p, "min_p": options.min_p, "stop": stops, "overflow": options.overflow,
@@ -61,7 +69,6 @@ def _generate(model, options: argparse.Namespace) -> int:
         print(json.dumps({"seed": options.seed, **given, "samples": samples}, ensure_ascii=False))
     elif options.rng_seed is None:
         print(f"again with: --rng-seed {rng_seed}", file=sys.stderr)
-    return 0
 
 
 def _print_text(seed: str, pieces: Iterator[str], stream: bool) -> None:
@@ -75,7 +82,7 @@ def _print_text(seed: str, pieces: Iterator[str], stream: bool) -> None:
     sys.stdout.write("\n")
 
 
-def _perplexity(model, options: argparse.Namespace) -> int:
+def _perplexity(model, options: argparse.Namespace) -> None:
     path = Path(options.perplexity)
     result = asdict(model.perplexity(_pieces(path, options.encoding), stride=options.stride))
     if options.json:
@@ -85,7 +92,6 @@ def _perplexity(model, options: argparse.Namespace) -> int:
             f"{result['nats_per_char']:.4f} nats per character (cross-entropy), {result['bits_per_char']:.4f} bits per "
             f"character, perplexity {result['perplexity']:.4f}, over {result['characters']:,} characters"
         )
-    return 0
 
 
 def _pieces(path: Path, encoding: str) -> Iterator[str]:
@@ -93,22 +99,25 @@ def _pieces(path: Path, encoding: str) -> Iterator[str]:
     from tqdm import tqdm
 
     try:
+        b"".decode(encoding)  # refuses codecs such as hex, which do not give text
         decoder = codecs.getincrementaldecoder(encoding)()
-        with path.open("rb") as file, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, leave=False) as bar:
-            read = 0
-            while data := file.read(PIECE_BYTES):
-                try:
-                    yield decoder.decode(data)
-                except UnicodeDecodeError as error:
-                    at = read - len(decoder.getstate()[0]) + error.start
-                    raise UserError(f"{path} is not valid {encoding}: byte offset {at}; pass --encoding NAME") from None
-                read += len(data)
-                bar.update(len(data))
-            yield decoder.decode(b"", final=True)
     except LookupError:
-        raise UserError(f"unknown encoding {encoding!r}; try utf-8 or latin-1") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} ends in the middle of a character; pass --encoding NAME") from None
+        raise UserError(f"there is no encoding {encoding!r}; try utf-8 or latin-1") from None
+    read, data = 0, b"?"
+    try:
+        with path.open("rb") as file, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, leave=False,
+                                           disable=None) as bar:  # fmt: skip
+            while data:
+                data = file.read(PIECE_BYTES)
+                read += len(data)
+                yield decoder.decode(data, final=not data)
+                bar.update(len(data))
+    except UnicodeDecodeError as error:
+        offset = read - len(error.object) + error.start  # error.object: bytes kept from the piece before, and this one
+        what = f"byte 0x{error.object[error.start]:02x} at offset {offset}"
+        raise UserError(f"{path} is not valid {encoding}: {what}; pass --encoding NAME, for example latin-1") from None
+    except UnicodeError as error:
+        raise UserError(f"{path} is not valid {encoding}: {error}; pass --encoding NAME") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
@@ -128,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", "--model_path", metavar="PATH", help="run, export folder or .onnx file; default: the newest run")
-    add("--seed", "--seed_string", default="", metavar="TEXT", help="text to go on from")
+    add("--seed", "--seed_string", default="", metavar="TEXT", help="text to go on from (--seed=-x if with a dash)")
     add("--max-length", "--max_length", type=int, default=500, metavar="N", help="new characters (default: 500)")
     add("--temperature", type=float, metavar="T", help="0 = always the likeliest character (default: the model's)")
     add("--top-k", "--top_k", type=int, metavar="K", help="choose from the K likeliest; 0 = all")
@@ -136,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--min-p", "--min_p", type=float, metavar="P", help="least probability, relative to the likeliest")
     add("--rng-seed", "--rng_seed", type=int, metavar="N", help="random seed: the same N gives the same text")
     add("--num-samples", "--num_samples", type=int, default=1, metavar="N", help="texts to write (default: 1)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text, e.g. \\n; may be repeated")
     add("--overflow", choices=("crop", "shift"), default="crop",
         help="past block_size: crop = exact, slower; shift = keep half of the window, fast")  # fmt: skip
     add("--stream", action=argparse.BooleanOptionalAction, default=True, help="print characters as they come")

@@ -3,9 +3,11 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from smallm.errors import UserError
+from smallm.sampling import Sampling
 from smallm.vocabulary import Vocabulary
 
 FORMAT_VERSION = 1
@@ -35,7 +37,7 @@ class Manifest:
     precision: str = "fp32"
     format_version: int = FORMAT_VERSION
 
-    @property
+    @cached_property
     def vocabulary(self) -> Vocabulary:
         """The vocabulary that `tokens` spells."""
         return Vocabulary.from_hex_tokens(self.tokens)
@@ -52,7 +54,7 @@ class Manifest:
             raise UserError(f"{source} is not a smallm model; write one with `python export.py`")
         try:
             return cls.from_dict({k: json.loads(v) for k, v in values.items()}, source)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{source} has broken metadata ({error}); export the model again") from None
 
     @classmethod
@@ -64,19 +66,25 @@ class Manifest:
                 f"{source} has format version {version}; this smallm reads {FORMAT_VERSION}: "
                 "export the model again, or install the smallm that wrote it"
             )
-        known = {f.name: f for f in fields(cls)}
+        known = {f.name for f in fields(cls)}
         try:
             manifest = cls(**{k: v for k, v in values.items() if k in known})
-            sizes = (manifest.block_size, manifest.n_layer, manifest.n_kv_head, manifest.head_dim)
-            sane = all(type(size) is int and 0 < size < 1 << 24 for size in sizes)
-            sane &= isinstance(manifest.start_text, str) and 0 < len(manifest.start_text) < 1000
-            sane &= isinstance(manifest.sampling, dict) and isinstance(manifest.training, dict)
-            sane &= isinstance(manifest.tokens, str) and manifest.vocabulary.size == manifest.vocab_size
-        except (TypeError, UserError):
-            sane = False
-        if not sane:
-            raise UserError(f"{source} has broken metadata; export the model again")
+            manifest._check()
+        except (TypeError, ValueError):  # the second is also what Vocabulary and Sampling raise
+            raise UserError(f"{source} has broken metadata; export the model again") from None
         return manifest
+
+    def _check(self) -> None:
+        """Raises `ValueError` or `TypeError` if a value is not what a host may rely on."""
+        sizes = (self.block_size, self.n_layer, self.n_head, self.n_kv_head, self.n_embd, self.head_dim)
+        sane = all(type(size) is int and 0 < size < 1 << 24 for size in sizes) and self.n_layer < 1000
+        sane = sane and self.n_head % self.n_kv_head == 0
+        sane &= isinstance(self.tokens, str) and self.vocabulary.size == self.vocab_size
+        sane &= isinstance(self.start_text, str) and 0 < len(self.vocabulary.encode(self.start_text)) < 1000
+        sane &= isinstance(self.sampling, dict) and isinstance(self.training, dict) and isinstance(self.precision, str)
+        if not sane:
+            raise ValueError
+        Sampling.resolve({}, self.sampling)
 
 
 def hugging_face_files(

@@ -15,12 +15,13 @@ import numpy as np
 from smallm.errors import UserError
 from smallm.manifest import Manifest
 from smallm.runs import EXPORT, is_run
-from smallm.sampling import Rng, Sampling, log_softmax, ranked, sample
+from smallm.sampling import Rng, Sampling, ranked, sample
 from smallm.scoring import IGNORED, Perplexity, begins_character, windows
-from smallm.session import Decoder, Session
+from smallm.session import Session
 from smallm.vocabulary import Vocabulary
 
 MODEL_FILE = "model.onnx"
+LEAST_PROBABILITY = 1e-6  # of the beginning of a character whose ends are looked for
 Overflow = Literal["crop", "shift"]
 
 
@@ -40,7 +41,7 @@ class Options(TypedDict, total=False):
     stream_number: int
     """Tells several texts of one rng_seed apart."""
     stop: str | Sequence[str]
-    """Generation ends before the first of these texts."""
+    """Generation ends before the first of these texts; only new text counts, and '' is no stop."""
     overflow: Overflow
     """What happens past block_size, see `LanguageModel`."""
 
@@ -98,31 +99,36 @@ class LanguageModel:
         return _until(islice(self._characters(ids), max_length), [s for s in stops if s])
 
     def next_characters(self, text: str, n: int = 10) -> list[tuple[str, float]]:
-        """The n likeliest next characters and their probabilities, at temperature 1; fewer if there are fewer."""
+        """The n likeliest next characters and their probabilities at temperature 1, the likeliest first.
+
+        Fewer if there are fewer; one that is spelled in several ids may be missing if it is less likely than 1e-6.
+        """
         context = self._encode_seed(text)[-self.block_size :]
-        found: list[tuple[str, float]] = []
+        found: dict[str, float] = {}
         paths: list[tuple[float, tuple[int, ...]]] = [(-1.0, ())]  # beginnings of a character, the likeliest first
         while paths and len(found) < n:
             negative, path = heapq.heappop(paths)
-            character = self.vocabulary.decode(path)
-            if len(character) == 1 and character != "\ufffd":
-                found.append((character, -negative))
-            elif len(path) < 4:
+            character = self._character(path)
+            if character:
+                found[character] = found.get(character, 0.0) - negative  # there may be several spellings
+            elif len(path) < 4 and negative < -LEAST_PROBABILITY:
                 ids = np.concatenate((context, np.array(path, np.int64)))[-self.block_size :]
-                allowed, probabilities = ranked(self._session.decoder().feed(ids), Sampling(temperature=1.0))
-                for id, p in zip(allowed.tolist(), probabilities.tolist(), strict=True):
-                    if bool(begins_character(np.array(id))) == (not path):  # else it could not become a character
-                        heapq.heappush(paths, (negative * p, (*path, id)))
-        return found
+                allowed, weights = ranked(self._session.decoder().feed(ids), Sampling(temperature=1.0))
+                fits = begins_character(allowed) == (not path)  # others could not become a character
+                probabilities = -negative * weights[fits] / weights.sum()
+                for id, p in zip(allowed[fits].tolist(), probabilities.tolist(), strict=True):
+                    heapq.heappush(paths, (-p, (*path, id)))
+        return sorted(found.items(), key=lambda item: -item[1])
 
     def score(self, text: str) -> np.ndarray:
         """Nats of each character (len(text),) float64; the first is NaN, since nothing comes before it."""
         ids = self.vocabulary.encode(text)
-        nats = np.full(len(ids), np.nan)
-        if len(ids) > 1:
-            nats[1:] = np.concatenate([self._nats(*batch)[batch[1] != IGNORED] for batch in self._whole(ids)])
         starts = np.flatnonzero(begins_character(ids))
-        return np.add.reduceat(nats, starts) if len(starts) else nats
+        if not len(starts):
+            return np.empty(0)
+        scored = [self._nats(*batch)[batch[1] != IGNORED] for batch in windows([ids], self.block_size)]
+        nats = np.concatenate([np.empty(0), *scored])  # of the ids after the first character
+        return np.add.reduceat(np.concatenate([np.full(len(ids) - len(nats), np.nan), nats]), starts)
 
     def perplexity(self, text: str | Iterable[str], stride: int | None = None) -> Perplexity:
         """How well the model predicts a text, given as a string or in pieces of any length.
@@ -149,23 +155,24 @@ class LanguageModel:
     def _encode_seed(self, seed: str) -> np.ndarray:
         return self.vocabulary.encode(seed or self.metadata.start_text).astype(np.int64)
 
-    def _whole(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Windows in which the rest of the first character counts too, so that there is a target for each later id."""
-        for inputs, targets in windows([ids], self.block_size):
-            if inputs[0, 0] == ids[0] and (targets[0] == IGNORED).any():
-                known = min(targets.shape[1], len(ids) - 1)
-                targets[0, :known] = ids[1 : known + 1]
-            yield inputs, targets
+    def _character(self, ids: tuple[int, ...]) -> str:
+        """The character that ids spell; '' if they do not spell a whole one."""
+        text = self.vocabulary.decode_bytes(ids).decode("utf-8", errors="ignore")
+        return text if len(text) == 1 else ""
 
     def _nats(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """inputs (B, T), targets (B, T) -> nats (B, T) float64; 0 where the target does not count."""
-        log_probabilities = log_softmax(self._session.logits(inputs))  # (B, T, V)
-        nats = -np.take_along_axis(log_probabilities, targets.clip(min=0)[..., None], axis=-1)[..., 0]
-        return np.where(targets == IGNORED, 0.0, nats.astype(np.float64))
+        logits = self._session.logits(inputs)  # (B, T, V)
+        if not np.isfinite(logits).all():
+            raise UserError("the model's logits are not finite: its weights are broken; train it again")
+        logits -= logits.max(axis=-1, keepdims=True)
+        chosen = np.take_along_axis(logits, targets.clip(min=0)[..., None], axis=-1)[..., 0].astype(np.float64)
+        nats = np.log(np.exp(logits, out=logits).sum(axis=-1)) - chosen
+        return np.where(targets == IGNORED, 0.0, nats)
 
     def _next_ids(self, ids: np.ndarray, sampling: Sampling, rng: Rng, overflow: Overflow) -> Iterator[int]:
         """Ids without end, each drawn from the model's prediction after all before it."""
-        decoder: Decoder = self._session.decoder()
+        decoder = self._session.decoder()
         window = ids[-self.block_size :]
         logits = decoder.feed(window)
         history = list(window)
@@ -189,13 +196,14 @@ class LanguageModel:
 
 def find_model(path: Path) -> Path:
     """The .onnx file that a run, an export folder or a file's own path stands for. Raises `UserError`."""
-    if path.is_file():
-        return path
-    for folder in (path, path / EXPORT):
-        if (folder / MODEL_FILE).is_file():
-            return folder / MODEL_FILE
-    if is_run(path):
-        raise UserError(f"{path} is not exported yet; run: python export.py {path}")
+    try:
+        for file in (path, path / MODEL_FILE, path / EXPORT / MODEL_FILE):
+            if file.is_file():
+                return file
+        if is_run(path):
+            raise UserError(f"{path} is not exported yet; run: python export.py {path}")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     raise UserError(f"there is no model in {path}; give a run, an export folder or an .onnx file")
 
 
@@ -204,12 +212,14 @@ def _until(characters: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
     held = ""
     for character in characters:
         held += character
-        if any(held.endswith(stop) for stop in stops):
-            held = min((held[: -len(stop)] for stop in stops if held.endswith(stop)), key=len)
+        cuts = [len(held) - len(stop) for stop in stops if held.endswith(stop)]
+        if cuts:
+            held = held[: min(cuts)]
             break
-        keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-        if len(held) > keep:
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
+        begun = (n for stop in stops for n in range(1, min(len(stop), len(held) + 1)) if held.endswith(stop[:n]))
+        free = len(held) - max(begun, default=0)
+        if free:
+            yield held[:free]
+            held = held[free:]
     if held:
         yield held

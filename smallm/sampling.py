@@ -31,7 +31,12 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self.temperature, Real, 0 <= self.temperature < math.inf, "temperature", "0 or more (0 = the likeliest)")
+        t, k, p, m = (getattr(self, f.name) for f in fields(self))
+        _check(isinstance(t, Real) and 0 <= t < math.inf, "temperature", t, "0 or more (0 = the likeliest character)")
+        _check(isinstance(k, Integral) and k >= 0, "top_k", k, "a whole number, 0 or more (0 = all ids)")
+        _check(isinstance(p, Real) and 0 < p <= 1, "top_p", p, "above 0 and at most 1 (1 = all ids)")
+        _check(isinstance(m, Real) and 0 <= m <= 1, "min_p", m, "from 0 to 1 (0 = all ids)")
+
     @classmethod
     def resolve(cls, given: Mapping[str, float | None], defaults: Mapping[str, float]) -> "Sampling":
         """The values given, and where one is None the model's own default."""
@@ -69,7 +74,7 @@ def sample(logits: np.ndarray, u: float, sampling: Sampling) -> int:
 
 
 class Rng:
-    """A counter-based generator of 32 bits: draw i is `mix(key + i * 0x9E3779B9)`, u = (x >> 8) * 2**-24.
+    """A counter-based generator of 32 bits: draw i = 1, 2, … is x = mix(key + i * 0x9E3779B9), u = (x >> 8) * 2**-24.
 
     key = mix(mix(seed) + stream); stream tells the samples of one seed apart. `mix` is a bijection of 32 bits found by
     T. Ettinger's search for low bias (lowbias32). All arithmetic is modulo 2**32.
@@ -77,8 +82,10 @@ class Rng:
 
     def __init__(self, seed: int, stream: int = 0):
         """seed and stream from 0 to 2**32 - 1. Raises `UserError` for others."""
-        _check(0 <= seed < 1 << 32, "rng_seed", seed, "from 0 to 4294967295")
-        self._key = mix(mix(seed) + stream)
+        for name, value in (("rng_seed", seed), ("stream_number", stream)):
+            fits = isinstance(value, Integral) and 0 <= value < 1 << 32
+            _check(fits, name, value, "a whole number from 0 to 4294967295")
+        self._key = mix(mix(int(seed)) + int(stream))
         self.draws = 0
 
     def uniform(self) -> float:

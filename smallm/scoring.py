@@ -25,7 +25,7 @@ class Perplexity:
     def of(cls, nats: float, characters: int) -> "Perplexity":
         """From the sum of nats over `characters` predicted ones."""
         mean = nats / characters
-        return cls(mean, mean / math.log(2), math.exp(mean), characters)
+        return cls(mean, mean / math.log(2), math.exp(mean) if mean < 700 else math.inf, characters)
 
 
 def windows(

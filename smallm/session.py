@@ -17,7 +17,9 @@ class Session:
 
     def __init__(self, path: str | Path, threads: int | None = None):
         """threads: None chooses by the size of the model. Raises `UserError` for a file that is not a smallm model."""
-        path = Path(path)
+        self.path = path = Path(path)
+        if threads is not None and threads < 1:
+            raise UserError(f"threads = {threads} is out of range; it must be 1 or more")
         if not path.is_file():
             raise UserError(f"there is no model file {path}; write one with `python export.py`")
         options = ort.SessionOptions()
@@ -28,20 +30,41 @@ class Session:
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's own errors share no base class
             raise UserError(f"{path} is truncated or no ONNX model: {_first_line(error)}") from None
-        self.manifest = Manifest.from_metadata(self._session.get_modelmeta().custom_metadata_map, path)
-        m = self.manifest
-        self.past = [f"past_key_values.{i}.{part}" for i in range(m.n_layer) for part in ("key", "value")]
-        self.present = [f"present.{i}.{part}" for i in range(m.n_layer) for part in ("key", "value")]
-        names = {value.name for value in self._session.get_inputs()}
-        if not {"input_ids", "attention_mask", *self.past} <= names:
-            raise UserError(f"{path} has not the inputs that its metadata promise; export the model again")
+        self.manifest = m = Manifest.from_metadata(self._session.get_modelmeta().custom_metadata_map, path)
+        parts = [f"{i}.{part}" for i in range(m.n_layer) for part in ("key", "value")]
+        self.past, self.present = ([f"{side}.{part}" for part in parts] for side in ("past_key_values", "present"))
+        promised = {"input_ids": [], "attention_mask": [], "num_logits_to_keep": [], "logits": [m.vocab_size]}
+        promised |= {name: [m.n_kv_head, m.head_dim] for name in self.past + self.present}
+        onnx = self._session
+        values = [*onnx.get_inputs(), *onnx.get_overridable_initializers(), *onnx.get_outputs()]
+        if promised != {v.name: [n for n in v.shape if isinstance(n, int)] for v in values}:
+            raise UserError(f"{path} has not the inputs and outputs that its metadata promise; export the model again")
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
-        """ids (B, T) -> logits (B, T, V), without a cache; T up to block_size."""
+        """ids (B, T) -> logits (B, T, V), without a cache; T up to block_size. Raises `UserError`."""
+        return self._forward(["logits"], ids, None)[0]
+
+    def step(self, ids: np.ndarray, cache: list[np.ndarray] | None) -> tuple[np.ndarray, list[np.ndarray]]:
+        """As `logits`, on top of a cache: the list that the step before returned, or None. Returns it with ids added.
+
+        This is how hosts without shared buffers do it; a `Decoder` is faster.
+        """
+        logits, *cache = self._forward(["logits", *self.present], ids, cache)
+        return logits, cache
+
+    def _forward(self, outputs: list[str], ids: np.ndarray, cache: list[np.ndarray] | None) -> list[np.ndarray]:
         m, (B, T) = self.manifest, ids.shape
-        feeds = {"input_ids": ids.astype(np.int64), "attention_mask": np.ones((B, T), np.int64)}
-        empty = np.zeros((B, m.n_kv_head, 0, m.head_dim), np.float32)
-        return self._session.run(["logits"], feeds | dict.fromkeys(self.past, empty))[0]
+        cache = cache or [np.zeros((B, m.n_kv_head, 0, m.head_dim), np.float32)] * len(self.past)
+        mask = np.ones((B, cache[0].shape[2] + T), np.int64)
+        feeds = {"input_ids": ids.astype(np.int64), "attention_mask": mask, **dict(zip(self.past, cache, strict=True))}
+        try:
+            return self._session.run(outputs, feeds)
+        except Exception as error:
+            raise self.failure(error) from None
+
+    def failure(self, error: Exception) -> UserError:
+        """What to tell the user when ONNX Runtime fails in the middle of the work."""
+        return UserError(f"{self.path} is broken, export the model again; ONNX Runtime says: {_first_line(error)}")
 
     def decoder(self) -> "Decoder":
         """A new, empty cache over this model."""
@@ -54,7 +77,7 @@ class Decoder:
     def __init__(self, session: ort.InferenceSession, model: Session):
         m = model.manifest
         self.block_size, self.length = m.block_size, 0
-        self._session, self._binding = session, session.io_binding()
+        self._session, self._binding, self._failure = session, session.io_binding(), model.failure
         self._mask = np.ones((1, m.block_size), np.int64)
         self._keep = np.ones((), np.int64)
         self._id = np.zeros((1, 1), np.int64)
@@ -75,7 +98,10 @@ class Decoder:
         self._bind_input("input_ids", self._id, (1, T))
         self.length += T
         self._bind_input("attention_mask", self._mask, (1, self.length))
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise self._failure(error) from None
         return self._logits[0, 0]
 
     def reset(self) -> None:
@@ -92,4 +118,4 @@ def default_threads(model_bytes: int) -> int:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

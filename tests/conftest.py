@@ -4,6 +4,10 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("smallm", deadline=None)  # a busy machine is no failure
+settings.load_profile("smallm")
 
 SUBJECTS = ["the small café", "an old owl", "my naïve friend", "the river", "Zoë", "every child", "the piñata"]
 VERBS = ["sings to", "remembers", "asks for", "paints", "follows", "never sees"]
@@ -41,3 +45,32 @@ def tiny_run(text_file, tmp_path_factory) -> Path:
     argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     assert main(["--data", str(text_file), "--out", str(run), *argv]) == 0
     return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs `train.py` with arguments that it must refuse, and returns the one line that it says about them."""
+    from smallm.cli import run, train
+
+    def refused(*argv: str) -> str:
+        capsys.readouterr()
+        code = run(train, argv)
+        out, err = capsys.readouterr()
+        assert (code, out) == (2, "")
+        assert err.startswith("smallm: ")
+        assert err.endswith("\n")
+        assert err.count("\n") == 1, err
+        return err.rstrip("\n")
+
+    return refused
+
+
+@pytest.fixture(scope="session")
+def exported(tiny_run, tmp_path_factory) -> Path:
+    """The export folder of `tiny_run`; not inside it."""
+    from smallm.export.folder import export_checkpoint
+    from smallm.training.checkpoint import best_checkpoint
+
+    out = tmp_path_factory.mktemp("exported") / "tiny"
+    export_checkpoint(best_checkpoint(tiny_run), out)
+    return out

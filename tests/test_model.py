@@ -9,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from smallm.training.config import ModelConfig, OptimConfig
+from smallm.training.functions import NORM_EPS
 from smallm.training.model import (
-    NORM_EPS,
     MultiHeadSelfAttention,
     Rotary,
     TransformerBlock,
@@ -62,7 +62,7 @@ def test_shapes(B, T):
     assert logits.shape == (B, T, 40)
     assert logits.dtype == torch.float32
     x = torch.randn(B, T, 32)
-    assert m.h[0](x, m.rotary).shape == x.shape
+    assert m.h[0](x, *m.rotary(x.size(1))).shape == x.shape
 
 
 @pytest.mark.parametrize("n_embd", [32, 128, 384])
@@ -112,7 +112,7 @@ def test_attention_against_a_naive_loop(n_kv_head):
     attention = randomised(MultiHeadSelfAttention(config), seed=3)
     x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
-        y = attention(x, Rotary(config.head_dim, config.block_size, config.rope_theta)).numpy()
+        y = attention(x, *Rotary(config.head_dim, config.block_size, config.rope_theta)(x.size(1))).numpy()
     for one, expected in zip(y, x.double().numpy(), strict=True):
         np.testing.assert_allclose(one, naive_attention(expected, attention, config), rtol=1e-4, atol=1e-4)
 
@@ -120,17 +120,17 @@ def test_attention_against_a_naive_loop(n_kv_head):
 def test_block_is_prenorm_attention_then_swiglu_each_added_to_the_stream():
     config = ModelConfig(**TINY)
     block = randomised(TransformerBlock(config), seed=5)
-    rotary = Rotary(config.head_dim, config.block_size, config.rope_theta)
+    tables = Rotary(config.head_dim, config.block_size, config.rope_theta)(config.block_size)
     x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(6))
 
     def norm(value, gain):
         return value / (value.square().mean(-1, keepdim=True) + NORM_EPS).sqrt() * gain
 
     with torch.no_grad():
-        expected = x + block.attn(norm(x, block.ln_1.weight), rotary)
+        expected = x + block.attn(norm(x, block.ln_1.weight), *tables)
         gate, up = (norm(expected, block.ln_2.weight) @ block.mlp.c_fc.weight.T).split(config.inner, -1)
         expected = expected + (gate * gate.sigmoid() * up) @ block.mlp.c_proj.weight.T
-        torch.testing.assert_close(block(x, rotary), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(block(x, *tables), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_grouped_heads_equal_full_heads_with_repeated_weights():

@@ -1,11 +1,12 @@
 """`export.py`: from a run to a folder that any app can embed."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from smallm.errors import UserError
-from smallm.runs import EXPORT, newest_run
+from smallm.runs import CHECKPOINTS, EXPORT, newest_run
 
 DESCRIPTION = """\
 Writes a trained model as an ONNX folder: model.onnx with vocabulary and settings inside, and the JSON files that other
@@ -30,7 +31,8 @@ def main(argv: Sequence[str]) -> int:
 
     run = options.run or newest_run()
     checkpoint = run if (run / STATE_FILE).is_file() else best_checkpoint(run)
-    out = options.out or (run.parent.parent if checkpoint == run else run) / EXPORT
+    within_run = checkpoint == run and run.parent.name == CHECKPOINTS
+    out = options.out or (run.parent.parent if within_run else run) / EXPORT
     manifest, difference = export_checkpoint(checkpoint, out)
     size = (out / MODEL_FILE).stat().st_size
     loss = manifest.training["val_loss"]
@@ -38,6 +40,6 @@ def main(argv: Sequence[str]) -> int:
         f"{checkpoint} -> {out / MODEL_FILE}: {size / 1e6:.2f} MB, {manifest.precision}, "
         f"logits within {difference:.1e} of PyTorch's" + (f", validation loss {loss:.4f}" if loss is not None else "")
     )
-    model = "" if options.run is None and options.out is None else f" --model {out}"
+    model = "" if options.run is None and options.out is None else f" --model {shlex.quote(str(out))}"
     print(f'next: python infer.py{model} --seed "Once"')
     return 0

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,24 +23,18 @@ def export_checkpoint(checkpoint: Path, out: Path) -> tuple[Manifest, float]:
 
     Returns its manifest and the largest difference between its logits and PyTorch's. Raises `UserError`.
     """
-    if out.exists() and not _may_replace(out):
-        raise UserError(f"{out} exists and is no smallm export; choose another --out")
     model, manifest = load_model(checkpoint), build_manifest(checkpoint)
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    files = model_files(read_state(checkpoint)[1], load_vocabulary(checkpoint)) | {MANIFEST_FILE: asdict(manifest)}
     try:
-        aside.mkdir(parents=True)
-        onnx.save(build_graph(model, manifest), aside / MODEL_FILE)
-        difference = check_parity(model, aside / MODEL_FILE)
-        files = model_files(read_state(checkpoint)[1], load_vocabulary(checkpoint)) | {MANIFEST_FILE: asdict(manifest)}
-        for name, content in files.items():
-            (aside / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        if out.exists():
-            shutil.rmtree(out)
-        aside.rename(out)
+        out = out.resolve()
+        _check_replaceable(out, {MODEL_FILE, *files})
+        with _replacing(out) as folder:
+            onnx.save(build_graph(model, manifest), folder / MODEL_FILE)
+            difference = check_parity(model, folder / MODEL_FILE)
+            for name, content in files.items():
+                (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return manifest, difference
 
 
@@ -61,5 +57,31 @@ def build_manifest(checkpoint: Path) -> Manifest:
     )
 
 
-def _may_replace(out: Path) -> bool:
-    return out.is_dir() and ((out / MANIFEST_FILE).is_file() or not any(out.iterdir()))
+def _check_replaceable(out: Path, names: set[str]) -> None:
+    """Raises `UserError` unless `out` is missing, empty, or holds an earlier export and nothing else."""
+    if not out.exists():
+        return
+    found = {file.name for file in out.iterdir()} if out.is_dir() else {out.name}
+    if found and MANIFEST_FILE not in found:
+        raise UserError(f"{out} exists and is no smallm export; choose another --out")
+    if found - names:
+        raise UserError(f"{out} also holds {min(found - names)}, which would be lost; move it, or choose another --out")
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A new folder, which takes the place of `out` when the block ends; if the block raises, nothing has changed."""
+    base = next(folder for folder in out.parents if folder.exists())
+    new, old = (base / f".{out.name}.{os.getpid()}.{what}" for what in ("new", "old"))
+    try:
+        new.mkdir()
+        yield new
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.exists():
+            out.rename(old)
+        new.rename(out)
+    finally:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        for folder in (new, old):
+            shutil.rmtree(folder, ignore_errors=True)

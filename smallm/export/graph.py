@@ -15,7 +15,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from smallm.manifest import Manifest
-from smallm.training.model import NORM_EPS, TransformerLanguageModel, rotary_tables
+from smallm.training.functions import NORM_EPS
+from smallm.training.model import TransformerLanguageModel, rotary_tables
 
 OPSET, IR_VERSION = 17, 8  # read by ONNX Runtime from 1.20 to today
 MICROSOFT = "com.microsoft"

@@ -15,7 +15,7 @@ TOLERANCE = 1e-4  # largest allowed difference of a logit, fp32
 def check_parity(model: TransformerLanguageModel, path: Path) -> float:
     """Largest |difference| of the logits over whole, chunked and id-by-id passes of several shapes.
 
-    Raises `UserError` if one exceeds `TOLERANCE`.
+    Raises `UserError` if one exceeds `TOLERANCE`, or is not a number.
     """
     session = Session(path)
     block_size, generator = model.config.block_size, np.random.default_rng(0)
@@ -25,6 +25,8 @@ def check_parity(model: TransformerLanguageModel, path: Path) -> float:
             ids = generator.integers(0, model.vocab_size, (batch, length))
             expected = _torch_logits(model, ids)  # (B, T, V)
             worst = max(worst, _difference(f"whole, {batch} x {length} ids", session.logits(ids), expected))
+            found = _one_by_one(session, ids)
+            worst = max(worst, _difference(f"{batch} x {length} ids, one at a time", found, expected))
             for size in {1, 3, max(1, length // 2)} if batch == 1 else ():
                 found, positions = _in_chunks(session, ids[0], size)
                 worst = max(worst, _difference(f"{length} ids, {size} at a time", found, expected[0, positions]))
@@ -33,11 +35,23 @@ def check_parity(model: TransformerLanguageModel, path: Path) -> float:
 
 def _torch_logits(model: TransformerLanguageModel, ids: np.ndarray) -> np.ndarray:
     with torch.no_grad():
-        return model(torch.from_numpy(ids)).float().numpy()
+        logits = model(torch.from_numpy(ids)).float().numpy()
+    if not np.isfinite(logits).all():
+        raise UserError("the PyTorch model's own logits are not finite, so nothing was written; train it again")
+    return logits
+
+
+def _one_by_one(session: Session, ids: np.ndarray) -> np.ndarray:
+    """Logits (B, T, V) by handing each step the cache that the step before returned."""
+    cache, found = None, []
+    for t in range(ids.shape[1]):
+        logits, cache = session.step(ids[:, t : t + 1], cache)
+        found.append(logits)
+    return np.concatenate(found, axis=1)
 
 
 def _in_chunks(session: Session, ids: np.ndarray, size: int) -> tuple[np.ndarray, list[int]]:
-    """Logits (n, V) after each chunk fed to the cache, and the positions they belong to."""
+    """Logits (n, V) after each chunk fed to a shared cache, and the positions they belong to."""
     decoder, found, positions = session.decoder(), [], []
     for start in range(0, len(ids), size):
         chunk = ids[start : start + size]

@@ -22,7 +22,8 @@ from smallm.errors import UserError
 from smallm.manifest import hugging_face_files
 from smallm.runs import CHECKPOINTS, is_run
 from smallm.training.config import Config
-from smallm.training.model import NORM_EPS, TransformerLanguageModel
+from smallm.training.functions import NORM_EPS
+from smallm.training.model import TransformerLanguageModel
 from smallm.training.qwen3 import from_qwen3, to_qwen3
 from smallm.vocabulary import Vocabulary
 

@@ -10,24 +10,33 @@ from torch import Tensor, nn
 
 from smallm.scoring import IGNORED
 from smallm.training.config import ModelConfig
+from smallm.training.functions import qk_norm_rotary, rms_norm
 
-NORM_EPS = 1e-6
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a gain per channel."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., width) -> the same shape."""
+        return rms_norm(x, self.weight)
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding (Su et al. 2021, RoFormer), halves rotated against each other."""
+    """The tables of the rotary position embedding (Su et al. 2021)."""
 
     def __init__(self, head_dim: int, block_size: int, theta: float):
         super().__init__()
         cos, sin = rotary_tables(head_dim, block_size, theta)
-        self.register_buffer("cos", torch.cat((cos, cos), -1), persistent=False)  # (block_size, hd)
-        self.register_buffer("sin", torch.cat((-sin, sin), -1), persistent=False)  # the sign of rotate_half inside
+        self.register_buffer("cos", torch.cat((cos, cos), -1), persistent=False)
+        self.register_buffer("sin", torch.cat((-sin, sin), -1), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, heads, T, hd) -> the same, turned by its position in T."""
-        T = x.size(-2)
-        cos, sin = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
-        return x * cos + x.roll(x.size(-1) // 2, -1) * sin
+    def forward(self, T: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine for positions 0 .. T - 1, each (T, hd); the sine of the first half is negated."""
+        return self.cos[:T], self.sin[:T]
 
 
 def rotary_tables(head_dim: int, block_size: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -45,16 +54,15 @@ class MultiHeadSelfAttention(nn.Module):
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_dim
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=NORM_EPS)
+        self.q_norm = RMSNorm(self.head_dim)
+        self.k_norm = RMSNorm(self.head_dim)
         self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
-        """x (B, T, C) -> (B, T, C); position t sees positions 0..t."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, T, C), cos and sin (T, hd) -> (B, T, C); position t sees positions 0..t."""
         B, T, _ = x.shape
-        qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nh + 2 nkv, T, hd)
-        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
-        q, k = rotary(self.q_norm(q)), rotary(self.k_norm(k))
+        qkv = self.c_attn(x).view(B, T, -1, self.head_dim)  # (B, T, nh + 2 nkv, hd)
+        q, k, v = qk_norm_rotary(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin, self.n_head)
         y = F.scaled_dot_product_attention(
             q, k, v,
             is_causal=True,
@@ -83,15 +91,15 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.ln_1 = nn.RMSNorm(config.n_embd, eps=NORM_EPS)
+        self.ln_1 = RMSNorm(config.n_embd)
         self.attn = MultiHeadSelfAttention(config)
-        self.ln_2 = nn.RMSNorm(config.n_embd, eps=NORM_EPS)
+        self.ln_2 = RMSNorm(config.n_embd)
         self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
-        """x (B, T, C) -> (B, T, C)."""
-        x = x + self.dropout(self.attn(self.ln_1(x), rotary))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, T, C), cos and sin (T, hd) -> (B, T, C)."""
+        x = x + self.dropout(self.attn(self.ln_1(x), cos, sin))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
@@ -105,15 +113,15 @@ class TransformerLanguageModel(nn.Module):
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
-        self.ln_f = nn.RMSNorm(config.n_embd, eps=NORM_EPS)
+        self.ln_f = RMSNorm(config.n_embd)
         self.rotary = Rotary(config.head_dim, config.block_size, config.rope_theta)
         self.init_weights(None if seed is None else torch.Generator().manual_seed(seed))
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> logits (B, T, V); T up to block_size. The embedding is also the output matrix."""
-        x = self.dropout(self.wte(ids))  # (B, T, C)
+        x, (cos, sin) = self.dropout(self.wte(ids)), self.rotary(ids.size(1))  # (B, T, C), (T, hd)
         for block in self.h:
-            x = block(x, self.rotary)
+            x = block(x, cos, sin)
         return F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
 
     @torch.no_grad()

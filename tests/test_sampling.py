@@ -1,0 +1,254 @@
+"""smallm.sampling: the rule that turns logits and u into an id, by hand and by counting, and the generator of u."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smallm.errors import UserError
+from smallm.sampling import Rng, Sampling, mix, ranked, sample
+
+LAST_U = 1 - 2.0**-24
+PROBABILITIES = np.array([0.1, 0.4, 0.3, 0.2])
+LOGITS = np.log(PROBABILITIES).astype(np.float32)
+PLAIN = {"temperature": 1.0}
+
+
+def distribution(logits, **options):
+    """id -> probability."""
+    ids, weights = ranked(np.asarray(logits, np.float32), Sampling(**options))
+    return dict(zip(ids.tolist(), (weights / weights.sum()).tolist(), strict=True))
+
+
+def take(logits, u, **options):
+    return sample(np.asarray(logits, np.float32), u, Sampling(**options))
+
+
+# -- which ids may be taken, and how likely
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {1: 0.4, 2: 0.3, 3: 0.2, 0: 0.1}),
+        ({"temperature": 0.5}, {1: 16 / 30, 2: 9 / 30, 3: 4 / 30, 0: 1 / 30}),
+        ({"temperature": 0}, {1: 1.0}),
+        ({"temperature": 1e9}, {1: 0.25, 2: 0.25, 3: 0.25, 0: 0.25}),
+        ({"temperature": 1e-9}, {1: 1.0, 2: 0.0, 3: 0.0, 0: 0.0}),
+        ({"temperature": 5e-324}, {1: 1.0, 2: 0.0, 3: 0.0, 0: 0.0}),
+        ({"top_k": 1}, {1: 1.0}),
+        ({"top_k": 2}, {1: 4 / 7, 2: 3 / 7}),
+        ({"top_k": 4}, {1: 0.4, 2: 0.3, 3: 0.2, 0: 0.1}),
+        ({"top_k": 99}, {1: 0.4, 2: 0.3, 3: 0.2, 0: 0.1}),
+        ({"top_p": 1e-9}, {1: 1.0}),
+        ({"top_p": 0.39}, {1: 1.0}),
+        ({"top_p": 0.41}, {1: 4 / 7, 2: 3 / 7}),
+        ({"top_p": 0.71}, {1: 4 / 9, 2: 3 / 9, 3: 2 / 9}),
+        ({"top_p": 0.99}, {1: 0.4, 2: 0.3, 3: 0.2, 0: 0.1}),
+        ({"min_p": 0.26}, {1: 4 / 9, 2: 3 / 9, 3: 2 / 9}),
+        ({"min_p": 0.51}, {1: 4 / 7, 2: 3 / 7}),
+        ({"min_p": 1.0}, {1: 1.0}),
+        # top_p counts what top_k left: 0.4 of 0.9 is less than half, 0.7 of 0.9 is more
+        ({"top_k": 3, "top_p": 0.5}, {1: 4 / 7, 2: 3 / 7}),
+        ({"top_k": 2, "top_p": 0.5}, {1: 1.0}),
+        ({"top_k": 3, "min_p": 0.7}, {1: 4 / 7, 2: 3 / 7}),
+        ({"top_p": 0.99, "min_p": 0.7}, {1: 4 / 7, 2: 3 / 7}),
+        ({"top_p": 0.41, "min_p": 0.26}, {1: 4 / 7, 2: 3 / 7}),
+        # temperature comes before top_p and min_p: 16, 9, 4, 1 of 30
+        ({"temperature": 0.5, "top_p": 0.8}, {1: 16 / 25, 2: 9 / 25}),
+        ({"temperature": 0.5, "min_p": 0.5}, {1: 16 / 25, 2: 9 / 25}),
+        ({"temperature": 0.5, "top_k": 3, "top_p": 0.99, "min_p": 0.2}, {1: 16 / 29, 2: 9 / 29, 3: 4 / 29}),
+    ],
+)
+def test_distribution(options, expected):
+    found = distribution(LOGITS, **(PLAIN | options))
+    assert list(found) == list(expected)  # also the order, likeliest first
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+def test_of_equal_logits_the_lower_id_stands_first():
+    logits = [1.0, 2.0, 1.0, 2.0]
+    assert list(distribution(logits, **PLAIN)) == [1, 3, 0, 2]
+    assert list(distribution(logits, temperature=1.0, top_k=3)) == [1, 3, 0]
+    assert list(distribution(logits, temperature=1.0, min_p=1.0)) == [1, 3]
+    assert take(logits, 0.0, temperature=0) == take(logits, LAST_U, temperature=0) == 1
+    assert [take([0.0] * 4, u, **PLAIN) for u in (0.0, 0.25, 0.5, LAST_U)] == [0, 1, 2, 3]
+
+
+@given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=300), st.floats(0, LAST_U))
+def test_temperature_zero_is_argmax_whatever_u(logits, u):
+    assert take(logits, u, temperature=0) == int(np.argmax(np.float32(logits)))
+    assert take(logits, u, temperature=0, top_k=3, top_p=0.5) == int(np.argmax(np.float32(logits)))
+
+
+def test_extreme_temperatures_are_finite_and_right():
+    assert take([0.0, 1.0, 0.999], LAST_U, temperature=1e-9) == 1
+    assert take([1e30, -1e30], LAST_U, temperature=1e-9) == 0
+    assert take([0.0, 50.0, 9.0], LAST_U, temperature=1e9) == 0  # ranked 1, 2, 0: the last third
+    assert take([0.0, 50.0, 9.0], 0.0, temperature=1e9) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.8}, {"min_p": 0.3}])
+def test_u_at_its_ends(options):
+    kept = list(distribution(LOGITS, **PLAIN, **options))
+    assert take(LOGITS, 0.0, **PLAIN, **options) == kept[0]
+    assert take(LOGITS, LAST_U, **PLAIN, **options) == kept[-1]
+    assert take([3.0], LAST_U, **PLAIN, **options) == 0
+    # ids of no weight are never taken, not even by the last u
+    assert take([0.0, -2000.0, -2000.0], LAST_U, **PLAIN) == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.85}, {"min_p": 0.4}, {"top_k": 3, "top_p": 0.6}]
+)
+def test_frequencies_over_a_grid_of_u_are_the_probabilities(options):
+    options, n = PLAIN | options, 10_000
+    counts = np.bincount([take(LOGITS, i / n, **options) for i in range(n)], minlength=4)
+    expected = distribution(LOGITS, **options)
+    for id in range(4):  # an interval of length p holds p n grid points, give or take one
+        assert abs(counts[id] - n * expected.get(id, 0.0)) <= 1
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=60),
+    st.floats(0, LAST_U),
+    st.floats(0.05, 5),
+    st.integers(0, 70),
+    st.floats(0.01, 1),
+    st.floats(0, 1),
+)
+def test_agrees_with_a_naive_reading_of_the_definition(logits, u, temperature, top_k, top_p, min_p):
+    logits = [float(np.float32(x)) for x in logits]
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    weights = [math.exp((logits[i] - logits[order[0]]) / temperature) for i in order]
+    if top_k:
+        order, weights = order[:top_k], weights[:top_k]
+    share, keep = 0.0, 0
+    while keep < len(weights) and (keep == 0 or share < top_p * sum(weights)):
+        share, keep = share + weights[keep], keep + 1
+    keep = min(keep, sum(w >= min_p for w in weights)) if top_p < 1 else sum(w >= min_p for w in weights)
+    cumulative = np.cumsum(weights[:keep])
+    chosen = next(i for i, c in zip(order, cumulative, strict=False) if c > u * cumulative[-1])
+    ids, found = ranked(np.float32(logits), Sampling(temperature, top_k, top_p, min_p))
+    if len(ids) == keep:  # else a sum stands within rounding of a bound
+        assert ids.tolist() == order[:keep]
+        id = take(logits, u, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        close = np.abs(cumulative - u * cumulative[-1]).min() < 1e-12 * cumulative[-1]
+        assert id == chosen or close
+    else:
+        bounds = [abs(w - min_p) for w in weights] + list(np.abs(np.cumsum(weights) - top_p * np.sum(weights)))
+        assert min(bounds) < 1e-12 * np.sum(weights)
+    assert found[0] == 1.0
+
+
+# -- mistakes
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_logits_that_are_not_finite(bad, place, temperature):
+    logits = [1.0, 2.0, 3.0]
+    logits[place] = bad
+    with pytest.raises(UserError, match="not finite"):
+        take(logits, 0.5, temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "hot"),
+        ("top_k", -1), ("top_k", 2.5), ("top_k", math.nan), ("top_k", None),
+        ("top_p", 0), ("top_p", 1.01), ("top_p", -1), ("top_p", math.nan), ("top_p", [0.5]),
+        ("min_p", -0.1), ("min_p", 1.1), ("min_p", math.nan), ("min_p", "a"),
+    ],
+)  # fmt: skip
+def test_options_out_of_range(name, value):
+    with pytest.raises(UserError, match=f"^{name} = .* is out of range; it must be"):
+        Sampling(**{name: value})
+
+
+@pytest.mark.parametrize(("seed", "stream"), [(-1, 0), (1 << 32, 0), (1.5, 0), ("a", 0), (0, -1), (0, 1 << 32)])
+def test_seeds_out_of_range(seed, stream):
+    with pytest.raises(UserError, match=r"(rng_seed|stream_number) = .* is out of range"):
+        Rng(seed, stream)
+
+
+def test_numbers_of_numpy_are_numbers_too():
+    assert Sampling(np.float32(0.5), np.int64(3), np.float64(0.5), np.float32(0.1)).top_k == 3
+    assert Rng(np.uint32(4294967295), np.int64(1)).uniform() == Rng(4294967295, 1).uniform()
+
+
+def test_resolve_prefers_what_is_given():
+    given_, defaults = {"temperature": 0, "top_k": None}, {"temperature": 0.7, "top_k": 5, "unknown": 1}
+    assert Sampling.resolve(given_, defaults) == Sampling(temperature=0, top_k=5, top_p=1.0, min_p=0.0)
+    assert Sampling.resolve({}, {}) == Sampling()
+
+
+# -- the generator
+
+GOLDEN = {  # (seed, stream): the first five x; every host of a smallm model has to draw these
+    (0, 0): [33350994, 83415710, 260840893, 1806016855, 92256249],
+    (0, 1): [2988215890, 2105998277, 1507683795, 856494023, 1572423312],
+    (1, 0): [2972792678, 3466892386, 2286600280, 3139152753, 226027146],
+    (1, 1): [3376440755, 1285766632, 213979872, 3545030705, 1911439501],
+    (4294967295, 0): [2870425352, 1084151019, 2437879047, 913372191, 1309203106],
+    (4294967295, 1): [2822593141, 2500269333, 3116215630, 4213342414, 727372953],
+}
+
+
+@pytest.mark.parametrize(("seed", "stream"), GOLDEN)
+def test_golden_draws(seed, stream):
+    rng = Rng(seed, stream)
+    assert [rng.uniform() for _ in range(5)] == [(x >> 8) / 16777216 for x in GOLDEN[seed, stream]]
+    assert rng.draws == 5
+    assert numpy_draws(seed, stream, 5).tolist() == GOLDEN[seed, stream]
+
+
+def numpy_mix(x):
+    """lowbias32, in arithmetic that is modulo 2**32 by itself."""
+    x = np.atleast_1d(x).astype(np.uint32)
+    x = x ^ (x >> np.uint32(16))
+    x = x * np.uint32(0x7FEB352D)
+    x = x ^ (x >> np.uint32(15))
+    x = x * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
+
+
+def numpy_draws(seed, stream, n):
+    key = numpy_mix(numpy_mix(np.uint32(seed)) + np.uint32(stream))
+    return numpy_mix(key + np.arange(1, n + 1, dtype=np.uint32) * np.uint32(0x9E3779B9))
+
+
+@given(st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 32) - 1))
+def test_draws_agree_with_32_bit_arithmetic(seed, stream):
+    rng = Rng(seed, stream)
+    assert [rng.uniform() * 2**24 for _ in range(8)] == (numpy_draws(seed, stream, 8) >> 8).tolist()
+
+
+@given(st.integers(-(1 << 40), 1 << 40))
+def test_mix_takes_its_argument_modulo_two_to_the_32(x):
+    assert mix(x) == mix(x % (1 << 32)) == int(numpy_mix(np.uint32(x % (1 << 32)))[0])
+
+
+@pytest.mark.parametrize(("seed", "stream"), [(0, 0), (1, 0), (1, 1), (123456789, 7)])
+def test_draws_are_uniform(seed, stream):
+    rng = Rng(seed, stream)
+    draws = np.array([rng.uniform() for _ in range(20_000)])
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    assert abs(draws.mean() - 0.5) < 4 / math.sqrt(12 * len(draws))  # four standard deviations
+    counts = np.bincount((draws * 64).astype(int), minlength=64)
+    expected = len(draws) / 64
+    assert ((counts - expected) ** 2 / expected).sum() < 63 + 4 * math.sqrt(2 * 63)  # chi-square, 63 degrees of freedom
+    assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 4 / math.sqrt(len(draws))
+
+
+def test_streams_and_seeds_are_unlike_each_other():
+    rngs = [Rng(seed, stream) for seed in (0, 1, 2) for stream in (0, 1, 2)]
+    draws = np.array([[rng.uniform() for _ in range(4000)] for rng in rngs])
+    correlations = np.corrcoef(draws)[np.triu_indices(len(rngs), 1)]
+    assert np.abs(correlations).max() < 4.5 / math.sqrt(4000)

@@ -1,0 +1,68 @@
+"""Models of random weights for the tests: no training, every weight far from its initial value."""
+
+from pathlib import Path
+
+import onnx
+import torch
+
+from smallm.export.graph import build_graph
+from smallm.manifest import Manifest
+from smallm.sampling import Rng, Sampling, sample
+from smallm.training.config import ModelConfig
+from smallm.training.model import TransformerLanguageModel
+from smallm.vocabulary import Vocabulary
+
+TOY_VOCABULARY = Vocabulary.from_characters("éñ€中")
+GREEDY = Sampling(temperature=0)
+
+
+def random_model(vocabulary: Vocabulary = TOY_VOCABULARY, **config) -> TransformerLanguageModel:
+    """A model of these settings, two small layers by default, in which every matrix and every gain matters."""
+    settings = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64, "block_size": 16} | config
+    model = TransformerLanguageModel(vocabulary.size, ModelConfig(**settings), seed=1).eval()
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, 0, 1.5 * parameter.size(1) ** -0.5, generator=generator)
+        else:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5, generator=generator)
+    return model
+
+
+def manifest_of(model: TransformerLanguageModel, vocabulary: Vocabulary = TOY_VOCABULARY, **changes) -> Manifest:
+    """What the export of this model would say about itself."""
+    c = model.config
+    values = {
+        "block_size": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head, "n_kv_head": c.kv_heads,
+        "n_embd": c.n_embd, "head_dim": c.head_dim, "vocab_size": vocabulary.size, "tokens": vocabulary.hex_tokens(),
+        "start_text": "\n", "sampling": {"temperature": 0.7, "top_k": 30, "top_p": 0.95, "min_p": 0.01},
+    }  # fmt: skip
+    return Manifest(**values | changes)
+
+
+def save_onnx(model: TransformerLanguageModel, path: Path, vocabulary: Vocabulary = TOY_VOCABULARY) -> Path:
+    """The model as an .onnx file, as export writes it."""
+    onnx.save(build_graph(model, manifest_of(model, vocabulary)), path)
+    return path
+
+
+def torch_text(
+    model: TransformerLanguageModel,
+    vocabulary: Vocabulary,
+    seed: str,
+    length: int,
+    sampling: Sampling = GREEDY,
+    rng: Rng | None = None,
+    overflow: str = "crop",
+) -> str:
+    """What `LanguageModel.generate` has to give, the naive way: the whole window through PyTorch for each id."""
+    block_size, decoder, new = model.config.block_size, vocabulary.decoder(), ""
+    window = vocabulary.encode(seed).tolist()[-block_size:]
+    while len(new) < length:
+        with torch.no_grad():
+            logits = model(torch.tensor([window]))[0, -1].numpy()
+        id = sample(logits, rng.uniform() if rng else 0.0, sampling)
+        new += decoder.push(id)
+        full = len(window) == block_size
+        window = [*window, id][-(max(1, block_size // 2) if full and overflow == "shift" else block_size) :]
+    return seed + new[:length]
