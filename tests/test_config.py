@@ -22,6 +22,12 @@ NAMES = ("quickstart", "shakespeare-cpu", "shakespeare-gpu", "lr-decay", "no-lr-
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
+    """An empty folder to work in, and no training: a mistake must be told before it begins."""
+
+    def train(*args, **options):
+        pytest.fail("training began")
+
+    monkeypatch.setattr("smallm.training.trainer.train", train)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -76,7 +82,7 @@ def test_the_decay_pair_is_the_original_recipe_and_differs_in_one_thing():
 
 
 def test_to_dict_and_back():
-    config = Config(ModelConfig and Config().data, ModelConfig(n_layer=2, dropout=0.1), OptimConfig(betas=(0.8, 0.99)))
+    config = Config(model=ModelConfig(n_layer=2, dropout=0.1), optim=OptimConfig(betas=(0.8, 0.99)))
     plain = json.loads(json.dumps(config.to_dict()))
     assert Config.from_dict(plain) == config
     assert plain["optim"]["betas"] == [0.8, 0.99]
