@@ -69,10 +69,9 @@ def _call(command: str, argv: Sequence[str]) -> int | None:
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}; use one of: {', '.join(COMMANDS)}")
     try:
-        module = import_module(COMMANDS[command])
+        return import_module(COMMANDS[command]).main(argv)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "smallm":
             raise
         extra = "smallm" if command == "infer" else "smallm[train]"
         raise UserError(f"{command} needs the package {error.name!r}; install it with: pip install '{extra}'") from None
-    return module.main(argv)

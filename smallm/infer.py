@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         _perplexity(model, options)
     else:
         _generate(model, options)
-    sys.stdout.flush()  # here a reader who has gone (head) is still noticed in good order
+    print(end="", flush=True)  # a reader who has gone (head) is noticed here, not when Python shuts down
     return 0
 
 
@@ -75,11 +75,10 @@ def _print_text(seed: str, pieces: Iterator[str], stream: bool) -> None:
     if not stream:
         print(seed + "".join(pieces))
         return
-    sys.stdout.write(seed)
+    print(seed, end="", flush=True)
     for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+        print(piece, end="", flush=True)
+    print()
 
 
 def _perplexity(model, options: argparse.Namespace) -> None:
@@ -99,10 +98,10 @@ def _pieces(path: Path, encoding: str) -> Iterator[str]:
     from tqdm import tqdm
 
     try:
-        b"".decode(encoding)  # refuses codecs such as hex, which do not give text
+        "a".encode(encoding)  # refuses codecs such as hex, which do not give text
         decoder = codecs.getincrementaldecoder(encoding)()
-    except LookupError:
-        raise UserError(f"there is no encoding {encoding!r}; try utf-8 or latin-1") from None
+    except (LookupError, ValueError):
+        raise UserError(f"there is no encoding {encoding!r}; pass for example --encoding latin-1") from None
     read, data = 0, b"?"
     try:
         with path.open("rb") as file, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, leave=False,
@@ -112,12 +111,15 @@ def _pieces(path: Path, encoding: str) -> Iterator[str]:
                 read += len(data)
                 yield decoder.decode(data, final=not data)
                 bar.update(len(data))
-    except UnicodeDecodeError as error:
-        offset = read - len(error.object) + error.start  # error.object: bytes kept from the piece before, and this one
-        what = f"byte 0x{error.object[error.start]:02x} at offset {offset}"
-        raise UserError(f"{path} is not valid {encoding}: {what}; pass --encoding NAME, for example latin-1") from None
     except UnicodeError as error:
-        raise UserError(f"{path} is not valid {encoding}: {error}; pass --encoding NAME") from None
+        what = str(error)
+        if isinstance(error, UnicodeDecodeError):
+            offset = read - len(error.object) + error.start  # object: bytes kept from the piece before, and this one
+            what = f"byte 0x{error.object[error.start]:02x} at offset {offset}"
+        example = "latin-1" if codecs.lookup(encoding).name == "utf-8" else "utf-8"
+        raise UserError(
+            f"{path} is not valid {encoding}: {what}; pass --encoding NAME, for example --encoding {example}"
+        ) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 

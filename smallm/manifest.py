@@ -63,7 +63,7 @@ class Manifest:
         version = values.get("format_version")
         if version != FORMAT_VERSION:
             raise UserError(
-                f"{source} has format version {version}; this smallm reads {FORMAT_VERSION}: "
+                f"{source} has format version {version!r:.40}; this smallm reads {FORMAT_VERSION}: "
                 "export the model again, or install the smallm that wrote it"
             )
         known = {f.name for f in fields(cls)}

@@ -101,16 +101,18 @@ class LanguageModel:
     def next_characters(self, text: str, n: int = 10) -> list[tuple[str, float]]:
         """The n likeliest next characters and their probabilities at temperature 1, the likeliest first.
 
-        Fewer if there are fewer; one that is spelled in several ids may be missing if it is less likely than 1e-6.
+        Fewer if there are fewer; one that is spelled in several ids may be missing if it is less likely than 1e-6. What
+        is missing to 1 is also the probability of bytes that do not form a character.
         """
         context = self._encode_seed(text)[-self.block_size :]
-        found: dict[str, float] = {}
+        found: list[tuple[str, float]] = []
         paths: list[tuple[float, tuple[int, ...]]] = [(-1.0, ())]  # beginnings of a character, the likeliest first
         while paths and len(found) < n:
             negative, path = heapq.heappop(paths)
-            character = self._character(path)
+            character = self.vocabulary.decode_bytes(path).decode("utf-8", errors="ignore")
             if character:
-                found[character] = found.get(character, 0.0) - negative  # there may be several spellings
+                if tuple(self.vocabulary.encode(character)) == path:  # else it is spelled in bytes and has an id
+                    found.append((character, -negative))
             elif len(path) < 4 and negative < -LEAST_PROBABILITY:
                 ids = np.concatenate((context, np.array(path, np.int64)))[-self.block_size :]
                 allowed, weights = ranked(self._session.decoder().feed(ids), Sampling(temperature=1.0))
@@ -118,7 +120,7 @@ class LanguageModel:
                 probabilities = -negative * weights[fits] / weights.sum()
                 for id, p in zip(allowed[fits].tolist(), probabilities.tolist(), strict=True):
                     heapq.heappush(paths, (-p, (*path, id)))
-        return sorted(found.items(), key=lambda item: -item[1])
+        return found
 
     def score(self, text: str) -> np.ndarray:
         """Nats of each character (len(text),) float64; the first is NaN, since nothing comes before it."""
@@ -154,11 +156,6 @@ class LanguageModel:
 
     def _encode_seed(self, seed: str) -> np.ndarray:
         return self.vocabulary.encode(seed or self.metadata.start_text).astype(np.int64)
-
-    def _character(self, ids: tuple[int, ...]) -> str:
-        """The character that ids spell; '' if they do not spell a whole one."""
-        text = self.vocabulary.decode_bytes(ids).decode("utf-8", errors="ignore")
-        return text if len(text) == 1 else ""
 
     def _nats(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """inputs (B, T), targets (B, T) -> nats (B, T) float64; 0 where the target does not count."""

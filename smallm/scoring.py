@@ -25,7 +25,12 @@ class Perplexity:
     def of(cls, nats: float, characters: int) -> "Perplexity":
         """From the sum of nats over `characters` predicted ones."""
         mean = nats / characters
-        return cls(mean, mean / math.log(2), math.exp(mean) if mean < 700 else math.inf, characters)
+        return cls(mean, mean / math.log(2), perplexity(mean), characters)
+
+
+def perplexity(nats: float) -> float:
+    """e^nats: between how many equally likely characters a model is in doubt; at most e^700."""
+    return math.exp(min(nats, 700.0))
 
 
 def windows(

@@ -1,4 +1,4 @@
-"""smallm.training.dataset: windows stay in their text, every one comes once an epoch, and (seed, step) decides it all."""
+"""smallm.training.dataset: windows stay in their text, each comes once an epoch, and (seed, step) decides it all."""
 
 import time
 
@@ -55,7 +55,7 @@ def test_the_shares_of_the_processes_make_up_the_batch(size, seed, step, ranks, 
         assert np.array_equal(np.concatenate([part[side] for part in parts]), whole[side])
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(sizes, seeds, st.integers(1, 40), st.integers(1, 40))
 def test_rows_go_on_from_batch_to_batch_whatever_its_size(size, seed, one, other):
     T, N = size

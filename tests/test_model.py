@@ -75,6 +75,12 @@ def test_the_first_loss_is_near_ln_v(n_embd, vocab_size):
         assert cross_entropy(m(ids), targets).item() == pytest.approx(math.log(vocab_size), abs=0.15)
 
 
+def test_a_fresh_block_hands_its_input_on():
+    m = TransformerLanguageModel(40, ModelConfig(**TINY), seed=1)
+    x = torch.randn(2, 16, 32)
+    assert all(torch.equal(block(x, *m.rotary(16)), x) for block in m.h)
+
+
 def naive_attention(x, attention, config):
     """One text x (T, C), position by position and head by head, in float64."""
     T, hd, nh, nkv = len(x), config.head_dim, config.n_head, config.kv_heads
@@ -154,7 +160,7 @@ def test_overfits_one_batch(name, learning_rate):
     set_lr(optimizer, 1.0)
     ids = some_ids(4, 17)
     losses = []
-    for _ in range(80):
+    for _ in range(40):
         loss = cross_entropy(m(ids[:, :-1]), ids[:, 1:])
         losses.append(loss.item())
         optimizer.zero_grad()

@@ -30,7 +30,10 @@ def main(argv: Sequence[str]) -> int:
     from smallm.training.checkpoint import STATE_FILE, best_checkpoint
 
     run = options.run or newest_run()
-    checkpoint = run if (run / STATE_FILE).is_file() else best_checkpoint(run)
+    try:
+        checkpoint = run if (run / STATE_FILE).is_file() else best_checkpoint(run)
+    except OSError as error:
+        raise UserError(f"cannot read {run}: {error.strerror}") from None
     within_run = checkpoint == run and run.parent.name == CHECKPOINTS
     out = options.out or (run.parent.parent if within_run else run) / EXPORT
     manifest, difference = export_checkpoint(checkpoint, out)

@@ -15,7 +15,7 @@ from smallm.export.graph import build_graph
 from smallm.export.parity import check_parity
 from smallm.manifest import MANIFEST_FILE, Manifest
 from smallm.runtime import MODEL_FILE
-from smallm.training.checkpoint import load_model, load_vocabulary, model_files, read_state, sampling_defaults
+from smallm.training.checkpoint import load_model, load_vocabulary, model_files, read_state
 
 
 def export_checkpoint(checkpoint: Path, out: Path) -> tuple[Manifest, float]:
@@ -52,7 +52,7 @@ def build_manifest(checkpoint: Path) -> Manifest:
         vocab_size=vocabulary.size,
         tokens=vocabulary.hex_tokens(),
         start_text=state.start_text,
-        sampling=sampling_defaults(config),
+        sampling=asdict(config.sample.sampling),
         training=state.facts | {"step": state.step, "val_loss": state.val_loss, "fingerprint": state.fingerprint},
     )
 

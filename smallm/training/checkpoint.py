@@ -24,10 +24,12 @@ from smallm.runs import CHECKPOINTS, is_run
 from smallm.training.config import Config
 from smallm.training.functions import NORM_EPS
 from smallm.training.model import TransformerLanguageModel
+from smallm.training.optim import moments_of
 from smallm.training.qwen3 import from_qwen3, to_qwen3
 from smallm.vocabulary import Vocabulary
 
 STATE_FILE = "training_state.json"
+_EARLIER = "remove {} to use an earlier checkpoint"
 
 
 @dataclass
@@ -78,9 +80,10 @@ def save_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
         _sync(folder.parent)
-    except BaseException:
+    except SafetensorError as error:
+        raise OSError(f"{folder}: {error}") from None
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise
     return folder
 
 
@@ -98,23 +101,18 @@ def model_files(config: Config, vocabulary: Vocabulary) -> dict[str, dict[str, A
         head_dim=m.head_dim,
         rope_theta=m.rope_theta,
         norm_eps=NORM_EPS,
-        sampling=sampling_defaults(config),
+        sampling=asdict(config.sample.sampling),
     )
-
-
-def sampling_defaults(config: Config) -> dict[str, float]:
-    """temperature, top_k, top_p, min_p of the `[sample]` section."""
-    return {k: v for k, v in asdict(config.sample).items() if k != "seed"}
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. Raises `UserError` if there is none."""
     if not is_run(run):
         raise UserError(f"{run} is not a run folder; train one with `python train.py --out {run}`")
-    found = sorted(folder for folder in (run / CHECKPOINTS).glob("step-*") if (folder / STATE_FILE).is_file())
+    found = [folder for folder in (run / CHECKPOINTS).glob("step-[0-9]*") if (folder / STATE_FILE).is_file()]
     if not found:
         raise UserError(f"{run} has no checkpoint yet; train it again with `python train.py`")
-    return found
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
 def best_checkpoint(run: Path) -> Path:
@@ -135,10 +133,13 @@ def read_state(folder: Path) -> tuple[TrainingState, Config]:
         values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         if values.pop("format_version") != 1:
             raise UserError(f"{folder} was written by another version of smallm")
-        config = Config.from_dict(values.pop("config"))
-        return TrainingState(**values), config
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder / STATE_FILE} is broken; remove {folder} to use an earlier checkpoint") from None
+        config, state = Config.from_dict(values.pop("config")), TrainingState(**values)
+        if not all(type(n) is int and n >= 0 for n in (state.step, state.best_step, state.evaluations_since_best)):
+            raise ValueError("a number of steps is none")
+        return state, config
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f" ({error})" if isinstance(error, UserError) else ""
+        raise UserError(f"{folder / STATE_FILE} is broken{reason}; {_EARLIER.format(folder)}") from None
 
 
 def load_model(folder: Path, device: str | torch.device = "cpu") -> TransformerLanguageModel:
@@ -153,8 +154,8 @@ def load_vocabulary(folder: Path) -> Vocabulary:
     """The vocabulary of a checkpoint, from its `tokenizer.json`."""
     try:
         return Vocabulary.from_tokenizer_json(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError):
-        raise UserError(f"{folder}/tokenizer.json is broken; remove {folder} to use an earlier checkpoint") from None
+    except (OSError, ValueError):
+        raise UserError(f"{folder / 'tokenizer.json'} is broken; {_EARLIER.format(folder)}") from None
 
 
 def load_weights(folder: Path, model: TransformerLanguageModel) -> None:
@@ -177,14 +178,17 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Moments into the optimiser, each beside its parameter."""
-    tensors = _load_tensors(folder / "optimizer.safetensors")
-    parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        parameter, _, key = name.rpartition(".")
-        if parameter not in parameters:
-            raise UserError(f"{folder / 'optimizer.safetensors'} belongs to another model: it has {name}")
-        optimizer.state[parameters[parameter]][key] = tensor.to(parameters[parameter].device)
+    """Moments into the optimiser, each beside its parameter; every name and shape must fit."""
+    file = folder / "optimizer.safetensors"
+    tensors, moments = _load_tensors(file), moments_of(optimizer)
+    for name, parameter in model.named_parameters():
+        for key in moments[parameter]:
+            tensor = tensors.pop(f"{name}.{key}", None)
+            if tensor is None or tensor.shape not in ((), parameter.shape):
+                raise UserError(f"{file} does not fit the optimiser of this run: see {name}.{key}")
+            optimizer.state[parameter][key] = tensor.to(parameter.device)
+    if tensors:
+        raise UserError(f"{file} does not fit the optimiser of this run: {next(iter(tensors))} is left over")
 
 
 def rotate(run: Path, best_step: int, keep_last: int) -> None:
@@ -192,6 +196,8 @@ def rotate(run: Path, best_step: int, keep_last: int) -> None:
     for folder in checkpoints(run)[:-keep_last]:
         if folder.name != f"step-{best_step:06d}":
             shutil.rmtree(folder)
+    for half in (run / CHECKPOINTS).glob(".step-*"):  # left behind by a kill in the middle of a save
+        shutil.rmtree(half)
 
 
 def _load_tensors(file: Path) -> dict[str, Tensor]:
@@ -199,8 +205,7 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{file} is missing, truncated or no safetensors file ({error}); remove {file.parent} to use an earlier "
-            "checkpoint"
+            f"{file} is missing, truncated or no safetensors file ({error}); {_EARLIER.format(file.parent)}"
         ) from None
 
 

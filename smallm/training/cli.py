@@ -1,8 +1,9 @@
 """`train.py`: from the command line and TOML files to a resolved `Config` and a run folder."""
 
+import os
 import re
 import tomllib
-from argparse import ArgumentError, RawDescriptionHelpFormatter
+from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ class Request:
 
 def main(argv: Sequence[str]) -> int:
     """Runs `train.py` with these arguments."""
+    # Threads that wait for each other must not spin: with another program on one of the cores, torch is 5 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     request = parse(argv)
     from smallm.training.trainer import train  # torch is slow to import: mistakes are told before
 
@@ -70,17 +73,23 @@ def find_config(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
+    bare = str(path.parent) == "."
     package = Path(__file__).parents[1]
     folders = [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
     for folder in folders:
-        if (shipped := folder / f"{path.stem}.toml").is_file() and path.suffix in ("", ".toml"):
+        if bare and path.suffix in ("", ".toml") and (shipped := folder / f"{path.stem}.toml").is_file():
             return shipped
     names = sorted({file.stem for folder in folders for file in folder.glob("*.toml")})
     raise UserError(f"there is no config {name}; give a TOML file or one of: {', '.join(names)}")
 
 
 def _parser():
-    from jsonargparse import ArgumentParser, set_parsing_settings
+    from argparse import RawDescriptionHelpFormatter
+
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+    class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+        """Types and defaults from the one, the description's own lines from the other."""
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
@@ -89,7 +98,7 @@ def _parser():
         parser_mode="toml",
         exit_on_error=False,
         allow_abbrev=False,
-        formatter_class=RawDescriptionHelpFormatter,
+        formatter_class=Formatter,
     )
     parser.add_argument("--config", action="config", metavar="TOML", help="settings; a file or a shipped name")
     parser.add_argument("--out", type=str, default=None, metavar="DIR", help="run folder; default: runs/<config>")
@@ -100,10 +109,10 @@ def _parser():
 
 
 def _parse(parser, argv: Sequence[str]) -> dict[str, Any]:
+    _refuse_unknown_keys(argv)
     try:
         return parser.parse_args(argv).as_dict()
     except ArgumentError as error:
-        _refuse_unknown_keys(argv)
         message = " ".join(str(error).split())
         message = re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", re.sub(r"<class '(\w+)'>", r"\1", message))
         raise UserError(f"{message}; see --help") from None
@@ -114,12 +123,12 @@ def _config(values: dict[str, Any]) -> Config:
 
 
 def _refuse_unknown_keys(argv: Sequence[str]) -> None:
-    """The commonest mistake gets a better line than the parser's: the nearest setting."""
+    """The commonest mistake gets a better line than the parser's: one that names the nearest setting."""
     for argument, value in zip(argv, [*argv[1:], ""], strict=True):
         key = argument.removeprefix("--").split("=")[0]
         if argument == "--config":
             keys = flatten(_toml(Path(value)))
-        elif argument.startswith("--") and key not in ("out", "resume", "help"):
+        elif argument.startswith("--") and key not in ("out", "resume", "help", "print_config"):
             keys = [key]
         else:
             continue

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from smallm.errors import UserError
+from smallm.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ class TrainConfig:
         for name in ("micro_batch_size", "max_steps", "epochs", "eval_every", "save_every", "patience",
                      "sample_length", "seed"):  # fmt: skip
             _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
+        _check(self.seed < 1 << 32, "train.seed", self.seed, "must be less than 4294967296")
         if not self.max_steps and not self.epochs:
             raise UserError("train.max_steps and train.epochs are both 0; set one of them")
 
@@ -170,6 +172,14 @@ class SampleConfig:
     """Default share of probability to choose from."""
     min_p: float = 0.0
     """Default least probability, relative to the likeliest id."""
+
+    def __post_init__(self) -> None:
+        _ = self.sampling  # checks the ranges
+
+    @property
+    def sampling(self) -> Sampling:
+        """The defaults as the sampler takes them."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     return adam(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
+def moments_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]]:
+    """Parameter -> names of the tensors that the optimiser keeps for it, once it has made a step."""
+    adam, muon = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
+    return {p: muon if group.get("muon") else adam for group in optimizer.param_groups for p in group["params"]}
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for the groups with `muon=True`, AdamW for the others, in one step.
 

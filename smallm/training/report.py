@@ -20,7 +20,7 @@ class Report:
             self._file = metrics.open("wb")
             self._file.writelines(kept)
         self._bar = tqdm(total=total_steps, initial=state.step, unit="step", disable=not enabled, dynamic_ncols=True,
-                         mininterval=0.5, delay=0.001)  # fmt: skip
+                         mininterval=0.5)  # fmt: skip
 
     def say(self, message: str) -> None:
         """A message above the bar."""
@@ -48,8 +48,14 @@ class Report:
             self.say("    " + values["sample"].strip("\n").replace("\n", "\n    "))
         self._write({"kind": "eval", **values})
 
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Ends the bar and the file."""
+        """Ends the bar and the file; messages may still follow."""
         self._bar.close()
         if self.enabled:
             self._file.close()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smallm.errors import UserError
 from smallm.runs import METRICS
-from smallm.sampling import Sampling
+from smallm.scoring import perplexity
 from smallm.training import checkpoint
 from smallm.training.checkpoint import TrainingState
 from smallm.training.config import Config
@@ -40,6 +40,10 @@ def train(config: Config, out: Path, resume: bool = False) -> int:
         if resume:
             trainer.resume()
         return 0 if trainer.train() else INTERRUPTED
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {out}: {error.strerror or error}; its checkpoints are whole, go on with --resume {out}"
+        ) from None
     finally:
         accelerator.end_training()
 
@@ -87,7 +91,7 @@ class Trainer:
     def train(self) -> bool:
         """Runs to the end, to loss of patience or to Ctrl-C; returns whether the run is finished."""
         self._open()
-        with Interrupt() as interrupt:
+        with self.report, Interrupt() as interrupt:
             for step in range(self.state.step, self.total_steps):
                 factor = lr_factor(step, self.config.optim, self.total_steps, self.steps_per_epoch)
                 set_lr(self.optimizer, factor)
@@ -189,11 +193,7 @@ class Trainer:
         if not self._due(self.config.train.log_every):
             return
         mean, steps_per_second = self.meter.read()
-        if not math.isfinite(mean):
-            raise UserError(
-                f"the loss is {mean} at step {self.state.step}; lower optim.learning_rate or raise optim.warmup_steps, "
-                f"then train anew (the checkpoints in {self.run} are from before)"
-            )
+        self._check_finite(mean)
         self.report.train(
             step=self.state.step, epoch=self.state.step / self.steps_per_epoch, loss=mean * self.ids_per_character,
             learning_rate=factor * self.config.optim.learning_rate, grad_norm=None if norm is None else float(norm),
@@ -205,6 +205,7 @@ class Trainer:
         block_size = self.config.model.block_size
         with self.meter.paused():
             loss = evaluate(self.accelerator, self.model, self.corpus, block_size)
+            self._check_finite(loss)
             text = self._sample() if self.accelerator.is_main_process else ""
         s = self.state
         s.val_loss = loss
@@ -216,15 +217,21 @@ class Trainer:
         self.report.evaluation(
             step=s.step, epoch=s.step / self.steps_per_epoch,
             train_loss=None if train_loss is None else train_loss * self.ids_per_character, val_loss=loss,
-            bits_per_character=loss / math.log(2), perplexity=math.exp(loss), seconds=self.meter.seconds, sample=text,
+            bits_per_character=loss / math.log(2), perplexity=perplexity(loss), seconds=self.meter.seconds, sample=text,
         )  # fmt: skip
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {self.state.step}; lower optim.learning_rate or raise optim.warmup_steps, "
+                f"then train anew (the checkpoints in {self.run} are from before)"
+            )
 
     def _sample(self) -> str:
         c, start_text = self.config, self.corpus.start_text
-        sampling = Sampling(**checkpoint.sampling_defaults(c))
-        length, block_size = c.train.sample_length, c.model.block_size
-        ids = self.corpus.vocabulary.encode(c.sample.seed or start_text).tolist()
-        return c.sample.seed + write_sample(self.model, self.corpus.vocabulary, ids, length, block_size, sampling)
+        vocabulary, length, block_size = self.corpus.vocabulary, c.train.sample_length, c.model.block_size
+        ids = vocabulary.encode(c.sample.seed or start_text).tolist()
+        return c.sample.seed + write_sample(self.model, vocabulary, ids, length, block_size, c.sample.sampling)
 
     def _save(self) -> None:
         """A checkpoint of this step, unless there is one; the first process writes, the others wait."""
@@ -265,7 +272,7 @@ class Trainer:
             best = self.state.best_val_loss
             print(
                 f"best validation loss {best:.4f} nats per character ({best / math.log(2):.3f} bits, perplexity "
-                f"{math.exp(best):.2f}) at step {self.state.best_step:,}, {self.meter.seconds:.0f} s{self._plot()}\n"
+                f"{perplexity(best):.2f}) at step {self.state.best_step:,}, {self.meter.seconds:.0f} s{self._plot()}\n"
                 f"next: python export.py {self.run}"
             )
         return True

@@ -1,0 +1,75 @@
+"""Two real processes on one CPU (gloo): the same batches, losses and weights as one process, and one voice."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smallm.training import cli
+from smallm.training.checkpoint import checkpoints, read_state
+
+ROOT = Path(__file__).parents[1]
+TOY = [
+    "--model.n_layer=2", "--model.n_head=2", "--model.n_embd=32", "--model.block_size=16", "--train.batch_size=8",
+    "--train.log_every=1", "--train.eval_every=10", "--train.sample_length=8",
+    "--optim.learning_rate=0.01", "--optim.adam_learning_rate=0.002", "--optim.schedule=constant",
+]  # fmt: skip
+
+
+ACCELERATE = ["accelerate.commands.accelerate_cli", "launch", "--config_file", "configs/accelerate/cpu-2.yaml"]
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+
+
+def launch(launcher, *argv):
+    """train.py in two processes."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "LOCAL_", "WORLD_"))}
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, str(ROOT / "train.py"), *argv],
+        cwd=ROOT, env=inherited | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=110,
+    )  # fmt: skip
+
+
+def metrics(run, kind):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_two_processes_train_as_one_does_and_one_goes_on_from_there(text_file, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = launch(ACCELERATE, "--data", str(text_file), "--out", str(two), *TOY, "--train.max_steps=20")
+    assert done.returncode == 0, done.stderr
+    assert "2 process" in done.stderr
+    assert done.stderr.count("owls.txt") == 1  # the second process is silent
+    assert done.stdout.count("best validation loss") == 1
+    assert read_state(checkpoints(two)[-1])[0].step == 20
+
+    # It was trained at a constant rate, so it may be trained longer: by one process, as if it had been one all along.
+    assert cli.main(["--resume", str(two), "--train.max_steps=24"]) == 0
+    assert cli.main(["--data", str(text_file), "--out", str(one), *TOY, "--train.max_steps=24"]) == 0
+    assert [line["step"] for line in metrics(two, "train")] == list(range(1, 25))
+    for kind, key in (("train", "loss"), ("train", "learning_rate"), ("eval", "train_loss"), ("eval", "val_loss")):
+        ours = {line["step"]: line[key] for line in metrics(two, kind)}
+        theirs = {line["step"]: line[key] for line in metrics(one, kind)}
+        assert ours == pytest.approx({step: theirs.get(step, value) for step, value in ours.items()}, abs=1e-4), key
+    for line, other in zip(metrics(two, "train"), metrics(one, "train"), strict=True):
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], abs=1e-3)
+    ours, theirs = (load_file(checkpoints(run)[-1] / "model.safetensors") for run in (two, one))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-3, msg=lambda text, name=name: name + text)
+
+
+def test_a_batch_that_two_cannot_share_is_one_line(text_file, tmp_path):
+    done = launch(TORCHRUN, "--data", str(text_file), "--out", str(tmp_path / "run"), *TOY, "--train.batch_size=7")
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if "smallm: " in line]
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith("smallm: train.batch_size = 7 cannot be shared by 2 process(es)")
+    assert "6 or 8" in said[0]
+    assert "trainer.py" not in done.stderr  # no traceback of ours; the launcher has its own
+    assert not (tmp_path / "run").exists()

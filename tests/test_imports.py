@@ -1,0 +1,166 @@
+"""The three rooms: what runs on the base install, what needs torch, and which way the imports go."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "smallm"
+HEAVY = ("torch", "accelerate", "onnx", "safetensors", "matplotlib", "pooch", "jsonargparse")
+ROOT_MODULES = sorted(PACKAGE.glob("*.py"))
+
+BLOCKER = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+sys.path.insert(0, {root!r})
+"""
+
+
+def python(code, *argv, blocked=(), cwd=None):
+    """Runs code in a fresh interpreter in which the packages `blocked` are not installed."""
+    code = BLOCKER.format(blocked=tuple(blocked), root=str(ROOT)) + code
+    return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, cwd=cwd, timeout=100)
+
+
+def test_the_root_imports_without_the_train_extra():
+    names = [f"smallm.{file.stem}" for file in ROOT_MODULES if file.stem != "__init__"]
+    assert {"smallm.runtime", "smallm.infer", "smallm.vocabulary"} <= set(names)
+    code = f"""
+import importlib
+for name in ["smallm", *{names!r}]:
+    importlib.import_module(name)
+from smallm import LanguageModel, Perplexity, UserError, Vocabulary
+print(Vocabulary([]).decode(Vocabulary([]).encode("Zoë")), LanguageModel.__name__)
+try:
+    import torch
+except ModuleNotFoundError as error:
+    print("no", error.name)
+"""
+    done = python(code, blocked=HEAVY)
+    assert done.stderr == ""
+    assert done.stdout == "Zoë LanguageModel\nno torch\n"
+
+
+@pytest.mark.parametrize("argv", [["infer.py", "--help"], ["smallm", "infer", "--help"]])
+def test_infer_helps_without_the_train_extra(argv):
+    code = """
+import runpy
+sys.argv = sys.argv[1:]
+if sys.argv[0] == "smallm":
+    from smallm.cli import main
+    sys.exit(main())
+runpy.run_path(f"{sys.path[0]}/infer.py", run_name="__main__")
+"""
+    done = python(code, *argv, blocked=HEAVY)
+    assert done.returncode == 0, done.stderr
+    assert "--perplexity" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "blocked"),
+    [("train", HEAVY), ("train", ("torch",)), ("export", HEAVY), ("export", ("torch",)), ("export", ("onnx",))],
+    ids=lambda value: value if isinstance(value, str) else "all" if value == HEAVY else value[0],
+)
+def test_train_and_export_say_what_to_install(command, blocked, tiny_run, tmp_path):
+    argv = [str(tiny_run), "--out", "x"] if command == "export" else ["--out", "x"]
+    code = """
+from smallm.cli import main
+sys.exit(main())
+"""
+    done = python(code, command, *argv, blocked=blocked, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"smallm: {command} needs the package '")
+    assert done.stderr.endswith("install it with: pip install 'smallm[train]'\n")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_import_smallm_is_light():
+    code = """
+import numpy
+before = set(sys.modules)
+import smallm
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+print(sorted(name for name in new if name not in sys.stdlib_module_names))
+print("onnxruntime" in sys.modules, "torch" in sys.modules, "argparse" in set(sys.modules) - before)
+"""
+    done = python(code)
+    assert done.stderr == ""
+    assert done.stdout == "['smallm']\nFalse False False\n"
+
+
+def test_a_mistake_or_help_of_infer_does_not_load_the_runtime():
+    code = """
+from smallm.infer import main
+try:
+    main(sys.argv[1:])
+except (SystemExit, ValueError):
+    pass
+print("onnxruntime" in sys.modules, "numpy" in sys.modules and "torch" in sys.modules)
+"""
+    for argv in (["--help"], ["--no-such-flag"], ["--top-k", "many"]):
+        done = python(code, *argv)
+        assert done.stdout.splitlines()[-1] == "False False", (argv, done.stderr)
+
+
+# The source itself: every import statement, also those inside functions.
+
+
+def imported(file):
+    """Full names of the modules that a file imports; relative ones resolved."""
+    found = set()
+    package = [*file.relative_to(ROOT).parts[:-1]]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def rooms(names, *rooms):
+    return {name for name in names for room in rooms if f"{name}.".startswith(f"{room}.")}
+
+
+@pytest.mark.parametrize("file", ROOT_MODULES, ids=lambda file: file.stem)
+def test_root_modules_import_neither_training_nor_export_nor_what_those_need(file):
+    names = imported(file)
+    assert not rooms(names, "smallm.training", "smallm.export", *HEAVY, "jsonargparse", "transformers", "tokenizers")
+    outside = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+    assert outside <= {"smallm", "numpy", "onnxruntime", "tqdm"}
+
+
+def test_training_never_imports_export():
+    files = sorted((PACKAGE / "training").rglob("*.py"))
+    assert len(files) > 5
+    for file in files:
+        assert not rooms(imported(file), "smallm.export", "onnx", "onnxruntime"), file
+
+
+def test_onnxruntime_has_one_door():
+    doors = [file.stem for file in PACKAGE.rglob("*.py") if rooms(imported(file), "onnxruntime")]
+    assert doors == ["session"]
+
+
+def test_scripts_are_thin():
+    for name in ("train.py", "export.py", "infer.py"):
+        file = ROOT / name
+        assert imported(file) <= {"smallm.cli", *(f"smallm.cli.{x}" for x in ("run", "train", "export", "infer"))}
+        assert len(file.read_text().splitlines()) < 20
+        done = subprocess.run([sys.executable, str(file), "--help"], capture_output=True, text=True, timeout=100,
+                              env=os.environ | {"COLUMNS": "200"})  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        assert name in done.stdout
