@@ -15,7 +15,7 @@ import numpy as np
 from smallm.errors import UserError
 from smallm.manifest import Manifest
 from smallm.runs import EXPORT, is_run
-from smallm.sampling import Rng, Sampling, ranked, sample
+from smallm.sampling import NOT_FINITE, Rng, Sampling, ranked, sample
 from smallm.scoring import IGNORED, Perplexity, begins_character, windows
 from smallm.session import Session
 from smallm.vocabulary import Vocabulary
@@ -161,7 +161,7 @@ class LanguageModel:
         """inputs (B, T), targets (B, T) -> nats (B, T) float64; 0 where the target does not count."""
         logits = self._session.logits(inputs)  # (B, T, V)
         if not np.isfinite(logits).all():
-            raise UserError("the model's logits are not finite: its weights are broken; train it again")
+            raise UserError(NOT_FINITE)
         logits -= logits.max(axis=-1, keepdims=True)
         chosen = np.take_along_axis(logits, targets.clip(min=0)[..., None], axis=-1)[..., 0].astype(np.float64)
         nats = np.log(np.exp(logits, out=logits).sum(axis=-1)) - chosen

@@ -20,6 +20,9 @@ import numpy as np
 
 from smallm.errors import UserError
 
+LEAST_TEMPERATURE = 1e-200  # below it nothing changes any more, but a division could overflow
+NOT_FINITE = "the model's logits are not finite: its weights are broken; train it again"
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -47,16 +50,15 @@ class Sampling:
 def ranked(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """logits (V,) -> the ids that may be taken, likeliest first (K,), and their weights (K,) float64, the first 1.
 
-    Raises `UserError` if the logits are not finite.
+    Raises `UserError` if a logit is NaN or the largest is infinite.
     """
-    if not np.isfinite(logits).all():
-        raise UserError("the model's logits are not finite: its weights are broken; train it again")
-    if sampling.temperature == 0:
-        return logits.argmax(keepdims=True), np.ones(1)
-    order = np.argsort(-logits, kind="stable")[: sampling.top_k or None]
-    shifted = logits[order].astype(np.float64) - float(logits[order[0]])
-    with np.errstate(over="ignore"):  # a minute temperature makes -inf of the others, and that is right
-        weights = np.exp(shifted / sampling.temperature)
+    order = np.argsort(-logits, kind="stable")  # NaN goes to the end
+    largest = float(logits[order[0]])
+    if not math.isfinite(largest) or math.isnan(logits[order[-1]]):
+        raise UserError(NOT_FINITE)
+    order = order[: 1 if sampling.temperature == 0 else sampling.top_k or None]
+    shifted = logits[order].astype(np.float64) - largest
+    weights = np.exp(shifted / max(sampling.temperature, LEAST_TEMPERATURE))
     keep = len(weights)
     if sampling.top_p < 1:
         cumulative = np.cumsum(weights)
@@ -67,7 +69,12 @@ def ranked(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarr
 
 
 def sample(logits: np.ndarray, u: float, sampling: Sampling) -> int:
-    """logits (V,) and u in [0, 1) -> the id taken. Raises `UserError` if the logits are not finite."""
+    """logits (V,) and u in [0, 1) -> the id taken. Raises `UserError` as `ranked` does."""
+    if sampling.temperature == 0:  # the same as below, sooner
+        id = int(logits.argmax())  # the first NaN, if there is one
+        if not math.isfinite(logits[id]):
+            raise UserError(NOT_FINITE)
+        return id
     ids, weights = ranked(logits, sampling)
     cumulative = np.cumsum(weights)
     return int(ids[np.searchsorted(cumulative, u * cumulative[-1], side="right")])

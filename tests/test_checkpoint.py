@@ -144,7 +144,7 @@ def test_nothing_in_a_run_is_a_pickle_or_a_zip(tiny_run):
         head = file.read_bytes()[:4]
         assert head[:2] != b"PK", file
         assert not (head[:1] == b"\x80" and head[1] <= 5), file
-        assert file.suffix in (".safetensors", ".json", ".jsonl", ".txt", ".png"), file
+        assert file.suffix in (".safetensors", ".json", ".jsonl", ".txt", ".png", ".toml"), file
 
 
 # Saving and loading.

@@ -22,7 +22,7 @@ TOY = [
 
 
 ACCELERATE = ["accelerate.commands.accelerate_cli", "launch", "--config_file", "configs/accelerate/cpu-2.yaml"]
-TORCHRUN = ["torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def launch(launcher, *argv):

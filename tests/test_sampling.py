@@ -147,14 +147,24 @@ def test_agrees_with_a_naive_reading_of_the_definition(logits, u, temperature, t
 # -- mistakes
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("place", [0, 2])
-@pytest.mark.parametrize("temperature", [0, 0.8])
-def test_logits_that_are_not_finite(bad, place, temperature):
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.8}, {"temperature": 0.8, "top_k": 1}])
+def test_logits_that_are_not_finite(bad, place, options):
     logits = [1.0, 2.0, 3.0]
     logits[place] = bad
-    with pytest.raises(UserError, match="not finite"):
-        take(logits, 0.5, temperature=temperature)
+    for broken in (logits, [bad] * 3, [-math.inf] * 3):
+        with pytest.raises(UserError, match="not finite"):
+            take(broken, 0.5, **options)
+        with pytest.raises(UserError, match="not finite"):
+            distribution(broken, **options)
+
+
+def test_a_logit_of_minus_infinity_is_a_probability_of_zero():
+    logits = [-math.inf, 1.0, -math.inf, 1.0]
+    assert distribution(logits, temperature=0.5) == {1: 0.5, 3: 0.5, 0: 0.0, 2: 0.0}
+    assert take(logits, LAST_U, temperature=0.5) == 3
+    assert take(logits, LAST_U, temperature=0) == 1
 
 
 @pytest.mark.parametrize(

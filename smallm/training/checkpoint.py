@@ -184,7 +184,7 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     for name, parameter in model.named_parameters():
         for key in moments[parameter]:
             tensor = tensors.pop(f"{name}.{key}", None)
-            if tensor is None or tensor.shape not in ((), parameter.shape):
+            if tensor is None or tensor.shape != (() if key == "step" else parameter.shape):
                 raise UserError(f"{file} does not fit the optimiser of this run: see {name}.{key}")
             optimizer.state[parameter][key] = tensor.to(parameter.device)
     if tensors:

@@ -6,6 +6,7 @@ import tomllib
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def _parser():
         prog="train.py",
         description=DESCRIPTION,
         parser_mode="toml",
+        print_config=None,
         exit_on_error=False,
         allow_abbrev=False,
         formatter_class=Formatter,
@@ -113,9 +115,23 @@ def _parse(parser, argv: Sequence[str]) -> dict[str, Any]:
     try:
         return parser.parse_args(argv).as_dict()
     except ArgumentError as error:
-        message = " ".join(str(error).split())
-        message = re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", re.sub(r"<class '(\w+)'>", r"\1", message))
-        raise UserError(f"{message}; see --help") from None
+        raise UserError(f"{_plain(str(error))}; see --help") from None
+
+
+def _plain(message: str) -> str:
+    """The parser's message on one line, without the words of Python's type system."""
+    message = " ".join(message.split())
+    for pattern, words in (
+        (r'^Parser key "([\w.]+)": ', r"\1: "),
+        (r"Expected an? <class 'int'>", "expected a whole number"),
+        (r"Expected an? <class 'float'>", "expected a number"),
+        (r"Expected an? <class 'bool'>", "expected true or false"),
+        (r"Expected an? typing\.Literal\[([^]]*)\]", r"expected one of \1"),
+        (r"Expected an? <class '(\w+)'>", r"expected \1"),
+        (r"\. Got value: (.*)", r", not \1"),
+    ):
+        message = re.sub(pattern, words, message)
+    return message
 
 
 def _config(values: dict[str, Any]) -> Config:
@@ -124,11 +140,11 @@ def _config(values: dict[str, Any]) -> Config:
 
 def _refuse_unknown_keys(argv: Sequence[str]) -> None:
     """The commonest mistake gets a better line than the parser's: one that names the nearest setting."""
-    for argument, value in zip(argv, [*argv[1:], ""], strict=True):
+    for argument, value in pairwise([*argv, ""]):
         key = argument.removeprefix("--").split("=")[0]
         if argument == "--config":
             keys = flatten(_toml(Path(value)))
-        elif argument.startswith("--") and key not in ("out", "resume", "help", "print_config"):
+        elif argument.startswith("--") and key not in ("out", "resume", "help"):
             keys = [key]
         else:
             continue

@@ -29,13 +29,13 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    n_layer: int = 4
+    n_layer: int = 3
     """Number of Transformer blocks."""
-    n_head: int = 4
+    n_head: int = 3
     """Number of attention heads."""
     n_kv_head: int = 0
     """Number of key/value heads (grouped-query attention); 0 = n_head."""
-    n_embd: int = 128
+    n_embd: int = 96
     """Width of the model."""
     n_inner: int = 0
     """Width of the feed-forward layer; 0 = 8/3 of n_embd, rounded up to a multiple of 32."""
@@ -122,15 +122,15 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    batch_size: int = 32
+    batch_size: int = 12
     """Sequences per step over all processes."""
     micro_batch_size: int = 0
     """Sequences per process and forward pass; 0 = batch_size / processes, without accumulation."""
-    max_steps: int = 800
-    """Steps (optimiser updates) to train; 0 = set by epochs."""
+    max_steps: int = 0
+    """Steps (optimiser updates) to train; 0 = as many as epochs says, or 500 if that is 0 too."""
     epochs: float = 0.0
-    """Passes over the training text; 0 = set by max_steps. With both, what comes first ends the run."""
-    eval_every: int = 200
+    """Passes over the training text; 0 = as many as max_steps says. With both, what comes first ends the run."""
+    eval_every: int = 125
     """Steps between evaluations on the whole validation text; 0 = once an epoch."""
     save_every: int = 0
     """Steps between checkpoints, besides those at the best evaluation and at the end; 0 = eval_every."""
@@ -156,8 +156,6 @@ class TrainConfig:
                      "sample_length", "seed"):  # fmt: skip
             _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
         _check(self.seed < 1 << 32, "train.seed", self.seed, "must be less than 4294967296")
-        if not self.max_steps and not self.epochs:
-            raise UserError("train.max_steps and train.epochs are both 0; set one of them")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Windows of the training text in an order that is a pure function of (seed, row): no sampler, no state to save."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 
@@ -21,6 +23,10 @@ class CharDataset:
     def __len__(self) -> int:
         """Windows in an epoch."""
         return self._windows
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The rows of epoch 0."""
+        return (self[row] for row in range(len(self)))
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Row `row` of epoch 0, 1, …: ids (T,) and targets (T,), the same shifted by one."""

@@ -16,9 +16,10 @@ class Report:
         """Goes on with the metrics of a resumed run, without the lines written after its checkpoint."""
         self.enabled = enabled
         if enabled:
-            kept = _lines_until(metrics, state.step)
-            self._file = metrics.open("wb")
-            self._file.writelines(kept)
+            aside = metrics.with_name(f".{metrics.name}")
+            aside.write_bytes(b"".join(_lines_until(metrics, state.step)))
+            aside.replace(metrics)
+            self._file = metrics.open("ab")
         self._bar = tqdm(total=total_steps, initial=state.step, unit="step", disable=not enabled, dynamic_ncols=True,
                          mininterval=0.5)  # fmt: skip
 

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import tomli_w
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -25,6 +26,7 @@ from smallm.training.model import TransformerLanguageModel, cross_entropy
 from smallm.training.optim import build_optimizer, lr_factor, set_lr
 from smallm.training.report import Report
 
+QUICK_STEPS = 500  # of a run that sets neither max_steps nor epochs
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells know it
 
 
@@ -134,6 +136,8 @@ class Trainer:
         state, _ = checkpoint.read_state(folder)
         if state.fingerprint != self.corpus.fingerprint:
             raise UserError(f"{self.corpus.name} is not the text that {self.run} was trained on; start a new run")
+        if checkpoint.load_vocabulary(folder) != self.corpus.vocabulary:
+            raise UserError(f"{self.run} has another vocabulary; keep data.min_count and data.val_fraction as before")
         if state.step >= self.total_steps:
             raise UserError(f"{self.run} is finished ({state.step} steps); train longer with --train.max_steps N")
         checkpoint.load_weights(folder, self.model)
@@ -152,6 +156,7 @@ class Trainer:
             try:
                 self.run.mkdir(parents=True, exist_ok=True)
                 (self.run / "validation.txt").write_bytes(self.corpus.val_text().encode())
+                (self.run / "config.toml").write_text(tomli_w.dumps(self.config.to_dict()), encoding="utf-8")
             except OSError as error:
                 raise UserError(f"cannot write to {self.run}: {error.strerror}; choose another --out") from None
         self.report = Report(self.run / METRICS, self.state, self.total_steps, enabled=main)
@@ -303,6 +308,8 @@ def divide_batch(batch_size: int, micro_batch_size: int, ranks: int) -> tuple[in
 
 
 def total_steps(max_steps: int, epochs: float, steps_per_epoch: float) -> int:
-    """Steps to run: max_steps or those that make up the epochs, whichever comes first (0 = not set)."""
+    """Steps to run: max_steps or those that make up the epochs, whichever comes first (0 = not set; both 0 = 500)."""
+    if not max_steps and not epochs:
+        return QUICK_STEPS
     by_epochs = max(1, math.ceil(epochs * steps_per_epoch)) if epochs else math.inf
     return int(min(max_steps or math.inf, by_epochs))
