@@ -12,14 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from smallm.errors import UserError
-from smallm.runs import newest_run
+from smallm.runs import newest_run, validation_text
 
 EXAMPLES = """\
 examples:
   python infer.py --seed "O God, O God!"
   python infer.py --model runs/shakespeare --seed "ROMEO:" --max-length 500 --temperature 0.8 --top-k 40
   python infer.py --seed "Anna" --stop "\\n" --num-samples 5
-  python infer.py --perplexity my.txt"""
+  python infer.py --perplexity my.txt    (without a file: on the run's own validation text)"""
 PIECE_BYTES = 1 << 20
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}  # what may be written in --stop
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"model: {path}", file=sys.stderr)
     model = LanguageModel.load(path, threads=options.threads)
     if options.perplexity is not None:
-        _perplexity(model, options)
+        _perplexity(model, Path(options.perplexity) if options.perplexity else validation_text(Path(path)), options)
     else:
         _generate(model, options)
     print(end="", flush=True)  # a reader who has gone (head) is noticed here, not when Python shuts down
@@ -81,8 +81,7 @@ def _print_text(seed: str, pieces: Iterator[str], stream: bool) -> None:
     print()
 
 
-def _perplexity(model, options: argparse.Namespace) -> None:
-    path = Path(options.perplexity)
+def _perplexity(model, path: Path, options: argparse.Namespace) -> None:
     result = asdict(model.perplexity(_pieces(path, options.encoding), stride=options.stride))
     if options.json:
         print(json.dumps({"file": str(path), **result}))
@@ -151,7 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--overflow", choices=("crop", "shift"), default="crop",
         help="past block_size: crop = exact, slower; shift = keep half of the window, fast")  # fmt: skip
     add("--stream", action=argparse.BooleanOptionalAction, default=True, help="print characters as they come")
-    add("--perplexity", metavar="FILE", help="measure the model on this text instead of generating")
+    add("--perplexity", nargs="?", const="", metavar="FILE",
+        help="measure the model on this text, or without FILE on the run's validation text")  # fmt: skip
     add("--stride", type=int, metavar="N", help="for --perplexity: overlapping windows N ids apart")
     add("--encoding", default="utf-8", metavar="NAME", help="for --perplexity: encoding of the file")
     add("--threads", type=int, metavar="N", help="threads of ONNX Runtime; default: by the size of the model")

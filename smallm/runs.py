@@ -8,6 +8,7 @@ RUNS = Path("runs")
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"
+VALIDATION = "validation.txt"
 
 
 def new_run(out: str | None, name: str) -> Path:
@@ -40,3 +41,11 @@ def newest_run() -> Path:
     if not runs:
         raise UserError("no run found in runs/; train one with `python train.py`, or name a folder")
     return max(runs, key=lambda path: (path / METRICS).stat().st_mtime)
+
+
+def validation_text(model: Path) -> Path:
+    """The validation text of the run that `model` is, or was exported from. Raises `UserError`."""
+    for folder in (model, *model.resolve().parents[:2]):
+        if (folder / VALIDATION).is_file():
+            return folder / VALIDATION
+    raise UserError(f"{model} comes without its validation text; name a file: --perplexity FILE")

@@ -1,6 +1,5 @@
 """`train.py`: from the command line and TOML files to a resolved `Config` and a run folder."""
 
-import os
 import re
 import tomllib
 from argparse import ArgumentError
@@ -38,8 +37,6 @@ class Request:
 
 def main(argv: Sequence[str]) -> int:
     """Runs `train.py` with these arguments."""
-    # Threads that wait for each other must not spin: with another program on one of the cores, torch is 5 times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     request = parse(argv)
     from smallm.training.trainer import train  # torch is slow to import: mistakes are told before
 

@@ -60,9 +60,9 @@ class ModelConfig:
             )
         if self.n_head % self.kv_heads:
             raise UserError(f"model.n_head = {self.n_head} is not divisible by model.n_kv_head = {self.n_kv_head}")
-        if self.head_dim % 8:
+        if self.head_dim % 16:
             raise UserError(
-                f"model.n_embd / model.n_head = {self.head_dim} is not a multiple of 8, which the exported model "
+                f"model.n_embd / model.n_head = {self.head_dim} is not a multiple of 16, which the exported model "
                 "needs; 32 or 64 are good sizes of a head"
             )
 

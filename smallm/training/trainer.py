@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from smallm.errors import UserError
-from smallm.runs import METRICS
+from smallm.runs import METRICS, VALIDATION
 from smallm.scoring import perplexity
 from smallm.training import checkpoint
 from smallm.training.checkpoint import TrainingState
@@ -155,7 +155,7 @@ class Trainer:
         if main:
             try:
                 self.run.mkdir(parents=True, exist_ok=True)
-                (self.run / "validation.txt").write_bytes(self.corpus.val_text().encode())
+                (self.run / VALIDATION).write_bytes(self.corpus.val_text().encode())
                 (self.run / "config.toml").write_text(tomli_w.dumps(self.config.to_dict()), encoding="utf-8")
             except OSError as error:
                 raise UserError(f"cannot write to {self.run}: {error.strerror}; choose another --out") from None
