@@ -354,3 +354,16 @@ def test_a_seed_that_is_no_utf8(exported):
     done = script("--model", exported, "--seed", os.fsdecode(b"caf\xe9"))
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.startswith(b"smallm: the text has a lone surrogate (U+DCE9) at character 3")
+
+
+def test_perplexity_without_a_file_is_that_of_the_runs_validation_text(infer, exported, tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(exported, run / "export")
+    shutil.copy(tiny_run / "validation.txt", run)
+    named = infer("--perplexity", tiny_run / "validation.txt")
+    for model in (run, run / "export", run / "export" / "model.onnx"):
+        assert infer("--perplexity", model=model)[:2] == named[:2]
+    (run / "validation.txt").unlink()
+    code, out, err = infer("--perplexity", model=run)
+    assert (code, out) == (2, "")
+    assert "--perplexity FILE" in err

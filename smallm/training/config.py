@@ -127,10 +127,10 @@ class TrainConfig:
     micro_batch_size: int = 0
     """Sequences per process and forward pass; 0 = batch_size / processes, without accumulation."""
     max_steps: int = 0
-    """Steps (optimiser updates) to train; 0 = as many as epochs says, or 500 if that is 0 too."""
+    """Steps (optimiser updates) to train; 0 = as many as epochs says, or 560 if that is 0 too."""
     epochs: float = 0.0
     """Passes over the training text; 0 = as many as max_steps says. With both, what comes first ends the run."""
-    eval_every: int = 125
+    eval_every: int = 140
     """Steps between evaluations on the whole validation text; 0 = once an epoch."""
     save_every: int = 0
     """Steps between checkpoints, besides those at the best evaluation and at the end; 0 = eval_every."""

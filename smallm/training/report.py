@@ -20,8 +20,16 @@ class Report:
             aside.write_bytes(b"".join(_lines_until(metrics, state.step)))
             aside.replace(metrics)
             self._file = metrics.open("ab")
-        self._bar = tqdm(total=total_steps, initial=state.step, unit="step", disable=not enabled, dynamic_ncols=True,
-                         mininterval=0.5)  # fmt: skip
+        self._step, self._total_steps = state.step, total_steps
+
+    def __enter__(self) -> "Report":
+        """Starts the bar."""
+        self._bar = tqdm(total=self._total_steps, initial=self._step, unit="step", disable=not self.enabled,
+                         dynamic_ncols=True, mininterval=0.5)  # fmt: skip
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self.close()
 
     def say(self, message: str) -> None:
         """A message above the bar."""
@@ -48,12 +56,6 @@ class Report:
         if values["sample"]:
             self.say("    " + values["sample"].strip("\n").replace("\n", "\n    "))
         self._write({"kind": "eval", **values})
-
-    def __enter__(self) -> "Report":
-        return self
-
-    def __exit__(self, *_exception) -> None:
-        self.close()
 
     def close(self) -> None:
         """Ends the bar and the file; messages may still follow."""

@@ -26,7 +26,7 @@ from smallm.training.model import TransformerLanguageModel, cross_entropy
 from smallm.training.optim import build_optimizer, lr_factor, set_lr
 from smallm.training.report import Report
 
-QUICK_STEPS = 500  # of a run that sets neither max_steps nor epochs
+QUICK_STEPS = 560  # of a run that sets neither max_steps nor epochs
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells know it
 
 
@@ -308,7 +308,7 @@ def divide_batch(batch_size: int, micro_batch_size: int, ranks: int) -> tuple[in
 
 
 def total_steps(max_steps: int, epochs: float, steps_per_epoch: float) -> int:
-    """Steps to run: max_steps or those that make up the epochs, whichever comes first (0 = not set; both 0 = 500)."""
+    """Steps to run: max_steps or those that make up the epochs, whichever comes first (0 = not set; both 0 = 560)."""
     if not max_steps and not epochs:
         return QUICK_STEPS
     by_epochs = max(1, math.ceil(epochs * steps_per_epoch)) if epochs else math.inf
