@@ -30,7 +30,7 @@ from smallm.training.optim import build_optimizer, set_lr
 from smallm.vocabulary import Vocabulary, count_characters
 
 VOCABULARY = Vocabulary.from_counts(count_characters("Zoë söng: 10 € für naïve Größe 🎉"), 1)
-GROUPED = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=96, block_size=24, rope_theta=500.0)
+GROUPED = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_inner=96, block_size=24, rope_theta=500.0)
 TRICKY = "Zoë 10 €\r\n\t🎉🎉 日本 \x00\x7f  é e\u0301 I'll <|endoftext|> \ud7ff"
 SAVED = {
     "model.safetensors", "optimizer.safetensors", "training_state.json", "config.json", "generation_config.json",
@@ -94,7 +94,7 @@ def test_folder_holds_what_it_promises(tiny_run):
 def test_opens_in_transformers_with_equal_logits(tmp_path, n_kv_head):
     from transformers import Qwen3ForCausalLM
 
-    config = Config(model=ModelConfig(n_layer=2, n_head=4, n_kv_head=n_kv_head, n_embd=32, block_size=24,
+    config = Config(model=ModelConfig(n_layer=2, n_head=4, n_kv_head=n_kv_head, n_embd=64, block_size=24,
                                       rope_theta=500.0))  # fmt: skip
     model, optimizer = trained(config)
     folder = save(tmp_path, config=config, model=model, optimizer=optimizer)
@@ -105,7 +105,7 @@ def test_opens_in_transformers_with_equal_logits(tmp_path, n_kv_head):
     with torch.no_grad():
         ours = model.eval()(ids)
         assert ours.std() > 0.1
-        torch.testing.assert_close(theirs(ids).logits, ours, rtol=0, atol=1e-5)
+        torch.testing.assert_close(theirs(ids).logits, ours, rtol=0, atol=5e-5)
 
 
 def test_trained_run_opens_in_transformers(tiny_run):
@@ -260,7 +260,7 @@ def change(file, edit):
         (lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"), "model.layers.1.self_attn.k_proj.weight"),
         (lambda t: t.update(extra=torch.ones(1)), "extra"),
         (lambda t: t.update({"model.norm.weight": torch.ones(31)}), "31"),
-        (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.ones(95, 32)}), "191"),
+        (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.ones(95, 64)}), "191"),
     ],
     ids=["missing", "missing part", "extra", "shape", "shape of part"],
 )

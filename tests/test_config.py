@@ -250,7 +250,7 @@ def test_default_folder_is_the_first_that_is_free(folder):
         (["--sample.min_p", "2"], ["min_p"]),
         # impossible combinations
         (["--model.n_embd", "100", "--model.n_head", "3"], ["n_embd = 100", "n_head = 3", "99"]),
-        (["--model.n_embd", "48", "--model.n_head", "4"], ["12", "multiple of 8"]),
+        (["--model.n_embd", "48", "--model.n_head", "4"], ["12", "multiple of 16"]),
         (["--model.n_kv_head", "2"], ["n_head = 3", "n_kv_head = 2"]),
         (["--model.n_kv_head", "8"], ["n_head = 3", "n_kv_head = 8"]),
         # files

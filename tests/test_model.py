@@ -19,7 +19,7 @@ from smallm.training.model import (
 )
 from smallm.training.optim import build_optimizer, set_lr
 
-TINY = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16}
+TINY = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 16}
 
 
 def randomised(module, seed=0):
@@ -61,7 +61,7 @@ def test_shapes(B, T):
     logits = m(some_ids(B, T))
     assert logits.shape == (B, T, 40)
     assert logits.dtype == torch.float32
-    x = torch.randn(B, T, 32)
+    x = torch.randn(B, T, 64)
     assert m.h[0](x, *m.rotary(x.size(1))).shape == x.shape
 
 
@@ -77,7 +77,7 @@ def test_the_first_loss_is_near_ln_v(n_embd, vocab_size):
 
 def test_a_fresh_block_hands_its_input_on():
     m = TransformerLanguageModel(40, ModelConfig(**TINY), seed=1)
-    x = torch.randn(2, 16, 32)
+    x = torch.randn(2, 16, 64)
     assert all(torch.equal(block(x, *m.rotary(16)), x) for block in m.h)
 
 
@@ -114,9 +114,9 @@ def naive_attention(x, attention, config):
 
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
 def test_attention_against_a_naive_loop(n_kv_head):
-    config = ModelConfig(n_layer=1, n_head=4, n_kv_head=n_kv_head, n_embd=32, block_size=12, rope_theta=50.0)
+    config = ModelConfig(n_layer=1, n_head=4, n_kv_head=n_kv_head, n_embd=64, block_size=12, rope_theta=50.0)
     attention = randomised(MultiHeadSelfAttention(config), seed=3)
-    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(4))
+    x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         y = attention(x, *Rotary(config.head_dim, config.block_size, config.rope_theta)(x.size(1))).numpy()
     for one, expected in zip(y, x.double().numpy(), strict=True):
@@ -127,7 +127,7 @@ def test_block_is_prenorm_attention_then_swiglu_each_added_to_the_stream():
     config = ModelConfig(**TINY)
     block = randomised(TransformerBlock(config), seed=5)
     tables = Rotary(config.head_dim, config.block_size, config.rope_theta)(config.block_size)
-    x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(6))
+    x = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(6))
 
     def norm(value, gain):
         return value / (value.square().mean(-1, keepdim=True) + NORM_EPS).sqrt() * gain
@@ -136,7 +136,7 @@ def test_block_is_prenorm_attention_then_swiglu_each_added_to_the_stream():
         expected = x + block.attn(norm(x, block.ln_1.weight), *tables)
         gate, up = (norm(expected, block.ln_2.weight) @ block.mlp.c_fc.weight.T).split(config.inner, -1)
         expected = expected + (gate * gate.sigmoid() * up) @ block.mlp.c_proj.weight.T
-        torch.testing.assert_close(block(x, *tables), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(block(x, *tables), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_grouped_heads_equal_full_heads_with_repeated_weights():
@@ -144,8 +144,8 @@ def test_grouped_heads_equal_full_heads_with_repeated_weights():
     state = dict(grouped.state_dict())
     for name, weight in state.items():
         if name.endswith("c_attn.weight"):
-            q, k, v = weight.split((32, 16, 16))
-            k, v = (w.view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32) for w in (k, v))
+            q, k, v = weight.split((64, 32, 32))
+            k, v = (w.view(2, 16, 64).repeat_interleave(2, dim=0).reshape(64, 64) for w in (k, v))
             state[name] = torch.cat((q, k, v))
     full.load_state_dict(state, strict=True)
     ids = some_ids(2, 16)
@@ -179,7 +179,7 @@ def test_parameter_count_by_hand():
 
 def test_flops_as_pytorch_counts_them():
     m = model(n_kv_head=2)
-    B, T, C, layers = 2, 16, 32, 2
+    B, T, C, layers = 2, 16, 64, 2
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         m(some_ids(B, T))
     forward = counter.get_total_flops() / (B * T)

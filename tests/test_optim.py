@@ -9,7 +9,7 @@ from smallm.training.config import ModelConfig, OptimConfig
 from smallm.training.model import TransformerLanguageModel
 from smallm.training.optim import MuonAdamW, build_optimizer, lr_factor, orthogonalise, set_lr
 
-MODEL = ModelConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=16, block_size=8)
+MODEL = ModelConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, block_size=8)
 
 
 def factor(step, schedule, *, total=104, per_epoch=10.0, warmup=4, peak=0.1, **more):
