@@ -7,7 +7,8 @@ import torch
 
 from smallm.training.config import ModelConfig, OptimConfig
 from smallm.training.model import TransformerLanguageModel
-from smallm.training.optim import MuonAdamW, build_optimizer, lr_factor, orthogonalise, set_lr
+from smallm.training.optim import MuonAdamW, build_optimizer, orthogonalise, set_lr
+from smallm.training.schedule import lr_factor
 
 MODEL = ModelConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, block_size=8)
 

@@ -25,7 +25,7 @@ from smallm.training.corpus import open_corpus
 from smallm.training.dataset import CharDataset
 from smallm.training.model import TransformerLanguageModel, cross_entropy
 from smallm.training.optim import build_optimizer
-from smallm.training.trainer import divide_batch, total_steps
+from smallm.training.schedule import divide_batch, total_steps
 
 ROOT = Path(__file__).parents[1]
 TOY = {

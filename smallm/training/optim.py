@@ -1,33 +1,11 @@
-"""Optimisers and the learning rate as a pure function of the step."""
+"""Adam, AdamW, and Muon with AdamW for what is no matrix."""
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from smallm.training.config import OptimConfig
-
-
-def lr_factor(step: int, config: OptimConfig, total_steps: int, steps_per_epoch: float) -> float:
-    """Share of the peak learning rate at `step` (0-based) of `total_steps`.
-
-    Warm-up is linear over the first `warmup_steps`; `exponential` then multiplies by gamma at the start of each epoch,
-    `cosine` falls to min_lr at the end, and `wsd` (warm-up, stable, decay; Hu et al. 2024, MiniCPM) falls to min_lr
-    over the last `decay_fraction` of the run, linearly.
-    """
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    floor = config.min_lr / config.learning_rate
-    if config.schedule == "exponential":
-        return config.gamma ** int(step / steps_per_epoch)
-    if config.schedule == "cosine":
-        done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    if config.schedule == "wsd":
-        left = (total_steps - step) / max(1.0, config.decay_fraction * total_steps)
-        return floor + (1 - floor) * max(0.0, min(1.0, left))
-    return 1.0
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

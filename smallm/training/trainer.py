@@ -23,10 +23,10 @@ from smallm.training.evaluate import evaluate, write_sample
 from smallm.training.interrupt import Interrupt
 from smallm.training.meter import Meter
 from smallm.training.model import TransformerLanguageModel, cross_entropy
-from smallm.training.optim import build_optimizer, lr_factor, set_lr
+from smallm.training.optim import build_optimizer, set_lr
 from smallm.training.report import Report
+from smallm.training.schedule import divide_batch, lr_factor, total_steps
 
-QUICK_STEPS = 560  # of a run that sets neither max_steps nor epochs
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells know it
 
 
@@ -291,25 +291,3 @@ class Trainer:
         except UserError as error:
             self.report.say(f"warning: {error}")
             return ""
-
-
-def divide_batch(batch_size: int, micro_batch_size: int, ranks: int) -> tuple[int, int]:
-    """Global batch -> (sequences per process and pass, passes). Raises `UserError` naming sizes that divide."""
-    micro = micro_batch_size or max(1, batch_size // ranks)
-    if batch_size % (micro * ranks):
-        unit = micro * ranks if micro_batch_size else ranks
-        near = sorted({max(unit, batch_size // unit * unit), (batch_size // unit + 1) * unit})
-        raise UserError(
-            f"train.batch_size = {batch_size} cannot be shared by {ranks} process(es)"
-            + (f" in passes of micro_batch_size = {micro}" if micro_batch_size else "")
-            + f"; use batch_size {' or '.join(map(str, near))}"
-        )
-    return micro, batch_size // (micro * ranks)
-
-
-def total_steps(max_steps: int, epochs: float, steps_per_epoch: float) -> int:
-    """Steps to run: max_steps or those that make up the epochs, whichever comes first (0 = not set; both 0 = 560)."""
-    if not max_steps and not epochs:
-        return QUICK_STEPS
-    by_epochs = max(1, math.ceil(epochs * steps_per_epoch)) if epochs else math.inf
-    return int(min(max_steps or math.inf, by_epochs))
