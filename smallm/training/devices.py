@@ -7,6 +7,7 @@ from importlib.metadata import version
 import torch
 from accelerate import Accelerator
 
+from smallm import __version__
 from smallm.errors import UserError
 from smallm.training.config import TrainConfig
 
@@ -63,5 +64,5 @@ def launcher_warning(accelerator: Accelerator) -> list[str]:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    packages = ("smallm", "torch", "accelerate", "numpy")
-    return {"python": platform.python_version()} | {package: version(package) for package in packages}
+    ours = {"smallm": __version__, "python": platform.python_version()}  # a checkout need not be installed
+    return ours | {package: version(package) for package in ("torch", "accelerate", "numpy")}
