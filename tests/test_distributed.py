@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,14 +27,21 @@ ACCELERATE = ["accelerate.commands.accelerate_cli", "launch", "--config_file", "
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def launch(launcher, *argv):
-    """train.py in two processes."""
+def start(launcher, *argv):
+    """train.py in two processes, in a process group of its own, as a terminal has it."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "LOCAL_", "WORLD_"))}
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", *launcher, str(ROOT / "train.py"), *argv],
         cwd=ROOT, env=inherited | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=110,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
+
+
+def launch(launcher, *argv):
+    """train.py in two processes, to its end."""
+    with start(launcher, *argv) as process:
+        out, err = process.communicate(timeout=110)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def metrics(run, kind):
@@ -73,3 +82,17 @@ def test_a_batch_that_two_cannot_share_is_one_line(text_file, tmp_path):
     assert "6 or 8" in said[0]
     assert "trainer.py" not in done.stderr  # no traceback of ours; the launcher has its own
     assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_under_a_launcher_saves(text_file, tmp_path):
+    run = tmp_path / "run"
+    endless = ["--train.max_steps=100000", "--train.eval_every=100000"]
+    with start(TORCHRUN, "--data", str(text_file), "--out", str(run), *TOY, *endless) as process:
+        give_up = time.monotonic() + 100
+        while time.monotonic() < give_up and not ((run / "metrics.jsonl").is_file() and metrics(run, "train")):
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # all of them get it, and the launcher sends it on
+        _, err = process.communicate(timeout=60)
+    (saved,) = checkpoints(run)
+    assert read_state(saved)[0].step > 0
+    assert f"--resume {run}" in err
