@@ -61,8 +61,17 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
         print("smallm: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our stdout (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         return 0
+    except OSError as error:  # a full disk behind our stdout, say
+        _give_up_stdout()
+        print(f"smallm: {error}; make room or write elsewhere", file=sys.stderr)
+        return 2
+
+
+def _give_up_stdout() -> None:
+    """What is still buffered goes nowhere, or Python would complain about it at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _call(command: str, argv: Sequence[str]) -> int | None:

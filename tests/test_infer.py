@@ -350,6 +350,17 @@ def test_a_reader_that_goes_away(exported, flag):
         assert process.wait(60) == 0
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_a_full_disk_behind_stdout_is_one_line(exported):
+    command = [sys.executable, str(SCRIPT), "--model", str(exported), "--max-length", "20", "--rng-seed", "1"]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("smallm: ")
+    assert "No space left" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_seed_that_is_no_utf8(exported):
     done = script("--model", exported, "--seed", os.fsdecode(b"caf\xe9"))
     assert (done.returncode, done.stdout) == (2, b"")
