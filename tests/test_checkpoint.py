@@ -25,7 +25,8 @@ from smallm.training.checkpoint import (
     saved_config,
 )
 from smallm.training.config import Config, ModelConfig, OptimConfig
-from smallm.training.model import TransformerLanguageModel, cross_entropy
+from smallm.training.functions import cross_entropy
+from smallm.training.model import TransformerLanguageModel
 from smallm.training.optim import build_optimizer, set_lr
 from smallm.vocabulary import Vocabulary, count_characters
 

@@ -107,7 +107,7 @@ configs = st.builds(
     betas=st.lists(st.floats(0, 0.999), min_size=2, max_size=2),
     schedule=st.sampled_from(["constant", "exponential", "cosine", "wsd"]),
     seed=st.integers(0, 2**31),
-    compile=st.booleans(),
+    compile=st.sampled_from(["auto", "yes", "no"]),
     text=st.text(st.characters(codec="utf-8", exclude_characters="\0")),
 )
 
@@ -221,7 +221,7 @@ def test_default_folder_is_the_first_that_is_free(folder):
         (["--model.n_layer", "two"], ["model.n_layer", "two"]),
         (["--model.n_layer", "2.5"], ["model.n_layer", "2.5"]),
         (["--optim.learning_rate", "fast"], ["optim.learning_rate", "fast"]),
-        (["--train.compile", "perhaps"], ["train.compile"]),
+        (["--train.compile", "perhaps"], ["train.compile", "auto", "perhaps"]),
         (["--optim.name", "sgd"], ["optim.name", "adamw"]),
         (["--train.mixed_precision", "int8"], ["train.mixed_precision", "bf16"]),
         (["--optim.betas", "0.9"], ["optim.betas"]),

@@ -1,61 +1,211 @@
-"""smallm.training.functions: the backward passes written by hand are those of autograd."""
+"""smallm.training.functions: the compiled kernels compute what plain PyTorch and autograd compute."""
 
 import pytest
 import torch
 
-from smallm.training import functions
+from smallm.training import functions, kernels, model
 from smallm.training.config import ModelConfig
-from smallm.training.model import TransformerLanguageModel, cross_entropy
+from smallm.training.model import TransformerBlock, TransformerLanguageModel
+from smallm.training.optim import POLAR_EXPRESS
+
+
+@pytest.fixture(autouse=True)
+def _compiled():
+    if kernels.load() is None:
+        pytest.skip("this machine has no C compiler with OpenMP")
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Calls a function with the kernels switched off."""
+
+    def call(function, *arguments):
+        with monkeypatch.context() as patch:
+            for module in (functions, model):
+                patch.setattr(module, "kernels", lambda x: None)
+            return function(*arguments)
+
+    return call
 
 
 def numbers(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def tables(T, hd):
-    angles = torch.arange(T, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03][: hd // 2])
-    return torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
+def shaken(module, seed=2):
+    """Away from zeros and ones, which hide mistakes."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.1 * numbers(*p.shape, seed=seed))
+    return module
 
 
-def test_rms_norm_against_finite_differences():
-    x, gain = numbers(2, 3, 8, seed=1).requires_grad_(), numbers(8, seed=2).requires_grad_()
-    assert torch.autograd.gradcheck(functions._RMSNorm.apply, (x, gain))
+def outcome(function, inputs, seed=9):
+    """Result and gradients of all inputs under random weights."""
+    inputs = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    y = function(*inputs)
+    wanted = [x for x in inputs if x.requires_grad]
+    return [y, *torch.autograd.grad((y * numbers(*y.shape, seed=seed).to(y.dtype)).sum(), wanted)]
 
 
-def test_qk_norm_rotary_against_finite_differences():
-    qkv, gain = numbers(2, 3, 4, 8, seed=1).requires_grad_(), numbers(3, 8, seed=2).requires_grad_()
-    cos, sin = tables(3, 8)
-    assert torch.autograd.gradcheck(lambda a, b: functions._QKNormRotary.apply(a, b, cos, sin, 2), (qkv, gain))
+def assert_close(ours, plains, tolerance=2e-5):
+    for number, (a, b) in enumerate(zip(ours, plains, strict=True)):
+        error = (a.double() - b.double()).abs().max() / b.abs().max().clamp(min=0.1)
+        assert error < tolerance, f"tensor {number}: {error:.1e}"
 
 
-@pytest.mark.parametrize("zero_gain", [False, True])
-def test_both_forms_compute_the_same(zero_gain):
-    qkv, gain = numbers(2, 5, 8, 8, seed=3).requires_grad_(), numbers(6, 8, seed=4)
-    gain = (gain * (0 if zero_gain else 1)).requires_grad_()
+@pytest.mark.parametrize(
+    ("n_head", "n_kv_head", "n_embd", "n_inner", "B", "T"),
+    [(1, 0, 32, 64, 2, 16), (3, 0, 96, 0, 2, 33), (4, 2, 128, 32, 3, 64), (4, 1, 64, 96, 1, 70), (2, 0, 128, 0, 2, 40),
+     (2, 0, 96, 32, 5, 1)],
+)  # fmt: skip
+def test_a_block_is_that_of_plain_pytorch(plain, n_head, n_kv_head, n_embd, n_inner, B, T):
+    config = ModelConfig(n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, n_inner=n_inner, block_size=T)
+    whole = shaken(TransformerLanguageModel(40, config, seed=1))
+    block, x, tables = whole.h[0], numbers(B, T, n_embd, seed=3), whole.rotary(T)
+    assert block.in_panels
+
+    def run(x, *parameters):
+        names = [name for name, _ in block.named_parameters()]
+        return torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), (x, *tables))
+
+    ours = outcome(run, [x, *block.parameters()])
+    assert_close(ours, plain(outcome, run, [x, *block.parameters()]))
+    tables = [t.double() for t in tables]
+    assert_close(ours, outcome(run, [t.double() for t in (x, *block.parameters())]))
+
+
+def test_a_block_whose_sides_do_not_fit_takes_the_plain_form(monkeypatch):
+    config = ModelConfig(n_head=3, n_embd=48, block_size=8)
+    block = TransformerBlock(config)
+    assert not block.in_panels
+    monkeypatch.setattr(model, "block", None)  # would fail if it were called
+    whole = TransformerLanguageModel(40, config, seed=1)
+    assert torch.isfinite(whole(torch.zeros(1, 8, dtype=torch.long))).all()
+
+
+def test_rms_norm(plain):
+    inputs = [numbers(3, 5, 64, seed=1) * 3, numbers(64, seed=2)]
+    assert_close(outcome(functions.rms_norm, inputs), plain(outcome, functions.rms_norm, inputs))
+
+
+@pytest.mark.parametrize("V", [3, 16, 65, 256, 300])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_cross_entropy(plain, V, reduction):
+    logits, targets = numbers(2, 7, V, seed=1) * 20, torch.arange(14).view(2, 7) % V
+    targets[0, 3] = targets[1, 6] = -1
+
+    def run(logits):
+        return functions.cross_entropy(logits, targets, reduction)
+
+    assert_close(outcome(run, [logits]), plain(outcome, run, [logits]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(bad):
+    """Else a run that has gone wrong would not be noticed."""
+    logits = numbers(1, 4, 64, seed=1)
+    logits[0, 2, 5] = bad
+    assert not torch.isfinite(functions.cross_entropy(logits, torch.zeros(1, 4, dtype=torch.long)))
+    whole = TransformerLanguageModel(40, ModelConfig(n_head=1, n_embd=32, block_size=8), seed=1)
+    with torch.no_grad():
+        shaken(whole).h[0].attn.c_attn.weight[3, 4] = bad
+    assert not torch.isfinite(whole(torch.ones(1, 8, dtype=torch.long))).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 64, 96), (5, 96, 256)])
+def test_polynomial_iteration(plain, shape):
+    x = numbers(*shape, seed=1)
+    x = x / x.norm(dim=(1, 2), keepdim=True)
+    before = x.clone()
+    ours = functions.polynomial_iteration(x, POLAR_EXPRESS[:4])
+    assert torch.equal(x, before)
+    assert_close([ours], [plain(functions.polynomial_iteration, x, POLAR_EXPRESS[:4])])
+
+
+def dropped_block(p):
+    config = ModelConfig(n_head=2, n_embd=64, block_size=32, dropout=p)
+    whole = shaken(TransformerLanguageModel(40, config, seed=1))
+    return whole.h[0], whole.rotary(32), numbers(64, 32, 64, seed=3)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    block, tables, x = dropped_block(0.25)
+    with torch.no_grad():
+        block.mlp.c_proj.weight.zero_()  # so that only the first of the two places is seen
+        torch.manual_seed(5)
+        added = block(x, *tables) - x
+        full = block.eval()(x, *tables) - x
+    gone = added.abs() < 1e-6
+    assert gone.float().mean() == pytest.approx(0.25, abs=0.005)
+    for axis in range(3):  # no row, column or sequence is favoured
+        others = [a for a in range(3) if a != axis]
+        assert gone.float().mean(others).sub(0.25).abs().max() < 0.05
+    torch.testing.assert_close(added[~gone], full[~gone] / 0.75, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_a_function_of_the_seed():
+    block, tables, x = dropped_block(0.5)
     results = []
-    for form in (functions._QKNormRotary.apply, functions.qk_norm_rotary_plain):
-        outputs = form(qkv, gain, *tables(5, 8), 4)
-        weights = [numbers(*o.shape, seed=5 + i) for i, o in enumerate(outputs)]
-        loss = sum((o * w).sum() for o, w in zip(outputs, weights, strict=True))
-        results.append((*outputs, *torch.autograd.grad(loss, (qkv, gain))))
-    for own, plain in zip(*results, strict=True):
-        torch.testing.assert_close(own, plain)
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(block(x, *tables))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_the_gradient_knows_what_was_dropped():
+    """Finite differences along a random direction, under one mask."""
+    block, tables, x = dropped_block(0.5)
+    weight, direction = numbers(*x.shape, seed=4), numbers(*x.shape, seed=5)
+
+    def loss(x):
+        torch.manual_seed(1)
+        return (block(x, *tables).double() * weight).sum()
+
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(x), x)
+    with torch.no_grad():
+        slope = (loss(x + 1e-2 * direction) - loss(x - 1e-2 * direction)) / 2e-2
+    assert slope.item() == pytest.approx((gradient * direction).sum().item(), rel=2e-3)
+
+
+def test_the_kernels_step_aside_for_other_precisions():
+    x = torch.zeros(1, 32)
+    assert functions.kernels(x) is not None
+    assert functions.kernels(x.double()) is None
+    assert functions.kernels(x.to("meta")) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert functions.kernels(x) is None
 
 
 @pytest.mark.parametrize("n_kv_head", [0, 2])
-def test_the_whole_model_has_equal_logits_and_gradients(monkeypatch, n_kv_head):
-    config = ModelConfig(n_layer=2, n_head=4, n_kv_head=n_kv_head, n_embd=64, block_size=16)
-    model = TransformerLanguageModel(256, config, seed=1).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(2), dtype=p.dtype) * 0.1)
-    ids = torch.randint(0, 256, (3, 17), generator=torch.Generator().manual_seed(3))
-    results = []
-    for own in (True, False):
-        monkeypatch.setattr(functions, "_own_backward", lambda x, own=own: own)
-        model.zero_grad()
-        logits = model(ids[:, :-1])
-        cross_entropy(logits, ids[:, 1:]).backward()
-        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
-    for own, plain in zip(*results, strict=True):
-        torch.testing.assert_close(own, plain)
+def test_the_whole_model_has_equal_loss_and_gradients(plain, n_kv_head):
+    config = ModelConfig(n_layer=2, n_head=4, n_kv_head=n_kv_head, n_embd=64, block_size=48)
+    whole = shaken(TransformerLanguageModel(256, config, seed=1))
+    ids = torch.randint(0, 256, (3, 49), generator=torch.Generator().manual_seed(3))
+
+    def run():
+        whole.zero_grad()
+        logits = whole(ids[:, :-1])
+        functions.cross_entropy(logits, ids[:, 1:]).backward()
+        return [logits.detach(), *(p.grad.clone() for p in whole.parameters())]
+
+    assert_close(run(), plain(run), tolerance=5e-5)
+
+
+def test_two_threads_compute_what_one_does():
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=64, block_size=32)
+    whole = shaken(TransformerLanguageModel(256, config, seed=1))
+    ids = torch.randint(0, 256, (5, 33), generator=torch.Generator().manual_seed(3))
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            whole.zero_grad()
+            functions.cross_entropy(whole(ids[:, :-1]), ids[:, 1:]).backward()
+            results.append([p.grad.clone() for p in whole.parameters()])
+    finally:
+        torch.set_num_threads(before)
+    for others in results[1:]:
+        assert_close(others, results[0])

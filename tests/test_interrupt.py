@@ -1,8 +1,10 @@
 """smallm.training.interrupt: the first Ctrl-C is a request, its echo from a launcher too, a later one is not."""
 
 import signal
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from smallm.training import interrupt
 from smallm.training.interrupt import Interrupt
@@ -37,3 +39,34 @@ def test_a_later_one_interrupts_at_once(clock):
     with pytest.raises(KeyboardInterrupt):
         twice()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "answers"),
+    [("cpu", range(1, 22), range(5, 22)), ("meta", (10, 20), (10, 20))],  # meta: a device that is no CPU
+)
+def test_several_processes_agree(device, asked, answers):
+    """Pressed on another process only, before the end of step 5."""
+    steps = []
+
+    def reduce(tensor, how):
+        assert (tensor.device.type, how) == (device, "sum")
+        steps.append(step)
+        return torch.tensor(int(step >= 5))
+
+    accelerator = SimpleNamespace(num_processes=2, device=torch.device(device), reduce=reduce)
+    obeyed = []
+    with Interrupt() as interrupt:
+        for step in range(1, 22):
+            if interrupt.anywhere(accelerator, step):
+                obeyed.append(step)
+    assert steps == list(asked)
+    assert obeyed == list(answers)
+
+
+def test_one_process_asks_nobody():
+    with Interrupt() as interrupt:
+        alone = SimpleNamespace(num_processes=1)
+        assert not interrupt.anywhere(alone, 1)
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.anywhere(alone, 1)

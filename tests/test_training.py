@@ -23,7 +23,8 @@ from smallm.training.checkpoint import best_checkpoint, checkpoints, load_model,
 from smallm.training.config import Config
 from smallm.training.corpus import open_corpus
 from smallm.training.dataset import CharDataset
-from smallm.training.model import TransformerLanguageModel, cross_entropy
+from smallm.training.functions import cross_entropy
+from smallm.training.model import TransformerLanguageModel
 from smallm.training.optim import build_optimizer
 from smallm.training.schedule import divide_batch, total_steps
 

@@ -5,6 +5,7 @@ The same field is a line in a TOML file (`[model]` / `n_layer = 6`), a flag (`--
 """
 
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from typing import Any, Literal
 
 from smallm.errors import UserError
@@ -81,6 +82,12 @@ class ModelConfig:
         """Width of the feed-forward layer, resolved."""
         return self.n_inner or -(-8 * self.n_embd // (3 * 32)) * 32
 
+    @property
+    def packed_rows(self) -> dict[str, tuple[int, ...]]:
+        """Weights that hold several matrices: name within a block -> rows of each (q, k, v; gate, up)."""
+        q, kv = self.n_head * self.head_dim, self.kv_heads * self.head_dim
+        return {"attn.c_attn.weight": (q, kv, kv), "mlp.c_fc.weight": (self.inner, self.inner)}
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -106,6 +113,8 @@ class OptimConfig:
     """Decay rates of Adam's moments."""
     momentum: float = 0.9
     """Momentum of Muon."""
+    newton_schulz_steps: int = 5
+    """Iterations of Muon's orthogonalisation."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 = no clipping."""
 
@@ -114,6 +123,8 @@ class OptimConfig:
             _check(getattr(self, name) > 0, f"optim.{name}", getattr(self, name), "must be positive")
         for name in ("warmup_steps", "min_lr", "weight_decay", "grad_clip"):
             _check(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must not be negative")
+        steps = self.newton_schulz_steps
+        _check(1 <= steps <= 8, "optim.newton_schulz_steps", steps, "must lie between 1 and 8")
         for value in (*self.betas, self.momentum):
             _check(0 <= value < 1, "optim.betas and optim.momentum", value, "must be at least 0 and less than 1")
         _check(0 <= self.decay_fraction <= 1, "optim.decay_fraction", self.decay_fraction, "must lie between 0 and 1")
@@ -124,6 +135,10 @@ class OptimConfig:
 class TrainConfig:
     batch_size: int = 12
     """Sequences per step over all processes."""
+    short_windows: tuple[int, ...] = ()
+    """Window lengths that the run begins with instead of block_size, such as 64 128; the ids per step stay the same."""
+    short_until: tuple[float, ...] = ()
+    """Share of the run at which each of the short windows ends, such as 0.2 0.8."""
     micro_batch_size: int = 0
     """Sequences per process and forward pass; 0 = batch_size / processes, without accumulation."""
     max_steps: int = 0
@@ -146,8 +161,8 @@ class TrainConfig:
     """Random seed of initialisation, batches and dropout."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Arithmetic; auto = bf16 or fp16 on a GPU that has it, fp32 on CPUs."""
-    compile: bool = False
-    """Use torch.compile."""
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """Use torch.compile; auto = on a GPU, for runs of over about three minutes."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "keep_last", "log_every"):
@@ -155,6 +170,10 @@ class TrainConfig:
         for name in ("micro_batch_size", "max_steps", "epochs", "eval_every", "save_every", "patience",
                      "sample_length", "seed"):  # fmt: skip
             _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
+        until, number = self.short_until, len(self.short_windows)
+        _check(len(until) == number, "train.short_until", until, f"must be {number} numbers, one per short window")
+        rises = all(a < b for a, b in pairwise((0.0, *until, 1.0)))
+        _check(rises, "train.short_until", until, "must rise from above 0 to below 1")
         _check(self.seed < 1 << 32, "train.seed", self.seed, "must be less than 4294967296")
 
 
@@ -189,6 +208,12 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        T = self.model.block_size
+        for window in self.train.short_windows:
+            divides = 0 < window < T and T % window == 0
+            _check(divides, "train.short_windows", window, f"must be shorter than model.block_size = {T} and divide it")
 
     @classmethod
     def from_dict(cls, values: dict[str, dict[str, Any]]) -> "Config":

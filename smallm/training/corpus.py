@@ -83,7 +83,7 @@ def open_corpus(
         codecs.getincrementaldecoder(encoding)
     except (LookupError, ValueError):
         raise UserError(f"there is no encoding {encoding!r}; pass for example --encoding latin-1") from None
-    cache = cache or _default_cache()
+    cache = cache or cache_folder()
     text = _find(source, encoding, cache)
     facts = _survey(text, val_fraction, progress)
     key = json.dumps([CACHE_FORMAT, facts["fingerprint"], float(val_fraction), int(min_count)])
@@ -292,7 +292,8 @@ def _load(folder: Path, name: str) -> Corpus | None:
         return None
 
 
-def _default_cache() -> Path:
+def cache_folder() -> Path:
+    """Where encoded texts and compiled kernels are kept: $SMALLM_CACHE or the user's cache folder."""
     if folder := os.environ.get("SMALLM_CACHE"):
         return Path(folder)
     import pooch

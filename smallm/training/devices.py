@@ -1,11 +1,14 @@
-"""What we train on: device, precision, processes, threads."""
+"""What we train on: device, precision, processes, threads, and how data gets there."""
 
 import os
 import platform
 from importlib.metadata import version
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from smallm import __version__
 from smallm.errors import UserError
@@ -23,7 +26,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # said outright, or a launcher of several processes expects GPUs
         mixed_precision=precision,
-        dynamo_backend="inductor" if config.compile else "no",
+        dynamo_backend="no",  # `compilation` decides, once the size of the run is known
     )
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise UserError(
@@ -33,12 +36,33 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Model and optimiser for this device, this precision and these processes."""
+    tables = [name for name, _ in model.named_buffers()]  # the same everywhere: not to be sent round at each step
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)
+    # The optimiser has no state yet that would have to be moved, and moving it imports PyTorch's whole compiler.
+    return accelerator.prepare(model, optimizer, device_placement=[True, False])
+
+
 def best_precision() -> str:
     """bf16 or fp16 on a GPU that computes it natively; fp32 elsewhere."""
     if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return "no"
     major, _ = torch.cuda.get_device_capability()
     return "bf16" if major >= 8 else "fp16" if major >= 7 else "no"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a GPU; 0 of what is none."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array as a tensor on the device, without waiting for a GPU to finish what it does."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def describe_device(accelerator: Accelerator) -> tuple[str, str]:

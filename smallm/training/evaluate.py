@@ -8,7 +8,8 @@ from torch import nn
 from smallm.sampling import Rng, Sampling, sample
 from smallm.scoring import windows
 from smallm.training.corpus import Corpus
-from smallm.training.model import cross_entropy
+from smallm.training.devices import to_device
+from smallm.training.functions import cross_entropy
 from smallm.vocabulary import Vocabulary
 
 IDS_PER_PIECE = 1 << 20  # read from the memory map at a time
@@ -49,5 +50,5 @@ def write_sample(
 
 
 def _sum_of_nats(model: nn.Module, inputs: np.ndarray, targets: np.ndarray, device: torch.device) -> torch.Tensor:
-    logits = model(torch.from_numpy(inputs).to(device))
-    return cross_entropy(logits, torch.from_numpy(targets).to(device), reduction="sum").double()
+    logits = model(to_device(inputs, device))
+    return cross_entropy(logits, to_device(targets, device), reduction="sum").double()

@@ -1,109 +1,143 @@
-"""The model's small operations, each written twice: in plain PyTorch, and for CPUs with a backward pass of its own.
+"""The model's small operations in plain PyTorch, and a whole block as a compiled kernel for CPUs.
 
-In plain PyTorch on a CPU a norm or a rotation dissolves into a dozen passes over memory, which together cost as much as
-the matrix products of a small model. The second form computes the same with half of the passes. `rms_norm` and
-`qk_norm_rotary` choose: the second form for float32 on a CPU, else the plain one, which compilers fuse. (For SwiGLU
-such a form was no faster than autograd's.)
+In plain PyTorch on a CPU the block of a small model dissolves into dozens of passes over memory, which together cost as
+much as its matrix products. The kernels (kernels.c) compute the same, forward and backward, in one call each. They
+serve float32 on a CPU; everything else takes the plain form, which compilers fuse.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from smallm.scoring import IGNORED
+from smallm.training.kernels import Kernels, load
+
 NORM_EPS = 1e-6
+PANEL = 32  # the kernels take matrices whose sides are multiples of this
+
+
+def kernels(x: Tensor) -> Kernels | None:
+    """The kernels, if there are any for this tensor here and now."""
+    plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling()
+    return None if plain or torch.is_autocast_enabled("cpu") else load()
+
+
+def block(x: Tensor, weights: tuple[Tensor, ...], cos: Tensor, sin: Tensor, n_head: int, dropout: float) -> Tensor:
+    """A whole TransformerBlock in one kernel: x (B, T, C) -> (B, T, C).
+
+    weights: ln_1 (C,), c_attn ((nh + 2 nkv) hd, C), q_norm and k_norm (hd,), c_proj (C, nh hd), ln_2 (C,),
+    c_fc (2 I, C), c_proj of the feed-forward (C, I); cos, sin (T, hd); dropout: probability, at the end of both halves.
+    """
+    seed = int(torch.randint(1 << 31, ())) if dropout else 0
+    return _Block.apply(x, cos, sin, n_head, dropout, seed, *weights)
 
 
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
     """x (..., C), gain (C,) -> x / rms(x) * gain, over the last dimension (Zhang and Sennrich 2019)."""
-    return _RMSNorm.apply(x, gain) if _own_backward(x) else rms_norm_plain(x, gain)
+    return _RMSNorm.apply(x, gain) if kernels(x) else F.rms_norm(x, gain.shape, gain, NORM_EPS)
 
 
-def qk_norm_rotary(
-    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, n_head: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Splits packed heads and prepares queries and keys for attention: RMSNorm per head, then rotation by position.
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Nats per id. logits (B, T, V), targets (B, T); positions with target IGNORED do not count."""
+    if not kernels(logits):
+        flat = logits.flatten(0, 1).float()
+        return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+    nats = _CrossEntropy.apply(logits, targets)  # (B, T)
+    return nats.sum() if reduction == "sum" else nats.sum() / (targets != IGNORED).sum()
+
+
+def attention(qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, n_head: int) -> Tensor:
+    """Causal self-attention on packed heads, queries and keys each RMS-normed and then rotated by their position.
 
     qkv (B, T, nh + 2 nkv, hd); gains (hd,); cos, sin (T, hd), the sine of the first half negated, as in RoFormer
-    (Su et al. 2021) with the halves of a head rotated against each other. -> q (B, nh, T, hd), k and v (B, nkv, T, hd).
+    (Su et al. 2021) with the halves of a head rotated against each other -> (B, T, nh, hd).
     """
     n_kv_head = (qkv.size(2) - n_head) // 2
-    gain = torch.cat((q_gain.expand(n_head, -1), k_gain.expand(n_kv_head, -1)))  # (nh + nkv, hd)
-    prepare = _QKNormRotary.apply if _own_backward(qkv) else qk_norm_rotary_plain
-    q, k, v = prepare(qkv, gain, cos, sin, n_head)
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    q, k, v = qkv.split((n_head, n_kv_head, n_kv_head), dim=2)
+    q, k = _norm_and_rotate(q, q_gain, cos, sin), _norm_and_rotate(k, k_gain, cos, sin)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, hd)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=n_kv_head != n_head)
+    return y.transpose(1, 2)
 
 
-def rms_norm_plain(x: Tensor, gain: Tensor) -> Tensor:
-    """`rms_norm` in plain PyTorch."""
-    return F.rms_norm(x, gain.shape, gain, NORM_EPS)
+def polynomial_iteration(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """x (n, rows, columns) -> a x + (b S + c S S) x with S = x x^T, once for each a, b, c."""
+    if kernels(x) and x.size(1) % PANEL == x.size(2) % PANEL == 0:
+        x = x.clone(memory_format=torch.contiguous_format)
+        load()("orthogonalise", x, torch.tensor(coefficients), *x.shape, len(coefficients))
+        return x
+    for a, b, c in coefficients:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
 
 
-def qk_norm_rotary_plain(
-    qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, n_head: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The work of `qk_norm_rotary` in plain PyTorch -> q (B, T, nh, hd), k and v (B, T, nkv, hd)."""
-    heads, hd = gain.shape
-    qk, v = qkv.split((heads, qkv.size(2) - heads), dim=2)
-    qk = F.rms_norm(qk, (hd,), None, NORM_EPS) * gain
-    cos, sin = cos[:, None].to(qk.dtype), sin[:, None].to(qk.dtype)  # (T, 1, hd)
-    qk = qk * cos + qk.roll(hd // 2, -1) * sin
-    return qk[:, :, :n_head], qk[:, :, n_head:], v
+def _norm_and_rotate(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x = F.rms_norm(x, gain.shape, None, NORM_EPS) * gain.to(x.dtype)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # (T, 1, hd)
+    return x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
-def _own_backward(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+class _Block(Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin, n_head, dropout, seed, *weights):
+        x, (B, T, C), hd = x.contiguous(), x.shape, cos.size(1)
+        rows, inner = weights[1].size(0), weights[7].size(1)
+        ctx.sizes = (B, T, C, n_head, (rows // hd - n_head) // 2, hd, inner, seed, NORM_EPS, dropout)
+        y, middle = torch.empty_like(x), torch.empty_like(x)
+        qkv, attended, lse = (x.new_empty(B, T, n) for n in (rows, n_head * hd, n_head))
+        gate_up = x.new_empty(B, T, 2 * inner)
+        packed = x.new_empty(sum(w.numel() for w in weights))
+        load()("block", x, y, qkv, attended, lse, middle, gate_up, packed, *weights, cos, sin, *ctx.sizes)
+        ctx.save_for_backward(x, qkv, attended, lse, middle, gate_up, cos, sin, *weights)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, qkv, attended, lse, middle, gate_up, cos, sin, *weights = ctx.saved_tensors
+        dx, dattended, dqkv = (torch.empty_like(t) for t in (x, attended, qkv))
+        count = sum(w.numel() for w in weights)
+        gradients, packed, parts = (x.new_empty(n * count) for n in (1, 1, torch.get_num_threads()))
+        load()("block_backward", grad.contiguous(), x, qkv, attended, lse, middle, gate_up, dx, gradients,
+               dattended, dqkv, packed, parts, *weights, cos, sin, *ctx.sizes)  # fmt: skip
+        each = gradients.split([w.numel() for w in weights])
+        return dx, None, None, None, None, None, *(g.view_as(w) for g, w in zip(each, weights, strict=True))
 
 
 class _RMSNorm(Function):
     @staticmethod
-    def forward(ctx, x: Tensor, gain: Tensor) -> Tensor:
-        scale = _inverse_rms(x)
-        normed = x * scale
-        ctx.save_for_backward(normed, scale, gain)
-        return normed * gain
+    def forward(ctx, x, gain):
+        x, y = x.contiguous(), torch.empty_like(x)
+        load()("rms_norm", x, gain, y, x.numel() // x.size(-1), x.size(-1), NORM_EPS)
+        ctx.save_for_backward(x, gain)
+        return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        normed, scale, gain = ctx.saved_tensors
-        grad_gain = (grad * normed).flatten(0, -2).sum(0)
-        return _without_part_along(normed, grad * gain).mul_(scale), grad_gain
+    def backward(ctx, grad):
+        x, gain = ctx.saved_tensors
+        dx, dgain = torch.empty_like(x), torch.empty_like(gain)
+        parts = x.new_empty(torch.get_num_threads(), gain.numel())
+        load()("rms_norm_backward", grad.contiguous(), x, gain, dx, dgain, parts,
+               x.numel() // x.size(-1), x.size(-1), NORM_EPS)  # fmt: skip
+        return dx, dgain
 
 
-class _QKNormRotary(Function):
+class _CrossEntropy(Function):
     @staticmethod
-    def forward(
-        ctx, qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, n_head: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        heads, hd = gain.shape
-        x = qkv[:, :, :heads]
-        scale = _inverse_rms(x)
-        normed = x * scale  # (B, T, nh + nkv, hd)
-        cos, sin = cos[:, None], sin[:, None]  # (T, 1, hd)
-        ctx.save_for_backward(normed, scale, gain, cos, sin)
-        # Gain and rotation in one table (T, nh + nkv, hd), which is small beside the activations.
-        qk = (normed * (cos * gain)).addcmul_(normed.roll(hd // 2, -1), sin * gain.roll(hd // 2, -1))
-        return qk[:, :, :n_head], qk[:, :, n_head:], qkv[:, :, heads:]
+    def forward(ctx, logits, targets):
+        logits, targets = logits.contiguous(), targets.contiguous()
+        nats, lse = (logits.new_empty(targets.shape) for _ in range(2))
+        load()("cross_entropy", logits, targets, nats, lse, targets.numel(), logits.size(-1))
+        ctx.save_for_backward(logits, targets, lse)
+        return nats
 
     @staticmethod
-    def backward(ctx, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        normed, scale, gain, cos, sin = ctx.saved_tensors
-        B, T, heads, hd = normed.shape
-        grad = torch.cat((grad_q, grad_k), dim=2)
-        turned_back = (grad * sin).roll(-(hd // 2), -1).addcmul_(grad, cos)
-        grad_gain = (turned_back * normed).sum((0, 1))
-        grad_qkv = grad.new_empty(B, T, heads + grad_v.size(2), hd)
-        torch.mul(_without_part_along(normed, turned_back.mul_(gain)), scale, out=grad_qkv[:, :, :heads])
-        grad_qkv[:, :, heads:] = grad_v
-        return grad_qkv, grad_gain, None, None, None
-
-
-def _inverse_rms(x: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.square_().div_(x.size(-1)).add_(NORM_EPS).rsqrt_()
-
-
-def _without_part_along(normed: Tensor, grad: Tensor) -> Tensor:
-    """The gradient (..., C) without its part along `normed`, which a norm takes away."""
-    along = torch.linalg.vecdot(grad, normed).div_(-normed.size(-1)).unsqueeze(-1)
-    return torch.addcmul(grad, normed, along)
+    def backward(ctx, grad):
+        logits, targets, lse = ctx.saved_tensors
+        dlogits = torch.empty_like(logits)
+        load()("cross_entropy_backward", grad.contiguous(), logits, targets, lse, dlogits,
+               targets.numel(), logits.size(-1))  # fmt: skip
+        return dlogits, None

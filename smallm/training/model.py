@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smallm.scoring import IGNORED
 from smallm.training.config import ModelConfig
-from smallm.training.functions import qk_norm_rotary, rms_norm
+from smallm.training.functions import PANEL, attention, block, kernels, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -52,7 +51,6 @@ class MultiHeadSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_dim
-        self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
         self.q_norm = RMSNorm(self.head_dim)
         self.k_norm = RMSNorm(self.head_dim)
@@ -62,14 +60,8 @@ class MultiHeadSelfAttention(nn.Module):
         """x (B, T, C), cos and sin (T, hd) -> (B, T, C); position t sees positions 0..t."""
         B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim)  # (B, T, nh + 2 nkv, hd)
-        q, k, v = qk_norm_rotary(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin, self.n_head)
-        y = F.scaled_dot_product_attention(
-            q, k, v,
-            is_causal=True,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.n_kv_head != self.n_head,
-        )  # fmt: skip
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = attention(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin, self.n_head)
+        return self.c_proj(y.reshape(B, T, -1))
 
 
 class FeedForward(nn.Module):
@@ -96,9 +88,14 @@ class TransformerBlock(nn.Module):
         self.ln_2 = RMSNorm(config.n_embd)
         self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
+        widths = (config.n_embd, config.inner, sum(config.packed_rows["attn.c_attn.weight"]))
+        self.in_panels = all(width % PANEL == 0 for width in widths)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, T, C), cos and sin (T, hd) -> (B, T, C)."""
+        if self.in_panels and kernels(x):
+            dropout = self.dropout.p if self.training else 0.0
+            return block(x, tuple(self.parameters()), cos, sin, self.attn.n_head, dropout)
         x = x + self.dropout(self.attn(self.ln_1(x), cos, sin))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
@@ -120,8 +117,8 @@ class TransformerLanguageModel(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> logits (B, T, V); T up to block_size. The embedding is also the output matrix."""
         x, (cos, sin) = self.dropout(self.wte(ids)), self.rotary(ids.size(1))  # (B, T, C), (T, hd)
-        for block in self.h:
-            x = block(x, cos, sin)
+        for layer in self.h:
+            x = layer(x, cos, sin)
         return F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
 
     @torch.no_grad()
@@ -151,8 +148,3 @@ class TransformerLanguageModel(nn.Module):
         c = self.config
         matrices = sum(p.numel() for p in self.parameters() if p.ndim == 2)
         return 6 * matrices + 6 * c.n_layer * c.n_head * c.head_dim * c.block_size
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Nats per id. logits (B, T, V), targets (B, T); positions with target IGNORED do not count."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction=reduction)

@@ -1,11 +1,27 @@
 """Adam, AdamW, and Muon with AdamW for what is no matrix."""
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from smallm.training.config import OptimConfig
+from smallm.training.functions import polynomial_iteration
+
+# The steps of Polar Express (Amsel et al. 2025), each the best quintic for the singular values that the one before it
+# leaves, from 0.001 to 1 at first: a few of them come closer to 1 than one polynomial applied again and again.
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -24,7 +40,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
             {"params": matrices, "peak_lr": config.learning_rate, "weight_decay": config.weight_decay, "muon": True},
             {"params": rest, "peak_lr": config.adam_learning_rate, "weight_decay": 0.0, "muon": False},
         ]
-        return MuonAdamW(groups, lr=config.learning_rate, momentum=config.momentum, betas=config.betas)
+        packed = model.config.packed_rows
+        rows = {p: packed[inside] for name, p in named if (inside := name.split(".", 2)[-1]) in packed}
+        return MuonAdamW(groups, config, rows)
     decay = config.weight_decay if config.name == "adamw" else 0.0
     groups = [
         {"params": matrices, "peak_lr": config.learning_rate, "weight_decay": decay},
@@ -43,38 +61,61 @@ def moments_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for the groups with `muon=True`, AdamW for the others, in one step.
 
-    The arithmetic is that of `torch.optim.Muon` and `torch.optim.AdamW`, except that matrices of one shape are
-    orthogonalised together. Being one optimiser, it works under fp16 loss scaling, which would otherwise unscale the
-    gradients twice.
+    The matrices that lie packed in one weight, as q, k and v do, are orthogonalised one by one, and all those of one
+    shape, lying or standing, together. Being one optimiser, it works under fp16 loss scaling, which would otherwise
+    unscale the gradients twice.
     """
 
-    def __init__(self, params: Iterable, lr: float, momentum: float, betas: tuple[float, float], ns_steps: int = 5):
-        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": 1e-8, "weight_decay": 0.0, "muon": False}
+    def __init__(self, params: Iterable, config: OptimConfig, packed_rows: Mapping[Tensor, tuple[int, ...]]):
+        """packed_rows: parameter -> rows of each of its matrices; without an entry it is one matrix."""
+        defaults = {"lr": config.learning_rate, "betas": config.betas, "eps": 1e-8, "weight_decay": 0.0, "muon": False}
         super().__init__(params, defaults)
-        self.ns_steps = ns_steps
-        rest = [p for group in self.param_groups if not group["muon"] for p in group["params"]]
-        self._adamw = torch.optim.AdamW(rest, fused=True)
+        self.momentum, self.coefficients = config.momentum, POLAR_EXPRESS[: config.newton_schulz_steps]
+        self.packed_rows = dict(packed_rows)
+
+    # As decorated, these methods import PyTorch's whole compiler, which takes as long as the first 50 steps of a small
+    # model; so does AdamW's own `step`, in place of which stands its functional form below.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
-            if group["muon"]:
-                self._muon_step(group)
-        self._adamw.state = self.state
-        self._adamw.param_groups = [self._adamw.defaults | g for g in self.param_groups if not g["muon"]]
-        self._adamw.step()
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                (self._muon_step if group["muon"] else self._adamw_step)(group, parameters)
 
-    def _muon_step(self, group: dict) -> None:
-        for parameters in _same_shape([p for p in group["params"] if p.grad is not None]):
-            gradients = [p.grad for p in parameters]
-            momenta = [self._momentum(p) for p in parameters]
-            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
-            updates = orthogonalise(torch.stack(nesterov), self.ns_steps)  # (n, rows, columns)
-            rows, columns = parameters[0].shape
+    def _adamw_step(self, group: dict, parameters: list[Tensor]) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p] = {"step": torch.zeros((), device=p.device)}
+                self.state[p] |= {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+        steps, means, squares = ([self.state[p][key] for p in parameters] for key in ("step", "exp_avg", "exp_avg_sq"))
+        adamw(parameters, [p.grad for p in parameters], means, squares, [], steps, fused=True, amsgrad=False,
+              beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
+              eps=group["eps"], maximize=False)  # fmt: skip
+
+    def _muon_step(self, group: dict, parameters: list[Tensor]) -> None:
+        gradients, momenta = [p.grad for p in parameters], [self._momentum(p) for p in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
+        nesterov = torch._foreach_lerp(gradients, momenta, self.momentum)
+        if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, list(updates), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+        for matrices in _by_shape(self._matrices(parameters, nesterov)):
+            updates = orthogonalise(torch.stack([_lying(update) for _, update in matrices]), self.coefficients)
+            for (weight, _), update in zip(matrices, updates, strict=True):
+                rows, columns = weight.shape
+                step = group["lr"] * max(1.0, rows / columns) ** 0.5
+                weight.add_(update if rows <= columns else update.mT, alpha=-step)
+
+    def _matrices(self, parameters: list[Tensor], updates: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Each matrix of the parameters beside its update; both are views."""
+        pairs = []
+        for parameter, update in zip(parameters, updates, strict=True):
+            rows = self.packed_rows.get(parameter, (parameter.size(0),))
+            pairs += zip(parameter.split(rows), update.split(rows), strict=True)
+        return pairs
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -83,24 +124,24 @@ class MuonAdamW(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
 
-def orthogonalise(matrices: Tensor, steps: int) -> Tensor:
+def orthogonalise(matrices: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
     """(n, rows, columns) -> matrices with about the same singular vectors and all singular values near 1.
 
-    The quintic Newton-Schulz iteration of Muon; in bf16 on GPUs, where it is exact enough and twice as fast.
+    A quintic Newton-Schulz iteration for each of the coefficients, best with rows <= columns; in bf16 on GPUs, where it
+    is exact enough and twice as fast.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.bfloat16() if matrices.is_cuda else matrices
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(matrices.dtype)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01).clamp(min=1e-7)
+    return polynomial_iteration(x, coefficients).to(matrices.dtype)
 
 
-def _same_shape(parameters: list[Tensor]) -> list[list[Tensor]]:
-    by_shape: dict[torch.Size, list[Tensor]] = {}
-    for parameter in parameters:
-        by_shape.setdefault(parameter.shape, []).append(parameter)
-    return list(by_shape.values())
+def _lying(matrix: Tensor) -> Tensor:
+    return matrix if matrix.size(0) <= matrix.size(1) else matrix.mT
+
+
+def _by_shape(pairs: list[tuple[Tensor, Tensor]]) -> Iterable[list[tuple[Tensor, Tensor]]]:
+    """Those that can be orthogonalised together, standing ones as lying."""
+    groups: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+    for weight, update in pairs:
+        groups.setdefault(tuple(sorted(weight.shape)), []).append((weight, update))
+    return groups.values()

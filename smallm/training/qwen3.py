@@ -20,14 +20,12 @@ PACKED = {  # ours -> theirs, in the order of the rows
 
 def to_qwen3(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our state dict -> contiguous CPU tensors under Qwen3's names; the tied embedding stands there once."""
-    q, kv = config.n_head * config.head_dim, config.kv_heads * config.head_dim
-    rows = {"attn.c_attn.weight": (q, kv, kv), "mlp.c_fc.weight": (config.inner, config.inner)}
     theirs = {"model.embed_tokens.weight": state["wte.weight"], "model.norm.weight": state["ln_f.weight"]}
     for layer in range(config.n_layer):
         for our_name, name in PLAIN.items():
             theirs[f"model.layers.{layer}.{name}"] = state[f"h.{layer}.{our_name}"]
         for our_name, names in PACKED.items():
-            pieces = state[f"h.{layer}.{our_name}"].split(rows[our_name])
+            pieces = state[f"h.{layer}.{our_name}"].split(config.packed_rows[our_name])
             theirs |= {f"model.layers.{layer}.{name}": piece for name, piece in zip(names, pieces, strict=True)}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in theirs.items()}
 

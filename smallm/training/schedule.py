@@ -3,7 +3,7 @@
 import math
 
 from smallm.errors import UserError
-from smallm.training.config import OptimConfig
+from smallm.training.config import Config, OptimConfig
 
 QUICK_STEPS = 560  # of a run that sets neither max_steps nor epochs
 
@@ -27,6 +27,14 @@ def lr_factor(step: int, config: OptimConfig, total_steps: int, steps_per_epoch:
         left = (total_steps - step) / max(1.0, config.decay_fraction * total_steps)
         return floor + (1 - floor) * max(0.0, min(1.0, left))
     return 1.0
+
+
+def window_length(step: int, config: Config, total_steps: int) -> int:
+    """Length of the windows at `step`: short ones first, since what is near is learned first, then block_size."""
+    for window, until in zip(config.train.short_windows, config.train.short_until, strict=True):
+        if step < until * total_steps:
+            return window
+    return config.model.block_size
 
 
 def divide_batch(batch_size: int, micro_batch_size: int, ranks: int) -> tuple[int, int]:

@@ -4,7 +4,6 @@ import math
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import tomli_w
 import torch
 from accelerate import Accelerator
@@ -15,17 +14,20 @@ from smallm.runs import METRICS, VALIDATION
 from smallm.scoring import perplexity
 from smallm.training import checkpoint
 from smallm.training.checkpoint import TrainingState
+from smallm.training.compilation import compiled, is_wanted
 from smallm.training.config import Config
 from smallm.training.corpus import Corpus, open_corpus
 from smallm.training.dataset import CharDataset
-from smallm.training.devices import build_accelerator, describe_device, launcher_warning, versions
+from smallm.training.devices import build_accelerator, describe_device, launcher_warning, prepare, versions
 from smallm.training.evaluate import evaluate, write_sample
+from smallm.training.feed import Feed
+from smallm.training.functions import cross_entropy
 from smallm.training.interrupt import Interrupt
 from smallm.training.meter import Meter
-from smallm.training.model import TransformerLanguageModel, cross_entropy
+from smallm.training.model import TransformerLanguageModel
 from smallm.training.optim import build_optimizer, set_lr
 from smallm.training.report import Report
-from smallm.training.schedule import divide_batch, lr_factor, total_steps
+from smallm.training.schedule import divide_batch, lr_factor, total_steps, window_length
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells know it
 
@@ -62,8 +64,8 @@ class Trainer:
                 f"model.block_size = {config.model.block_size}; use a longer text or a smaller block_size"
             )
         self.micro_batch_size, self.grad_accum_steps = divide_batch(c.batch_size, c.micro_batch_size, ranks)
-        self.dataset = CharDataset(corpus.train_ids, config.model.block_size, c.seed)
-        self.steps_per_epoch = len(self.dataset) / c.batch_size
+        dataset = CharDataset(corpus.train_ids, config.model.block_size, c.seed)
+        self.steps_per_epoch = len(dataset) / c.batch_size
         self.total_steps = total_steps(c.max_steps, c.epochs, self.steps_per_epoch)
         self.eval_every = c.eval_every or max(1, round(self.steps_per_epoch))
         self.save_every = c.save_every or self.eval_every
@@ -74,7 +76,9 @@ class Trainer:
         self.model = TransformerLanguageModel(corpus.vocabulary.size, config.model, seed=c.seed)
         optimizer = build_optimizer(self.model, config.optim)
         # `model` stays the plain module: evaluation and checkpoints use it, only training runs the prepared one.
-        self.prepared, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self.prepared, self.optimizer = prepare(accelerator, self.model, optimizer)
+        self.forward = self.prepared  # or its compiled form
+        self.feed = Feed(dataset, c.batch_size, self.micro_batch_size, accelerator)
         device, precision = describe_device(accelerator)
         self.state = TrainingState(
             fingerprint=corpus.fingerprint,
@@ -93,6 +97,7 @@ class Trainer:
     def train(self) -> bool:
         """Runs to the end, to loss of patience or to Ctrl-C; returns whether the run is finished."""
         self._open()
+        self._compile()
         with self.report, Interrupt() as interrupt:
             for step in range(self.state.step, self.total_steps):
                 factor = lr_factor(step, self.config.optim, self.total_steps, self.steps_per_epoch)
@@ -104,7 +109,7 @@ class Trainer:
                     self._evaluate()
                 if self._due(self.save_every) or self.state.best_step == self.state.step:
                     self._save()
-                if self._any_process(interrupt.requested):
+                if interrupt.anywhere(self.accelerator, self.state.step):
                     return self._break_off()
                 if self._out_of_patience():
                     break
@@ -115,12 +120,16 @@ class Trainer:
 
         Returns this process's mean loss (nats per id) and the gradient norm before clipping, if it was measured.
         """
+        # A GPU is given its work without waiting for it. The host waits only where it wants a number: at a line of
+        # the log, at evaluations and checkpoints, in `Interrupt.anywhere`, and under fp16 at each step (loss scaling).
         total = torch.zeros((), device=self.accelerator.device)
         for micro_step in range(self.grad_accum_steps):
-            ids, targets = self._micro_batch(step, micro_step)
+            if self.config.model.dropout:
+                self.feed.seed_dropout(step, micro_step)
+            ids, targets = self.feed.batch(step, micro_step, window_length(step, self.config, self.total_steps))
             last = micro_step == self.grad_accum_steps - 1
             with nullcontext() if last else self.accelerator.no_sync(self.prepared):
-                loss = cross_entropy(self.prepared(ids), targets) / self.grad_accum_steps
+                loss = cross_entropy(self.forward(ids), targets) / self.grad_accum_steps
                 self.accelerator.backward(loss)
             total += loss.detach()
         norm = None
@@ -177,16 +186,14 @@ class Trainer:
         if self.state.step:
             self.report.say(f"going on from step {self.state.step:,}")
 
-    def _micro_batch(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
-        """This process's share of one forward pass: ids and targets, each (micro_batch_size, T)."""
-        rank, ranks, size = self.accelerator.process_index, self.accelerator.num_processes, self.micro_batch_size
-        first = (micro_step * ranks + rank) * size
-        batch = self.dataset.batch(step, self.config.train.batch_size, slice(first, first + size))
-        if self.config.model.dropout:  # dropout too is a function of where we are, not of what came before
-            seed = np.random.SeedSequence((self.config.train.seed, step, micro_step, rank)).generate_state(1, np.uint64)
-            torch.manual_seed(int(seed[0]))
-        ids, targets = (torch.from_numpy(array).to(self.accelerator.device, non_blocking=True) for array in batch)
-        return ids, targets
+    def _compile(self) -> None:
+        """Compiles the model for the steps to come, if that is wanted."""
+        c, passes = self.config, (self.total_steps - self.state.step) * self.grad_accum_steps
+        flops = self.model.flops_per_id() * self.micro_batch_size * c.model.block_size
+        if is_wanted(c.train.compile, self.accelerator.device, passes, flops, c.model.n_layer):
+            with self.meter.paused():
+                batches = [self.feed.batch(self.state.step, 0, T) for T in (*c.train.short_windows, c.model.block_size)]
+                self.forward = compiled(self.prepared, self.accelerator, batches, self.report.say)
 
     def _due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.total_steps
@@ -250,12 +257,6 @@ class Trainer:
                 )
                 checkpoint.rotate(self.run, self.state.best_step, self.config.train.keep_last)
             self.accelerator.wait_for_everyone()
-
-    def _any_process(self, here: bool) -> bool:
-        """Whether it is so on any process; all must agree, or some would wait for the others for ever."""
-        if self.accelerator.num_processes == 1:
-            return here
-        return bool(self.accelerator.reduce(torch.tensor(int(here), device=self.accelerator.device), "sum").item())
 
     def _out_of_patience(self) -> bool:
         return 0 < self.config.train.patience <= self.state.evaluations_since_best

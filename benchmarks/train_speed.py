@@ -1,0 +1,242 @@
+"""How long smallm trains and how good it gets, as whole processes, beside a plain reference on the same cores.
+
+    python benchmarks/train_speed.py [--data TEXT] [--configs shakespeare-cpu …] [--seeds 1 2 3] [--no-reference]
+
+One after the other: the matrix-product peak of this machine, benchmarks/nanogpt.py, then train.py for each config and
+seed, each a process of its own that finds no encoded text and nothing compiled in its cache. The losses are measured
+afterwards, on the whole validation text. Prints a table, then all figures as one line of JSON; progress goes to stderr.
+Losses are nats per character.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
+import nanogpt
+
+from smallm.cli import run
+from smallm.errors import UserError
+from smallm.scoring import windows
+from smallm.training.checkpoint import best_checkpoint, load_model, saved_config
+from smallm.training.cli import load_config
+from smallm.training.corpus import Corpus, open_corpus
+from smallm.training.devices import versions
+from smallm.training.functions import cross_entropy
+from smallm.training.model import TransformerLanguageModel
+from smallm.training.plot import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+WINDOWS = (64, 128, 256)
+VAL_FRACTION = 0.1  # of every run, whatever its config says: all are scored on the same text
+REFERENCE = "reference"
+
+
+@dataclass
+class Row:
+    """What one training process came to."""
+
+    name: str
+    """A config, or `reference`."""
+    seed: int
+    seconds: float
+    """Wall time of the whole process, from its start to its exit."""
+    step_ms: float
+    """Median milliseconds of a step, evaluations and checkpoints left out."""
+    characters_per_second: float
+    """Of training text, in the median step."""
+    gemm_share: float
+    """Useful floating-point operations per second over those of the matrix-product peak."""
+    parameters: int
+    losses: dict[int, float]
+    """Length of the windows in ids -> nats per character of the whole validation text."""
+    ratio: float | None = None
+    """Seconds of the reference over the seconds of this process."""
+
+
+def gemm_peak(rounds: int = 10) -> dict:
+    """Best floating-point operations per second of a product of two square matrices: fp32 on a CPU, bf16 on a GPU."""
+    gpu = torch.cuda.is_available()
+    device, dtype, size, products = ("cuda", torch.bfloat16, 8192, 20) if gpu else ("cpu", torch.float32, 2048, 1)
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    out, best = torch.empty_like(a), math.inf
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        for _ in range(products):
+            torch.mm(a, b, out=out)
+        if gpu:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begun)
+    return {
+        "flops_per_second": products * 2 * size**3 / best, "dtype": str(dtype).removeprefix("torch."), "device": device,
+        "name": torch.cuda.get_device_name() if gpu else cpu_name(), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def timed(command: list[str], cache: Path) -> float:
+    """Seconds from a Python process's start to its exit; its output goes to stderr, what it caches into `cache`."""
+    print(f"train_speed: {' '.join(command)}", file=sys.stderr, flush=True)
+    caches = dict.fromkeys(("SMALLM_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), str(cache))
+    begun = time.perf_counter()
+    code = subprocess.run([sys.executable, *command], stdout=2, env=os.environ | caches).returncode
+    seconds = time.perf_counter() - begun
+    if code:
+        raise UserError(f"`{' '.join(command)}` ended with exit code {code}; its own message is above")
+    return seconds
+
+
+def run_reference(text: Path, out: Path, steps: int, seed: int, peak: dict) -> Row:
+    """Trains the reference as a process, then scores it in this one."""
+    options = ["--data", str(text), "--out", str(out), "--steps", str(steps), "--seed", str(seed)]
+    seconds = timed([str(ROOT / "benchmarks" / "nanogpt.py"), *options, "--device", peak["device"]], out / "cache")
+    facts, scored = json.loads((out / "reference.json").read_text()), nanogpt.score(text, out)
+    speed = facts["characters_per_second"]
+    return Row(
+        REFERENCE, seed, seconds, facts["median_step_ms"], speed,
+        facts["flops_per_id"] * speed / peak["flops_per_second"], facts["parameters"],
+        {scored["window"]: scored["nats_per_char"]}, ratio=1.0,
+    )  # fmt: skip
+
+
+def run_config(config: str, text: Path, out: Path, seed: int, peak: dict) -> Row:
+    """Trains a config as a process, then scores its best checkpoint in this one."""
+    options = ["--config", config, "--data", str(text), "--out", str(out), "--train.seed", str(seed)]
+    options += ["--data.encoding", "utf-8", "--data.val_fraction", str(VAL_FRACTION)]
+    seconds = timed([str(ROOT / "train.py"), *options], out / "cache")
+    settings, model = saved_config(out), load_model(best_checkpoint(out))
+    corpus = open_text(text, settings.data.min_count, out / "cache")
+    speed = statistics.median(r["characters_per_second"] for r in read_metrics(out) if r["kind"] == "train")
+    lengths = [n for n in WINDOWS if n <= settings.model.block_size] or [settings.model.block_size]
+    ids_per_second = speed * len(corpus.train_ids) / corpus.train_characters
+    return Row(
+        config, seed, seconds, 1000 * settings.train.batch_size * settings.model.block_size / ids_per_second, speed,
+        model.flops_per_id() * ids_per_second / peak["flops_per_second"], model.parameter_count(),
+        {length: full_loss(model, corpus, length) for length in lengths},
+    )  # fmt: skip
+
+
+def open_text(source: str | Path, min_count: int, cache: Path | None = None) -> Corpus:
+    """The text, split as every run splits it."""
+    return open_corpus(str(source), min_count=min_count, val_fraction=VAL_FRACTION, cache=cache, progress=False)
+
+
+@torch.no_grad()
+def full_loss(model: TransformerLanguageModel, corpus: Corpus, window: int) -> float:
+    """Nats per character of the whole validation text, in windows of `window` ids side by side."""
+    nats = 0.0
+    for ids, targets in windows([np.asarray(corpus.val_ids)], window):
+        nats += cross_entropy(model(torch.from_numpy(ids)), torch.from_numpy(targets), reduction="sum").item()
+    return nats / (corpus.val_characters - 1)
+
+
+def summary(rows: list[Row]) -> dict[str, dict]:
+    """For each config: mean and worst loss over the seeds by window, mean seconds, mean and lowest ratio."""
+    configs = {}
+    for name in dict.fromkeys(row.name for row in rows if row.name != REFERENCE):
+        mine = [row for row in rows if row.name == name]
+        losses = {window: [row.losses[window] for row in mine] for window in mine[0].losses}
+        ratios = [row.ratio for row in mine if row.ratio is not None]
+        configs[name] = {
+            "losses": {w: {"mean": statistics.fmean(each), "worst": max(each)} for w, each in losses.items()},
+            "seconds": statistics.fmean(row.seconds for row in mine),
+            "ratio": {"mean": statistics.fmean(ratios), "worst": min(ratios)} if ratios else None,
+        }
+    return configs
+
+
+def table(rows: list[Row]) -> str:
+    """The rows for people."""
+    lengths = sorted({window for row in rows for window in row.losses})
+    head = ["run", "seed", "seconds", "step ms", "chars/s", "of peak", "parameters"]
+    cells = [[*head, *(f"loss@{n}" for n in lengths), "ratio"]] + [
+        [row.name, str(row.seed), f"{row.seconds:.1f}", f"{row.step_ms:.2f}", f"{row.characters_per_second:,.0f}",
+         f"{row.gemm_share:.1%}", f"{row.parameters:,}",
+         *(f"{row.losses[n]:.4f}" if n in row.losses else "-" for n in lengths),
+         "-" if row.ratio is None else f"{row.ratio:.2f}"]
+        for row in rows
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
+
+
+def measure(options: argparse.Namespace, corpus: Corpus) -> tuple[list[Row], dict]:
+    """All processes, one after the other: their rows, and the peak."""
+    with tempfile.TemporaryDirectory(prefix="smallm-") as folder:
+        home = Path(folder)
+        text = home / "text.txt"
+        text.write_bytes((corpus.vocabulary.decode(corpus.train_ids) + corpus.val_text()).encode())
+        print("train_speed: peak of matrix products", file=sys.stderr, flush=True)
+        peak = json.loads(subprocess.check_output([sys.executable, __file__, "--peak"]))
+        rows = []
+        if options.reference:
+            rows.append(run_reference(text, home / REFERENCE, options.reference_steps, options.seeds[0], peak))
+        for config, seed in product(options.configs, options.seeds):
+            row = run_config(config, text, home / f"run-{len(rows)}", seed, peak)
+            row.ratio = rows[0].seconds / row.seconds if options.reference else None
+            rows.append(row)
+    return rows, peak
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures, and prints the table and the JSON line."""
+    options = parse(argv)
+    if options.peak:
+        print(json.dumps(gemm_peak()))
+        return 0
+    for config in options.configs:
+        load_config(config)  # a mistake is told before anything is measured
+    corpus = open_text(options.data, min_count=1)
+    rows, peak = measure(options, corpus)
+    print(table(rows))
+    facts = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(), "cpu": cpu_name(),
+        "threads": peak["threads"], "peak": peak, "text": corpus.name, "fingerprint": corpus.fingerprint,
+        "characters": {"train": corpus.train_characters, "validation": corpus.val_characters},
+    }  # fmt: skip
+    print(json.dumps({**facts, "rows": [asdict(row) for row in rows], "configs": summary(rows)}))
+    return 0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    shared = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+    parser = argparse.ArgumentParser(prog="train_speed.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--data", default=str(shared) if shared.is_file() else "shakespeare", metavar="TEXT",
+        help="a UTF-8 file, a folder or a name, as for train.py (default: %(default)s)")  # fmt: skip
+    add("--configs", nargs="+", default=["shakespeare-cpu"], metavar="CONFIG", help="default: shakespeare-cpu")
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N", help="default: 1 2 3; the reference: the first")
+    add("--no-reference", dest="reference", action="store_false", help="leave out the reference and the ratios")
+    add("--reference-steps", type=int, default=2000, metavar="N", help="updates of the reference (default: 2000)")
+    add("--peak", action="store_true", help="measure the peak of matrix products alone, as JSON")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,681 @@
+/* A Transformer block on a CPU, forward and backward, and the other small operations of a training step.
+ *
+ * kernels.py compiles this file with the machine's own C compiler (C with the vector extensions of GCC and Clang, and
+ * OpenMP), and functions.py has every operation in plain PyTorch too, with which the tests compare these.
+ *
+ * A small model's matrices are so small that calling a library for each product, and passing over memory for each norm,
+ * costs more than the arithmetic. So a block is one call: threads take pieces of rows through it, a piece and the
+ * weights stay in the cache, and the backward pass recomputes what is cheaper to compute than to keep.
+ *
+ * All tensors are float32, contiguous, row-major. Work is dealt out to the threads in fixed pieces: a result may depend
+ * on the number of threads (sums in another order), but not on chance.
+ *
+ * Shapes: N = B T rows (batch, time), C channels, H query heads, G key/value heads, D head width, R = (H + 2 G) D packed
+ * rows, I inner width, V vocabulary.
+ */
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* ---- Vectors ---- */
+
+#ifdef __AVX512F__
+enum { W = 16, ROWS = 8 }; /* floats in a register; rows of a tile, whose 2 * ROWS sums fill the registers */
+#else
+enum { W = 8, ROWS = 6 };
+#endif
+enum { PANEL = 2 * W }; /* columns of a tile */
+
+typedef float vec __attribute__((vector_size(W * sizeof(float))));
+typedef float vec_anywhere __attribute__((vector_size(W * sizeof(float)), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(W * sizeof(float))));
+typedef uint32_t uvec __attribute__((vector_size(W * sizeof(float))));
+typedef float vec8 __attribute__((vector_size(32)));
+typedef float vec8_anywhere __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t ivec8 __attribute__((vector_size(32)));
+typedef float vec4 __attribute__((vector_size(16)));
+
+INLINE vec load(const float *p) { return *(const vec_anywhere *)p; }
+INLINE void store(float *p, vec x) { *(vec_anywhere *)p = x; }
+INLINE vec8 load8(const float *p) { return *(const vec8_anywhere *)p; }
+INLINE void store8(float *p, vec8 x) { *(vec8_anywhere *)p = x; }
+INLINE vec all(float x) { return x - (vec){0}; }
+INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+
+INLINE float sum(vec x)
+{
+    union { vec v; vec8 halves[W / 8]; vec4 quarters[W / 4]; } u = {x};
+    if (W == 16) u.halves[0] += u.halves[W / 8 - 1];
+    vec4 q = u.quarters[0] + u.quarters[1];
+    return (q[0] + q[1]) + (q[2] + q[3]);
+}
+
+INLINE float largest(vec x)
+{
+    union { vec v; vec8 halves[W / 8]; } u = {x};
+    if (W == 16) {
+        ivec8 over = u.halves[W / 8 - 1] > u.halves[0];
+        u.halves[0] = (vec8)((over & (ivec8)u.halves[W / 8 - 1]) | (~over & (ivec8)u.halves[0]));
+    }
+    vec8 h = u.halves[0];
+    float a = h[0] > h[4] ? h[0] : h[4], b = h[1] > h[5] ? h[1] : h[5];
+    float c = h[2] > h[6] ? h[2] : h[6], d = h[3] > h[7] ? h[3] : h[7];
+    a = a > b ? a : b;
+    c = c > d ? c : d;
+    return a > c ? a : c;
+}
+
+/* e^x to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; 0 below -87, NaN for NaN. */
+INLINE vec exponential(vec x)
+{
+    const vec magic = all(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer, kept in the low bits */
+    ivec tiny = x < all(-87.0f);
+    x = choose(x > all(88.0f), all(88.0f), x);
+    vec shifted = x * all(1.44269504f) + magic;
+    vec n = shifted - magic;
+    vec r = x - n * all(0.693359375f) + n * all(2.12194440e-4f);
+    vec p = all(1.9875691500e-4f);
+    p = p * r + all(1.3981999507e-3f);
+    p = p * r + all(8.3334519073e-3f);
+    p = p * r + all(4.1665795894e-2f);
+    p = p * r + all(1.6666665459e-1f);
+    p = p * r + all(5.0000001201e-1f);
+    p = p * r * r + r + all(1.0f);
+    vec power = (vec)((((ivec)shifted - (ivec)magic) << 23) + (ivec)all(1.0f));
+    return choose(tiny, all(0.0f), p * power);
+}
+
+/* ---- Memory and threads ---- */
+
+/* Memory of the calling thread that stays with it, at least `floats` long. */
+static float *scratch(size_t floats)
+{
+    static _Thread_local float *memory = NULL;
+    static _Thread_local size_t size = 0;
+    if (size < floats) {
+        free(memory);
+        size = 0;
+        if (posix_memalign((void **)&memory, 64, floats * sizeof(float))) abort();
+        size = floats;
+    }
+    return memory;
+}
+
+/* The part [*from, *to) of `count` that is this thread's. */
+INLINE void share(int64_t count, int64_t *from, int64_t *to)
+{
+    int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+    *from = count * me / threads;
+    *to = count * (me + 1) / threads;
+}
+
+/* Sums the threads' parts (threads, n) into total (n); called by all threads after a barrier. */
+static void add_up(const float *parts, int64_t n, float *total)
+{
+    int64_t from, to;
+    share(n / W, &from, &to);
+    for (int64_t i = from * W; i < to * W; i += W) {
+        vec x = load(parts + i);
+        for (int t = 1; t < omp_get_num_threads(); t++) x += load(parts + t * n + i);
+        store(total + i, x);
+    }
+}
+
+/* ---- Matrix products for operands that lie in the cache ---- */
+
+/* c (rows, PANEL) (+)= a (rows, K) b (K, PANEL); element (r, k) of a lies at a[r * ar + k * ak]. */
+#define TILE(rows)                                                                                                     \
+    INLINE void tile_##rows(const float *a, int64_t ar, int64_t ak, const float *b, int64_t ldb, int64_t K, float *c, \
+                            int64_t ldc, int add)                                                                     \
+    {                                                                                                                  \
+        vec left[rows], right[rows];                                                                                   \
+        _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) left[r] = right[r] = (vec){0};                         \
+        for (int64_t k = 0; k < K; k++) {                                                                              \
+            vec b0 = load(b + k * ldb), b1 = load(b + k * ldb + W);                                                    \
+            _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)                                                    \
+            {                                                                                                          \
+                vec x = all(a[r * ar + k * ak]);                                                                       \
+                left[r] += x * b0;                                                                                     \
+                right[r] += x * b1;                                                                                    \
+            }                                                                                                          \
+        }                                                                                                              \
+        _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)                                                        \
+        {                                                                                                              \
+            float *p = c + r * ldc;                                                                                    \
+            store(p, add ? load(p) + left[r] : left[r]);                                                               \
+            store(p + W, add ? load(p + W) + right[r] : right[r]);                                                     \
+        }                                                                                                              \
+    }
+TILE(1)
+#ifdef __AVX512F__
+TILE(8)
+#define TILE_OF_ROWS tile_8
+#else
+TILE(6)
+#define TILE_OF_ROWS tile_6
+#endif
+
+/* c (M, N) (+)= a (M, K) b (K, N), where b's columns n .. n + PANEL - 1 begin at b + n * step and its rows lie ldb apart.
+ * N is a multiple of PANEL, or c and b are padded to one. */
+static void product(int64_t M, int64_t N, int64_t K, const float *a, int64_t ar, int64_t ak, const float *b, int64_t step,
+                    int64_t ldb, float *c, int64_t ldc, int add)
+{
+    for (int64_t n = 0; n < N; n += PANEL) {
+        int64_t m = 0;
+        for (; m + ROWS <= M; m += ROWS) TILE_OF_ROWS(a + m * ar, ar, ak, b + n * step, ldb, K, c + m * ldc + n, ldc, add);
+        for (; m < M; m++) tile_1(a + m * ar, ar, ak, b + n * step, ldb, K, c + m * ldc + n, ldc, add);
+    }
+}
+
+/* b is an ordinary matrix with rows ldb apart. */
+static void multiply(int64_t M, int64_t N, int64_t K, const float *a, int64_t ar, int64_t ak, const float *b, int64_t ldb,
+                     float *c, int64_t ldc, int add)
+{
+    product(M, N, K, a, ar, ak, b, 1, ldb, c, ldc, add);
+}
+
+/* b (K, N) was packed: a panel of PANEL columns after the other, so that each is one run of memory. */
+static void multiply_packed(int64_t M, int64_t N, int64_t K, const float *a, int64_t lda, const float *b, float *c,
+                            int64_t ldc, int add)
+{
+    product(M, N, K, a, lda, 1, b, K, PANEL, c, ldc, add);
+}
+
+/* Panels [from, to) of b (K, N). */
+static void pack(const float *b, int64_t K, int64_t N, float *packed, int64_t from, int64_t to)
+{
+    for (int64_t n = from * PANEL; n < to * PANEL; n += PANEL)
+        for (int64_t k = 0; k < K; k++) memcpy(packed + n * K + k * PANEL, b + k * N + n, PANEL * sizeof(float));
+}
+
+/* Panels [from, to) of the transposed of w (N, K). */
+static void pack_transposed(const float *w, int64_t K, float *packed, int64_t from, int64_t to)
+{
+    for (int64_t n = from * PANEL; n < to * PANEL; n += PANEL)
+        for (int64_t k = 0; k < K; k += W)
+            for (int64_t j = 0; j < PANEL; j++)
+                for (int64_t i = 0; i < W; i++) packed[n * K + (k + i) * PANEL + j] = w[(n + j) * K + k + i];
+}
+
+/* ---- RMSNorm: y = x / rms(x) * gain ---- */
+
+INLINE float inverse_rms(const float *x, int64_t C, float eps)
+{
+    vec squares = {0};
+    for (int64_t c = 0; c < C; c += W) squares += load(x + c) * load(x + c);
+    return 1.0f / sqrtf(sum(squares) / (float)C + eps);
+}
+
+INLINE void norm(const float *x, const float *gain, float *y, int64_t C, float eps)
+{
+    vec s = all(inverse_rms(x, C, eps));
+    for (int64_t c = 0; c < C; c += W) store(y + c, load(x + c) * s * load(gain + c));
+}
+
+/* dx (C) = base + the gradient of x; dgain (C) is added to. */
+INLINE void norm_backward(const float *dy, const float *x, const float *gain, const float *base, float *dx, float *dgain,
+                          int64_t C, float eps)
+{
+    vec s = all(inverse_rms(x, C, eps)), dot = {0};
+    for (int64_t c = 0; c < C; c += W) {
+        vec along = load(dy + c) * load(x + c);
+        store(dgain + c, load(dgain + c) + along * s);
+        dot += along * load(gain + c);
+    }
+    vec part = s * s * all(sum(dot) / (float)C);
+    for (int64_t c = 0; c < C; c += W) {
+        vec d = s * (load(dy + c) * load(gain + c) - load(x + c) * part);
+        store(dx + c, base ? load(base + c) + d : d);
+    }
+}
+
+/* x (N, C), gain (C) -> y (N, C). */
+void rms_norm(const float *x, const float *gain, float *y, int64_t N, int64_t C, float eps, int threads)
+{
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t from, to;
+        share(N, &from, &to);
+        for (int64_t n = from; n < to; n++) norm(x + n * C, gain, y + n * C, C, eps);
+    }
+}
+
+/* The calling thread's own part, zeroed. */
+static float *part_of(float *parts, int64_t n)
+{
+    return memset(parts + omp_get_thread_num() * n, 0, (size_t)n * sizeof(float));
+}
+
+/* dy, x (N, C) -> dx (N, C), dgain (C); room: parts (threads, C). */
+void rms_norm_backward(const float *dy, const float *x, const float *gain, float *dx, float *dgain, float *parts,
+                       int64_t N, int64_t C, float eps, int threads)
+{
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t from, to;
+        share(N, &from, &to);
+        float *part = part_of(parts, C);
+        for (int64_t n = from; n < to; n++)
+            norm_backward(dy + n * C, x + n * C, gain, NULL, dx + n * C, part, C, eps);
+#pragma omp barrier
+        add_up(parts, C, dgain);
+    }
+}
+
+/* ---- Cross-entropy ---- */
+
+/* logits (N, V), targets (N), -1 = does not count -> nats (N), lse (N): log of the sum of exponentials. */
+void cross_entropy(const float *logits, const int64_t *targets, float *nats, float *lse, int64_t N, int64_t V,
+                   int threads)
+{
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t from, to, whole = V / W * W;
+        share(N, &from, &to);
+        for (int64_t n = from; n < to; n++) {
+            const float *row = logits + n * V;
+            float most = row[0], total = 0;
+            if (whole) {
+                vec m = load(row);
+                for (int64_t v = W; v < whole; v += W) m = choose(load(row + v) > m, load(row + v), m);
+                most = largest(m);
+            }
+            for (int64_t v = whole; v < V; v++) most = row[v] > most ? row[v] : most;
+            vec t = {0};
+            for (int64_t v = 0; v < whole; v += W) t += exponential(load(row + v) - all(most));
+            total = sum(t);
+            for (int64_t v = whole; v < V; v++) total += expf(row[v] - most);
+            lse[n] = most + logf(total);
+            nats[n] = targets[n] < 0 ? 0.0f : lse[n] - row[targets[n]];
+        }
+    }
+}
+
+/* dnats (N) -> dlogits (N, V). */
+void cross_entropy_backward(const float *dnats, const float *logits, const int64_t *targets, const float *lse,
+                            float *dlogits, int64_t N, int64_t V, int threads)
+{
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t from, to, whole = V / W * W;
+        share(N, &from, &to);
+        for (int64_t n = from; n < to; n++) {
+            const float *row = logits + n * V;
+            float *out = dlogits + n * V, d = targets[n] < 0 ? 0.0f : dnats[n];
+            for (int64_t v = 0; v < whole; v += W) store(out + v, all(d) * exponential(load(row + v) - all(lse[n])));
+            for (int64_t v = whole; v < V; v++) out[v] = d * expf(row[v] - lse[n]);
+            if (targets[n] >= 0) out[targets[n]] -= d;
+        }
+    }
+}
+
+/* ---- Muon's orthogonalisation ---- */
+
+/* c (n, n) = a (n, K) b (K, n), b packed, which is known to be symmetric: the lower half is computed and mirrored. */
+static void multiply_symmetric(int64_t n, int64_t K, const float *a, const float *b, float *c)
+{
+    for (int64_t j = 0; j < n; j += PANEL) {
+        multiply_packed(n - j, PANEL, K, a + j * K, K, b + j * K, c + j * n + j, n, 0);
+        for (int64_t i = j + PANEL; i < n; i++)
+            for (int64_t k = j; k < j + PANEL; k++) c[k * n + i] = c[i * n + k];
+    }
+}
+
+/* x (n, rows, columns), rows <= columns, both multiples of PANEL, each of norm about 1: for each of the steps' a, b, c,
+ * x = a x + (b S + c S S) x with S = x x'. In place. */
+void orthogonalise(float *x, const float *coefficients, int64_t n, int64_t rows, int64_t columns, int64_t steps,
+                   int threads)
+{
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t m = 0; m < n; m++) {
+        float *packed = scratch((size_t)(rows * columns + 2 * rows * rows)), *gram = packed + rows * columns;
+        float *polynomial = gram + rows * rows, *z = x + m * rows * columns;
+        for (int64_t s = 0; s < steps; s++) {
+            const float *abc = coefficients + 3 * s;
+            pack_transposed(z, columns, packed, 0, rows / PANEL);
+            multiply_symmetric(rows, columns, z, packed, gram);
+            pack(gram, rows, rows, packed, 0, rows / PANEL);
+            multiply_symmetric(rows, rows, gram, packed, polynomial);
+            for (int64_t i = 0; i < rows * rows; i += W)
+                store(polynomial + i, all(abc[1]) * load(gram + i) + all(abc[2]) * load(polynomial + i));
+            pack(z, rows, columns, packed, 0, columns / PANEL);
+            for (int64_t i = 0; i < rows * columns; i += W) store(z + i, all(abc[0]) * load(z + i));
+            multiply_packed(rows, columns, rows, polynomial, rows, packed, z, columns, 1);
+        }
+    }
+}
+
+/* ---- Causal self-attention with normed and rotated queries and keys ---- */
+
+typedef struct {
+    const float *qkv, *q_gain, *k_gain, *cos, *sin; /* (B, T, H + 2 G, D), (D), (D), (T, D), sine of the first half negated */
+    float *y, *lse;                                 /* (B, T, H, D), (B, H, T): log of the sum of exponentials */
+    const float *dy;                                /* (B, T, H, D) */
+    float *dqkv;                                    /* (B, T, H + 2 G, D) */
+    int64_t B, T, H, G;
+    float eps;
+} Attention;
+
+enum { QUERIES = 32 }; /* attended together */
+
+INLINE int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
+
+/* One head at one position: x (D) -> y (D) = rotate(x / rms(x) * gain) * factor. */
+INLINE void turn(const Attention *s, const int64_t D, const float *x, const float *gain, int64_t t, float factor, float *y)
+{
+    const int64_t half = D / 2;
+    const float *cos = s->cos + t * D, *sin = s->sin + t * D;
+    float f = inverse_rms(x, D, s->eps) * factor;
+    for (int64_t d = 0; d < half; d += 8) {
+        vec8 low = load8(x + d) * load8(gain + d) * f, high = load8(x + d + half) * load8(gain + d + half) * f;
+        store8(y + d, low * load8(cos + d) + high * load8(sin + d));
+        store8(y + d + half, high * load8(cos + d + half) + low * load8(sin + d + half));
+    }
+}
+
+/* The way back: dy (D) is overwritten, dx (D) is written, dgain (D) is added to. */
+INLINE void turn_back(const Attention *s, const int64_t D, const float *x, const float *gain, int64_t t, float factor,
+                      float *dy, float *dx, float *dgain)
+{
+    const int64_t half = D / 2;
+    const float *cos = s->cos + t * D, *sin = s->sin + t * D;
+    for (int64_t d = 0; d < half; d += 8) {
+        vec8 low = load8(dy + d) * factor, high = load8(dy + d + half) * factor;
+        store8(dy + d, low * load8(cos + d) + high * load8(sin + d + half));
+        store8(dy + d + half, high * load8(cos + d + half) + low * load8(sin + d));
+    }
+    norm_backward(dy, x, gain, NULL, dx, dgain, D, s->eps);
+}
+
+/* x (T, D) with rows ld apart -> y (D, T) with rows ldy apart. */
+INLINE void transpose(const float *x, int64_t ld, int64_t T, int64_t D, float *y, int64_t ldy)
+{
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t d = 0; d < D; d++) y[d * ldy + t] = x[t * ld + d];
+}
+
+/* scores (n, ld) of queries first .. first + n - 1 -> e^(score - the row's shift), 0 after the query's own position.
+ * Without shifts, it is the largest of the row; then totals (n, 2) gets shift and sum. */
+static void exponentials(float *scores, int64_t ld, int64_t n, int64_t first, int64_t columns, const float *shift,
+                         float *totals)
+{
+    for (int64_t i = 0; i < n; i++) {
+        float *row = scores + i * ld;
+        for (int64_t j = first + i + 1; j < columns; j++) row[j] = -INFINITY;
+        vec most = load(row), total = {0};
+        if (!shift)
+            for (int64_t j = W; j < columns; j += W) most = choose(load(row + j) > most, load(row + j), most);
+        float by = shift ? shift[i] : largest(most);
+        for (int64_t j = 0; j < columns; j += W) {
+            vec e = exponential(load(row + j) - all(by));
+            store(row + j, e);
+            total += e;
+        }
+        if (totals) {
+            totals[2 * i] = by;
+            totals[2 * i + 1] = sum(total);
+        }
+    }
+}
+
+/* Task (b, g): the heads of sequence b that share keys and values g. D is a constant where it is a common one. */
+INLINE void attend(const Attention *s, int64_t task, const int64_t D)
+{
+    const int64_t T = s->T, H = s->H, G = s->G, b = task / G, g = task % G;
+    const int64_t row = (H + 2 * G) * D, group = H / G, P = padded(T), E = padded(D);
+    const float factor = 1.0f / sqrtf((float)D), *x = s->qkv + b * T * row;
+    float *kt = scratch((size_t)(D * P + T * E + QUERIES * (D + P + E + 2) + D)), *v = kt + D * P, *q = v + T * E;
+    float *p = q + QUERIES * D, *o = p + QUERIES * P, *totals = o + QUERIES * E, *one = totals + 2 * QUERIES;
+
+    for (int64_t t = 0; t < T; t++) {
+        turn(s, D, x + t * row + (H + g) * D, s->k_gain, t, 1.0f, one);
+        for (int64_t d = 0; d < D; d++) kt[d * P + t] = one[d];
+        for (int64_t d = 0; d < D; d++) v[t * E + d] = x[t * row + (H + G + g) * D + d];
+    }
+    for (int64_t h = g * group; h < (g + 1) * group; h++)
+        for (int64_t first = 0; first < T; first += QUERIES) {
+            int64_t n = T - first < QUERIES ? T - first : QUERIES, columns = padded(first + n);
+            for (int64_t i = 0; i < n; i++)
+                turn(s, D, x + (first + i) * row + h * D, s->q_gain, first + i, factor, q + i * D);
+            multiply(n, columns, D, q, D, 1, kt, P, p, P, 0);
+            exponentials(p, P, n, first, columns, NULL, totals);
+            multiply(n, E, first + n, p, P, 1, v, E, o, E, 0);
+            for (int64_t i = 0; i < n; i++) {
+                float *out = s->y + ((b * T + first + i) * H + h) * D, inverse = 1.0f / totals[2 * i + 1];
+                for (int64_t d = 0; d < D; d++) out[d] = o[i * E + d] * inverse;
+                s->lse[(b * H + h) * T + first + i] = totals[2 * i] + logf(totals[2 * i + 1]);
+            }
+        }
+}
+
+INLINE void attend_backward(const Attention *s, int64_t task, const int64_t D, float *dq_gain, float *dk_gain)
+{
+    const int64_t T = s->T, H = s->H, G = s->G, b = task / G, g = task % G;
+    const int64_t row = (H + 2 * G) * D, group = H / G, P = padded(T), E = padded(D);
+    const float factor = 1.0f / sqrtf((float)D), *x = s->qkv + b * T * row;
+    float *dx = s->dqkv + b * T * row;
+    float *kt = scratch((size_t)(2 * D * P + 3 * T * E + QUERIES * (2 * P + 3 * E))), *vt = kt + D * P, *k = vt + D * P;
+    float *dk = k + T * E, *dv = dk + T * E, *q = dv + T * E, *p = q + QUERIES * E, *dp = p + QUERIES * P;
+    float *dq = dp + QUERIES * P, *dout = dq + QUERIES * E;
+
+    for (int64_t t = 0; t < T; t++) turn(s, D, x + t * row + (H + g) * D, s->k_gain, t, 1.0f, k + t * E);
+    transpose(k, E, T, D, kt, P);
+    transpose(x + (H + G + g) * D, row, T, D, vt, P);
+    memset(dk, 0, (size_t)(2 * T * E) * sizeof(float)); /* and dv */
+    for (int64_t h = g * group; h < (g + 1) * group; h++)
+        for (int64_t first = 0; first < T; first += QUERIES) {
+            int64_t n = T - first < QUERIES ? T - first : QUERIES, columns = padded(first + n);
+            for (int64_t i = 0; i < n; i++) {
+                turn(s, D, x + (first + i) * row + h * D, s->q_gain, first + i, factor, q + i * E);
+                for (int64_t d = 0; d < D; d++) dout[i * E + d] = s->dy[((b * T + first + i) * H + h) * D + d];
+            }
+            multiply(n, columns, D, q, E, 1, kt, P, p, P, 0);
+            exponentials(p, P, n, first, columns, s->lse + (b * H + h) * T + first, NULL);
+            multiply(n, columns, D, dout, E, 1, vt, P, dp, P, 0);
+            multiply(first + n, E, n, p, 1, P, dout, E, dv, E, 1);
+            for (int64_t i = 0; i < n; i++) { /* softmax: dp = p (dp - y dy) */
+                const float *out = s->y + ((b * T + first + i) * H + h) * D;
+                vec dot = {0};
+                for (int64_t d = 0; d < D; d += W) dot += load(out + d) * load(dout + i * E + d);
+                vec mean = all(sum(dot));
+                for (int64_t j = 0; j < columns; j += W)
+                    store(dp + i * P + j, load(p + i * P + j) * (load(dp + i * P + j) - mean));
+            }
+            multiply(first + n, E, n, dp, 1, P, q, E, dk, E, 1);
+            multiply(n, E, first + n, dp, P, 1, k, E, dq, E, 0);
+            for (int64_t i = 0; i < n; i++)
+                turn_back(s, D, x + (first + i) * row + h * D, s->q_gain, first + i, factor, dq + i * E,
+                          dx + (first + i) * row + h * D, dq_gain);
+        }
+    for (int64_t t = 0; t < T; t++) {
+        int64_t key = t * row + (H + g) * D;
+        turn_back(s, D, x + key, s->k_gain, t, 1.0f, dk + t * E, dx + key, dk_gain);
+        for (int64_t d = 0; d < D; d++) dx[key + G * D + d] = dv[t * E + d];
+    }
+}
+
+/* ---- The block ---- */
+
+typedef struct {
+    int64_t B, T, C, H, G, D, I;
+    const float *ln_1, *w_attn, *q_gain, *k_gain, *w_proj, *ln_2, *w_fc, *w_down; /* (out, in) as in nn.Linear */
+    const float *cos, *sin;
+    float eps, dropout;
+    uint32_t seed;
+} Block;
+
+INLINE int64_t packed_width(const Block *b) { return (b->H + 2 * b->G) * b->D; }
+
+/* Rows that go through the products together: a piece and a panel of weights must fit into the first-level cache. */
+INLINE int64_t piece_of(int64_t N)
+{
+    int64_t each = (N / omp_get_num_threads() + ROWS - 1) / ROWS * ROWS;
+    return each < ROWS ? ROWS : each < 8 * ROWS ? each : 8 * ROWS;
+}
+
+/* x (C) of row n, dropped out at this site with probability p; the same in the backward pass, since it is a function of
+ * (seed, site, place): the finaliser lowbias32 of a counter. */
+INLINE void drop(const Block *b, uint32_t site, int64_t n, float *x)
+{
+    if (b->dropout == 0) return;
+    const uint32_t least = (uint32_t)((double)b->dropout * 4294967296.0);
+    uvec counter = {0};
+    for (int i = 0; i < W; i++) counter[i] = (uint32_t)(n * b->C + i) * 2 + site;
+    for (int64_t c = 0; c < b->C; c += W, counter += 2 * W) {
+        uvec h = (counter ^ (b->seed * 0x9E3779B9u)) + b->seed;
+        h = (h ^ (h >> 16)) * 0x7FEB352Du;
+        h = (h ^ (h >> 15)) * 0x846CA68Bu;
+        h ^= h >> 16;
+        store(x + c, choose((ivec)(h >= least), load(x + c) * all(1.0f / (1.0f - b->dropout)), all(0.0f)));
+    }
+}
+
+INLINE void swiglu(const float *x, float *y, int64_t I)
+{
+    for (int64_t i = 0; i < I; i += W)
+        store(y + i, load(x + i) * load(x + I + i) / (all(1.0f) + exponential(-load(x + i))));
+}
+
+/* dy (I), x (2 I) -> dx (2 I), and y (I) again. */
+INLINE void swiglu_backward(const float *dy, const float *x, float *dx, float *y, int64_t I)
+{
+    for (int64_t i = 0; i < I; i += W) {
+        vec gate = load(x + i), up = load(x + I + i), d = load(dy + i);
+        vec sigmoid = all(1.0f) / (all(1.0f) + exponential(-gate)), silu = gate * sigmoid;
+        store(y + i, silu * up);
+        store(dx + i, d * up * (sigmoid + silu * (all(1.0f) - sigmoid)));
+        store(dx + I + i, d * silu);
+    }
+}
+
+/* x (N, C) -> y (N, C). Kept for the way back: qkv (N, R), attended (N, H D), lse (B, H, T), middle (N, C), inner
+ * (N, 2 I). packed: room for the weights. */
+void block(const float *x, float *y, float *qkv, float *attended, float *lse, float *middle, float *inner, float *packed,
+           const float *ln_1, const float *w_attn, const float *q_gain, const float *k_gain, const float *w_proj,
+           const float *ln_2, const float *w_fc, const float *w_down, const float *cos, const float *sin, int64_t B,
+           int64_t T, int64_t C, int64_t H, int64_t G, int64_t D, int64_t I, int64_t seed, float eps, float dropout,
+           int threads)
+{
+    const Block b = {B, T, C, H, G, D, I, ln_1, w_attn, q_gain, k_gain, w_proj, ln_2, w_fc, w_down, cos, sin, eps, dropout,
+                     (uint32_t)seed};
+    const Attention a = {qkv, q_gain, k_gain, cos, sin, attended, lse, NULL, NULL, B, T, H, G, eps};
+    const int64_t N = B * T, R = packed_width(&b);
+    float *p_attn = packed, *p_proj = p_attn + R * C, *p_fc = p_proj + C * H * D, *p_down = p_fc + 2 * I * C;
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t from, to, piece = piece_of(N);
+        share(R / PANEL, &from, &to), pack_transposed(w_attn, C, p_attn, from, to);
+        share(C / PANEL, &from, &to), pack_transposed(w_proj, H * D, p_proj, from, to);
+        share(2 * I / PANEL, &from, &to), pack_transposed(w_fc, C, p_fc, from, to);
+        share(C / PANEL, &from, &to), pack_transposed(w_down, I, p_down, from, to);
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < N; first += piece) {
+            int64_t n = N - first < piece ? N - first : piece;
+            float *h = scratch((size_t)(piece * C));
+            for (int64_t i = 0; i < n; i++) norm(x + (first + i) * C, ln_1, h + i * C, C, eps);
+            multiply_packed(n, R, C, h, C, p_attn, qkv + first * R, R, 0);
+        }
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < B * G; task++)
+            if (D == 32)
+                attend(&a, task, 32);
+            else
+                attend(&a, task, D);
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < N; first += piece) {
+            int64_t n = N - first < piece ? N - first : piece;
+            float *h = scratch((size_t)(piece * (C + I))), *act = h + piece * C;
+            multiply_packed(n, C, H * D, attended + first * H * D, H * D, p_proj, h, C, 0);
+            for (int64_t i = 0; i < n; i++) {
+                int64_t at = (first + i) * C;
+                drop(&b, 0, first + i, h + i * C);
+                for (int64_t c = 0; c < C; c += W) store(middle + at + c, load(x + at + c) + load(h + i * C + c));
+                norm(middle + at, ln_2, h + i * C, C, eps);
+            }
+            multiply_packed(n, 2 * I, C, h, C, p_fc, inner + first * 2 * I, 2 * I, 0);
+            for (int64_t i = 0; i < n; i++) swiglu(inner + (first + i) * 2 * I, act + i * I, I);
+            multiply_packed(n, C, I, act, I, p_down, h, C, 0);
+            for (int64_t i = 0; i < n; i++) {
+                int64_t at = (first + i) * C;
+                drop(&b, 1, first + i, h + i * C);
+                for (int64_t c = 0; c < C; c += W) store(y + at + c, load(middle + at + c) + load(h + i * C + c));
+            }
+        }
+    }
+}
+
+/* dy (N, C) and what `block` had and kept -> dx (N, C) and gradients: the weights' one after the other in the order ln_1,
+ * w_attn, q_gain, k_gain, w_proj, ln_2, w_fc, w_down. Room: dattended (N, H D), dqkv (N, R), packed (as many as
+ * weights), parts (threads, as many as weights). */
+void block_backward(const float *dy, const float *x, const float *qkv, float *attended, float *lse, const float *middle,
+                    const float *inner, float *dx, float *gradients, float *dattended, float *dqkv, float *packed,
+                    float *parts, const float *ln_1, const float *w_attn, const float *q_gain, const float *k_gain,
+                    const float *w_proj, const float *ln_2, const float *w_fc, const float *w_down, const float *cos,
+                    const float *sin, int64_t B, int64_t T, int64_t C, int64_t H, int64_t G, int64_t D, int64_t I,
+                    int64_t seed, float eps, float dropout, int threads)
+{
+    const Block b = {B, T, C, H, G, D, I, ln_1, w_attn, q_gain, k_gain, w_proj, ln_2, w_fc, w_down, cos, sin, eps, dropout,
+                     (uint32_t)seed};
+    const Attention a = {qkv, q_gain, k_gain, cos, sin, attended, lse, dattended, dqkv, B, T, H, G, eps};
+    const int64_t N = B * T, R = packed_width(&b), HD = H * D, all_weights = 2 * C + 2 * D + (R + HD + 3 * I) * C;
+    float *p_attn = packed, *p_proj = p_attn + R * C, *p_fc = p_proj + C * HD, *p_down = p_fc + 2 * I * C;
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t from, to, piece = piece_of(N);
+        float *d_ln_1 = part_of(parts, all_weights), *d_attn = d_ln_1 + C, *dq_gain = d_attn + R * C;
+        float *dk_gain = dq_gain + D, *d_proj = dk_gain + D, *d_ln_2 = d_proj + C * HD, *d_fc = d_ln_2 + C;
+        float *d_down = d_fc + 2 * I * C;
+        share(C / PANEL, &from, &to), pack(w_attn, R, C, p_attn, from, to), pack(w_fc, 2 * I, C, p_fc, from, to);
+        share(HD / PANEL, &from, &to), pack(w_proj, C, HD, p_proj, from, to);
+        share(I / PANEL, &from, &to), pack(w_down, C, I, p_down, from, to);
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < N; first += piece) {
+            int64_t n = N - first < piece ? N - first : piece;
+            float *d = scratch((size_t)(piece * (3 * C + 4 * I))), *h = d + piece * C, *dh = h + piece * C;
+            float *dact = dh + piece * C, *act = dact + piece * I, *dinner = act + piece * I;
+            memcpy(d, dy + first * C, (size_t)(n * C) * sizeof(float));
+            for (int64_t i = 0; i < n; i++) drop(&b, 1, first + i, d + i * C);
+            multiply_packed(n, I, C, d, C, p_down, dact, I, 0);
+            for (int64_t i = 0; i < n; i++) {
+                swiglu_backward(dact + i * I, inner + (first + i) * 2 * I, dinner + i * 2 * I, act + i * I, I);
+                norm(middle + (first + i) * C, ln_2, h + i * C, C, eps);
+            }
+            multiply(C, I, n, d, 1, C, act, I, d_down, I, 1);
+            multiply(2 * I, C, n, dinner, 1, 2 * I, h, C, d_fc, C, 1);
+            multiply_packed(n, C, 2 * I, dinner, 2 * I, p_fc, dh, C, 0);
+            for (int64_t i = 0; i < n; i++) {
+                int64_t at = (first + i) * C;
+                norm_backward(dh + i * C, middle + at, ln_2, dy + at, dx + at, d_ln_2, C, eps);
+                memcpy(d + i * C, dx + at, (size_t)C * sizeof(float));
+                drop(&b, 0, first + i, d + i * C);
+            }
+            multiply_packed(n, HD, C, d, C, p_proj, dattended + first * HD, HD, 0);
+            multiply(C, HD, n, d, 1, C, attended + first * HD, HD, d_proj, HD, 1);
+        }
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < B * G; task++)
+            if (D == 32)
+                attend_backward(&a, task, 32, dq_gain, dk_gain);
+            else
+                attend_backward(&a, task, D, dq_gain, dk_gain);
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < N; first += piece) {
+            int64_t n = N - first < piece ? N - first : piece;
+            float *h = scratch((size_t)(2 * piece * C)), *dh = h + piece * C;
+            for (int64_t i = 0; i < n; i++) norm(x + (first + i) * C, ln_1, h + i * C, C, eps);
+            multiply(R, C, n, dqkv + first * R, 1, R, h, C, d_attn, C, 1);
+            multiply_packed(n, C, R, dqkv + first * R, R, p_attn, dh, C, 0);
+            for (int64_t i = 0; i < n; i++) {
+                int64_t at = (first + i) * C;
+                norm_backward(dh + i * C, x + at, ln_1, dx + at, dx + at, d_ln_1, C, eps);
+            }
+        }
+        add_up(parts, all_weights, gradients);
+    }
+}
