@@ -2,6 +2,7 @@
 
 python train.py                                            built-in text, about a minute on two cores
 python train.py --data my.txt                              your own text
+python train.py --data my.txt --minutes 5                  size, batch and schedule for this text, machine and time
 python train.py --config configs/shakespeare-cpu.toml --data shakespeare --out runs/shakespeare
 python train.py --resume runs/shakespeare                  goes on exactly where it stopped
 accelerate launch --config_file configs/accelerate/multi-gpu.yaml train.py --config configs/shakespeare-gpu.toml

@@ -3,7 +3,8 @@
     python benchmarks/train_speed.py [--data TEXT] [--configs shakespeare-cpu …] [--seeds 1 2 3] [--no-reference]
 
 One after the other: the matrix-product peak of this machine, benchmarks/nanogpt.py, then train.py for each config and
-seed, each a process of its own that finds no encoded text and nothing compiled in its cache. The losses are measured
+seed, each a process of its own. They share a cache that is empty at first: the first run of train.py encodes the text
+and compiles the kernels, as the first run on a machine does, and the others find them. The losses are measured
 afterwards, on the whole validation text. Prints a table, then all figures as one line of JSON; progress goes to stderr.
 Losses are nats per character.
 """
@@ -111,10 +112,15 @@ def timed(command: list[str], cache: Path) -> float:
     return seconds
 
 
+def cache_beside(out: Path) -> Path:
+    """The cache of all runs of a benchmark."""
+    return out.parent / "cache"
+
+
 def run_reference(text: Path, out: Path, steps: int, seed: int, peak: dict) -> Row:
     """Trains the reference as a process, then scores it in this one."""
     options = ["--data", str(text), "--out", str(out), "--steps", str(steps), "--seed", str(seed)]
-    seconds = timed([str(ROOT / "benchmarks" / "nanogpt.py"), *options, "--device", peak["device"]], out / "cache")
+    seconds = timed([str(ROOT / "benchmarks" / "nanogpt.py"), *options, "--device", peak["device"]], cache_beside(out))
     facts, scored = json.loads((out / "reference.json").read_text()), nanogpt.score(text, out)
     speed = facts["characters_per_second"]
     return Row(
@@ -128,9 +134,9 @@ def run_config(config: str, text: Path, out: Path, seed: int, peak: dict) -> Row
     """Trains a config as a process, then scores its best checkpoint in this one."""
     options = ["--config", config, "--data", str(text), "--out", str(out), "--train.seed", str(seed)]
     options += ["--data.encoding", "utf-8", "--data.val_fraction", str(VAL_FRACTION)]
-    seconds = timed([str(ROOT / "train.py"), *options], out / "cache")
+    seconds = timed([str(ROOT / "train.py"), *options], cache_beside(out))
     settings, model = saved_config(out), load_model(best_checkpoint(out))
-    corpus = open_text(text, settings.data.min_count, out / "cache")
+    corpus = open_text(text, settings.data.min_count, cache_beside(out))
     speed = statistics.median(r["characters_per_second"] for r in read_metrics(out) if r["kind"] == "train")
     lengths = [n for n in WINDOWS if n <= settings.model.block_size] or [settings.model.block_size]
     ids_per_second = speed * len(corpus.train_ids) / corpus.train_characters
@@ -230,7 +236,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", default=str(shared) if shared.is_file() else "shakespeare", metavar="TEXT",
         help="a UTF-8 file, a folder or a name, as for train.py (default: %(default)s)")  # fmt: skip
-    add("--configs", nargs="+", default=["shakespeare-cpu"], metavar="CONFIG", help="default: shakespeare-cpu")
+    add("--configs", nargs="+", default=["speedrun", "shakespeare-cpu"], metavar="CONFIG",
+        help="default: %(default)s")  # fmt: skip
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N", help="default: 1 2 3; the reference: the first")
     add("--no-reference", dest="reference", action="store_false", help="leave out the reference and the ratios")
     add("--reference-steps", type=int, default=2000, metavar="N", help="updates of the reference (default: 2000)")

@@ -43,8 +43,10 @@ class TrainingState:
     best_val_loss: float | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
+    planned_steps: int = 0
+    """Steps of the whole run; under train.minutes as they were expected at this one."""
     seconds: float = 0.0
-    """Time spent in training so far."""
+    """Time spent so far, from the start of the program; of a resumed part, from the first step."""
     fingerprint: str = ""
     """sha256 of the text."""
     start_text: str = "\n"

@@ -1,9 +1,10 @@
 """`train.py`: from the command line and TOML files to a resolved `Config` and a run folder."""
 
 import re
+import time
 import tomllib
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,12 +19,13 @@ Trains a character-level language model on a text and leaves everything in a run
 
   python train.py                                built-in text, about a minute on two cores
   python train.py --data my.txt                  your own text
+  python train.py --data my.txt --minutes 5      size, batch and schedule chosen for this text, machine and time
   python train.py --config configs/shakespeare-cpu.toml --data shakespeare --out runs/shakespeare
   python train.py --resume runs/shakespeare      goes on exactly where it stopped
 
 Every line of a TOML file is also a flag: [model] n_layer = 6 is --model.n_layer 6; flags win."""
 
-SHORT = {"--data": "--data.source", "--encoding": "--data.encoding"}
+SHORT = {"--data": "--data.source", "--encoding": "--data.encoding", "--minutes": "--train.minutes"}
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,17 @@ class Request:
     config: Config
     out: Path
     resume: bool
+    explicit: frozenset[str] = frozenset()
+    """The settings that a flag or a file gives, as `section.field`; the others are at their defaults."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs `train.py` with these arguments."""
+    started = time.perf_counter()
     request = parse(argv)
     from smallm.training.trainer import train  # torch is slow to import: mistakes are told before
 
-    return train(request.config, request.out, resume=request.resume)
+    return train(request.config, request.out, resume=request.resume, explicit=request.explicit, started=started)
 
 
 def parse(argv: Sequence[str]) -> Request:
@@ -48,6 +53,7 @@ def parse(argv: Sequence[str]) -> Request:
     argv = _config_first([_long(argument) for argument in argv])
     parser = _parser()
     values = _parse(parser, argv)
+    flags = {key for key, file in _keys(argv) if not file}
     if values["resume"]:
         run = Path(values["resume"])
         if values["config"] or values["out"]:
@@ -56,9 +62,12 @@ def parse(argv: Sequence[str]) -> Request:
 
         parser.set_defaults(flatten(saved_config(run).to_dict()))
         values = _parse(parser, argv)
-        return Request(_config(values), run, resume=True)
+        return Request(_config(values, flags), run, resume=True)
     name = Path(values["config"][-1]).stem if values["config"] else "quickstart"
-    return Request(_config(values), new_run(values["out"], name), resume=False)
+    explicit = frozenset(key for key, _ in _keys(argv))
+    if values["train"]["minutes"]:
+        values["model"] |= _fitting(values["model"], explicit)
+    return Request(_config(values, flags), new_run(values["out"], name), resume=False, explicit=explicit)
 
 
 def load_config(path: str | Path) -> Config:
@@ -131,23 +140,45 @@ def _plain(message: str) -> str:
     return message
 
 
-def _config(values: dict[str, Any]) -> Config:
-    return Config.from_dict({name: dict(values[name]) for name in SECTIONS})
+def _config(values: dict[str, Any], flags: Set[str] = frozenset()) -> Config:
+    """The settings; a flag that says how long the run is displaces what a file or the resumed run says of it."""
+    sections = {name: dict(values[name]) for name in SECTIONS}
+    train = sections["train"]
+    if "train.minutes" in flags and not train["minutes"]:
+        raise UserError("--minutes 0 leaves no time to train; give it more, such as --minutes 5")
+    by_time = "train.minutes" in flags
+    by_steps = any(f"train.{name}" in flags and train[name] for name in ("max_steps", "epochs"))
+    if by_time and not by_steps:
+        train |= {"max_steps": 0, "epochs": 0.0}
+    elif by_steps and not by_time:
+        train["minutes"] = 0.0
+    return Config.from_dict(sections)
+
+
+def _fitting(model: dict[str, Any], explicit: Set[str]) -> dict[str, int]:
+    """Heads or width to go with the other one, where only that is set; under --minutes they are chosen later."""
+    width, heads = "model.n_embd" in explicit, "model.n_head" in explicit
+    if width and not heads:
+        return {"n_head": 1}
+    return {"n_embd": 32 * model["n_head"]} if heads and not width else {}
 
 
 def _refuse_unknown_keys(argv: Sequence[str]) -> None:
     """The commonest mistake gets a better line than the parser's: one that names the nearest setting."""
+    for key, file in _keys(argv):
+        if key not in KEYS:
+            place = f" in {file}" if file else ""
+            raise UserError(f"unknown setting {key}{place}{nearest(key)}")
+
+
+def _keys(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each setting that is given, and the file that gives it, or nothing for a flag."""
     for argument, value in pairwise([*argv, ""]):
         key = argument.removeprefix("--").split("=")[0]
         if argument == "--config":
-            keys = flatten(_toml(Path(value)))
+            yield from ((key, value) for key in flatten(_toml(Path(value))))
         elif argument.startswith("--") and key not in ("out", "resume", "help"):
-            keys = [key]
-        else:
-            continue
-        for unknown in (k for k in keys if k not in KEYS):
-            place = f" in {value}" if argument == "--config" else ""
-            raise UserError(f"unknown setting {unknown}{place}{nearest(unknown)}")
+            yield key, ""
 
 
 def _toml(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The same field is a line in a TOML file (`[model]` / `n_layer = 6`), a flag (`--
 
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
+from math import inf
 from typing import Any, Literal
 
 from smallm.errors import UserError
@@ -145,6 +146,8 @@ class TrainConfig:
     """Steps (optimiser updates) to train; 0 = as many as epochs says, or 560 if that is 0 too."""
     epochs: float = 0.0
     """Passes over the training text; 0 = as many as max_steps says. With both, what comes first ends the run."""
+    minutes: float = 0.0
+    """Minutes that all may take; what is not set is chosen for them. 0 = as long as max_steps and epochs say."""
     eval_every: int = 140
     """Steps between evaluations on the whole validation text; 0 = once an epoch."""
     save_every: int = 0
@@ -170,6 +173,10 @@ class TrainConfig:
         for name in ("micro_batch_size", "max_steps", "epochs", "eval_every", "save_every", "patience",
                      "sample_length", "seed"):  # fmt: skip
             _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
+        _check(0 <= self.minutes < inf, "train.minutes", self.minutes, "must be a number of minutes, such as 5")
+        other = next((name for name in ("max_steps", "epochs") if getattr(self, name)), "")
+        if self.minutes and other:
+            raise UserError(f"train.minutes and train.{other} both say how long the run is; set one of them to 0")
         until, number = self.short_until, len(self.short_windows)
         _check(len(until) == number, "train.short_until", until, f"must be {number} numbers, one per short window")
         rises = all(a < b for a, b in pairwise((0.0, *until, 1.0)))

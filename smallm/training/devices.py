@@ -3,10 +3,12 @@
 import os
 import platform
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,6 +48,14 @@ def prepare(
     return accelerator.prepare(model, optimizer, device_placement=[True, False])
 
 
+def of_first(accelerator: Accelerator, *values: float) -> tuple[float, ...]:
+    """The numbers as the first process has them, so that all decide alike; all must call this."""
+    if accelerator.num_processes == 1:
+        return values
+    numbers = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
+    return tuple(broadcast(numbers).tolist())
+
+
 def best_precision() -> str:
     """bf16 or fp16 on a GPU that computes it natively; fp32 elsewhere."""
     if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
@@ -75,13 +85,19 @@ def describe_device(accelerator: Accelerator) -> tuple[str, str]:
     return str(accelerator.device), precision
 
 
+def machine(accelerator: Accelerator) -> dict[str, Any]:
+    """What a result was computed on, and with."""
+    device, precision = describe_device(accelerator)
+    return {"device": device, "precision": precision, "processes": accelerator.num_processes, **versions()}
+
+
 def launcher_warning(accelerator: Accelerator) -> list[str]:
     """One line if `accelerate launch` was asked for several processes and started a single one.
 
     Its simple launcher, which `--cpu` selects, then sets the rendezvous port but no world size.
     """
     if accelerator.num_processes == 1 and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
-        return ["several processes were asked for, but one was started; for two on a CPU use "
+        return ["warning: several processes were asked for, but one was started; for two on a CPU use "
                 "accelerate launch --config_file configs/accelerate/cpu-2.yaml"]  # fmt: skip
     return []
 

@@ -100,7 +100,7 @@ class _Block(Function):
         x, qkv, attended, lse, middle, gate_up, cos, sin, *weights = ctx.saved_tensors
         dx, dattended, dqkv = (torch.empty_like(t) for t in (x, attended, qkv))
         count = sum(w.numel() for w in weights)
-        gradients, packed, parts = (x.new_empty(n * count) for n in (1, 1, torch.get_num_threads()))
+        gradients, packed, parts = (x.new_empty(n * count) for n in (1, 1, 2 * torch.get_num_threads()))
         load()("block_backward", grad.contiguous(), x, qkv, attended, lse, middle, gate_up, dx, gradients,
                dattended, dqkv, packed, parts, *weights, cos, sin, *ctx.sizes)  # fmt: skip
         each = gradients.split([w.numel() for w in weights])
@@ -119,7 +119,7 @@ class _RMSNorm(Function):
     def backward(ctx, grad):
         x, gain = ctx.saved_tensors
         dx, dgain = torch.empty_like(x), torch.empty_like(gain)
-        parts = x.new_empty(torch.get_num_threads(), gain.numel())
+        parts = x.new_empty(2 * torch.get_num_threads(), gain.numel())
         load()("rms_norm_backward", grad.contiguous(), x, gain, dx, dgain, parts,
                x.numel() // x.size(-1), x.size(-1), NORM_EPS)  # fmt: skip
         return dx, dgain

@@ -7,8 +7,9 @@
  * costs more than the arithmetic. So a block is one call: threads take pieces of rows through it, a piece and the
  * weights stay in the cache, and the backward pass recomputes what is cheaper to compute than to keep.
  *
- * All tensors are float32, contiguous, row-major. Work is dealt out to the threads in fixed pieces: a result may depend
- * on the number of threads (sums in another order), but not on chance.
+ * All tensors are float32, contiguous, row-major. A thread that has finished a piece takes the next one, since cores are
+ * often slowed by what else they do; sums over pieces are kept in `slots`, two for each thread, so that a result may
+ * depend on the number of threads (sums in another order), but not on chance.
  *
  * Shapes: N = B T rows (batch, time), C channels, H query heads, G key/value heads, D head width, R = (H + 2 G) D packed
  * rows, I inner width, V vocabulary.
@@ -113,14 +114,21 @@ INLINE void share(int64_t count, int64_t *from, int64_t *to)
     *to = count * (me + 1) / threads;
 }
 
-/* Sums the threads' parts (threads, n) into total (n); called by all threads after a barrier. */
-static void add_up(const float *parts, int64_t n, float *total)
+/* The part [*from, *to) of `count` that is this slot's. */
+INLINE void slot_of(int64_t slot, int64_t slots, int64_t count, int64_t *from, int64_t *to)
+{
+    *from = count * slot / slots;
+    *to = count * (slot + 1) / slots;
+}
+
+/* Sums the slots' parts (slots, n) into total (n); called by all threads after a barrier. */
+static void add_up(const float *parts, int64_t n, int64_t slots, float *total)
 {
     int64_t from, to;
     share(n / W, &from, &to);
     for (int64_t i = from * W; i < to * W; i += W) {
         vec x = load(parts + i);
-        for (int t = 1; t < omp_get_num_threads(); t++) x += load(parts + t * n + i);
+        for (int64_t s = 1; s < slots; s++) x += load(parts + s * n + i);
         store(total + i, x);
     }
 }
@@ -185,6 +193,16 @@ static void multiply_packed(int64_t M, int64_t N, int64_t K, const float *a, int
     product(M, N, K, a, lda, 1, b, K, PANEL, c, ldc, add);
 }
 
+/* c (M, N) += a' b with a (K, M), b (K, N): the gradient of a weight. The few rows of b stay in the cache. */
+static void multiply_outer(int64_t M, int64_t N, int64_t K, const float *a, const float *b, float *c)
+{
+    int64_t m = 0;
+    for (; m + ROWS <= M; m += ROWS)
+        for (int64_t n = 0; n < N; n += PANEL) TILE_OF_ROWS(a + m, 1, M, b + n, N, K, c + m * N + n, N, 1);
+    for (; m < M; m++)
+        for (int64_t n = 0; n < N; n += PANEL) tile_1(a + m, 1, M, b + n, N, K, c + m * N + n, N, 1);
+}
+
 /* Panels [from, to) of b (K, N). */
 static void pack(const float *b, int64_t K, int64_t N, float *packed, int64_t from, int64_t to)
 {
@@ -244,25 +262,22 @@ void rms_norm(const float *x, const float *gain, float *y, int64_t N, int64_t C,
     }
 }
 
-/* The calling thread's own part, zeroed. */
-static float *part_of(float *parts, int64_t n)
-{
-    return memset(parts + omp_get_thread_num() * n, 0, (size_t)n * sizeof(float));
-}
-
-/* dy, x (N, C) -> dx (N, C), dgain (C); room: parts (threads, C). */
+/* dy, x (N, C) -> dx (N, C), dgain (C); room: parts (2 threads, C). */
 void rms_norm_backward(const float *dy, const float *x, const float *gain, float *dx, float *dgain, float *parts,
                        int64_t N, int64_t C, float eps, int threads)
 {
+    const int64_t slots = 2 * threads;
 #pragma omp parallel num_threads(threads)
     {
-        int64_t from, to;
-        share(N, &from, &to);
-        float *part = part_of(parts, C);
-        for (int64_t n = from; n < to; n++)
-            norm_backward(dy + n * C, x + n * C, gain, NULL, dx + n * C, part, C, eps);
-#pragma omp barrier
-        add_up(parts, C, dgain);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t slot = 0; slot < slots; slot++) {
+            int64_t from, to;
+            float *part = memset(parts + slot * C, 0, (size_t)C * sizeof(float));
+            slot_of(slot, slots, N, &from, &to);
+            for (int64_t n = from; n < to; n++)
+                norm_backward(dy + n * C, x + n * C, gain, NULL, dx + n * C, part, C, eps);
+        }
+        add_up(parts, C, slots, dgain);
     }
 }
 
@@ -573,20 +588,20 @@ void block(const float *x, float *y, float *qkv, float *attended, float *lse, fl
         share(2 * I / PANEL, &from, &to), pack_transposed(w_fc, C, p_fc, from, to);
         share(C / PANEL, &from, &to), pack_transposed(w_down, I, p_down, from, to);
 #pragma omp barrier
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 1)
         for (int64_t first = 0; first < N; first += piece) {
             int64_t n = N - first < piece ? N - first : piece;
             float *h = scratch((size_t)(piece * C));
             for (int64_t i = 0; i < n; i++) norm(x + (first + i) * C, ln_1, h + i * C, C, eps);
             multiply_packed(n, R, C, h, C, p_attn, qkv + first * R, R, 0);
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < B * G; task++)
             if (D == 32)
                 attend(&a, task, 32);
             else
                 attend(&a, task, D);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 1)
         for (int64_t first = 0; first < N; first += piece) {
             int64_t n = N - first < piece ? N - first : piece;
             float *h = scratch((size_t)(piece * (C + I))), *act = h + piece * C;
@@ -611,7 +626,7 @@ void block(const float *x, float *y, float *qkv, float *attended, float *lse, fl
 
 /* dy (N, C) and what `block` had and kept -> dx (N, C) and gradients: the weights' one after the other in the order ln_1,
  * w_attn, q_gain, k_gain, w_proj, ln_2, w_fc, w_down. Room: dattended (N, H D), dqkv (N, R), packed (as many as
- * weights), parts (threads, as many as weights). */
+ * weights), parts (2 threads, as many as weights). */
 void block_backward(const float *dy, const float *x, const float *qkv, float *attended, float *lse, const float *middle,
                     const float *inner, float *dx, float *gradients, float *dattended, float *dqkv, float *packed,
                     float *parts, const float *ln_1, const float *w_attn, const float *q_gain, const float *k_gain,
@@ -622,60 +637,73 @@ void block_backward(const float *dy, const float *x, const float *qkv, float *at
     const Block b = {B, T, C, H, G, D, I, ln_1, w_attn, q_gain, k_gain, w_proj, ln_2, w_fc, w_down, cos, sin, eps, dropout,
                      (uint32_t)seed};
     const Attention a = {qkv, q_gain, k_gain, cos, sin, attended, lse, dattended, dqkv, B, T, H, G, eps};
-    const int64_t N = B * T, R = packed_width(&b), HD = H * D, all_weights = 2 * C + 2 * D + (R + HD + 3 * I) * C;
+    const int64_t N = B * T, R = packed_width(&b), HD = H * D, weights = 2 * C + 2 * D + (R + HD + 3 * I) * C;
+    const int64_t slots = 2 * threads, piece = 8 * ROWS;
     float *p_attn = packed, *p_proj = p_attn + R * C, *p_fc = p_proj + C * HD, *p_down = p_fc + 2 * I * C;
+    /* Where the gradients of the weights lie in each part. */
+    const int64_t at_attn = C, at_q_gain = at_attn + R * C, at_k_gain = at_q_gain + D, at_proj = at_k_gain + D;
+    const int64_t at_ln_2 = at_proj + C * HD, at_fc = at_ln_2 + C, at_down = at_fc + 2 * I * C;
 #pragma omp parallel num_threads(threads)
     {
-        int64_t from, to, piece = piece_of(N);
-        float *d_ln_1 = part_of(parts, all_weights), *d_attn = d_ln_1 + C, *dq_gain = d_attn + R * C;
-        float *dk_gain = dq_gain + D, *d_proj = dk_gain + D, *d_ln_2 = d_proj + C * HD, *d_fc = d_ln_2 + C;
-        float *d_down = d_fc + 2 * I * C;
+        int64_t from, to;
         share(C / PANEL, &from, &to), pack(w_attn, R, C, p_attn, from, to), pack(w_fc, 2 * I, C, p_fc, from, to);
         share(HD / PANEL, &from, &to), pack(w_proj, C, HD, p_proj, from, to);
         share(I / PANEL, &from, &to), pack(w_down, C, I, p_down, from, to);
 #pragma omp barrier
-#pragma omp for schedule(static)
-        for (int64_t first = 0; first < N; first += piece) {
-            int64_t n = N - first < piece ? N - first : piece;
-            float *d = scratch((size_t)(piece * (3 * C + 4 * I))), *h = d + piece * C, *dh = h + piece * C;
-            float *dact = dh + piece * C, *act = dact + piece * I, *dinner = act + piece * I;
-            memcpy(d, dy + first * C, (size_t)(n * C) * sizeof(float));
-            for (int64_t i = 0; i < n; i++) drop(&b, 1, first + i, d + i * C);
-            multiply_packed(n, I, C, d, C, p_down, dact, I, 0);
-            for (int64_t i = 0; i < n; i++) {
-                swiglu_backward(dact + i * I, inner + (first + i) * 2 * I, dinner + i * 2 * I, act + i * I, I);
-                norm(middle + (first + i) * C, ln_2, h + i * C, C, eps);
-            }
-            multiply(C, I, n, d, 1, C, act, I, d_down, I, 1);
-            multiply(2 * I, C, n, dinner, 1, 2 * I, h, C, d_fc, C, 1);
-            multiply_packed(n, C, 2 * I, dinner, 2 * I, p_fc, dh, C, 0);
-            for (int64_t i = 0; i < n; i++) {
-                int64_t at = (first + i) * C;
-                norm_backward(dh + i * C, middle + at, ln_2, dy + at, dx + at, d_ln_2, C, eps);
-                memcpy(d + i * C, dx + at, (size_t)C * sizeof(float));
-                drop(&b, 0, first + i, d + i * C);
-            }
-            multiply_packed(n, HD, C, d, C, p_proj, dattended + first * HD, HD, 0);
-            multiply(C, HD, n, d, 1, C, attended + first * HD, HD, d_proj, HD, 1);
-        }
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < B * G; task++)
-            if (D == 32)
-                attend_backward(&a, task, 32, dq_gain, dk_gain);
-            else
-                attend_backward(&a, task, D, dq_gain, dk_gain);
-#pragma omp for schedule(static)
-        for (int64_t first = 0; first < N; first += piece) {
-            int64_t n = N - first < piece ? N - first : piece;
-            float *h = scratch((size_t)(2 * piece * C)), *dh = h + piece * C;
-            for (int64_t i = 0; i < n; i++) norm(x + (first + i) * C, ln_1, h + i * C, C, eps);
-            multiply(R, C, n, dqkv + first * R, 1, R, h, C, d_attn, C, 1);
-            multiply_packed(n, C, R, dqkv + first * R, R, p_attn, dh, C, 0);
-            for (int64_t i = 0; i < n; i++) {
-                int64_t at = (first + i) * C;
-                norm_backward(dh + i * C, x + at, ln_1, dx + at, dx + at, d_ln_1, C, eps);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t slot = 0; slot < slots; slot++) {
+            float *part = memset(parts + slot * weights, 0, (size_t)weights * sizeof(float));
+            slot_of(slot, slots, N, &from, &to);
+            for (int64_t first = from; first < to; first += piece) {
+                int64_t n = to - first < piece ? to - first : piece;
+                float *d = scratch((size_t)(piece * (3 * C + 4 * I))), *h = d + piece * C, *dh = h + piece * C;
+                float *dact = dh + piece * C, *act = dact + piece * I, *dinner = act + piece * I;
+                memcpy(d, dy + first * C, (size_t)(n * C) * sizeof(float));
+                for (int64_t i = 0; i < n; i++) drop(&b, 1, first + i, d + i * C);
+                multiply_packed(n, I, C, d, C, p_down, dact, I, 0);
+                for (int64_t i = 0; i < n; i++) {
+                    swiglu_backward(dact + i * I, inner + (first + i) * 2 * I, dinner + i * 2 * I, act + i * I, I);
+                    norm(middle + (first + i) * C, ln_2, h + i * C, C, eps);
+                }
+                multiply(C, I, n, d, 1, C, act, I, part + at_down, I, 1);
+                multiply_outer(2 * I, C, n, dinner, h, part + at_fc);
+                multiply_packed(n, C, 2 * I, dinner, 2 * I, p_fc, dh, C, 0);
+                for (int64_t i = 0; i < n; i++) {
+                    int64_t at = (first + i) * C;
+                    norm_backward(dh + i * C, middle + at, ln_2, dy + at, dx + at, part + at_ln_2, C, eps);
+                    memcpy(d + i * C, dx + at, (size_t)C * sizeof(float));
+                    drop(&b, 0, first + i, d + i * C);
+                }
+                multiply_packed(n, HD, C, d, C, p_proj, dattended + first * HD, HD, 0);
+                multiply_outer(C, HD, n, d, attended + first * HD, part + at_proj);
             }
         }
-        add_up(parts, all_weights, gradients);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t slot = 0; slot < slots; slot++) {
+            float *part = parts + slot * weights, *dq_gain = part + at_q_gain, *dk_gain = part + at_k_gain;
+            slot_of(slot, slots, B * G, &from, &to);
+            for (int64_t task = from; task < to; task++)
+                if (D == 32)
+                    attend_backward(&a, task, 32, dq_gain, dk_gain);
+                else
+                    attend_backward(&a, task, D, dq_gain, dk_gain);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t slot = 0; slot < slots; slot++) {
+            float *part = parts + slot * weights;
+            slot_of(slot, slots, N, &from, &to);
+            for (int64_t first = from; first < to; first += piece) {
+                int64_t n = to - first < piece ? to - first : piece;
+                float *h = scratch((size_t)(2 * piece * C)), *dh = h + piece * C;
+                for (int64_t i = 0; i < n; i++) norm(x + (first + i) * C, ln_1, h + i * C, C, eps);
+                multiply_outer(R, C, n, dqkv + first * R, h, part + at_attn);
+                multiply_packed(n, C, R, dqkv + first * R, R, p_attn, dh, C, 0);
+                for (int64_t i = 0; i < n; i++) {
+                    int64_t at = (first + i) * C;
+                    norm_backward(dh + i * C, x + at, ln_1, dx + at, dx + at, part, C, eps);
+                }
+            }
+        }
+        add_up(parts, weights, slots, gradients);
     }
 }

@@ -12,17 +12,18 @@ from torch import Tensor
 class Meter:
     """Collects losses on the device, so that the loop waits for it only when a line is due."""
 
-    def __init__(self, accelerator: Accelerator, seconds_before: float = 0.0):
-        """seconds_before: what earlier parts of a resumed run took."""
+    def __init__(self, accelerator: Accelerator, seconds_before: float, started: float):
+        """seconds_before: what earlier parts of a resumed run took; started: time.perf_counter() as this began."""
         self._accelerator = accelerator
-        self._start = self._mark = time.perf_counter()
-        self._start -= seconds_before
+        self._mark = time.perf_counter()
+        self._start = started - seconds_before
+        self.paused_seconds = 0.0
         self._total, self._steps = torch.zeros((), device=accelerator.device), 0
         self._sum_since_evaluation, self._steps_since_evaluation = 0.0, 0
 
     @property
     def seconds(self) -> float:
-        """Since the start of the run, evaluations and checkpoints included."""
+        """Since the start of the run, evaluations, checkpoints and its earlier parts included."""
         return time.perf_counter() - self._start
 
     def add(self, loss: Tensor) -> None:
@@ -51,4 +52,6 @@ class Meter:
         """Time spent within does not count as training speed."""
         begun = time.perf_counter()
         yield
-        self._mark += time.perf_counter() - begun
+        pause = time.perf_counter() - begun
+        self._mark += pause
+        self.paused_seconds += pause

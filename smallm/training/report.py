@@ -36,8 +36,9 @@ class Report:
         if self.enabled:
             tqdm.write(message, file=sys.stderr)
 
-    def advance(self, step: int) -> None:
-        """Moves the bar to `step`."""
+    def advance(self, step: int, total_steps: int) -> None:
+        """Moves the bar to `step` of so many."""
+        self._bar.total = total_steps
         self._bar.update(step - self._bar.n)
 
     def train(self, **values) -> None:

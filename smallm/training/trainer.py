@@ -1,6 +1,8 @@
 """The training loop: the same for a CPU, one GPU and several processes, through Accelerate."""
 
 import math
+import time
+from collections.abc import Set
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,12 +15,13 @@ from smallm.errors import UserError
 from smallm.runs import METRICS, VALIDATION
 from smallm.scoring import perplexity
 from smallm.training import checkpoint
+from smallm.training.budget import open_text, plan_run
 from smallm.training.checkpoint import TrainingState
 from smallm.training.compilation import compiled, is_wanted
 from smallm.training.config import Config
-from smallm.training.corpus import Corpus, open_corpus
+from smallm.training.corpus import Corpus
 from smallm.training.dataset import CharDataset
-from smallm.training.devices import build_accelerator, describe_device, launcher_warning, prepare, versions
+from smallm.training.devices import build_accelerator, launcher_warning, machine, of_first, prepare
 from smallm.training.evaluate import evaluate, write_sample
 from smallm.training.feed import Feed
 from smallm.training.functions import cross_entropy
@@ -26,21 +29,29 @@ from smallm.training.interrupt import Interrupt
 from smallm.training.meter import Meter
 from smallm.training.model import TransformerLanguageModel
 from smallm.training.optim import build_optimizer, set_lr
+from smallm.training.pace import Clock, Forecast, pace_of
 from smallm.training.report import Report
-from smallm.training.schedule import divide_batch, lr_factor, total_steps, window_length
+from smallm.training.schedule import divide_batch, lr_factor, window_length
+from smallm.training.words import closing, opening
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells know it
 
 
-def train(config: Config, out: Path, resume: bool = False) -> int:
-    """Trains by `config` into the run folder `out`, and returns the exit code. Raises `UserError`."""
+def train(
+    config: Config, out: Path, resume: bool = False, explicit: Set[str] = frozenset(), started: float | None = None
+) -> int:
+    """Trains by `config` into the run folder `out`, and returns the exit code. Raises `UserError`.
+
+    explicit: settings, as `section.field`, that `train.minutes` must not choose; started: time.perf_counter() as the
+    program began, by default now.
+    """
+    clock, planned_steps = Clock.after_imports(time.perf_counter() if started is None else started), 0
     accelerator = build_accelerator(config.train)
-    with accelerator.main_process_first():  # one process encodes the text, the others open what it wrote
-        d = config.data
-        corpus = open_corpus(d.source, encoding=d.encoding, min_count=d.min_count, val_fraction=d.val_fraction,
-                             progress=accelerator.is_main_process)  # fmt: skip
+    corpus = open_text(accelerator, config.data)
     try:
-        trainer = Trainer(accelerator, config, corpus, out)
+        if config.train.minutes and not resume:
+            config, corpus, planned_steps = plan_run(accelerator, config, corpus, explicit, clock)
+        trainer = Trainer(accelerator, config, corpus, out, clock, planned_steps)
         if resume:
             trainer.resume()
         return 0 if trainer.train() else INTERRUPTED
@@ -55,8 +66,11 @@ def train(config: Config, out: Path, resume: bool = False) -> int:
 class Trainer:
     """A run: model, optimiser, text and where training stands."""
 
-    def __init__(self, accelerator: Accelerator, config: Config, corpus: Corpus, run: Path):
-        self.accelerator, self.config, self.corpus, self.run = accelerator, config, corpus, run
+    def __init__(
+        self, accelerator: Accelerator, config: Config, corpus: Corpus, run: Path, clock: Clock, planned_steps: int
+    ):
+        """planned_steps: under train.minutes, what to expect."""
+        self.accelerator, self.config, self.corpus, self.run, self.clock = accelerator, config, corpus, run, clock
         c, ranks = config.train, accelerator.num_processes
         if len(corpus.train_ids) <= config.model.block_size:
             raise UserError(
@@ -66,8 +80,10 @@ class Trainer:
         self.micro_batch_size, self.grad_accum_steps = divide_batch(c.batch_size, c.micro_batch_size, ranks)
         dataset = CharDataset(corpus.train_ids, config.model.block_size, c.seed)
         self.steps_per_epoch = len(dataset) / c.batch_size
-        self.total_steps = total_steps(c.max_steps, c.epochs, self.steps_per_epoch)
         self.eval_every = c.eval_every or max(1, round(self.steps_per_epoch))
+        self.pace = pace_of(
+            config, planned_steps, self.steps_per_epoch, self.eval_every, len(corpus.val_ids), clock.end_seconds
+        )
         self.save_every = c.save_every or self.eval_every
         # Losses and speeds are given per character of text, whatever the ids were.
         self.ids_per_character = len(corpus.train_ids) / corpus.train_characters
@@ -79,27 +95,27 @@ class Trainer:
         self.prepared, self.optimizer = prepare(accelerator, self.model, optimizer)
         self.forward = self.prepared  # or its compiled form
         self.feed = Feed(dataset, c.batch_size, self.micro_batch_size, accelerator)
-        device, precision = describe_device(accelerator)
-        self.state = TrainingState(
-            fingerprint=corpus.fingerprint,
-            start_text=corpus.start_text,
-            facts={
-                "text": corpus.name,
-                "characters": corpus.train_characters + corpus.val_characters,
-                "parameters": self.model.parameter_count(),
-                "device": device,
-                "precision": precision,
-                "processes": ranks,
-                **versions(),
-            },
-        )
+        characters = corpus.train_characters + corpus.val_characters
+        facts = {"text": corpus.name, "characters": characters, "parameters": self.model.parameter_count()}
+        facts |= machine(accelerator)
+        self.state = TrainingState(fingerprint=corpus.fingerprint, start_text=corpus.start_text, facts=facts)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run, under train.minutes as far as it is known by now."""
+        return self.pace.total_steps
+
+    @property
+    def _share(self) -> float:
+        return self.state.step / self.total_steps
 
     def train(self) -> bool:
         """Runs to the end, to loss of patience or to Ctrl-C; returns whether the run is finished."""
         self._open()
         self._compile()
+        self._renew_pace()
         with self.report, Interrupt() as interrupt:
-            for step in range(self.state.step, self.total_steps):
+            while (step := self.state.step) < self.total_steps:
                 factor = lr_factor(step, self.config.optim, self.total_steps, self.steps_per_epoch)
                 set_lr(self.optimizer, factor)
                 loss, norm = self.train_step(step)
@@ -142,13 +158,14 @@ class Trainer:
     def resume(self) -> None:
         """Goes back to the newest checkpoint of the run."""
         folder = checkpoint.checkpoints(self.run)[-1]
-        state, _ = checkpoint.read_state(folder)
+        state, before = checkpoint.read_state(folder)
         if state.fingerprint != self.corpus.fingerprint:
             raise UserError(f"{self.corpus.name} is not the text that {self.run} was trained on; start a new run")
         if checkpoint.load_vocabulary(folder) != self.corpus.vocabulary:
             raise UserError(f"{self.run} has another vocabulary; keep data.min_count and data.val_fraction as before")
+        self.pace.resume(state, before.train)
         if state.step >= self.total_steps:
-            raise UserError(f"{self.run} is finished ({state.step} steps); train longer with --train.max_steps N")
+            raise UserError(f"{self.run} is finished ({state.step} steps); train longer with {self.pace.longer}")
         checkpoint.load_weights(folder, self.model)
         checkpoint.load_optimizer(folder, self.model, self.optimizer)
         if self.accelerator.scaler is not None and state.scaler:
@@ -169,20 +186,12 @@ class Trainer:
             except OSError as error:
                 raise UserError(f"cannot write to {self.run}: {error.strerror}; choose another --out") from None
         self.report = Report(self.run / METRICS, self.state, self.total_steps, enabled=main)
-        self.meter = Meter(self.accelerator, self.state.seconds)
-        for warning in launcher_warning(self.accelerator):
-            self.report.say(f"warning: {warning}")
-        c, facts = self.config, self.state.facts
-        self.report.say(
-            f"text   {self.corpus.name}: {self.corpus.train_characters:,} characters to learn, "
-            f"{self.corpus.val_characters:,} to validate; vocabulary of {self.corpus.vocabulary.size}\n"
-            f"model  {c.model.n_layer} layers x {c.model.n_embd}, {facts['parameters']:,} parameters, "
-            f"context {c.model.block_size}, {self.model.flops_per_id() / 1e6:.1f} MFLOP per id\n"
-            f"run    {self.run}: {self.total_steps:,} steps of {self.characters_per_step:,.0f} characters = "
-            f"{self.total_steps / self.steps_per_epoch:.1f} epochs, {c.optim.name}\n"
-            f"on     {facts['processes']} process(es), each with {facts['device']}, {facts['precision']}, "
-            f"{self.grad_accum_steps} x {self.micro_batch_size} sequences a step"
-        )
+        started = time.perf_counter() if self.state.step else self.clock.started  # a start is paid for once
+        self.meter = Meter(self.accelerator, self.state.seconds, started)
+        self.forecast = Forecast(self._share) if self.config.train.minutes else None
+        for line in launcher_warning(self.accelerator):
+            self.report.say(line)
+        self.report.say(opening(self))
         if self.state.step:
             self.report.say(f"going on from step {self.state.step:,}")
 
@@ -196,16 +205,25 @@ class Trainer:
                 self.forward = compiled(self.prepared, self.accelerator, batches, self.report.say)
 
     def _due(self, every: int) -> bool:
-        return self.state.step % every == 0 or self.state.step == self.total_steps
+        return self.state.step % every == 0 or self.state.step >= self.total_steps
+
+    def _renew_pace(self) -> None:
+        """A run by the clock goes by that of the first process."""
+        if self.config.train.minutes:
+            clock = of_first(self.accelerator, self.meter.seconds, self.meter.paused_seconds)
+            self.pace.renew(self.state.step, *clock)
 
     def _log(self, loss: Tensor, norm: Tensor | None, factor: float) -> None:
         """Every `log_every` steps: mean loss over the steps and the processes, to the bar and to metrics.jsonl."""
         self.meter.add(loss)
-        self.report.advance(self.state.step)
+        self.report.advance(self.state.step, self.total_steps)
         if not self._due(self.config.train.log_every):
             return
         mean, steps_per_second = self.meter.read()
         self._check_finite(mean)
+        self._renew_pace()
+        if self.forecast and (line := self.forecast.after(self._share, mean * self.ids_per_character)):
+            self.report.say(line)
         self.report.train(
             step=self.state.step, epoch=self.state.step / self.steps_per_epoch, loss=mean * self.ids_per_character,
             learning_rate=factor * self.config.optim.learning_rate, grad_norm=None if norm is None else float(norm),
@@ -250,7 +268,8 @@ class Trainer:
         folder = self.run / checkpoint.CHECKPOINTS / f"step-{self.state.step:06d}"
         with self.meter.paused():
             if self.accelerator.is_main_process and not (folder / checkpoint.STATE_FILE).exists():
-                self.state.seconds, scaler = self.meter.seconds, self.accelerator.scaler
+                self.state.seconds, self.state.planned_steps = self.meter.seconds, self.total_steps
+                scaler = self.accelerator.scaler
                 self.state.scaler = scaler.state_dict() if scaler is not None else {}
                 checkpoint.save_checkpoint(
                     self.run, self.state, self.config, self.model, self.optimizer, self.corpus.vocabulary
@@ -275,20 +294,5 @@ class Trainer:
         if self._out_of_patience():
             self.report.say(f"stopped: no better validation loss in {self.config.train.patience} evaluations")
         if self.accelerator.is_main_process:
-            best = self.state.best_val_loss
-            print(
-                f"best validation loss {best:.4f} nats per character ({best / math.log(2):.3f} bits, perplexity "
-                f"{perplexity(best):.2f}) at step {self.state.best_step:,}, {self.meter.seconds:.0f} s{self._plot()}\n"
-                f"next: python export.py {self.run}"
-            )
+            print(closing(self))
         return True
-
-    def _plot(self) -> str:
-        """Draws the curves; a picture that cannot be drawn spoils no finished run."""
-        from smallm.training.plot import plot_runs
-
-        try:
-            return f"; curves in {plot_runs([self.run], self.run / 'loss.png')}"
-        except UserError as error:
-            self.report.say(f"warning: {error}")
-            return ""
