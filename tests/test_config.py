@@ -241,6 +241,12 @@ def test_default_folder_is_the_first_that_is_free(folder):
         (["--optim.betas", "[0.9,1.0]"], ["betas"]),
         (["--data.val_fraction", "1"], ["data.val_fraction"]),
         (["--train.batch_size", "0"], ["train.batch_size"]),
+        (["--train.short_windows", "[64]"], ["train.short_until", "1 numbers"]),
+        (["--train.short_windows", "[48]", "--train.short_until", "[0.5]"], ["short_windows", "48", "block_size"]),
+        (["--train.short_windows", "[128]", "--train.short_until", "[0.5]"], ["train.short_windows", "shorter"]),
+        (["--train.short_windows", "[32,64]", "--train.short_until", "[0.5,0.5]"], ["train.short_until", "rise"]),
+        (["--train.short_windows", "[64]", "--train.short_until", "[1.0]"], ["train.short_until", "below 1"]),
+        (["--optim.newton_schulz_steps", "9"], ["optim.newton_schulz_steps", "8"]),
         (["--train.seed", "-1"], ["train.seed"]),
         (["--train.seed", "4294967296"], ["train.seed"]),  # the samples' generator has 32 bits
         (["--train.epochs", "nan"], ["train.epochs"]),

@@ -49,6 +49,15 @@ def test_the_shares_are_the_batch_and_the_same_from_the_device(dataset, resident
                 np.testing.assert_array_equal(torch.cat(batches), whole)
 
 
+def test_short_windows_are_the_long_ones_in_pieces(dataset):
+    feed = Feed(dataset, 6, 6, process(0, 1))
+    whole = feed.batch(3, 0, 8)
+    for window in (1, 2, 4):
+        for part, long in zip(feed.batch(3, 0, window), whole, strict=True):
+            assert part.shape == (6 * 8 // window, window)
+            assert torch.equal(part.reshape(6, 8), long)
+
+
 def test_a_text_that_is_too_long_stays_where_it_is(dataset, resident, monkeypatch):
     assert Feed(dataset, 2, 2, process(0, 1)).text.dtype == torch.int32
     monkeypatch.setattr(feed, "free_bytes", lambda device: 4 * 1003 * 10 - 1)

@@ -209,3 +209,22 @@ def test_two_threads_compute_what_one_does():
         torch.set_num_threads(before)
     for others in results[1:]:
         assert_close(others, results[0])
+
+
+def test_a_machine_without_a_compiler_trains_and_is_told(monkeypatch, text_file, tmp_path, capsys):
+    from smallm.training import cli
+
+    monkeypatch.setattr(kernels, "load", lambda: None)
+    monkeypatch.setattr(functions, "load", lambda: None)
+    argv = ["--model.n_layer=1", "--model.n_head=1", "--model.n_embd=32", "--model.block_size=8", "--train.max_steps=2"]
+    assert cli.main(["--data", str(text_file), "--out", str(tmp_path / "run"), *argv]) == 0
+    assert capsys.readouterr().err.count("apt install gcc") == 1
+
+
+def test_a_compiler_that_fails_is_as_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("SMALLM_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", "false")
+    assert kernels.load.__wrapped__() is None
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert kernels.load.__wrapped__() is None

@@ -186,11 +186,11 @@ def test_a_fixed_number_of_steps_stays():
 
 
 def test_the_forecast_comes_once_after_a_tenth():
-    forecast = Forecast(0.0)
+    forecast = Forecast(0.0, 1.6)
     said = [forecast.after(step / 100, 3.0 - step / 100) for step in range(1, 101)]
     assert [step for step, line in enumerate(said, start=1) if line] == [10]
     assert re.fullmatch(r"expect about \d\.\d\d nats per character at the end, give or take 0\.\d\d", said[9])
-    assert not any(Forecast(0.3).after(step / 100, 2.0) for step in range(31, 101))
+    assert not any(Forecast(0.3, 1.6).after(step / 100, 2.0) for step in range(31, 101))
 
 
 # Machine and text.

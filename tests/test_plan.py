@@ -84,7 +84,7 @@ def test_what_is_set_stays_and_the_rest_goes_with_it(train_ids, seconds, flops, 
 
 def test_shakespeare_in_two_minutes_on_two_cores():
     s = plan().settings
-    assert (s["model.n_layer"], s["model.n_embd"], s["model.n_head"]) == (6, 128, 4)
+    assert (s["model.n_layer"], s["model.n_embd"], s["model.n_head"]) == (4, 128, 4)
     assert (s["model.block_size"], s["train.short_windows"], s["model.rope_theta"]) == (256, [64, 128], 1000.0)
     assert s["model.dropout"] < 0.05
     assert (s["optim.name"], s["optim.momentum"], s["optim.grad_clip"]) == ("muon", 0.9, 0.0)
@@ -115,7 +115,7 @@ def test_dropout_rises_with_the_times_that_the_text_is_read():
 
 
 def test_a_gpu_gets_a_long_window_and_clipping():
-    s = plan(1e9, 600, 50e12).settings
+    s = plan(1e9, 3600, 20e12).settings
     assert (s["model.block_size"], s["model.rope_theta"], s["optim.grad_clip"]) == (512, 10000.0, 1.0)
     assert (s["optim.momentum"], s["optim.newton_schulz_steps"]) == (0.95, 5)
     assert s["model.n_embd"] / s["model.n_head"] == 64
@@ -154,6 +154,6 @@ def test_validation_takes_a_tenth_or_what_can_be_measured(characters, minutes, t
 
 
 def test_expected_loss():
-    final, spread = expected_loss(2.0)
+    final, spread = expected_loss(2.0, 1.6)
     assert 1.2 < final < 1.8
     assert 0 < spread < 0.2

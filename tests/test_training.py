@@ -104,10 +104,11 @@ def test_two_runs_are_bitwise_equal(train):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"optim__name": "muon", "model__dropout": 0.1, "train__micro_batch_size": 2, "model__n_kv_head": 1},
+        {"optim__name": "muon", "model__dropout": 0.1, "train__micro_batch_size": 2, "model__n_kv_head": 1,
+         "train__short_windows": "[4, 8]", "train__short_until": "[0.3, 0.7]"},
         {"optim__name": "adamw", "optim__learning_rate": 0.01, "optim__schedule": "cosine", "train__log_every": 3},
     ],
-    ids=["muon, dropout, accumulation", "adamw, cosine"],
+    ids=["muon, dropout, accumulation, short windows", "adamw, cosine"],
 )
 def test_resume_is_bitwise_equal_to_going_straight_on(train, capsys, changes):
     straight = train("straight", **changes)
@@ -214,6 +215,12 @@ def test_reported_validation_loss_is_the_mean_over_all_characters_but_the_first(
     assert line["perplexity"] == pytest.approx(math.exp(line["val_loss"]))
     assert read_state(folder)[0].val_loss == line["val_loss"]
     assert IGNORED == -1
+
+
+@pytest.mark.parametrize(("eval_every", "drawn"), [(12, False), (5, True)])
+def test_a_single_evaluation_is_no_curve(train, capsys, eval_every, drawn):
+    train("run", train__eval_every=eval_every)
+    assert ("curves in" in capsys.readouterr().out) == drawn
 
 
 def test_validation_text_is_the_tail_and_losses_fall(tiny_run, text_file):

@@ -1,6 +1,7 @@
 """`--minutes`: measures machine and text, and makes a whole config of what the user has set and what is chosen."""
 
 import bz2
+import math
 import sys
 from collections.abc import Mapping, Set
 from dataclasses import replace
@@ -77,6 +78,11 @@ def information(corpus: Corpus) -> float:
     starts = [(len(ids) - size) * i // max(1, SAMPLE_PIECES - 1) for i in range(SAMPLE_PIECES)]
     sample = b"".join(corpus.vocabulary.decode(ids[start : start + size]).encode() for start in starts)
     return len(bz2.compress(sample)) * len(ids) / max(1, size * SAMPLE_PIECES)
+
+
+def compressed(corpus: Corpus) -> float:
+    """Nats per character that bz2 needs for the text."""
+    return information(corpus) * 8 * math.log(2) / corpus.train_characters
 
 
 def _with_tail(accelerator: Accelerator, config: Config, corpus: Corpus, explicit: Set[str]) -> tuple[Config, Corpus]:

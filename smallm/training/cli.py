@@ -17,7 +17,7 @@ from smallm.training.config import KEYS, SECTIONS, Config, flatten, nearest
 DESCRIPTION = """\
 Trains a character-level language model on a text and leaves everything in a run folder.
 
-  python train.py                                built-in text, about a minute on two cores
+  python train.py                                built-in text, half a minute on two cores
   python train.py --data my.txt                  your own text
   python train.py --data my.txt --minutes 5      size, batch and schedule chosen for this text, machine and time
   python train.py --config configs/shakespeare-cpu.toml --data shakespeare --out runs/shakespeare

@@ -114,7 +114,7 @@ class OptimConfig:
     """Decay rates of Adam's moments."""
     momentum: float = 0.9
     """Momentum of Muon."""
-    newton_schulz_steps: int = 5
+    newton_schulz_steps: int = 3
     """Iterations of Muon's orthogonalisation."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 = no clipping."""

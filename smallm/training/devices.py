@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from smallm import __version__
 from smallm.errors import UserError
+from smallm.training import kernels
 from smallm.training.config import TrainConfig
 
 
@@ -91,15 +92,17 @@ def machine(accelerator: Accelerator) -> dict[str, Any]:
     return {"device": device, "precision": precision, "processes": accelerator.num_processes, **versions()}
 
 
-def launcher_warning(accelerator: Accelerator) -> list[str]:
-    """One line if `accelerate launch` was asked for several processes and started a single one.
-
-    Its simple launcher, which `--cpu` selects, then sets the rendezvous port but no world size.
-    """
+def warnings(accelerator: Accelerator) -> list[str]:
+    """What the user would want to have otherwise, a line each: processes that were not started, missing kernels."""
+    lines = []
+    # The simple launcher, which `accelerate launch --cpu` selects, sets the rendezvous port but no world size.
     if accelerator.num_processes == 1 and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
-        return ["warning: several processes were asked for, but one was started; for two on a CPU use "
-                "accelerate launch --config_file configs/accelerate/cpu-2.yaml"]  # fmt: skip
-    return []
+        lines.append("warning: several processes were asked for, but one was started; for two on a CPU use "
+                     "accelerate launch --config_file configs/accelerate/cpu-2.yaml")  # fmt: skip
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "no" and kernels.load() is None:
+        lines.append("warning: no C compiler with OpenMP was found; with one (apt install gcc) training is about twice "
+                     "as fast")  # fmt: skip
+    return lines
 
 
 def versions() -> dict[str, str]:

@@ -121,8 +121,11 @@ class TimedPace(Pace):
 class Forecast:
     """After the first tenth of a run: what loss to expect at its end."""
 
-    def __init__(self, share: float):
-        """share: what is done already; a resumed run beyond its tenth says it no more."""
+    def __init__(self, share: float, compressed: float):
+        """share: what is done already; a resumed run beyond its tenth says it no more. compressed: nats per character
+        of the text under bz2.
+        """
+        self._compressed = compressed
         self._losses: list[float] | None = [] if share < FORECAST_AT else None
 
     def after(self, share: float, loss: float) -> str:
@@ -134,5 +137,5 @@ class Forecast:
         if share < FORECAST_AT:
             return ""
         mean, self._losses = sum(self._losses) / len(self._losses), None
-        final, spread = expected_loss(mean)
+        final, spread = expected_loss(mean, self._compressed)
         return f"expect about {final:.2f} nats per character at the end, give or take {spread:.2f}"

@@ -15,13 +15,13 @@ from smallm.errors import UserError
 from smallm.runs import METRICS, VALIDATION
 from smallm.scoring import perplexity
 from smallm.training import checkpoint
-from smallm.training.budget import open_text, plan_run
+from smallm.training.budget import compressed, open_text, plan_run
 from smallm.training.checkpoint import TrainingState
 from smallm.training.compilation import compiled, is_wanted
 from smallm.training.config import Config
 from smallm.training.corpus import Corpus
 from smallm.training.dataset import CharDataset
-from smallm.training.devices import build_accelerator, launcher_warning, machine, of_first, prepare
+from smallm.training.devices import build_accelerator, machine, of_first, prepare, warnings
 from smallm.training.evaluate import evaluate, write_sample
 from smallm.training.feed import Feed
 from smallm.training.functions import cross_entropy
@@ -188,8 +188,8 @@ class Trainer:
         self.report = Report(self.run / METRICS, self.state, self.total_steps, enabled=main)
         started = time.perf_counter() if self.state.step else self.clock.started  # a start is paid for once
         self.meter = Meter(self.accelerator, self.state.seconds, started)
-        self.forecast = Forecast(self._share) if self.config.train.minutes else None
-        for line in launcher_warning(self.accelerator):
+        self.forecast = Forecast(self._share, compressed(self.corpus)) if self.config.train.minutes else None
+        for line in warnings(self.accelerator):
             self.report.say(line)
         self.report.say(opening(self))
         if self.state.step:

@@ -37,12 +37,16 @@ def closing(trainer: "Trainer") -> str:
 
 
 def _plot(trainer: "Trainer") -> str:
-    """Draws the curves, and says how long all took; a picture that cannot be drawn spoils no finished run."""
-    from smallm.training.plot import plot_runs
+    """Draws the curves, and says how long all took; a picture that cannot be drawn spoils no finished run.
 
-    try:
-        picture = f"; curves in {plot_runs([trainer.run], trainer.run / 'loss.png')}"
-    except UserError as error:
-        trainer.report.say(f"warning: {error}")
-        picture = ""
+    With one evaluation there is no curve to see, and drawing would take a tenth of so short a run.
+    """
+    picture = ""
+    if trainer.state.step > trainer.eval_every:
+        from smallm.training.plot import plot_runs
+
+        try:
+            picture = f"; curves in {plot_runs([trainer.run], trainer.run / 'loss.png')}"
+        except UserError as error:
+            trainer.report.say(f"warning: {error}")
     return f", {trainer.meter.seconds:.0f} s{picture}"
