@@ -293,7 +293,7 @@ def _load(folder: Path, name: str) -> Corpus | None:
 
 
 def cache_folder() -> Path:
-    """Where encoded texts and compiled kernels are kept: $SMALLM_CACHE or the user's cache folder."""
+    """Of encoded texts and compiled kernels: $SMALLM_CACHE or the user's."""
     if folder := os.environ.get("SMALLM_CACHE"):
         return Path(folder)
     import pooch
