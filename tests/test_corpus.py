@@ -264,7 +264,7 @@ def test_cache_that_cannot_be_written(tmp_path, cache, monkeypatch):
     assert text.endswith("; set SMALLM_CACHE elsewhere")
 
 
-def testcache_folder_is_the_users(tmp_path, monkeypatch):
+def test_cache_folder_is_the_users(tmp_path, monkeypatch):
     monkeypatch.delenv("SMALLM_CACHE")
     monkeypatch.setattr(pooch, "os_cache", lambda project: tmp_path / project)
     opened(write(tmp_path / "a.txt", MIXED))

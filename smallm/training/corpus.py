@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from smallm.errors import UserError
+from smallm.training.cache import cache_folder
 from smallm.vocabulary import CODE_POINTS, Vocabulary, count_characters
 
 PIECE_BYTES = 8 << 20
@@ -290,12 +291,3 @@ def _load(folder: Path, name: str) -> Corpus | None:
         return Corpus(name, vocabulary, train, val, *scalars)
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
-
-
-def cache_folder() -> Path:
-    """Of encoded texts and compiled kernels: $SMALLM_CACHE or the user's."""
-    if folder := os.environ.get("SMALLM_CACHE"):
-        return Path(folder)
-    import pooch
-
-    return Path(pooch.os_cache("smallm"))

@@ -100,8 +100,8 @@ def warnings(accelerator: Accelerator) -> list[str]:
         lines.append("warning: several processes were asked for, but one was started; for two on a CPU use "
                      "accelerate launch --config_file configs/accelerate/cpu-2.yaml")  # fmt: skip
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "no" and kernels.load() is None:
-        lines.append("warning: no C compiler with OpenMP was found; with one (apt install gcc) training is about twice "
-                     "as fast")  # fmt: skip
+        lines.append("warning: no C compiler with OpenMP was found; with one (apt install gcc) training is up to "
+                     "twice as fast")  # fmt: skip
     return lines
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smallm.training.corpus import cache_folder
+from smallm.training.cache import cache_folder
 
 # Not -ffast-math, which would take a NaN for a number.
 FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-fopenmp", "-std=gnu11", "-shared", "-fPIC")
