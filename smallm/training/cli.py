@@ -1,5 +1,6 @@
 """`train.py`: from the command line and TOML files to a resolved `Config` and a run folder."""
 
+import gc
 import re
 import time
 import tomllib
@@ -43,8 +44,11 @@ def main(argv: Sequence[str]) -> int:
     """Runs `train.py` with these arguments."""
     started = time.perf_counter()
     request = parse(argv)
+    gc.disable()  # an import makes no garbage; looking for it costs 0.2 s
     from smallm.training.trainer import train  # torch is slow to import: mistakes are told before
 
+    gc.enable()
+    gc.freeze()
     return train(request.config, request.out, resume=request.resume, explicit=request.explicit, started=started)
 
 
