@@ -243,11 +243,12 @@ class StreamDecoder:
 
 
 def count_characters(text: str) -> np.ndarray:
-    """How often each code point occurs: (0x110000,) int64, to be added over texts. A lone surrogate is a UserError."""
-    counts = np.zeros(CODE_POINTS, np.int64)
+    """How often each code point occurs, up to the highest: (n,) int64. A lone surrogate is a UserError."""
+    counts = np.zeros(0, np.int64)
     try:
         for chunk in _chunks(text):
             found = np.bincount(_code_points(chunk))
+            counts, found = sorted((counts, found), key=len, reverse=True)
             counts[: len(found)] += found
     except UnicodeEncodeError:
         raise _surrogate_error(text) from None

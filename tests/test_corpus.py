@@ -10,15 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
 import pooch
 import pytest
-from hypothesis import given, settings
+from filelock import FileLock
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from smallm.errors import UserError
 from smallm.training import corpus as corpus_module
-from smallm.training.corpus import SHAKESPEARE_HASH, open_corpus
+from smallm.training import encode, source
+from smallm.training.corpus import open_corpus
+from smallm.training.source import SHAKESPEARE_HASH, Source
+from smallm.vocabulary import Vocabulary, count_characters
 
 REPOSITORY = Path(__file__).parents[1]
 MIXED = "Größe: 5 €\r\n日本語のテキスト\nπ ≈ 3.14 🎉🎉\r\nplain end"
@@ -34,8 +37,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def encodings(monkeypatch):
     """One entry for each time that a text was encoded."""
-    calls, encode = [], corpus_module._encode
-    monkeypatch.setattr(corpus_module, "_encode", lambda *args: (calls.append(args), encode(*args))[1])
+    calls = []
+    monkeypatch.setattr(corpus_module, "encode", lambda *args: (calls.append(args), encode.encode(*args))[1])
     return calls
 
 
@@ -71,7 +74,7 @@ def left_over(cache):
 @pytest.mark.parametrize("text", ["to be, or not to be\n" * 9, MIXED * 3, "\ufeffBOM\r\r\n\x00\x85\u2028end"])
 @pytest.mark.parametrize("piece_bytes", [1, 7, 1 << 20])
 def test_split_is_contiguous_and_exact(tmp_path, monkeypatch, text, piece_bytes):
-    monkeypatch.setattr(corpus_module, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(source, "PIECE_BYTES", piece_bytes)
     corpus = opened(write(tmp_path / "a.txt", text), min_count=2)
     cut = len(text) * 3 // 4
     assert both_texts(corpus) == (text[:cut], text[cut:])
@@ -90,7 +93,7 @@ def test_split_is_contiguous_and_exact(tmp_path, monkeypatch, text, piece_bytes)
 )
 def test_any_text_comes_back(text, piece_bytes, min_count, encoding):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus_module, "PIECE_BYTES", piece_bytes)
+        patch.setattr(source, "PIECE_BYTES", piece_bytes)
         file = write(Path(folder) / "a.txt", text, encoding)
         corpus = opened(file, val_fraction=0.5, min_count=min_count, encoding=encoding, cache=Path(folder))
         assert "".join(both_texts(corpus)) == text
@@ -114,13 +117,63 @@ def test_only_the_training_part_makes_the_vocabulary(tmp_path):
     assert opened(tmp_path / "a.txt", min_count=31).vocabulary.tokens == ()
 
 
-def test_ids_are_read_only_memory_maps(tmp_path):
-    corpus = opened(write(tmp_path / "a.txt", MIXED))
-    for ids in (corpus.train_ids, corpus.val_ids):
-        assert isinstance(ids, np.memmap)
-        assert ids.ndim == 1
-        assert ids.dtype == corpus.vocabulary.dtype
-        assert not ids.flags.writeable
+@settings(max_examples=40, deadline=None)
+@given(
+    text=st.text(st.sampled_from("ab\n\r éß€日本🎉"), min_size=4, max_size=60),
+    piece_bytes=st.integers(1, 30),
+    min_count=st.integers(1, 3),
+    val_fraction=st.sampled_from([0.1, 0.5, 0.75]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32-be", "gb18030"]),
+)
+def test_ids_are_those_of_the_whole_text_at_once(text, piece_bytes, min_count, val_fraction, encoding):
+    cut = int(len(text) * (1 - Fraction(str(val_fraction))))
+    assume(2 <= cut <= len(text) - 2)
+    vocabulary = Vocabulary.from_counts(count_characters(text[:cut]), min_count)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "PIECE_BYTES", piece_bytes)
+        file = write(Path(folder) / "a.txt", text, encoding)
+        options = {"val_fraction": val_fraction, "min_count": min_count, "encoding": encoding}
+        corpus = opened(file, **options, cache=Path(folder))
+        assert corpus.vocabulary == vocabulary
+        assert corpus.train_ids[:].tolist() == vocabulary.encode(text[:cut]).tolist()
+        assert corpus.val_ids[:].tolist() == vocabulary.encode(text[cut:]).tolist()
+        assert corpus.fingerprint == hashlib.sha256(text.encode()).hexdigest()
+        key = f'[1, "{corpus.fingerprint}", {val_fraction}, {min_count}]'
+        assert (Path(folder) / "corpora" / hashlib.sha256(key.encode()).hexdigest()).is_dir()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "iso2022_jp", "utf-7"])
+@pytest.mark.parametrize("parts", [["日本語\n日本", "語\nend"], ["日本", "日本語 日本語", "", "日本語"]])
+def test_reading_goes_on_from_any_place(tmp_path, monkeypatch, encoding, parts):
+    monkeypatch.setattr(source, "PIECE_BYTES", 3)
+    files = [Path(write(tmp_path / f"{i}.txt", part, encoding)) for i, part in enumerate(parts)]
+    text = Source("text", files, encoding)
+    pieces = list(text.pieces("reading", False))
+    assert len(pieces) > 3
+    for i, piece in enumerate(pieces):
+        assert piece.utf8 == piece.text.encode()
+        assert piece.end.characters == sum(len(before.text) for before in pieces[: i + 1])
+        assert list(text.pieces("reading", False, piece.end)) == pieces[i + 1 :]
+
+
+def test_a_piece_is_bounded_and_few_are_in_memory_at_once(monkeypatch):
+    monkeypatch.setattr(source, "PIECE_BYTES", 100)
+    taken = []
+    pieces = (taken.append(piece) or piece for piece in Source("text", [b"long text " * 1000]).pieces("reading", False))
+    for done, (piece, length) in enumerate(encode._with_each(lambda piece: len(piece.text), pieces), 1):
+        assert length == len(piece.text) == len(piece.utf8) <= 100
+        assert len(taken) - done <= encode.MOST_THREADS
+    assert done == 100
+
+
+@pytest.mark.parametrize("ids_per_piece", [1, 2, 5, 1000])
+def test_validation_text_in_pieces(tmp_path, monkeypatch, ids_per_piece):
+    monkeypatch.setattr(corpus_module, "IDS_PER_PIECE", ids_per_piece)
+    corpus = opened(write(tmp_path / "a.txt", MIXED), val_fraction=0.5, min_count=2)
+    pieces = list(corpus.val_pieces())
+    assert "".join(pieces) == corpus.val_text() == MIXED[len(MIXED) // 2 :]
+    assert max(map(len, pieces)) <= ids_per_piece
+    assert "\ufffd" not in "".join(pieces)
 
 
 @pytest.mark.parametrize(("text", "start"), [("one line\nand more", "\n"), ("no line end", "n"), ("日本語" * 4, "日")])
@@ -147,7 +200,7 @@ def test_progress_only_for_long_texts(tmp_path, monkeypatch, capsys):
     file = write(tmp_path / "a.txt", MIXED)
     opened(file)
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(corpus_module, "PROGRESS_FROM_BYTES", 1)
+    monkeypatch.setattr(source, "PROGRESS_FROM_BYTES", 1)
     opened(file, min_count=2, progress=False)
     assert capsys.readouterr() == ("", "")
     opened(file, min_count=3)
@@ -202,7 +255,7 @@ def test_nothing_half_written_stays(tmp_path, cache, monkeypatch, error):
 
     file = write(tmp_path / "a.txt", MIXED)
     with monkeypatch.context() as patch:
-        patch.setattr(corpus_module.os, "fsync", interrupted)
+        patch.setattr(os, "fsync", interrupted)
         with pytest.raises(error):
             opened(file)
     assert list((cache / "corpora").iterdir()) == []
@@ -223,7 +276,7 @@ def test_threads_and_processes_at_once(tmp_path, cache, monkeypatch):
     ]
     assert [process.communicate()[0].decode() for process in processes] == [text, text]
 
-    monkeypatch.setattr(corpus_module, "PIECE_BYTES", 100)
+    monkeypatch.setattr(source, "PIECE_BYTES", 100)
     with ThreadPoolExecutor(4) as pool:  # four cache entries, each opened four times
         corpora = list(pool.map(lambda i: opened(file, min_count=2 + i // 4), range(16)))
     assert all("".join(both_texts(corpus)) == text for corpus in corpora)
@@ -231,17 +284,21 @@ def test_threads_and_processes_at_once(tmp_path, cache, monkeypatch):
 
 
 def test_the_slower_of_two_processes_takes_the_result_of_the_faster(tmp_path, cache, monkeypatch):
+    def no_locks(lock, *args, **options):
+        raise NotImplementedError  # as on some network file systems: no lock keeps anyone out
+
+    monkeypatch.setattr(FileLock, "acquire", no_locks)
     file, fsync = write(tmp_path / "a.txt", MIXED), os.fsync
 
     def overtaken(descriptor):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(corpus_module.os, "fsync", fsync)
+            patch.setattr(os, "fsync", fsync)
             opened(file)
         (path,) = (path for path in cache.rglob("train.bin") if "unfinished" not in str(path))
         stamps.append(path.stat().st_ino)
 
     stamps = []
-    monkeypatch.setattr(corpus_module.os, "fsync", overtaken)
+    monkeypatch.setattr(os, "fsync", overtaken)
     assert "".join(both_texts(opened(file))) == MIXED
     assert {path.stat().st_ino for path in cache.rglob("train.bin")} == set(stamps)
     assert not left_over(cache)
@@ -250,8 +307,8 @@ def test_the_slower_of_two_processes_takes_the_result_of_the_faster(tmp_path, ca
 def test_text_that_changes_meanwhile(tmp_path, cache, monkeypatch):
     file = tmp_path / "a.txt"
     write(file, "one two three\n" * 3)
-    survey = corpus_module._survey
-    monkeypatch.setattr(corpus_module, "_survey", lambda *args: (survey(*args), write(file, "one two THREE\n" * 3))[0])
+    survey = corpus_module.survey
+    monkeypatch.setattr(corpus_module, "survey", lambda *args: (survey(*args), write(file, "one two THREE\n" * 3))[0])
     assert message(file) == "a.txt changed while it was being read; run the command again"
     assert list((cache / "corpora").iterdir()) == []
 
@@ -305,7 +362,7 @@ def test_files_come_before_names(tmp_path, monkeypatch):
 
 def test_shakespeare_from_the_download(tmp_path, monkeypatch):
     def retrieve(url, known_hash, fname, path, downloader):
-        assert (url, known_hash) == (corpus_module.SHAKESPEARE_URL, SHAKESPEARE_HASH)
+        assert (url, known_hash) == (source.SHAKESPEARE_URL, SHAKESPEARE_HASH)
         assert path == tmp_path / "cache" / "downloads"
         return write(Path(path) / fname, "First Citizen:\nSpeak, speak.\n")
 
@@ -336,8 +393,8 @@ def test_nothing_of_that_name(tmp_path, monkeypatch):
     assert message("chekov.txt") == f"there is no file or folder 'chekov.txt' (did you mean 'Chekhov.txt'?){hint}"
     assert "(did you mean 'shakespeare'?)" in message("shakespere")
     assert f"(did you mean '{tmp_path / 'Chekhov.txt'}'?)" in message(tmp_path / "Chekhof.txt")
-    for source in ("xyz", "", "no/such/folder", "line\nbreak", "nul\0in/it"):
-        assert message(source) == f"there is no file or folder {source!r}{hint}"
+    for name in ("xyz", "", "no/such/folder", "line\nbreak", "nul\0in/it"):
+        assert message(name) == f"there is no file or folder {name!r}{hint}"
     assert "File name too long" in message("Once upon a time " * 99)
 
 
@@ -402,7 +459,7 @@ def test_unknown_encoding(tmp_path, encoding):
     ],
 )
 def test_invalid_bytes(tmp_path, cache, monkeypatch, content, encoding, problem, piece_bytes):
-    monkeypatch.setattr(corpus_module, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(source, "PIECE_BYTES", piece_bytes)
     file = write(tmp_path / "a.txt", content)
     example = "latin-1" if encoding.startswith("utf8") or encoding == "utf-8" else "utf-8"
     hint = f"pass --encoding NAME, for example --encoding {example}"
@@ -428,7 +485,7 @@ def test_invalid_bytes_in_a_folder_name_the_file(tmp_path):
     ],
 )
 def test_utf16_is_recognised(tmp_path, monkeypatch, mark, codec, name, piece_bytes):
-    monkeypatch.setattr(corpus_module, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(source, "PIECE_BYTES", piece_bytes)
     file = write(tmp_path / "a.txt", mark + MIXED.encode(codec))
     assert message(file) == f"{file} looks like {name.upper()}, not utf-8; pass --encoding {name}"
     assert "".join(both_texts(opened(file, encoding=name))) == MIXED

@@ -28,8 +28,11 @@ LEAST_SECONDS = 1.0  # to plan for, however little is left
 
 
 def open_text(accelerator: Accelerator, data: DataConfig) -> Corpus:
-    """The text; one process encodes it, the others open what it wrote."""
-    with accelerator.main_process_first():
+    """The text; on each machine one process encodes it, the others open what it wrote.
+
+    Machines that share a cache find each other by its lock; on those with a cache of their own each has to encode.
+    """
+    with accelerator.local_main_process_first():
         return open_corpus(data.source, encoding=data.encoding, min_count=data.min_count,
                            val_fraction=data.val_fraction, progress=accelerator.is_main_process)  # fmt: skip
 

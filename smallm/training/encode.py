@@ -1,0 +1,107 @@
+"""From a text to ids: read once to know it, once more to encode it, in bounded memory and on more than one core."""
+
+import hashlib
+import os
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from smallm.errors import UserError
+from smallm.training.source import Piece, Place, Source
+from smallm.vocabulary import CODE_POINTS, Vocabulary, count_characters
+
+MOST_THREADS = 4  # more would wait for the one that decodes for all of them
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What the first reading tells of a text."""
+
+    fingerprint: str
+    """SHA-256 of the text in UTF-8, in hex."""
+    characters: int
+    counts: np.ndarray
+    """How often each code point above ASCII occurs, (0x110000,) int64; those of ASCII may be left out."""
+    places: list[Place]
+    """Where each piece begins, and the end."""
+
+
+def survey(source: Source, progress: bool) -> Survey:
+    """Reads the text: does it decode, which text is it, how long is it, what does it use? Raises UserError."""
+    digest, counts, places = hashlib.sha256(), np.zeros(CODE_POINTS, np.int64), [Place()]
+    for piece, found in _with_each(lambda piece: _count(piece.text), source.pieces("reading", progress)):
+        digest.update(piece.utf8)
+        counts[: len(found)] += found
+        places.append(piece.end)
+    return Survey(digest.hexdigest(), places[-1].characters, counts, places)
+
+
+def training_counts(source: Source, known: Survey, train_characters: int, progress: bool) -> np.ndarray:
+    """As `known.counts`, of the first `train_characters` alone: what follows them is read once more."""
+    counts = known.counts.copy()
+    if counts.any():
+        start = known.places[bisect_right(known.places, train_characters, key=lambda place: place.characters) - 1]
+        halves = _halves(source.pieces("counting", progress, start), train_characters - start.characters)
+        for _, found in _with_each(_count, (val for _, _, val in halves)):
+            counts[: len(found)] -= found
+    return counts
+
+
+def encode(
+    source: Source, vocabulary: Vocabulary, fingerprint: str, train_characters: int, folder: Path, progress: bool
+) -> dict:
+    """Writes the ids to train.bin and val.bin in `folder`; returns what there is to say of them.
+
+    Raises UserError if the text is not the one of this fingerprint any more.
+    """
+    digest, start_text, lengths = hashlib.sha256(), "", [0, 0]
+    halves = _halves(source.pieces("encoding", progress), train_characters)
+    with (folder / "train.bin").open("wb") as train_file, (folder / "val.bin").open("wb") as val_file:
+        for (piece, train, _), ids in _with_each(lambda each: [vocabulary.encode(half) for half in each[1:]], halves):
+            digest.update(piece.utf8)
+            if start_text != "\n":
+                start_text = "\n" if "\n" in train else start_text or train[:1]
+            for i, file in enumerate((train_file, val_file)):
+                file.write(ids[i].data)
+                lengths[i] += len(ids[i])
+    if digest.hexdigest() != fingerprint:
+        raise UserError(f"{source.name} changed while it was being read; run the command again")
+    train_ids, val_ids = lengths
+    return {"dtype": vocabulary.dtype.str, "train_ids": train_ids, "val_ids": val_ids, "start_text": start_text}
+
+
+def _count(text: str) -> np.ndarray:
+    return count_characters("" if text.isascii() else text)  # the ids of ASCII do not depend on it
+
+
+def _halves(pieces: Iterable[Piece], train_characters: int) -> Iterator[tuple[Piece, str, str]]:
+    """Each piece with what of it is for training and what is for validation."""
+    for piece in pieces:
+        yield piece, piece.text[:train_characters], piece.text[train_characters:]
+        train_characters = max(0, train_characters - len(piece.text))
+
+
+def _with_each(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+    """Each item with its result, in order, from threads that are a few items ahead.
+
+    Threads, since numpy, hashlib and files leave the interpreter to others; the items are decoded by the caller's.
+    """
+    threads = min(MOST_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        ahead = deque()
+        for item in items:
+            ahead.append((item, pool.submit(function, item)))
+            if len(ahead) > threads:
+                first, result = ahead.popleft()
+                yield first, result.result()
+        for item, result in ahead:
+            yield item, result.result()
