@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 
-from smallm.errors import UserError
+from smallm.errors import ProcessError, UserError
 
 USAGE = """\
 usage: smallm COMMAND [options]
@@ -16,6 +16,8 @@ usage: smallm COMMAND [options]
   smallm infer    generate text, measure perplexity  (also: python infer.py)
 
 `smallm COMMAND --help` lists the options of a command."""
+
+LONGEST_LINE = 2000  # characters of a complaint
 
 COMMANDS = {"train": "smallm.training.cli", "export": "smallm.export.cli", "infer": "smallm.infer"}
 
@@ -54,8 +56,16 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
     try:
         return command(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # several processes make the same mistake; one says so
-            print(f"smallm: {error}", file=sys.stderr)
+        if isinstance(error, ProcessError):
+            print(file=sys.stderr)  # below the progress bar of the first process
+            _complain(str(error))
+        elif os.environ.get("RANK", "0") == "0":  # several processes make the same mistake; one says so
+            _complain(str(error))
+        return 2
+    except (MemoryError, RuntimeError) as error:  # PyTorch's is of the second kind
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        _complain("there is not enough memory for this; use a smaller model, batch or text")
         return 2
     except KeyboardInterrupt:
         print("smallm: interrupted", file=sys.stderr)
@@ -65,8 +75,14 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
         return 0
     except OSError as error:  # a full disk behind our stdout, say
         _give_up_stdout()
-        print(f"smallm: {error}; make room or write elsewhere", file=sys.stderr)
+        _complain(f"{error}; make room or write elsewhere")
         return 2
+
+
+def _complain(message: str) -> None:
+    """One line, whatever it quotes: names and values from strangers may hold newlines and commands to the terminal."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:LONGEST_LINE])
+    print(f"smallm: {line}", file=sys.stderr)
 
 
 def _give_up_stdout() -> None:

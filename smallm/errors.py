@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints it as ``smallm: <message>`` and exits with code 2.
     """
+
+
+class ProcessError(UserError):
+    """One that shows on a single one of several processes: that one says it, whichever it is."""
