@@ -35,13 +35,14 @@ import nanogpt
 from smallm.cli import run
 from smallm.errors import UserError
 from smallm.scoring import windows
-from smallm.training.checkpoint import best_checkpoint, load_model, saved_config
+from smallm.training.checkpoint import load_model
 from smallm.training.cli import load_config
 from smallm.training.corpus import Corpus, open_corpus
 from smallm.training.devices import versions
 from smallm.training.functions import cross_entropy
 from smallm.training.model import TransformerLanguageModel
 from smallm.training.plot import read_metrics
+from smallm.training.shelf import best_checkpoint, saved_config
 
 ROOT = Path(__file__).resolve().parents[1]
 WINDOWS = (64, 128, 256)

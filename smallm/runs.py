@@ -5,6 +5,7 @@ from pathlib import Path
 from smallm.errors import UserError
 
 RUNS = Path("runs")
+CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"

@@ -69,7 +69,7 @@ def refused(capsys):
 def exported(tiny_run, tmp_path_factory) -> Path:
     """The export folder of `tiny_run`; not inside it."""
     from smallm.export.folder import export_checkpoint
-    from smallm.training.checkpoint import best_checkpoint
+    from smallm.training.shelf import best_checkpoint
 
     out = tmp_path_factory.mktemp("exported") / "tiny"
     export_checkpoint(best_checkpoint(tiny_run), out)

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from smallm.training import cli
-from smallm.training.checkpoint import checkpoints, read_state
+from smallm.training.checkpoint import read_state
+from smallm.training.shelf import checkpoints
 
 ROOT = Path(__file__).parents[1]
 TOY = [

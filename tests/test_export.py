@@ -25,7 +25,8 @@ from smallm.manifest import MANIFEST_FILE, Manifest
 from smallm.runtime import MODEL_FILE
 from smallm.sampling import Sampling
 from smallm.session import Session
-from smallm.training.checkpoint import STATE_FILE, best_checkpoint, load_model, load_vocabulary
+from smallm.training.checkpoint import STATE_FILE, load_model, load_vocabulary
+from smallm.training.shelf import best_checkpoint
 
 FILES = {MODEL_FILE, MANIFEST_FILE, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 SHAPES = {

@@ -1,4 +1,4 @@
-"""smallm.training.interrupt: the first Ctrl-C is a request, its echo from a launcher too, a later one is not."""
+"""smallm.training.interrupt: the first signal is a request, its echo from a launcher too, a later one is not."""
 
 import signal
 from types import SimpleNamespace
@@ -18,15 +18,17 @@ def clock(monkeypatch):
     return now
 
 
-def test_the_first_is_a_request_and_so_is_its_echo(clock):
+@pytest.mark.parametrize("number", interrupt.SIGNALS)
+def test_the_first_is_a_request_and_so_is_its_echo(clock, number):
+    before = signal.getsignal(number)
     with Interrupt() as asked:
         assert not asked.requested
-        signal.raise_signal(signal.SIGINT)
-        assert asked.requested
+        signal.raise_signal(number)
+        assert asked.requested == number
         clock[0] += interrupt.SAME_REQUEST_SECONDS - 0.1
-        signal.raise_signal(signal.SIGINT)
-        assert asked.requested
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.raise_signal(number)
+        assert asked.requested == number
+    assert signal.getsignal(number) is before
 
 
 def test_a_later_one_interrupts_at_once(clock):
@@ -49,16 +51,17 @@ def test_several_processes_agree(device, asked, answers):
     """Pressed on another process only, before the end of step 5."""
     steps = []
 
-    def reduce(tensor, how):
-        assert (tensor.device.type, how) == (device, "sum")
+    def gather(tensor):
+        assert (tensor.device.type, tensor.shape) == (device, (1,))
         steps.append(step)
-        return torch.tensor(int(step >= 5))
+        return torch.tensor([0, signal.SIGTERM if step >= 5 else 0])
 
-    accelerator = SimpleNamespace(num_processes=2, device=torch.device(device), reduce=reduce)
+    accelerator = SimpleNamespace(num_processes=2, device=torch.device(device), gather=gather)
     obeyed = []
     with Interrupt() as interrupt:
         for step in range(1, 22):
-            if interrupt.anywhere(accelerator, step):
+            if number := interrupt.anywhere(accelerator, step):
+                assert number == signal.SIGTERM
                 obeyed.append(step)
     assert steps == list(asked)
     assert obeyed == list(answers)
@@ -69,4 +72,4 @@ def test_one_process_asks_nobody():
         alone = SimpleNamespace(num_processes=1)
         assert not interrupt.anywhere(alone, 1)
         signal.raise_signal(signal.SIGINT)
-        assert interrupt.anywhere(alone, 1)
+        assert interrupt.anywhere(alone, 1) == signal.SIGINT

@@ -16,12 +16,13 @@ from test_training import ctrl_c, flags, metrics
 
 from smallm.training import cli
 from smallm.training.budget import information, open_text
-from smallm.training.checkpoint import TrainingState, checkpoints, read_state
+from smallm.training.checkpoint import TrainingState, read_state
 from smallm.training.cli import parse
 from smallm.training.config import Config, TrainConfig
 from smallm.training.devices import build_accelerator, of_first
 from smallm.training.pace import END_SECONDS, Clock, Forecast, Pace, TimedPace
 from smallm.training.probe import flops_per_second
+from smallm.training.shelf import checkpoints
 
 TINY = {
     "model.n_layer": 1, "model.n_head": 1, "model.n_embd": 32, "model.block_size": 32, "train.batch_size": 8,

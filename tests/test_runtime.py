@@ -19,7 +19,8 @@ from toys import GREEDY, TOY_VOCABULARY, random_model, save_onnx, torch_text
 from smallm import LanguageModel, UserError, runtime
 from smallm.runtime import MODEL_FILE
 from smallm.sampling import Rng, Sampling
-from smallm.training.checkpoint import STATE_FILE, best_checkpoint, load_model
+from smallm.training.checkpoint import STATE_FILE, load_model
+from smallm.training.shelf import best_checkpoint
 
 BLOCK_SIZE = 32  # of the trained model
 DEFAULTS = Sampling(temperature=0.8, top_k=40)

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from toys import edit_state
 
 from smallm.scoring import IGNORED
 from smallm.training import cli, trainer
-from smallm.training.checkpoint import best_checkpoint, checkpoints, load_model, load_vocabulary, read_state
+from smallm.training.checkpoint import load_model, load_vocabulary, read_state
 from smallm.training.config import Config
 from smallm.training.corpus import open_corpus
 from smallm.training.dataset import CharDataset
@@ -27,6 +28,7 @@ from smallm.training.functions import cross_entropy
 from smallm.training.model import TransformerLanguageModel
 from smallm.training.optim import build_optimizer
 from smallm.training.schedule import divide_batch, total_steps
+from smallm.training.shelf import best_checkpoint, checkpoints
 
 ROOT = Path(__file__).parents[1]
 TOY = {
@@ -411,8 +413,7 @@ def test_resume_with_another_text_is_refused(refused, run, text_file):
 
 
 def test_resume_when_the_text_is_gone_is_one_line(refused, run, text_file, monkeypatch):
-    state = checkpoints(Path(run[0]))[-1] / "training_state.json"
-    state.write_text(state.read_text().replace(text_file.name, "gone.txt"))
+    edit_state(checkpoints(Path(run[0]))[-1], lambda state: state["config"]["data"].update(source="gone.txt"))
     assert "gone.txt" in refused("--resume", *run)
 
 

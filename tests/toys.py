@@ -1,5 +1,7 @@
 """Models of random weights for the tests: no training, every weight far from its initial value."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -8,6 +10,7 @@ import torch
 from smallm.export.graph import build_graph
 from smallm.manifest import Manifest
 from smallm.sampling import Rng, Sampling, sample
+from smallm.training import checkpoint
 from smallm.training.config import ModelConfig
 from smallm.training.model import TransformerLanguageModel
 from smallm.vocabulary import Vocabulary
@@ -66,3 +69,12 @@ def torch_text(
         full = len(window) == block_size
         window = [*window, id][-(max(1, block_size // 2) if full and overflow == "shift" else block_size) :]
     return seed + new[:length]
+
+
+def edit_state(folder: Path, edit: Callable[[dict], object]) -> None:
+    """Changes `training_state.json` of a checkpoint, and its seal with it."""
+    file = folder / checkpoint.STATE_FILE
+    values = json.loads(file.read_text(encoding="utf-8"))
+    edit(values)
+    values.pop("seal", None)
+    file.write_text(json.dumps(values | {"seal": checkpoint._seal(values)}), encoding="utf-8")

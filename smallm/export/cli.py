@@ -27,7 +27,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     from smallm.export.folder import export_checkpoint  # torch and onnx are slow to import: mistakes are told before
     from smallm.runtime import MODEL_FILE
-    from smallm.training.checkpoint import STATE_FILE, best_checkpoint
+    from smallm.training.checkpoint import STATE_FILE
+    from smallm.training.shelf import best_checkpoint
 
     run = options.run or newest_run()
     try:

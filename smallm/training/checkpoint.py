@@ -3,12 +3,14 @@
 checkpoints/step-000500/
     model.safetensors, config.json, generation_config.json, tokenizer.json, tokenizer_config.json
     optimizer.safetensors     moments by parameter name
-    training_state.json       step, losses, resolved config, fingerprint of the text, versions
+    training_state.json       step, losses, resolved config, fingerprint of the text, versions; sha256 of all the others
 """
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,17 @@ from torch import Tensor, nn
 
 from smallm.errors import UserError
 from smallm.manifest import hugging_face_files
-from smallm.runs import CHECKPOINTS, is_run
+from smallm.runs import CHECKPOINTS
 from smallm.training.config import Config
 from smallm.training.functions import NORM_EPS
 from smallm.training.model import TransformerLanguageModel
 from smallm.training.optim import moments_of
 from smallm.training.qwen3 import from_qwen3, to_qwen3
+from smallm.training.spread import gathered, like
 from smallm.vocabulary import Vocabulary
 
 STATE_FILE = "training_state.json"
-_EARLIER = "remove {} to use an earlier checkpoint"
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -52,40 +55,68 @@ class TrainingState:
     start_text: str = "\n"
     scaler: dict[str, float] = field(default_factory=dict)
     """State of the fp16 loss scaler; empty in other precisions."""
+    skipped_steps: int = 0
+    """Steps that were left out, because the gradient was no number."""
+    skipped_in_a_row: int = 0
+    """How many of them are the last ones."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Text, device, versions: what the reader of an export may want to know."""
 
 
+@dataclass(frozen=True)
+class Tensors:
+    """What a checkpoint holds of model and optimiser, whole and on the CPU."""
+
+    weights: dict[str, Tensor]
+    """By the names that Qwen3 has for them."""
+    moments: dict[str, Tensor]
+    """`parameter.exp_avg` -> tensor, for each tensor of the optimiser's state."""
+
+    @classmethod
+    def of(cls, model: TransformerLanguageModel, optimizer: torch.optim.Optimizer) -> "Tensors":
+        """Gathers what is spread over processes: all of them must call this."""
+        weights = to_qwen3({name: gathered(tensor) for name, tensor in model.state_dict().items()}, model.config)
+        moments = {
+            f"{name}.{key}": gathered(tensor).detach().cpu().contiguous()
+            for name, parameter in model.named_parameters()
+            for key, tensor in optimizer.state.get(parameter, {}).items()
+        }
+        return cls(weights, moments)
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / CHECKPOINTS / f"step-{step:06d}"
+
+
 def save_checkpoint(
-    run: Path,
-    state: TrainingState,
-    config: Config,
-    model: TransformerLanguageModel,
-    optimizer: torch.optim.Optimizer,
-    vocabulary: Vocabulary,
+    run: Path, state: TrainingState, config: Config, tensors: Tensors, vocabulary: Vocabulary
 ) -> Path:
-    """Writes `checkpoints/step-NNNNNN` as a whole or not at all, and returns it."""
-    folder = run / CHECKPOINTS / f"step-{state.step:06d}"
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    """Writes `checkpoints/step-NNNNNN` as a whole or not at all, and returns it. Raises `OSError`."""
+    folder = folder_of(run, state.step)
+    aside, old = (folder.with_name(f".{folder.name}.{os.getpid()}{ending}") for ending in ("", ".old"))
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        weights = to_qwen3(model.state_dict(), config.model)
-        save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
-        save_file(optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
+        save_file(tensors.weights, aside / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors.moments, aside / "optimizer.safetensors")
         for name, content in model_files(config, vocabulary).items():
             _write_json(aside / name, content)
-        _write_json(aside / STATE_FILE, {"format_version": 1, **asdict(state), "config": config.to_dict()})
+        values = {"format_version": FORMAT_VERSION, **asdict(state), "config": config.to_dict()}
+        values["sha256"] = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
+        _write_json(aside / STATE_FILE, values | {"seal": _seal(values)})
         for file in aside.iterdir():
             _sync(file)
         _sync(aside)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         aside.rename(folder)
         _sync(folder.parent)
     except SafetensorError as error:
         raise OSError(f"{folder}: {error}") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in (aside, old):
+            shutil.rmtree(left, ignore_errors=True)
     return folder
 
 
@@ -107,41 +138,36 @@ def model_files(config: Config, vocabulary: Vocabulary) -> dict[str, dict[str, A
     )
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. Raises `UserError` if there is none."""
-    if not is_run(run):
-        raise UserError(f"{run} is not a run folder; train one with `python train.py --out {run}`")
-    found = [folder for folder in (run / CHECKPOINTS).glob("step-[0-9]*") if (folder / STATE_FILE).is_file()]
-    if not found:
-        raise UserError(f"{run} has no checkpoint yet; train it again with `python train.py`")
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
-
-
-def best_checkpoint(run: Path) -> Path:
-    """The checkpoint with the lowest validation loss; the newest, if none was evaluated."""
-    found = checkpoints(run)
-    scored = [(state.val_loss, folder) for folder in found if (state := read_state(folder)[0]).val_loss is not None]
-    return min(scored)[1] if scored else found[-1]
-
-
-def saved_config(run: Path) -> Config:
-    """The resolved config of a run, from its newest checkpoint."""
-    return read_state(checkpoints(run)[-1])[1]
-
-
 def read_state(folder: Path) -> tuple[TrainingState, Config]:
     """`training_state.json` of a checkpoint. Raises `UserError` if it is broken."""
+    values = _read_sealed(folder)
     try:
-        values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        if values.pop("format_version") != 1:
-            raise UserError(f"{folder} was written by another version of smallm")
+        for key in ("format_version", "sha256", "seal"):
+            del values[key]
         config, state = Config.from_dict(values.pop("config")), TrainingState(**values)
         if not all(type(n) is int and n >= 0 for n in (state.step, state.best_step, state.evaluations_since_best)):
             raise ValueError("a number of steps is none")
         return state, config
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         reason = f" ({error})" if isinstance(error, UserError) else ""
-        raise UserError(f"{folder / STATE_FILE} is broken{reason}; {_EARLIER.format(folder)}") from None
+        raise UserError(f"{folder / STATE_FILE} is broken{reason}; use another checkpoint") from None
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with the files of a checkpoint, in a few words; nothing, if they are as they were written."""
+    try:
+        sums = _read_sealed(folder)["sha256"]
+        for name in sorted(sums):
+            file = folder / Path(name).name
+            if not file.is_file():
+                return f"{name} is missing"
+            if _sha256(file) != sums[name]:
+                return f"{name} is not as it was written"
+    except UserError as error:
+        return str(error).removeprefix(f"{folder}/")
+    except (OSError, TypeError, AttributeError, KeyError) as error:
+        return f"unreadable: {error}"
+    return ""
 
 
 def load_model(folder: Path, device: str | torch.device = "cpu") -> TransformerLanguageModel:
@@ -157,26 +183,19 @@ def load_vocabulary(folder: Path) -> Vocabulary:
     try:
         return Vocabulary.from_tokenizer_json(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
     except (OSError, ValueError):
-        raise UserError(f"{folder / 'tokenizer.json'} is broken; {_EARLIER.format(folder)}") from None
+        raise UserError(f"{folder / 'tokenizer.json'} is broken; use another checkpoint") from None
 
 
 def load_weights(folder: Path, model: TransformerLanguageModel) -> None:
     """Weights into the model; every name and shape must fit."""
-    tensors = _load_tensors(folder / "model.safetensors")
+    tensors, parameters = _load_tensors(folder / "model.safetensors"), dict(model.named_parameters())
     try:
-        model.load_state_dict(from_qwen3(tensors, model.config), strict=True)
+        weights = from_qwen3(tensors, model.config)
+        weights = {name: like(parameters.get(name), tensor) for name, tensor in weights.items()}
+        model.load_state_dict(weights, strict=True)
     except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{folder / 'model.safetensors'} does not fit the model it should hold: {reason}") from None
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`parameter.exp_avg` -> tensor, for each tensor of the optimiser's state."""
-    return {
-        f"{name}.{key}": value.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -188,18 +207,34 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
             tensor = tensors.pop(f"{name}.{key}", None)
             if tensor is None or tensor.shape != (() if key == "step" else parameter.shape):
                 raise UserError(f"{file} does not fit the optimiser of this run: see {name}.{key}")
-            optimizer.state[parameter][key] = tensor.to(parameter.device)
+            optimizer.state[parameter][key] = like(None if key == "step" else parameter, tensor.to(parameter.device))
     if tensors:
         raise UserError(f"{file} does not fit the optimiser of this run: {next(iter(tensors))} is left over")
 
 
-def rotate(run: Path, best_step: int, keep_last: int) -> None:
-    """Removes all checkpoints but the newest `keep_last` and the best."""
-    for folder in checkpoints(run)[:-keep_last]:
-        if folder.name != f"step-{best_step:06d}":
-            shutil.rmtree(folder)
-    for half in (run / CHECKPOINTS).glob(".step-*"):  # left behind by a kill in the middle of a save
-        shutil.rmtree(half)
+def _read_sealed(folder: Path) -> dict[str, Any]:
+    """What `training_state.json` holds, if it is as it was written. Raises `UserError`."""
+    file = folder / STATE_FILE
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        version, seal = values["format_version"], values["seal"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{file} is missing or broken; use another checkpoint") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{file} was written by another version of smallm; train anew, or use that version")
+    if seal != _seal({key: value for key, value in values.items() if key != "seal"}):
+        raise UserError(f"{file} is not as it was written; use another checkpoint")
+    return values
+
+
+def _seal(values: Mapping[str, Any]) -> str:
+    """sha256 of what the state file says, however it is set out."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _load_tensors(file: Path) -> dict[str, Tensor]:
@@ -207,7 +242,7 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{file} is missing, truncated or no safetensors file ({error}); {_EARLIER.format(file.parent)}"
+            f"{file} is missing, truncated or no safetensors file ({error}); use another checkpoint"
         ) from None
 
 

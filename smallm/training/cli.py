@@ -6,6 +6,7 @@ import time
 import tomllib
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from smallm.errors import UserError
 from smallm.runs import new_run
+from smallm.training.compiler import library
 from smallm.training.config import KEYS, SECTIONS, Config, flatten, nearest
 
 DESCRIPTION = """\
@@ -44,11 +46,13 @@ def main(argv: Sequence[str]) -> int:
     """Runs `train.py` with these arguments."""
     started = time.perf_counter()
     request = parse(argv)
-    gc.disable()  # an import makes no garbage; looking for it costs 0.2 s
-    from smallm.training.trainer import train  # torch is slow to import: mistakes are told before
+    with ThreadPoolExecutor(1) as beside:  # PyTorch takes as long to import as the kernels to compile
+        beside.submit(library)
+        gc.disable()  # an import makes no garbage; looking for it costs 0.2 s
+        from smallm.training.launch import train  # mistakes were told before
 
-    gc.enable()
-    gc.freeze()
+        gc.enable()
+        gc.freeze()
     return train(request.config, request.out, resume=request.resume, explicit=request.explicit, started=started)
 
 
@@ -62,11 +66,11 @@ def parse(argv: Sequence[str]) -> Request:
         run = Path(values["resume"])
         if values["config"] or values["out"]:
             raise UserError("--resume takes its settings and its folder from the run; leave out --config and --out")
-        from smallm.training.checkpoint import saved_config
+        from smallm.training.shelf import saved_config
 
         parser.set_defaults(flatten(saved_config(run).to_dict()))
         values = _parse(parser, argv)
-        return Request(_config(values, flags), run, resume=True)
+        return Request(_config(values, flags), run, resume=True, explicit=frozenset(KEYS))
     name = Path(values["config"][-1]).stem if values["config"] else "quickstart"
     explicit = frozenset(key for key, _ in _keys(argv))
     if values["train"]["minutes"]:

@@ -1,5 +1,7 @@
 """How good the model is by now: its loss on the validation text, by the protocol of `infer.py`, and a sample."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -16,19 +18,27 @@ IDS_PER_PIECE = 1 << 20  # read from the memory map at a time
 
 
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, model: nn.Module, corpus: Corpus, block_size: int) -> float:
+def evaluate(
+    accelerator: Accelerator, model: nn.Module, corpus: Corpus, block_size: int, asked: Callable[[], int] = lambda: 0
+) -> float | None:
     """Nats per character of the validation text, in windows of `block_size` ids side by side.
 
-    The windows are shared out over the processes; all of them must call this.
+    The windows are shared out over the processes; all of them must call this. asked: whether to break off, which gives
+    None; asked before each pass through the model.
     """
     model.eval()
     nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     ids = corpus.val_ids
     pieces = (np.asarray(ids[start : start + IDS_PER_PIECE]) for start in range(0, len(ids), IDS_PER_PIECE))
     for inputs, targets in windows(pieces, block_size):
+        if asked():
+            model.train()
+            return None
         mine = slice(accelerator.process_index, None, accelerator.num_processes)
         if len(inputs[mine]):
             nats += _sum_of_nats(model, inputs[mine], targets[mine], accelerator.device)
+        else:  # the processes may hold the weights together (FSDP), so each takes part in each pass
+            _sum_of_nats(model, inputs[:1], targets[:1], accelerator.device)
     model.train()
     return accelerator.reduce(nats, "sum").item() / (corpus.val_characters - 1)
 

@@ -1,5 +1,6 @@
 """Mean loss and speed between two lines of the log."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ class Meter:
         self._mark = time.perf_counter()
         self._start = started - seconds_before
         self.paused_seconds = 0.0
-        self._total, self._steps = torch.zeros((), device=accelerator.device), 0
+        self._total, self._steps = torch.zeros(2, device=accelerator.device), 0  # sum of the losses, their number
         self._sum_since_evaluation, self._steps_since_evaluation = 0.0, 0
 
     @property
@@ -27,17 +28,23 @@ class Meter:
         return time.perf_counter() - self._start
 
     def add(self, loss: Tensor) -> None:
-        """The loss of one step on this process, still on the device."""
-        self._total += loss
+        """The loss of one step on this process, still on the device; one that is not finite does not count."""
+        counts = loss.isfinite()
+        self._total += torch.stack([torch.where(counts, loss, 0), counts])
         self._steps += 1
 
     def read(self) -> tuple[float, float]:
-        """Mean loss over the steps since the last reading and over the processes, and steps per second."""
-        mean = self._accelerator.reduce(self._total, "mean").item() / self._steps
+        """Mean loss over the steps since the last reading and over the processes, and steps per second.
+
+        NaN if no loss of them counts.
+        """
+        total, number = self._accelerator.reduce(self._total, "sum").tolist()
+        mean = total / number if number else math.nan
         now, steps = time.perf_counter(), self._steps
         speed = steps / (now - self._mark)
-        self._sum_since_evaluation += mean * steps
-        self._steps_since_evaluation += steps
+        if number:
+            self._sum_since_evaluation += mean * steps
+            self._steps_since_evaluation += steps
         self._total, self._steps, self._mark = torch.zeros_like(self._total), 0, now
         return mean, speed
 

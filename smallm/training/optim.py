@@ -1,7 +1,7 @@
 """Adam, AdamW, and Muon with AdamW for what is no matrix."""
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch.optim.adamw import adamw
 
 from smallm.training.config import OptimConfig
 from smallm.training.functions import polynomial_iteration
+from smallm.training.spread import gathered, like
 
 # The steps of Polar Express (Amsel et al. 2025), each the best quintic for the singular values that the one before it
 # leaves, from 0.001 to 1 at first: a few of them come closer to 1 than one polynomial applied again and again.
@@ -40,9 +41,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
             {"params": matrices, "peak_lr": config.learning_rate, "weight_decay": config.weight_decay, "muon": True},
             {"params": rest, "peak_lr": config.adam_learning_rate, "weight_decay": 0.0, "muon": False},
         ]
-        packed = model.config.packed_rows
-        rows = {p: packed[inside] for name, p in named if (inside := name.split(".", 2)[-1]) in packed}
-        return MuonAdamW(groups, config, rows)
+        packed = {p: model.config.packed_rows.get(name.split(".", 2)[-1]) for name, p in named}
+        groups[0]["rows"] = [packed[p] or (p.size(0),) for p in matrices]
+        return MuonAdamW(groups, config)
     decay = config.weight_decay if config.name == "adamw" else 0.0
     groups = [
         {"params": matrices, "peak_lr": config.learning_rate, "weight_decay": decay},
@@ -63,15 +64,16 @@ class MuonAdamW(torch.optim.Optimizer):
 
     The matrices that lie packed in one weight, as q, k and v do, are orthogonalised one by one, and all those of one
     shape, lying or standing, together. Being one optimiser, it works under fp16 loss scaling, which would otherwise
-    unscale the gradients twice.
+    unscale the gradients twice. Where `found_inf` is 1, a step changes nothing, as with PyTorch's fused optimisers.
     """
 
-    def __init__(self, params: Iterable, config: OptimConfig, packed_rows: Mapping[Tensor, tuple[int, ...]]):
-        """packed_rows: parameter -> rows of each of its matrices; without an entry it is one matrix."""
+    found_inf: Tensor | None = None
+
+    def __init__(self, params: Iterable, config: OptimConfig):
+        """params: groups; one with `muon=True` has for each of its parameters the rows of its matrices in `rows`."""
         defaults = {"lr": config.learning_rate, "betas": config.betas, "eps": 1e-8, "weight_decay": 0.0, "muon": False}
         super().__init__(params, defaults)
         self.momentum, self.coefficients = config.momentum, POLAR_EXPRESS[: config.newton_schulz_steps]
-        self.packed_rows = dict(packed_rows)
 
     # As decorated, these methods import PyTorch's whole compiler, which takes as long as the first 50 steps of a small
     # model; so does AdamW's own `step`, in place of which stands its functional form below.
@@ -94,28 +96,32 @@ class MuonAdamW(torch.optim.Optimizer):
         steps, means, squares = ([self.state[p][key] for p in parameters] for key in ("step", "exp_avg", "exp_avg_sq"))
         adamw(parameters, [p.grad for p in parameters], means, squares, [], steps, fused=True, amsgrad=False,
               beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
-              eps=group["eps"], maximize=False)  # fmt: skip
+              eps=group["eps"], maximize=False, found_inf=self.found_inf)  # fmt: skip
 
     def _muon_step(self, group: dict, parameters: list[Tensor]) -> None:
         gradients, momenta = [p.grad for p in parameters], [self._momentum(p) for p in parameters]
+        keep = 1.0
+        if self.found_inf is not None:  # on the device, which is not waited for
+            keep = 1 - self.found_inf
+            gradients = [torch.where(keep.bool(), g, m) for g, m in zip(gradients, momenta, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
-        nesterov = torch._foreach_lerp(gradients, momenta, self.momentum)
+        nesterov = [gathered(update) for update in torch._foreach_lerp(gradients, momenta, self.momentum)]
         if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        for matrices in _by_shape(self._matrices(parameters, nesterov)):
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * keep)
+        # Of a parameter that is spread over processes each of them has a part; the update needs whole matrices.
+        weights = [p if u is None else u for p, u in zip(parameters, map(_blank, parameters), strict=True)]
+        rows = [each for p, each in zip(group["params"], group["rows"], strict=True) if p.grad is not None]
+        for matrices in _by_shape(_matrices(weights, nesterov, rows)):
             updates = orthogonalise(torch.stack([_lying(update) for _, update in matrices]), self.coefficients)
+            if self.found_inf is not None:
+                updates = updates * keep
             for (weight, _), update in zip(matrices, updates, strict=True):
                 rows, columns = weight.shape
                 step = group["lr"] * max(1.0, rows / columns) ** 0.5
                 weight.add_(update if rows <= columns else update.mT, alpha=-step)
-
-    def _matrices(self, parameters: list[Tensor], updates: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Each matrix of the parameters beside its update; both are views."""
-        pairs = []
-        for parameter, update in zip(parameters, updates, strict=True):
-            rows = self.packed_rows.get(parameter, (parameter.size(0),))
-            pairs += zip(parameter.split(rows), update.split(rows), strict=True)
-        return pairs
+        for parameter, weight in zip(parameters, weights, strict=True):
+            if weight is not parameter:
+                parameter.add_(like(parameter, weight))
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -133,6 +139,23 @@ def orthogonalise(matrices: Tensor, coefficients: Sequence[tuple[float, float, f
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01).clamp(min=1e-7)
     return polynomial_iteration(x, coefficients).to(matrices.dtype)
+
+
+def _blank(parameter: Tensor) -> Tensor | None:
+    """For a parameter spread over processes, zeros of its whole shape; None for another."""
+    if not hasattr(parameter, "full_tensor"):
+        return None
+    return torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+
+
+def _matrices(
+    weights: list[Tensor], updates: list[Tensor], rows: list[tuple[int, ...]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Each matrix of the weights beside its update; both are views."""
+    pairs = []
+    for weight, update, each in zip(weights, updates, rows, strict=True):
+        pairs += zip(weight.split(each), update.split(each), strict=True)
+    return pairs
 
 
 def _lying(matrix: Tensor) -> Tensor:

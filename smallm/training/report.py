@@ -1,6 +1,7 @@
 """What a run says while it runs: a progress bar, lines on stderr, and `metrics.jsonl` for programs."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -45,7 +46,8 @@ class Report:
         """Figures of the last training steps."""
         speed = f"{values['characters_per_second']:,.0f} chars/s"
         self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed}", refresh=False)
-        self._write({"kind": "train", **values})
+        whole = {key: value if math.isfinite(value) else None for key, value in values.items()}  # JSON has no NaN
+        self._write({"kind": "train", **whole})
 
     def evaluation(self, **values) -> None:
         """Figures of an evaluation, and the sample."""

@@ -1,30 +1,33 @@
 """The training loop: the same for a CPU, one GPU and several processes, through Accelerate."""
 
 import math
+import signal
 import time
-from collections.abc import Set
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import tomli_w
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from smallm.errors import UserError
-from smallm.runs import METRICS, VALIDATION
+from smallm.runs import CONFIG, METRICS, VALIDATION
 from smallm.scoring import perplexity
-from smallm.training import checkpoint
-from smallm.training.budget import compressed, open_text, plan_run
-from smallm.training.checkpoint import TrainingState
+from smallm.training import checkpoint, shelf
+from smallm.training.budget import compressed
+from smallm.training.checkpoint import Tensors, TrainingState
 from smallm.training.compilation import compiled, is_wanted
 from smallm.training.config import Config
 from smallm.training.corpus import Corpus
 from smallm.training.dataset import CharDataset
-from smallm.training.devices import build_accelerator, machine, of_first, prepare, warnings
+from smallm.training.devices import machine, of_first, prepare, warnings
 from smallm.training.evaluate import evaluate, write_sample
 from smallm.training.feed import Feed
 from smallm.training.functions import cross_entropy
+from smallm.training.guard import MOST_IN_A_ROW, StepGuard
 from smallm.training.interrupt import Interrupt
 from smallm.training.meter import Meter
 from smallm.training.model import TransformerLanguageModel
@@ -32,35 +35,8 @@ from smallm.training.optim import build_optimizer, set_lr
 from smallm.training.pace import Clock, Forecast, pace_of
 from smallm.training.report import Report
 from smallm.training.schedule import divide_batch, lr_factor, window_length
+from smallm.training.spread import gathered
 from smallm.training.words import closing, opening
-
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells know it
-
-
-def train(
-    config: Config, out: Path, resume: bool = False, explicit: Set[str] = frozenset(), started: float | None = None
-) -> int:
-    """Trains by `config` into the run folder `out`, and returns the exit code. Raises `UserError`.
-
-    explicit: settings, as `section.field`, that `train.minutes` must not choose; started: time.perf_counter() as the
-    program began, by default now.
-    """
-    clock, planned_steps = Clock.after_imports(time.perf_counter() if started is None else started), 0
-    accelerator = build_accelerator(config.train)
-    corpus = open_text(accelerator, config.data)
-    try:
-        if config.train.minutes and not resume:
-            config, corpus, planned_steps = plan_run(accelerator, config, corpus, explicit, clock)
-        trainer = Trainer(accelerator, config, corpus, out, clock, planned_steps)
-        if resume:
-            trainer.resume()
-        return 0 if trainer.train() else INTERRUPTED
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {out}: {error.strerror or error}; its checkpoints are whole, go on with --resume {out}"
-        ) from None
-    finally:
-        accelerator.end_training()
 
 
 class Trainer:
@@ -94,11 +70,14 @@ class Trainer:
         # `model` stays the plain module: evaluation and checkpoints use it, only training runs the prepared one.
         self.prepared, self.optimizer = prepare(accelerator, self.model, optimizer)
         self.forward = self.prepared  # or its compiled form
+        self.parameters = list(self.prepared.parameters())
+        self.guard = StepGuard(accelerator, self.optimizer)
         self.feed = Feed(dataset, c.batch_size, self.micro_batch_size, accelerator)
         characters = corpus.train_characters + corpus.val_characters
         facts = {"text": corpus.name, "characters": characters, "parameters": self.model.parameter_count()}
         facts |= machine(accelerator)
         self.state = TrainingState(fingerprint=corpus.fingerprint, start_text=corpus.start_text, facts=facts)
+        self.saved = False  # whether the newest checkpoint is of this very state
 
     @property
     def total_steps(self) -> int:
@@ -109,32 +88,27 @@ class Trainer:
     def _share(self) -> float:
         return self.state.step / self.total_steps
 
-    def train(self) -> bool:
-        """Runs to the end, to loss of patience or to Ctrl-C; returns whether the run is finished."""
+    def train(self) -> int:
+        """Runs to the end, to loss of patience or to a signal; returns 0, or 128 + the number of the signal."""
         self._open()
         self._compile()
         self._renew_pace()
-        with self.report, Interrupt() as interrupt:
-            while (step := self.state.step) < self.total_steps:
+        with self.report, Interrupt() as self.interrupt:
+            # Who was interrupted in an evaluation begins with it.
+            number = self._take_stock() if self.saved and self._due(self.eval_every) else 0
+            while not number and (step := self.state.step) < self.total_steps and not self._out_of_patience():
                 factor = lr_factor(step, self.config.optim, self.total_steps, self.steps_per_epoch)
                 set_lr(self.optimizer, factor)
                 loss, norm = self.train_step(step)
-                self.state.step, self.state.val_loss = step + 1, None
+                self.state.step, self.state.val_loss, self.saved = step + 1, None, False
                 self._log(loss, norm, factor)
-                if self._due(self.eval_every):
-                    self._evaluate()
-                if self._due(self.save_every) or self.state.best_step == self.state.step:
-                    self._save()
-                if interrupt.anywhere(self.accelerator, self.state.step):
-                    return self._break_off()
-                if self._out_of_patience():
-                    break
-        return self._finish()
+                number = self._take_stock()
+        return self._break_off(number) if number else self._finish()
 
-    def train_step(self, step: int) -> tuple[Tensor, Tensor | None]:
+    def train_step(self, step: int) -> tuple[Tensor, Tensor]:
         """One update on the batch of `step`: forward, backward, clip, optimise.
 
-        Returns this process's mean loss (nats per id) and the gradient norm before clipping, if it was measured.
+        Returns this process's mean loss (nats per id) and the gradient norm before clipping.
         """
         # A GPU is given its work without waiting for it. The host waits only where it wants a number: at a line of
         # the log, at evaluations and checkpoints, in `Interrupt.anywhere`, and under fp16 at each step (loss scaling).
@@ -146,32 +120,31 @@ class Trainer:
             last = micro_step == self.grad_accum_steps - 1
             with nullcontext() if last else self.accelerator.no_sync(self.prepared):
                 loss = cross_entropy(self.forward(ids), targets) / self.grad_accum_steps
-                self.accelerator.backward(loss)
+                # Times 1; but an infinite loss makes a gradient of NaN, on this process and with it on all others.
+                self.accelerator.backward(loss * (1 + 0 * loss.detach()))
             total += loss.detach()
-        norm = None
-        if self.config.optim.grad_clip:
-            norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.optim.grad_clip)
-        self.optimizer.step()
+        norm = self._clip()
+        self.guard.step(norm)
         self.optimizer.zero_grad()
         return total, norm
 
-    def resume(self) -> None:
-        """Goes back to the newest checkpoint of the run."""
-        folder = checkpoint.checkpoints(self.run)[-1]
+    def resume(self, folder: Path) -> None:
+        """Goes back to a checkpoint of the run."""
         state, before = checkpoint.read_state(folder)
         if state.fingerprint != self.corpus.fingerprint:
             raise UserError(f"{self.corpus.name} is not the text that {self.run} was trained on; start a new run")
         if checkpoint.load_vocabulary(folder) != self.corpus.vocabulary:
             raise UserError(f"{self.run} has another vocabulary; keep data.min_count and data.val_fraction as before")
         self.pace.resume(state, before.train)
-        if state.step >= self.total_steps:
+        if state.step >= self.total_steps and state.val_loss is not None:
             raise UserError(f"{self.run} is finished ({state.step} steps); train longer with {self.pace.longer}")
         checkpoint.load_weights(folder, self.model)
         checkpoint.load_optimizer(folder, self.model, self.optimizer)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
+        self.guard.restore(state.skipped_steps, state.skipped_in_a_row)
         state.facts = self.state.facts  # device and processes may be others today
-        self.state = state
+        self.state, self.saved = state, True
 
     # What the loop is made of.
 
@@ -180,9 +153,10 @@ class Trainer:
         main = self.accelerator.is_main_process
         if main:
             try:
-                self.run.mkdir(parents=True, exist_ok=True)
                 (self.run / VALIDATION).write_bytes(self.corpus.val_text().encode())
-                (self.run / "config.toml").write_text(tomli_w.dumps(self.config.to_dict()), encoding="utf-8")
+                aside = self.run / f".{CONFIG}"
+                aside.write_text(tomli_w.dumps(self.config.to_dict()), encoding="utf-8")
+                aside.replace(self.run / CONFIG)
             except OSError as error:
                 raise UserError(f"cannot write to {self.run}: {error.strerror}; choose another --out") from None
         self.report = Report(self.run / METRICS, self.state, self.total_steps, enabled=main)
@@ -213,32 +187,65 @@ class Trainer:
             clock = of_first(self.accelerator, self.meter.seconds, self.meter.paused_seconds)
             self.pace.renew(self.state.step, *clock)
 
-    def _log(self, loss: Tensor, norm: Tensor | None, factor: float) -> None:
+    def _clip(self) -> Tensor:
+        """The norm of the whole gradient, which is cut down to `grad_clip` if that is set."""
+        if most := self.config.optim.grad_clip:
+            return gathered(self.accelerator.clip_grad_norm_(self.parameters, most))
+        return gathered(get_total_norm([p.grad for p in self.parameters]))
+
+    def _log(self, loss: Tensor, norm: Tensor, factor: float) -> None:
         """Every `log_every` steps: mean loss over the steps and the processes, to the bar and to metrics.jsonl."""
         self.meter.add(loss)
         self.report.advance(self.state.step, self.total_steps)
         if not self._due(self.config.train.log_every):
             return
         mean, steps_per_second = self.meter.read()
-        self._check_finite(mean)
+        self._check_skipped()
         self._renew_pace()
-        if self.forecast and (line := self.forecast.after(self._share, mean * self.ids_per_character)):
+        mean *= self.ids_per_character
+        if self.forecast and (line := self.forecast.after(self._share, mean)):
             self.report.say(line)
         self.report.train(
-            step=self.state.step, epoch=self.state.step / self.steps_per_epoch, loss=mean * self.ids_per_character,
-            learning_rate=factor * self.config.optim.learning_rate, grad_norm=None if norm is None else float(norm),
-            characters_per_second=steps_per_second * self.characters_per_step, seconds=self.meter.seconds,
+            step=self.state.step, epoch=self.state.step / self.steps_per_epoch, loss=mean,
+            learning_rate=factor * self.config.optim.learning_rate, grad_norm=float(norm),
+            skipped_steps=self.state.skipped_steps, seconds=self.meter.seconds,
+            characters_per_second=steps_per_second * self.characters_per_step,
         )  # fmt: skip
 
-    def _evaluate(self) -> None:
-        """Loss on the whole validation text, by all processes, and a sample by the first."""
-        block_size = self.config.model.block_size
+    def _check_skipped(self) -> None:
+        """Says once in a while that steps were left out; ends the run if there were too many in a row."""
+        s, before = self.state, self.state.skipped_steps
+        s.skipped_steps, s.skipped_in_a_row = self.guard.counts
+        if s.skipped_in_a_row >= MOST_IN_A_ROW:
+            raise UserError(
+                f"the last {s.skipped_in_a_row} steps to step {s.step} had no finite gradient and were left out; lower "
+                f"optim.learning_rate or raise optim.warmup_steps, then train anew (checkpoints in {self.run} are good)"
+            )
+        if s.skipped_steps > before and self.accelerator.scaler is None:  # under fp16 that is how the scale is found
+            self.report.say(f"warning: {s.skipped_steps - before} step(s) to step {s.step} had no finite gradient and "
+                            "were left out")  # fmt: skip
+
+    def _take_stock(self) -> int:
+        """Between two steps: the evaluation and the checkpoint that are due. Returns a signal that came, or 0."""
+        number = 0
+        if self._due(self.eval_every) and self.state.val_loss is None:
+            number = self._evaluate()
+        if self._due(self.save_every) or self.state.best_step == self.state.step:
+            self._save()
+        return number or self.interrupt.anywhere(self.accelerator, self.state.step)
+
+    def _evaluate(self) -> int:
+        """Loss on the whole validation text, by all processes, and a sample. Returns the signal that broke it off."""
         with self.meter.paused():
-            loss = evaluate(self.accelerator, self.model, self.corpus, block_size)
-            self._check_finite(loss)
-            text = self._sample() if self.accelerator.is_main_process else ""
+            asked = partial(self.interrupt.anywhere, self.accelerator)
+            loss = evaluate(self.accelerator, self.model, self.corpus, self.config.model.block_size, asked)
+            if loss is None:
+                return asked()
+            if not math.isfinite(loss):
+                raise UserError(f"the validation loss is {loss} at step {self.state.step}; lower optim.learning_rate")
+            text = self._sample()  # by every process, for what they have to do together
         s = self.state
-        s.val_loss = loss
+        s.val_loss, self.saved = loss, False
         if s.best_val_loss is None or loss < s.best_val_loss:
             s.best_val_loss, s.best_step, s.evaluations_since_best = loss, s.step, 0
         else:
@@ -249,13 +256,7 @@ class Trainer:
             train_loss=None if train_loss is None else train_loss * self.ids_per_character, val_loss=loss,
             bits_per_character=loss / math.log(2), perplexity=perplexity(loss), seconds=self.meter.seconds, sample=text,
         )  # fmt: skip
-
-    def _check_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {self.state.step}; lower optim.learning_rate or raise optim.warmup_steps, "
-                f"then train anew (the checkpoints in {self.run} are from before)"
-            )
+        return 0
 
     def _sample(self) -> str:
         c, start_text = self.config, self.corpus.start_text
@@ -264,30 +265,33 @@ class Trainer:
         return c.sample.seed + write_sample(self.model, vocabulary, ids, length, block_size, c.sample.sampling)
 
     def _save(self) -> None:
-        """A checkpoint of this step, unless there is one; the first process writes, the others wait."""
-        folder = self.run / checkpoint.CHECKPOINTS / f"step-{self.state.step:06d}"
+        """A checkpoint of this step, unless it is the newest; the first process writes, the others wait."""
+        if self.saved:
+            return
+        s = self.state
         with self.meter.paused():
-            if self.accelerator.is_main_process and not (folder / checkpoint.STATE_FILE).exists():
-                self.state.seconds, self.state.planned_steps = self.meter.seconds, self.total_steps
-                scaler = self.accelerator.scaler
-                self.state.scaler = scaler.state_dict() if scaler is not None else {}
-                checkpoint.save_checkpoint(
-                    self.run, self.state, self.config, self.model, self.optimizer, self.corpus.vocabulary
-                )
-                checkpoint.rotate(self.run, self.state.best_step, self.config.train.keep_last)
+            tensors = Tensors.of(self.model, self.optimizer)
+            s.skipped_steps, s.skipped_in_a_row = self.guard.counts
+            if self.accelerator.is_main_process:
+                s.seconds, s.planned_steps = self.meter.seconds, self.total_steps
+                s.scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
+                checkpoint.save_checkpoint(self.run, s, self.config, tensors, self.corpus.vocabulary)
+                shelf.rotate(self.run, s.best_step, self.config.train.keep_last)
             self.accelerator.wait_for_everyone()
+        self.saved = True
 
     def _out_of_patience(self) -> bool:
         return 0 < self.config.train.patience <= self.state.evaluations_since_best
 
-    def _break_off(self) -> bool:
-        """Ctrl-C: keeps what there is."""
+    def _break_off(self, number: int) -> int:
+        """A signal: keeps what there is."""
         self._save()
         self.report.close()
-        self.report.say(f"interrupted at step {self.state.step:,}; go on with: python train.py --resume {self.run}")
-        return False
+        why = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        self.report.say(f"{why} at step {self.state.step:,}; go on with: python train.py --resume {self.run}")
+        return 128 + number
 
-    def _finish(self) -> bool:
+    def _finish(self) -> int:
         """The last words: how good it is, where everything lies and what to type next."""
         self._save()
         self.report.close()
@@ -295,4 +299,4 @@ class Trainer:
             self.report.say(f"stopped: no better validation loss in {self.config.train.patience} evaluations")
         if self.accelerator.is_main_process:
             print(closing(self))
-        return True
+        return 0

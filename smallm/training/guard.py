@@ -1,0 +1,43 @@
+"""Keeps what is no number away from the weights: such a step is left out, and too many of them end the run."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+MOST_IN_A_ROW = 10
+
+
+class StepGuard:
+    """Counts the steps that were left out because the gradient's norm was infinite or no number."""
+
+    def __init__(self, accelerator: Accelerator, optimizer: AcceleratedOptimizer):
+        self._optimizer, self._device = optimizer, accelerator.device
+        self._scaled = accelerator.scaler is not None
+        # Asking the device makes the host wait for it. A GPU is asked for nothing: the optimisers look for themselves.
+        self._on_host = accelerator.device.type == "cpu" or accelerator.distributed_type == DistributedType.FSDP
+        self.restore(0, 0)
+
+    def step(self, norm: Tensor) -> None:
+        """Lets the optimiser make its step, unless `norm`, that of the whole gradient, is not finite."""
+        wrong = ~norm.isfinite()
+        if self._scaled:  # fp16 has its own way: the step is left out and the loss scaled down
+            self._optimizer.step()
+            wrong = torch.tensor(self._optimizer.step_was_skipped, device=self._device)
+        elif not self._on_host:
+            self._optimizer.optimizer.found_inf = wrong.float()  # as PyTorch's fused optimisers know it
+            self._optimizer.step()
+        elif not wrong:
+            self._optimizer.step()
+        self._counts = torch.stack([self._counts[0] + wrong, (self._counts[1] + 1) * wrong])
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Steps left out in the whole run, and how many of them are the last ones."""
+        total, in_a_row = self._counts.tolist()
+        return total, in_a_row
+
+    def restore(self, total: int, in_a_row: int) -> None:
+        """Goes on counting from there."""
+        self._counts = torch.tensor([total, in_a_row], device=self._device)

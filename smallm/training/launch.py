@@ -1,0 +1,90 @@
+"""A run from its config to its exit code: everything around the loop that can go wrong."""
+
+import sys
+import time
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+
+from smallm.errors import UserError
+from smallm.training.budget import open_text, plan_run
+from smallm.training.checkpoint import folder_of
+from smallm.training.config import Config
+from smallm.training.devices import build_accelerator, of_first
+from smallm.training.failure import one_voice
+from smallm.training.pace import Clock
+from smallm.training.shelf import newest_checkpoint, put_aside
+from smallm.training.trainer import Trainer
+
+LOCK = ".lock"
+
+
+def train(
+    config: Config, out: Path, resume: bool = False, explicit: Set[str] = frozenset(), started: float | None = None
+) -> int:
+    """Trains by `config` into the run folder `out`, and returns the exit code. Raises `UserError`.
+
+    explicit: settings, as `section.field`, that `train.minutes` must not choose; started: time.perf_counter() as the
+    program began, by default now.
+    """
+    clock, planned_steps = Clock.after_imports(time.perf_counter() if started is None else started), 0
+    accelerator = build_accelerator(config.train)
+    with one_voice(accelerator), _locked(accelerator, out):
+        corpus = open_text(accelerator, config.data)
+        place = _newest(accelerator, out) if resume else None
+        if config.train.minutes and place is None:
+            config, corpus, planned_steps = plan_run(accelerator, config, corpus, explicit, clock)
+        try:
+            trainer = Trainer(accelerator, config, corpus, out, clock, planned_steps)
+            if place is not None:
+                trainer.resume(place)
+            code = trainer.train()
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write to {out}: {reason}; make room, then go on with --resume {out}") from None
+    accelerator.end_training()
+    return code
+
+
+def _newest(accelerator: Accelerator, run: Path) -> Path | None:
+    """The newest intact checkpoint of a run, None before its first; damaged ones are said and put aside."""
+    step = -1.0
+    if accelerator.is_main_process:
+        damaged = {}
+        place = newest_checkpoint(run, damaged.setdefault)
+        for folder, problem in damaged.items():
+            print(f"warning: {folder} is damaged ({problem}); going on from an earlier one", file=sys.stderr)
+            put_aside(folder)
+        step = step if place is None else float(place.name.removeprefix("step-"))
+    (step,) = of_first(accelerator, step)
+    return None if step < 0 else folder_of(run, int(step))
+
+
+@contextmanager
+def _locked(accelerator: Accelerator, run: Path) -> Iterator[None]:
+    """The run is ours alone within; the system takes the lock back from a process that is killed."""
+    if not accelerator.is_main_process:
+        yield
+        return
+    made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run / LOCK).acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{run} is being trained by another process; wait for it, or choose another --out") from None
+    except NotImplementedError:  # a file system that knows no locks
+        yield
+        return
+    except OSError as error:
+        raise UserError(f"cannot write to {run}: {error.strerror}; choose another --out") from None
+    try:
+        with lock:
+            yield
+    finally:
+        if [file.name for file in run.iterdir()] == [LOCK]:  # nothing came of it
+            (run / LOCK).unlink()
+            for folder in made:
+                folder.rmdir()
