@@ -17,6 +17,7 @@ MEANT = {
     "cpu": ("NO", True, 1, 1, "no"),
     "cpu-2": ("MULTI_GPU", True, 1, 2, "no"),
     "gpu": ("NO", False, 1, 1, "bf16"),
+    "fsdp": ("FSDP", False, 1, 8, "bf16"),
     "multi-gpu": ("MULTI_GPU", False, 1, 8, "bf16"),
     "multi-node": ("MULTI_GPU", False, 2, 16, "bf16"),
 }

@@ -26,6 +26,8 @@ TOY = [
 
 
 ACCELERATE = ["accelerate.commands.accelerate_cli", "launch", "--config_file", "configs/accelerate/cpu-2.yaml"]
+FSDP = ["accelerate.commands.accelerate_cli", "launch", "--config_file", "configs/accelerate/fsdp.yaml",
+        "--num_processes=2", "--mixed_precision=no"]  # fmt: skip
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -63,14 +65,38 @@ def test_two_processes_train_as_one_does_and_one_goes_on_from_there(text_file, t
     # It was trained at a constant rate, so it may be trained longer: by one process, as if it had been one all along.
     assert cli.main(["--resume", str(two), "--train.max_steps=24"]) == 0
     assert cli.main(["--data", str(text_file), "--out", str(one), *TOY, "--train.max_steps=24"]) == 0
-    assert [line["step"] for line in metrics(two, "train")] == list(range(1, 25))
-    for kind, key in (("train", "loss"), ("train", "learning_rate"), ("eval", "train_loss"), ("eval", "val_loss")):
-        ours = {line["step"]: line[key] for line in metrics(two, kind)}
-        theirs = {line["step"]: line[key] for line in metrics(one, kind)}
+    same(two, one, 24)
+    ours, theirs = ({line["step"]: line["train_loss"] for line in metrics(run, "eval")} for run in (two, one))
+    assert [ours[step] for step in (10, 20)] == pytest.approx([theirs[step] for step in (10, 20)], abs=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_run_moves_from_processes_that_share_the_weights_to_four_and_to_one(text_file, tmp_path, optimizer):
+    """FSDP2 on two, then DDP on four with accumulation, then one."""
+    one, moved = tmp_path / "one", tmp_path / "moved"
+    toy = [*TOY, f"--optim.name={optimizer}", "--train.short_windows=[]", "--train.short_until=[]"]  # they go by max_steps
+    done = launch(FSDP, "--data", str(text_file), "--out", str(moved), *toy, "--train.max_steps=8")
+    assert done.returncode == 0, done.stderr
+    assert "2 process" in done.stderr
+    four = [*TORCHRUN[:-1], "--nproc-per-node=4"]
+    done = launch(four, "--resume", str(moved), "--train.max_steps=14", "--train.micro_batch_size=1")
+    assert done.returncode == 0, done.stderr
+    assert "2 x 1 sequences" in done.stderr
+    assert cli.main(["--resume", str(moved), "--train.max_steps=18"]) == 0
+    assert cli.main(["--data", str(text_file), "--out", str(one), *toy, "--train.max_steps=18"]) == 0
+    same(moved, one, 18)
+
+
+def same(run, other, steps):
+    """Whether two runs took the same steps, up to the order in which numbers are added."""
+    assert [line["step"] for line in metrics(run, "train")] == list(range(1, steps + 1))
+    for kind, key in (("train", "loss"), ("train", "learning_rate"), ("eval", "val_loss")):
+        ours = {line["step"]: line[key] for line in metrics(run, kind)}
+        theirs = {line["step"]: line[key] for line in metrics(other, kind)}
         assert ours == pytest.approx({step: theirs.get(step, value) for step, value in ours.items()}, abs=1e-4), key
-    for line, other in zip(metrics(two, "train"), metrics(one, "train"), strict=True):
-        assert line["grad_norm"] == pytest.approx(other["grad_norm"], abs=1e-3)
-    ours, theirs = (load_file(checkpoints(run)[-1] / "model.safetensors") for run in (two, one))
+    for line, theirs in zip(metrics(run, "train"), metrics(other, "train"), strict=True):
+        assert line["grad_norm"] == pytest.approx(theirs["grad_norm"], abs=1e-3)
+    ours, theirs = (load_file(checkpoints(folder)[-1] / "model.safetensors") for folder in (run, other))
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-3, msg=lambda text, name=name: name + text)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast, parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,6 +36,12 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             f"the launcher started {os.environ['WORLD_SIZE']} processes, but they do not find each other; "
             "for several processes on a CPU put ACCELERATE_USE_CPU=true before the command"
         )
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # Accelerate spreads a model over GPUs alone, though PyTorch can do it anywhere; so this can be tried on CPUs.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UserError("of FSDP only version 2 will do; use configs/accelerate/fsdp.yaml")
     return accelerator
 
 
