@@ -74,7 +74,8 @@ def test_two_processes_train_as_one_does_and_one_goes_on_from_there(text_file, t
 def test_a_run_moves_from_processes_that_share_the_weights_to_four_and_to_one(text_file, tmp_path, optimizer):
     """FSDP2 on two, then DDP on four with accumulation, then one."""
     one, moved = tmp_path / "one", tmp_path / "moved"
-    toy = [*TOY, f"--optim.name={optimizer}", "--train.short_windows=[]", "--train.short_until=[]"]  # they go by max_steps
+    steady = ["--train.short_windows=[]", "--train.short_until=[]"]  # short windows go by max_steps
+    toy = [*TOY, f"--optim.name={optimizer}", *steady]
     done = launch(FSDP, "--data", str(text_file), "--out", str(moved), *toy, "--train.max_steps=8")
     assert done.returncode == 0, done.stderr
     assert "2 process" in done.stderr
