@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 RESIDENT_BYTES = 64 << 20  # how much of the file may count as this process's memory
-PLACE_BYTES = 2 << 20  # the system may map so much of the file where one id of it is read: the largest page of its cache
+PLACE_BYTES = 2 << 20  # the largest page of the system's cache, which may be mapped whole where one id is read
 
 
 class MappedIds:
