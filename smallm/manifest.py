@@ -12,6 +12,8 @@ from smallm.vocabulary import Vocabulary
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "smallm.json"
+MOST_SAMPLING = 1 << 53  # temperature, top_k: every host's numbers hold it
+CACHE_ROOM = 64 << 20  # bytes that the cache of keys and values may take whatever the size of the file
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,10 @@ class Manifest:
         if not values:
             raise UserError(f"{source} is not a smallm model; write one with `python export.py`")
         try:
-            return cls.from_dict({k: json.loads(v) for k, v in values.items()}, source)
-        except (json.JSONDecodeError, RecursionError) as error:
+            found = {k: json.loads(v) for k, v in values.items()}
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{source} has broken metadata ({error}); export the model again") from None
+        return cls.from_dict(found, source)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: object) -> "Manifest":
@@ -74,9 +77,20 @@ class Manifest:
             raise UserError(f"{source} has broken metadata; export the model again") from None
         return manifest
 
+    def check_size(self, file_bytes: int, source: object) -> None:
+        """Raises `UserError` if a host would set aside much more for this model than a file of so many bytes explains.
+
+        An entry of the embedding takes at least half a byte, a position of the rotary tables a byte a channel.
+        """
+        cache = 8 * self.n_layer * self.n_kv_head * self.head_dim * self.block_size  # bytes: keys and values, float32
+        small = max(self.vocab_size * self.n_embd // 2, self.block_size * self.head_dim) <= file_bytes
+        if not small or cache > CACHE_ROOM + 64 * file_bytes:
+            raise UserError(f"{source} is too small for the sizes in its metadata; export the model again")
+
     def _check(self) -> None:
         """Raises `ValueError` or `TypeError` if a value is not what a host may rely on."""
         sizes = (self.block_size, self.n_layer, self.n_head, self.n_kv_head, self.n_embd, self.head_dim)
+        sizes += (self.vocab_size,)
         sane = all(type(size) is int and 0 < size < 1 << 24 for size in sizes) and self.n_layer < 1000
         sane = sane and self.n_head % self.n_kv_head == 0
         sane &= isinstance(self.tokens, str) and self.vocabulary.size == self.vocab_size
@@ -84,7 +98,9 @@ class Manifest:
         sane &= isinstance(self.sampling, dict) and isinstance(self.training, dict) and isinstance(self.precision, str)
         if not sane:
             raise ValueError
-        Sampling.resolve({}, self.sampling)
+        defaults = Sampling.resolve({}, self.sampling)
+        if max(defaults.temperature, defaults.top_k) > MOST_SAMPLING:
+            raise ValueError
 
 
 def hugging_face_files(

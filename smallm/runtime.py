@@ -5,6 +5,7 @@ Three layers: ids (`_next_ids`), text as it comes (`stream`), a whole string (`g
 
 import heapq
 import secrets
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from smallm.session import Session
 from smallm.vocabulary import Vocabulary
 
 MODEL_FILE = "model.onnx"
+MOST_LOGITS = 1 << 25  # that are computed at a time: 128 MB
 LEAST_PROBABILITY = 1e-6  # of the beginning of a character whose ends are looked for
 Overflow = Literal["crop", "shift"]
 
@@ -96,7 +98,7 @@ class LanguageModel:
             raise UserError(f"overflow = {overflow!r} is unknown; it must be 'crop' or 'shift'")
         stops = [stop] if isinstance(stop, str) else list(stop)
         ids = self._next_ids(self._encode_seed(seed), sampling, rng, overflow)
-        return _until(islice(self._characters(ids), max_length), [s for s in stops if s])
+        return _until(islice(self._characters(ids), min(max_length, sys.maxsize)), [s for s in stops if s])
 
     def next_characters(self, text: str, n: int = 10) -> list[tuple[str, float]]:
         """The n likeliest next characters and their probabilities at temperature 1, the likeliest first.
@@ -155,14 +157,20 @@ class LanguageModel:
         return Perplexity.of(nats, characters - 1)
 
     def _encode_seed(self, seed: str) -> np.ndarray:
-        return self.vocabulary.encode(seed or self.metadata.start_text).astype(np.int64)
+        seen = (seed or self.metadata.start_text)[-self.block_size :]  # a character has at least one id
+        return self.vocabulary.encode(seen).astype(np.int64)
 
     def _nats(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """inputs (B, T), targets (B, T) -> nats (B, T) float64; 0 where the target does not count."""
+        rows = max(1, MOST_LOGITS // (inputs.shape[1] * self.vocab_size))
+        if len(inputs) > rows:
+            parts = range(0, len(inputs), rows)
+            return np.concatenate([self._nats(inputs[i : i + rows], targets[i : i + rows]) for i in parts])
         logits = self._session.logits(inputs)  # (B, T, V)
         if not np.isfinite(logits).all():
             raise UserError(NOT_FINITE)
-        logits -= logits.max(axis=-1, keepdims=True)
+        with np.errstate(over="ignore"):  # from one end of float32 to the other: infinitely unlikely
+            logits -= logits.max(axis=-1, keepdims=True)
         chosen = np.take_along_axis(logits, targets.clip(min=0)[..., None], axis=-1)[..., 0].astype(np.float64)
         nats = np.log(np.exp(logits, out=logits).sum(axis=-1)) - chosen
         return np.where(targets == IGNORED, 0.0, nats)
@@ -206,17 +214,40 @@ def find_model(path: Path) -> Path:
 
 def _until(characters: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
     """Characters up to the first stop string; those that may be its beginning are held back."""
-    held = ""
+    matchers, held = [_Matcher(stop) for stop in stops], ""
     for character in characters:
         held += character
-        cuts = [len(held) - len(stop) for stop in stops if held.endswith(stop)]
-        if cuts:
-            held = held[: min(cuts)]
+        begun = [matcher.push(character) for matcher in matchers]
+        met = [n for n, stop in zip(begun, stops, strict=True) if n == len(stop)]
+        if met:
+            held = held[: len(held) - max(met)]
             break
-        begun = (n for stop in stops for n in range(1, min(len(stop), len(held) + 1)) if held.endswith(stop[:n]))
         free = len(held) - max(begun, default=0)
         if free:
             yield held[:free]
             held = held[free:]
     if held:
         yield held
+
+
+class _Matcher:
+    """How much of the beginning of a word a text ends with (Knuth, Morris and Pratt 1977), for words of any length.
+
+    Time and memory go with the text, not with the word: borders are found only as far as the text has come.
+    """
+
+    def __init__(self, word: str):
+        self.word, self.length = word, 0
+        self.borders = [0]  # of word[:1], word[:2] …: length of the longest proper beginning that is its end too
+
+    def push(self, character: str) -> int:
+        """The new length; once it is that of the word, the end."""
+        self.length = self._longer(self.length, character)
+        if self.length > len(self.borders):
+            self.borders.append(self._longer(self.borders[-1], character))
+        return self.length
+
+    def _longer(self, length: int, character: str) -> int:
+        while length and self.word[length] != character:
+            length = self.borders[length - 1]
+        return length + (self.word[length] == character)

@@ -8,7 +8,9 @@ import onnxruntime as ort
 
 from smallm.errors import UserError
 from smallm.manifest import Manifest
+from smallm.onnx_file import FLOAT, INT64, read_onnx
 
+MOST_THREADS = 1024
 BIG_MODEL_BYTES = 16_000_000  # below it a second thread costs more in hand-overs than it computes
 
 
@@ -18,27 +20,28 @@ class Session:
     def __init__(self, path: str | Path, threads: int | None = None):
         """threads: None chooses by the size of the model. Raises `UserError` for a file that is not a smallm model."""
         self.path = path = Path(path)
-        if threads is not None and threads < 1:
-            raise UserError(f"threads = {threads} is out of range; it must be 1 or more")
+        if threads is not None and not 1 <= threads <= MOST_THREADS:
+            raise UserError(f"threads = {threads} is out of range; it must be 1 or more, at most {MOST_THREADS}")
         if not path.is_file():
             raise UserError(f"there is no model file {path}; write one with `python export.py`")
+        file = read_onnx(path)
+        self.manifest = m = Manifest.from_metadata(file.metadata, path)
+        m.check_size(file.size, path)
+        parts = [f"{i}.{part}" for i in range(m.n_layer) for part in ("key", "value")]
+        self.past, self.present = ([f"{side}.{part}" for part in parts] for side in ("past_key_values", "present"))
+        promised = {name: (INT64, []) for name in ("input_ids", "attention_mask", "num_logits_to_keep")}
+        promised |= {name: (FLOAT, [m.n_kv_head, m.head_dim]) for name in self.past + self.present}
+        if file.values != promised | {"logits": (FLOAT, [m.vocab_size])}:
+            raise UserError(f"{path} has not the inputs and outputs that its metadata promise; export the model again")
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or default_threads(path.stat().st_size)
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # what was checked, whatever its name
+        options.intra_op_num_threads = threads or default_threads(file.size)
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # what goes wrong comes as an exception
         try:
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's own errors share no base class
-            raise UserError(f"{path} is truncated or no ONNX model: {_first_line(error)}") from None
-        self.manifest = m = Manifest.from_metadata(self._session.get_modelmeta().custom_metadata_map, path)
-        parts = [f"{i}.{part}" for i in range(m.n_layer) for part in ("key", "value")]
-        self.past, self.present = ([f"{side}.{part}" for part in parts] for side in ("past_key_values", "present"))
-        promised = {"input_ids": [], "attention_mask": [], "num_logits_to_keep": [], "logits": [m.vocab_size]}
-        promised |= {name: [m.n_kv_head, m.head_dim] for name in self.past + self.present}
-        onnx = self._session
-        values = [*onnx.get_inputs(), *onnx.get_overridable_initializers(), *onnx.get_outputs()]
-        if promised != {v.name: [n for n in v.shape if isinstance(n, int)] for v in values}:
-            raise UserError(f"{path} has not the inputs and outputs that its metadata promise; export the model again")
+            raise self.failure(error) from None
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """ids (B, T) -> logits (B, T, V), without a cache; T up to block_size. Raises `UserError`."""
@@ -58,9 +61,12 @@ class Session:
         mask = np.ones((B, cache[0].shape[2] + T), np.int64)
         feeds = {"input_ids": ids.astype(np.int64), "attention_mask": mask, **dict(zip(self.past, cache, strict=True))}
         try:
-            return self._session.run(outputs, feeds)
+            found = self._session.run(outputs, feeds)
         except Exception as error:
             raise self.failure(error) from None
+        if found[0].shape != (B, T, m.vocab_size):
+            raise self.failure(ValueError(f"the logits have the shape {found[0].shape}"))
+        return found
 
     def failure(self, error: Exception) -> UserError:
         """What to tell the user when ONNX Runtime fails in the middle of the work."""
@@ -84,11 +90,14 @@ class Decoder:
         self._logits = np.zeros((1, 1, m.vocab_size), np.float32)
         shape = (1, m.n_kv_head, m.block_size, m.head_dim)
         self._cache = [np.zeros(shape, np.float32) for _ in model.past]
-        for past, present, buffer in zip(model.past, model.present, self._cache, strict=True):
-            self._bind_input(past, buffer, shape)
-            self._binding.bind_output(present, "cpu", 0, np.float32, shape, buffer.ctypes.data)
-        self._binding.bind_output("logits", "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
-        self._bind_input("num_logits_to_keep", self._keep, ())
+        try:
+            for past, present, buffer in zip(model.past, model.present, self._cache, strict=True):
+                self._bind_input(past, buffer, shape)
+                self._binding.bind_output(present, "cpu", 0, np.float32, shape, buffer.ctypes.data)
+            self._binding.bind_output("logits", "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
+            self._bind_input("num_logits_to_keep", self._keep, ())
+        except Exception as error:  # an input that the graph does not use is none to ONNX Runtime
+            raise self._failure(error) from None
 
     def feed(self, ids: np.ndarray) -> np.ndarray:
         """Appends ids (T,), at least one, and returns the logits (V,) after the last; valid until the next call."""

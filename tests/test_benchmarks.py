@@ -153,3 +153,74 @@ def test_mistakes_are_one_line(benchmarks, text_file, tmp_path, monkeypatch, cap
     assert err.startswith("smallm: ")
     assert words in err
     assert err.count("\n") == 1
+
+
+@pytest.fixture
+def big_corpus(benchmarks):
+    import big_corpus
+
+    return big_corpus
+
+
+@pytest.mark.parametrize("size", [1, 5000, 300_000])
+def test_texts_of_any_size(big_corpus, tmp_path, size):
+    for name in "ab":
+        big_corpus.make_text(tmp_path / name, size)
+    data = (tmp_path / "a").read_bytes()
+    assert data == (tmp_path / "b").read_bytes()
+    assert size <= len(data) < size + 4
+    text = data.decode()
+    assert size == 1 or 0.05 < sum(not c.isascii() for c in text) / len(text) < 0.5
+
+
+def test_memory_is_that_of_the_process_and_its_children(big_corpus, tmp_path):
+    program = "import time; held = b'x' * 40_000_000; time.sleep(0.5)"
+    both = f"import subprocess, sys, pathlib; pathlib.Path('line').write_text('x'); c = {program!r}; " + (
+        "child = subprocess.Popen([sys.executable, '-c', c]); exec(c); child.wait()"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        seen = big_corpus.watch([sys.executable, "-c", both], tmp_path, tmp_path / "log", tmp_path / "line")
+    assert 80e6 < seen.peak < 160e6
+    assert 0 < seen.seconds_to_line < seen.seconds
+    assert seen.seconds > 0.5
+
+
+def test_growth_is_between_the_quarters(big_corpus):
+    samples = list(enumerate([900, 10, 20, 500, 500, 500, 500, 25, 22]))
+    assert big_corpus.growth(samples, since=1) == 25 - 20
+    assert big_corpus.growth([], since=0) == 0
+
+
+def test_big_corpus_end_to_end(big_corpus, tmp_path, monkeypatch, capsys):
+    train = tmp_path / "train.py"
+    train.write_text(
+        "import os, sys, pathlib, time\n"
+        "options = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
+        "out = pathlib.Path(options['--out']); out.mkdir(); (out / 'metrics.jsonl').write_text('{}\\n')\n"
+        "pathlib.Path(os.environ['SMALLM_CACHE'], 'corpora').mkdir(parents=True, exist_ok=True)\n"
+        "held = b'x' * (10 * pathlib.Path(options['--data']).stat().st_size); time.sleep(0.1)\n"
+    )
+    monkeypatch.setattr(big_corpus, "TRAIN", train)
+    assert run(big_corpus.main, ["--sizes", "50KB", "5MB", "--steps", "70", "--folder", str(tmp_path)]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    rows = json.loads(last)["rows"]
+    assert [(row["size"], row["start"], row["steps"]) for row in rows] == [
+        ("50KB", "first", 20), ("50KB", "second", 20), ("5MB", "first", 20), ("5MB", "second", 20), ("5MB", "long", 70)
+    ]  # fmt: skip
+    assert [row["above_mb"] == 0 for row in rows] == [True, True, False, False, False]
+    assert all(40 < row["above_mb"] < 60 for row in rows[2:])
+    assert len(lines) == 1 + len(rows)
+    assert list(tmp_path.iterdir()) == [train]  # all the rest is gone
+
+
+def test_big_corpus_mistakes_are_one_line(big_corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(big_corpus, "TRAIN", tmp_path / "nosuch.py")
+    for argv, words in (
+        (["--sizes", "4XB"], "4XB is not a size"), (["--sizes", "999999GB"], "of disk are needed"),
+        (["--sizes", "1KB"], "ended with exit code"),
+    ):  # fmt: skip
+        assert run(big_corpus.main, [*argv, "--folder", str(tmp_path)]) == 2
+        err = capsys.readouterr().err.splitlines()[-1]
+        assert err.startswith("smallm: ")
+        assert words in err

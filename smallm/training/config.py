@@ -6,11 +6,14 @@ The same field is a line in a TOML file (`[model]` / `n_layer = 6`), a flag (`--
 
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
-from math import inf
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
 
 from smallm.errors import UserError
 from smallm.sampling import Sampling
+
+MOST = 1 << 53  # largest number of any kind: a float still tells it from its neighbours
+MOST_LAYERS, WIDEST = 999, (1 << 24) - 1  # as in the manifest of an exported model
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class DataConfig:
     """Share of the text, at its end, that is kept for validation."""
 
     def __post_init__(self) -> None:
+        check_types(self, "data.")
         _check(self.min_count >= 1, "data.min_count", self.min_count, "must be at least 1")
         _check(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "must lie between 0 and 1")
 
@@ -49,10 +53,14 @@ class ModelConfig:
     """Base of the rotary position embedding."""
 
     def __post_init__(self) -> None:
+        check_types(self, "model.")
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
             _check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         for name in ("n_kv_head", "n_inner"):
             _check(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must be 0 (automatic) or more")
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "n_inner"):
+            most = MOST_LAYERS if name == "n_layer" else WIDEST
+            _check(getattr(self, name) <= most, f"model.{name}", getattr(self, name), f"must be at most {most}")
         _check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be at least 0 and less than 1")
         _check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "must be positive")
         if self.n_embd % self.n_head:
@@ -120,6 +128,7 @@ class OptimConfig:
     """Largest gradient norm; 0 = no clipping."""
 
     def __post_init__(self) -> None:
+        check_types(self, "optim.")
         for name in ("learning_rate", "adam_learning_rate", "gamma"):
             _check(getattr(self, name) > 0, f"optim.{name}", getattr(self, name), "must be positive")
         for name in ("warmup_steps", "min_lr", "weight_decay", "grad_clip"):
@@ -168,12 +177,13 @@ class TrainConfig:
     """Use torch.compile; auto = on a GPU, for runs of over about three minutes."""
 
     def __post_init__(self) -> None:
+        check_types(self, "train.")
         for name in ("batch_size", "keep_last", "log_every"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
         for name in ("micro_batch_size", "max_steps", "epochs", "eval_every", "save_every", "patience",
                      "sample_length", "seed"):  # fmt: skip
             _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
-        _check(0 <= self.minutes < inf, "train.minutes", self.minutes, "must be a number of minutes, such as 5")
+        _check(self.minutes >= 0, "train.minutes", self.minutes, "must be a number of minutes, such as 5")
         other = next((name for name in ("max_steps", "epochs") if getattr(self, name)), "")
         if self.minutes and other:
             raise UserError(f"train.minutes and train.{other} both say how long the run is; set one of them to 0")
@@ -198,6 +208,7 @@ class SampleConfig:
     """Default least probability, relative to the likeliest id."""
 
     def __post_init__(self) -> None:
+        check_types(self, "sample.")
         _ = self.sampling  # checks the ranges
 
     @property
@@ -225,11 +236,10 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, dict[str, Any]]) -> "Config":
         """The inverse of `to_dict`; a missing field takes its default, an unknown one is a `UserError`."""
-        sections = {f.name: f.default_factory for f in fields(cls)}
         for key in flatten(values):
             if key not in KEYS:
                 raise UserError(f"unknown setting {key}{nearest(key)}")
-        return cls(**{name: section(**_tuples(values.get(name, {}))) for name, section in sections.items()})
+        return cls(**{name: section(**_tuples(values.get(name, {}))) for name, section in SECTIONS.items()})
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain sections of numbers, strings and lists, as TOML and JSON hold them."""
@@ -257,6 +267,34 @@ def nearest(key: str) -> str:
     if not close:  # a right name in the wrong section, or without one
         close = [k for k in KEYS if k.split(".")[1] == key.split(".")[-1]]
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def check_types(values: Any, prefix: str = "") -> None:
+    """Raises `UserError` if a field of a dataclass is not of its type, or is a number that is not finite or huge.
+
+    Files know no types but their own, and not every reader goes by the annotations.
+    """
+    for f in fields(values):
+        if not _fits(value := getattr(values, f.name), f.type):
+            kind = KINDS.get(f.type, str(f.type).removeprefix("typing."))
+            raise UserError(f"{prefix}{f.name} = {value!r:.80} must be {kind}")
+
+
+KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def _fits(value: object, kind: Any) -> bool:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in parts
+    if origin is tuple:
+        count = len(value) if Ellipsis in parts and isinstance(value, tuple) else len(parts)
+        return isinstance(value, tuple) and len(value) == count and all(_fits(v, parts[0]) for v in value)
+    if origin is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if kind in (int, float):
+        return type(value) in (int, kind) and -MOST <= value <= MOST  # also false for NaN
+    return isinstance(value, origin or kind)
 
 
 def _check(condition: bool, name: str, value: object, rule: str) -> None:

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 
 RESIDENT_BYTES = 64 << 20  # how much of the file may count as this process's memory
-TOUCHED_BYTES = 64 << 10  # the system maps so much around a place that is read
+PLACE_BYTES = 2 << 20  # the largest page of the system's cache, which may be mapped whole where one id is read
 
 
 class MappedIds:
     """The ids in a file, (N,) of `dtype`, read-only. A slice, or an array of positions, gives a copy of those ids.
 
-    Pages of a map count as the process's memory once they are read, and windows from all over a long text would bring
-    in all of it. So they are given back now and then; they stay in the system's cache as long as there is room.
+    Pages of a map count as the process's memory once they are read, and windows from all over a long text would soon
+    bring in all of it. So they are given back now and then; the system keeps them in its cache as long as it has room.
     """
 
     def __init__(self, path: Path, dtype: np.dtype | str):
@@ -22,7 +22,7 @@ class MappedIds:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._ids = np.frombuffer(self._map, dtype)
         self._gives_back = len(self._map) > RESIDENT_BYTES and hasattr(mmap, "MADV_DONTNEED")
-        self._touched = 0  # bytes at most, since they were given back
+        self._read = 0  # bytes at most that were mapped since the last time
 
     @property
     def dtype(self) -> np.dtype:
@@ -33,14 +33,21 @@ class MappedIds:
         return len(self._ids)
 
     def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
-        """A copy. Each row of an array of positions should lie together, as a window does."""
+        """A copy. Of an array of positions each row should lie together, as the ids of a window do."""
+        if not self._gives_back:
+            return np.array(self._ids[index])
+        if isinstance(index, slice):
+            return self._copy(index, places=1)
+        most = RESIDENT_BYTES // PLACE_BYTES
+        rows = [index[start : start + most] for start in range(0, max(1, len(index)), most)]
+        return np.concatenate([self._copy(some, places=len(some)) for some in rows])
+
+    def _copy(self, index: slice | np.ndarray, places: int) -> np.ndarray:
         ids = np.array(self._ids[index])
-        if self._gives_back:
-            places = len(index) if isinstance(index, np.ndarray) else 1
-            self._touched += ids.nbytes + places * TOUCHED_BYTES
-            if self._touched > RESIDENT_BYTES:
-                self._map.madvise(mmap.MADV_DONTNEED)
-                self._touched = 0
+        self._read += ids.nbytes + places * PLACE_BYTES
+        if self._read >= RESIDENT_BYTES:
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._read = 0
         return ids
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:

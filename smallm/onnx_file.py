@@ -1,0 +1,212 @@
+"""What an ONNX file holds, read and checked before ONNX Runtime may see it: files come from strangers.
+
+An ONNX file is a protobuf message, a row of fields: a key (number << 3 | wire type), then the value. The tables below
+list the fields that a smallm model may have, by message; whatever they do not list is refused, as are operators that
+`OPERATORS` does not list, data in other files and tensors whose shape and data disagree. Weights are not even touched.
+"""
+
+import math
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smallm.errors import UserError
+
+# All that a smallm graph may compute with. No control flow (If, Loop, Scan), no functions, nothing random.
+_NAMES = """
+    Gather GatherElements GatherND GatherBlockQuantized ScatterND TensorScatter Slice Split Concat Reshape Transpose
+    Squeeze Unsqueeze Expand Tile Shape Cast Identity Constant ConstantOfShape Range Where Trilu
+    MatMul MatMulNBits Gemm GroupQueryAttention Attention RotaryEmbedding
+    SimplifiedLayerNormalization SkipSimplifiedLayerNormalization LayerNormalization RMSNormalization
+    QuickGelu Sigmoid Softmax Exp Log Sqrt Rsqrt Reciprocal Pow Cos Sin Add Sub Mul Div Mod Neg Abs Sign Min Max Clip
+    ReduceMax ReduceSum ReduceMean CumSum TopK ArgMax Less Greater Equal And Or Not DequantizeLinear
+"""
+OPERATORS = frozenset(_NAMES.split())
+DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
+MOST_NODES = 20_000
+MOST_DIMENSIONS = 8
+
+FLOAT, INT64 = 1, 7
+BITS = {FLOAT: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, INT64: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16,
+        21: 4, 22: 4}  # fmt: skip
+"""Element type (TensorProto.DataType) -> bits of an element."""
+
+# Field number -> name and kind: int (varint), float, str, bytes or another message; in brackets, any number of them.
+Message = dict[int, tuple[str, Any]]
+ENTRY: Message = {1: ("key", str), 2: ("value", str)}
+TENSOR: Message = {
+    1: ("dims", [int]), 2: ("data_type", int), 8: ("name", str), 9: ("raw_data", bytes), 12: ("doc_string", str),
+    13: ("external_data", [ENTRY]), 14: ("data_location", int),
+}  # fmt: skip
+ATTRIBUTE: Message = {
+    1: ("name", str), 2: ("f", float), 3: ("i", int), 4: ("s", bytes), 5: ("t", TENSOR), 7: ("floats", [float]),
+    8: ("ints", [int]), 9: ("strings", [bytes]), 13: ("doc_string", str), 20: ("type", int),
+}  # fmt: skip
+NODE: Message = {
+    1: ("input", [str]), 2: ("output", [str]), 3: ("name", str), 4: ("op_type", str), 5: ("attribute", [ATTRIBUTE]),
+    6: ("doc_string", str), 7: ("domain", str),
+}  # fmt: skip
+DIMENSION: Message = {1: ("dim_value", int), 2: ("dim_param", str), 3: ("denotation", str)}
+TENSOR_TYPE: Message = {1: ("elem_type", int), 2: ("shape", {1: ("dim", [DIMENSION])})}
+VALUE: Message = {1: ("name", str), 2: ("type", {1: ("tensor_type", TENSOR_TYPE)}), 3: ("doc_string", str)}
+GRAPH: Message = {
+    1: ("node", [NODE]), 2: ("name", str), 5: ("initializer", [TENSOR]), 10: ("doc_string", str),
+    11: ("input", [VALUE]), 12: ("output", [VALUE]), 13: ("value_info", [VALUE]),
+}  # fmt: skip
+MODEL: Message = {
+    1: ("ir_version", int), 2: ("producer_name", str), 3: ("producer_version", str), 4: ("domain", str),
+    5: ("model_version", int), 6: ("doc_string", str), 7: ("graph", GRAPH),
+    8: ("opset_import", [{1: ("domain", str), 2: ("version", int)}]), 14: ("metadata_props", [ENTRY]),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """What there is to know of a file that passed the checks."""
+
+    size: int
+    """Bytes."""
+    metadata: dict[str, str]
+    values: dict[str, tuple[int, list[int]]]
+    """Input or output -> its element type, and those of its dimensions that are fixed."""
+
+
+def read_onnx(path: Path) -> OnnxFile:
+    """Reads and checks a file. Raises `UserError` unless it is an ONNX model of the kind that smallm writes."""
+    try:
+        with path.open("rb") as file:
+            return _checked(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"{path} is not a smallm model: {error}; write one with `python export.py`") from None
+    except ValueError as error:
+        raise UserError(f"{path} is truncated or no ONNX model ({error}); export the model again") from None
+
+
+def _checked(data: memoryview) -> OnnxFile:
+    """Raises `UserError` for a file that is not ours, `ValueError` for one that is not ONNX; both without its path."""
+    model = read_message(data, MODEL)
+    if "graph" not in model:
+        raise ValueError("it has no graph")
+    graph = model["graph"]
+    if len(graph["node"]) > MOST_NODES:
+        raise UserError(f"its graph has {len(graph['node']):,} nodes")
+    for node in graph["node"]:
+        kind, domain = node.get("op_type", ""), node.get("domain", "")
+        if kind not in OPERATORS or domain not in DOMAINS:
+            raise UserError(f"it uses the operator {'.'.join(filter(None, (domain, kind)))!r:.80}")
+        for attribute in node["attribute"]:
+            if "t" in attribute:
+                _check_tensor(attribute["t"])
+    for tensor in graph["initializer"]:
+        _check_tensor(tensor)
+    metadata = {entry.get("key", ""): entry.get("value", "") for entry in model["metadata_props"]}
+    if len(metadata) != len(model["metadata_props"]):
+        raise UserError("its metadata have a key twice")
+    return OnnxFile(len(data), metadata, dict(map(_value, graph["input"] + graph["output"])))
+
+
+def _check_tensor(tensor: dict[str, Any]) -> None:
+    name, dims, bits = tensor.get("name", ""), tensor["dims"], BITS.get(tensor.get("data_type", 0))
+    if tensor["external_data"] or tensor.get("data_location", 0):
+        raise UserError(f"the tensor {name!r:.80} lies in another file")
+    if bits is None or len(dims) > MOST_DIMENSIONS or not all(0 <= n < 1 << 31 for n in dims):
+        raise UserError(f"the tensor {name!r:.80} has an unknown type or shape")
+    if (math.prod(dims) * bits + 7) // 8 != tensor.get("raw_data", 0):
+        raise UserError(f"the tensor {name!r:.80} has not the size that its shape promises")
+
+
+def _value(value: dict[str, Any]) -> tuple[str, tuple[int, list[int]]]:
+    kind = value.get("type", {}).get("tensor_type", {})
+    dims = kind.get("shape", {}).get("dim", [])
+    return value.get("name", ""), (kind.get("elem_type", 0), [n["dim_value"] for n in dims if "dim_value" in n])
+
+
+def read_message(data: memoryview, message: Message) -> dict[str, Any]:
+    """Name -> value of each field that is there, or a list of values for those that may be repeated.
+
+    Of bytes only the length is kept, floats are skipped. Raises `ValueError` for what is not such a message.
+    """
+    found: dict[str, Any] = {name: [] for name, kind in message.values() if type(kind) is list}
+    for number, wire_type, value in fields(data):
+        if number not in message:
+            raise ValueError(f"a field {number} in the place of {', '.join(n for n, _ in message.values())}")
+        name, kind = message[number]
+        if type(kind) is list:
+            if wire_type == 2 and kind[0] is int:
+                found[name] += packed(value)
+            elif wire_type != 2 or kind[0] is not float:
+                found[name].append(_convert(value, wire_type, kind[0]))
+        elif name in found:  # protobuf would merge the two, or take the last
+            raise ValueError(f"a second {name}")
+        else:
+            found[name] = _convert(value, wire_type, kind)
+    return found
+
+
+def fields(data: memoryview | bytes) -> Iterator[tuple[int, int, Any]]:
+    """Number, wire type and value of each field: an int for varints (0), a view of the bytes for the others.
+
+    Raises `ValueError` if the data do not end with a field's end.
+    """
+    at, end = 0, len(data)
+    data = data if end > 4096 else bytes(data)  # quicker to index than a view
+    while at < end:
+        key, at = (data[at], at + 1) if data[at] < 0x80 else _varint(data, at)  # most are short, calls cost time
+        wire_type = key & 7
+        if wire_type == 0:
+            value, at = _varint(data, at)
+        else:
+            if wire_type == 2:
+                length, at = (data[at], at + 1) if at < end and data[at] < 0x80 else _varint(data, at)
+            elif wire_type in (1, 5):
+                length = 8 if wire_type == 1 else 4
+            else:
+                raise ValueError(f"wire type {wire_type}")
+            if length > end - at:
+                raise ValueError(f"a field of {length} bytes where {end - at} are left")
+            value = data[at : at + length]
+            at += length
+        yield key >> 3, wire_type, value
+
+
+def packed(data: memoryview) -> list[int]:
+    """The whole numbers that stand side by side in one field."""
+    numbers, at = [], 0
+    while at < len(data):
+        number, at = _varint(data, at)
+        numbers.append(_signed(number))
+    return numbers
+
+
+def _convert(value: Any, wire_type: int, kind: Any) -> Any:
+    if wire_type != (0 if kind is int else 5 if kind is float else 2):
+        raise ValueError(f"wire type {wire_type} in a wrong place")
+    if kind is int:
+        return _signed(value)
+    if kind is str:
+        return str(value, "utf-8")
+    if kind is bytes:
+        return len(value)
+    return None if kind is float else read_message(value, kind)
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """The number of up to 64 bits that begins at `at`, seven to a byte, and where it ends."""
+    number = 0
+    for shift in range(0, 70, 7):
+        if at == len(data):
+            raise ValueError("its end is missing")
+        byte = data[at]
+        at += 1
+        number |= (byte & 0x7F) << shift
+        if byte < 0x80 and number >> 64 == 0:
+            return number, at
+    raise ValueError("a number of more than 64 bits")
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >> 63 else number

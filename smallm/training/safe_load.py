@@ -1,0 +1,69 @@
+"""Checkpoints come from strangers too: what their files claim is held against what they hold before it costs memory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from smallm.errors import UserError
+from smallm.training.config import ModelConfig
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+DEEPEST = 32  # levels of JSON; ours have four
+ROTARY_ROOM = 1 << 18  # positions times head_dim that any model may have, however small its file
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises `ValueError` for anything else, `OSError` if there is no such file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(content, dict) or _deeper(content, DEEPEST):
+        raise ValueError("it is no JSON object, or one that is nested too deep")
+    return content
+
+
+def check_fits(file: Path, config: ModelConfig, vocab_size: int) -> None:
+    """Raises `UserError` unless `file`, in safetensors, holds the weights of just this model; allocates nothing.
+
+    So a model is never larger than the file that fills it, and its context no longer than the file makes plausible.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            found = {name: tuple(part.get_shape()) for name, part in parts.items()}
+            types = {part.get_dtype() for part in parts.values()}
+        size = file.stat().st_size
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is missing, truncated or no safetensors file ({error})") from None
+    wanted = weight_shapes(config, vocab_size)
+    problem = next((name for name in sorted(wanted.keys() | found.keys()) if found.get(name) != wanted.get(name)), "")
+    if problem:
+        problem = f"{problem} is {found.get(problem, 'missing')} instead of {wanted.get(problem, 'missing')}"
+    elif not types <= FLOATS:
+        problem = "it holds numbers that are no floats"
+    elif config.block_size * config.head_dim > ROTARY_ROOM + size:
+        problem = f"it is too small for model.block_size = {config.block_size}"
+    if problem:
+        raise UserError(f"{file} does not fit the model it should hold: {problem}")
+
+
+def weight_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of each tensor of `model.safetensors`, as `to_qwen3` writes them."""
+    C, hd, inner = config.n_embd, config.head_dim, config.inner
+    q, kv = config.n_head * hd, config.kv_heads * hd
+    layer = {
+        "input_layernorm": (C,), "post_attention_layernorm": (C,), "self_attn.q_norm": (hd,), "self_attn.k_norm": (hd,),
+        "self_attn.q_proj": (q, C), "self_attn.k_proj": (kv, C), "self_attn.v_proj": (kv, C),
+        "self_attn.o_proj": (C, q),
+        "mlp.gate_proj": (inner, C), "mlp.up_proj": (inner, C), "mlp.down_proj": (C, inner),
+    }  # fmt: skip
+    layers = {f"layers.{i}.{name}": shape for i in range(config.n_layer) for name, shape in layer.items()}
+    return {f"model.{name}.weight": s for name, s in ({"embed_tokens": (vocab_size, C), "norm": (C,)} | layers).items()}
+
+
+def _deeper(content: Any, levels: int) -> bool:
+    values = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    return not levels or any(_deeper(value, levels - 1) for value in values)
