@@ -256,7 +256,7 @@ def change(file, edit):
         (lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"), "model.layers.1.self_attn.k_proj.weight"),
         (lambda t: t.update(extra=torch.ones(1)), "extra"),
         (lambda t: t.update({"model.norm.weight": torch.ones(31)}), "31"),
-        (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.ones(95, 64)}), "191"),
+        (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.ones(95, 64)}), "(95, 64)"),
     ],
     ids=["missing", "missing part", "extra", "shape", "shape of part"],
 )

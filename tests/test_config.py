@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch):
     def train(*args, **options):
         pytest.fail("training began")
 
-    monkeypatch.setattr("smallm.training.trainer.train", train)
+    monkeypatch.setattr("smallm.training.launch.train", train)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 from safetensors.torch import load_file, save_file
-from toys import manifest_of, random_model, save_onnx
+from toys import edit_state, manifest_of, random_model, save_onnx
 
 from smallm import cli
 from smallm.errors import UserError
@@ -231,6 +231,7 @@ def test_a_broken_graph_is_not_exported(run, monkeypatch, capsys, break_):
     for file in run.glob("checkpoints/*/model.safetensors"):
         tensors = load_file(file)
         save_file({k: 0.2 * torch.randn_like(v) + (v if v.ndim == 1 else 0) for k, v in tensors.items()}, file)
+        edit_state(file.parent)
     code, _, err = run_export(capsys, run)
     assert (code, err) == (0, "")
     before = contents(run)
@@ -283,6 +284,7 @@ def test_weights_that_are_not_finite(run, capsys):
         tensors = load_file(file)
         tensors["model.norm.weight"][3] = torch.nan
         save_file(tensors, file)
+        edit_state(file.parent)
     code, out, err = run_export(capsys, run)
     assert (code, out) == (2, "")
     assert "logits are not finite" in err
@@ -297,8 +299,7 @@ def test_the_best_checkpoint_is_exported_by_default(run, capsys):
     state = json.loads((best / STATE_FILE).read_text(encoding="utf-8"))
     worse = run / "checkpoints" / "step-999999"
     shutil.copytree(best, worse)
-    changed = state | {"val_loss": state["val_loss"] + 1, "step": 999999}
-    (worse / STATE_FILE).write_text(json.dumps(changed), encoding="utf-8")
+    edit_state(worse, lambda values: values.update(val_loss=state["val_loss"] + 1, step=999999))
     code, out, err = run_export(capsys, run)
     assert (code, err) == (0, "")
     assert Session(run / "export" / MODEL_FILE).manifest.training["step"] == state["step"]

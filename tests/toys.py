@@ -71,10 +71,11 @@ def torch_text(
     return seed + new[:length]
 
 
-def edit_state(folder: Path, edit: Callable[[dict], object]) -> None:
-    """Changes `training_state.json` of a checkpoint, and its seal with it."""
+def edit_state(folder: Path, edit: Callable[[dict], object] = lambda values: None) -> None:
+    """Changes `training_state.json` of a checkpoint, and makes its checksums and its seal those of what is there."""
     file = folder / checkpoint.STATE_FILE
     values = json.loads(file.read_text(encoding="utf-8"))
+    values["sha256"] = {other.name: checkpoint._sha256(other) for other in folder.iterdir() if other != file}
     edit(values)
     values.pop("seal", None)
     file.write_text(json.dumps(values | {"seal": checkpoint._seal(values)}), encoding="utf-8")

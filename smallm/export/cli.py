@@ -27,12 +27,14 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     from smallm.export.folder import export_checkpoint  # torch and onnx are slow to import: mistakes are told before
     from smallm.runtime import MODEL_FILE
-    from smallm.training.checkpoint import STATE_FILE
+    from smallm.training.checkpoint import STATE_FILE, damage
     from smallm.training.shelf import best_checkpoint
 
     run = options.run or newest_run()
     try:
         checkpoint = run if (run / STATE_FILE).is_file() else best_checkpoint(run)
+        if checkpoint == run and (problem := damage(run)):
+            raise UserError(f"{run} is damaged ({problem}); export another checkpoint")
     except OSError as error:
         raise UserError(f"cannot read {run}: {error.strerror}") from None
     within_run = checkpoint == run and run.parent.name == CHECKPOINTS

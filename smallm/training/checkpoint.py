@@ -28,6 +28,7 @@ from smallm.training.functions import NORM_EPS
 from smallm.training.model import TransformerLanguageModel
 from smallm.training.optim import moments_of
 from smallm.training.qwen3 import from_qwen3, to_qwen3
+from smallm.training.safe_load import check_fits, read_json
 from smallm.training.spread import gathered, like
 from smallm.vocabulary import Vocabulary
 
@@ -173,6 +174,7 @@ def damage(folder: Path) -> str:
 def load_model(folder: Path, device: str | torch.device = "cpu") -> TransformerLanguageModel:
     """The model of a checkpoint, in eval mode. Raises `UserError`."""
     config, vocabulary = read_state(folder)[1], load_vocabulary(folder)
+    check_fits(folder / "model.safetensors", config.model, vocabulary.size)
     model = TransformerLanguageModel(vocabulary.size, config.model)
     load_weights(folder, model)
     return model.to(device).eval()
@@ -216,9 +218,9 @@ def _read_sealed(folder: Path) -> dict[str, Any]:
     """What `training_state.json` holds, if it is as it was written. Raises `UserError`."""
     file = folder / STATE_FILE
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         version, seal = values["format_version"], values["seal"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError):
         raise UserError(f"{file} is missing or broken; use another checkpoint") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{file} was written by another version of smallm; train anew, or use that version")

@@ -51,17 +51,19 @@ def best_checkpoint(run: Path) -> Path:
 
     Raises `UserError` if there is none; a damaged one is passed over with a line on stderr.
     """
-    scored = []
-    for number, folder in enumerate(found := checkpoints(run)):
-        if problem := damage(folder):
-            print(f"warning: {folder} is damaged ({problem}); using another checkpoint", file=sys.stderr)
-        else:
-            loss = read_state(folder)[0].val_loss
-            scored.append((loss is None, -number if loss is None else loss, folder))
-    if not scored:
-        problem = "all its checkpoints are damaged" if found else "it has no checkpoint yet"
-        raise UserError(f"{run} has no model to show: {problem}; go on with `python train.py --resume {run}`")
-    return min(scored)[-1]
+    found = checkpoints(run)
+    problems = {folder: damage(folder) for folder in found}
+    intact = [folder for folder in found if not problems[folder]]
+    if not found:
+        raise UserError(f"{run} has no checkpoint yet; go on with `python train.py --resume {run}`")
+    if not intact:
+        newest, problem = found[-1].name, problems[found[-1]]
+        raise UserError(f"all checkpoints of {run} are damaged ({newest}: {problem}); train it anew")
+    for folder in found:
+        if problems[folder]:
+            print(f"warning: {folder} is damaged ({problems[folder]}); using another checkpoint", file=sys.stderr)
+    scored = [(loss, folder) for folder in intact if (loss := read_state(folder)[0].val_loss) is not None]
+    return min(scored)[1] if scored else intact[-1]
 
 
 def saved_config(run: Path) -> Config:

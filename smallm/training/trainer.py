@@ -153,7 +153,8 @@ class Trainer:
         main = self.accelerator.is_main_process
         if main:
             try:
-                (self.run / VALIDATION).write_bytes(self.corpus.val_text().encode())
+                with (self.run / VALIDATION).open("wb") as file:
+                    file.writelines(piece.encode() for piece in self.corpus.val_pieces())
                 aside = self.run / f".{CONFIG}"
                 aside.write_text(tomli_w.dumps(self.config.to_dict()), encoding="utf-8")
                 aside.replace(self.run / CONFIG)
