@@ -7,13 +7,17 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
 
 from smallm.training import corpus as corpus_module
 from smallm.training import encode, index, store
+from smallm.training.budget import open_text
+from smallm.training.config import DataConfig
 from smallm.training.corpus import open_corpus
 from smallm.training.source import Source
 
@@ -214,6 +218,8 @@ def test_long_ids_are_not_read_at_each_start(file, cache, calls, monkeypatch):
 KILLED = """
 import os, signal, sys
 from smallm.training import store
+from smallm.training.budget import open_text
+from smallm.training.config import DataConfig
 from smallm.training.corpus import open_corpus
 store.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
 open_corpus(sys.argv[1], min_count=int(sys.argv[2]), val_fraction=0.25)
@@ -276,3 +282,9 @@ def test_patience_ends(file, cache, calls, slow, monkeypatch):
     monkeypatch.setattr(corpus_module, "encode", encode.encode)
     assert text_of(opened(file)) == TEXT
     slow.set()  # it finds that it came second
+
+
+def test_each_machine_encodes_for_itself(file):
+    accelerator = SimpleNamespace(local_main_process_first=nullcontext, is_main_process=False)  # of a second machine
+    corpus = open_text(accelerator, DataConfig(source=str(file), min_count=1))
+    assert text_of(corpus) == TEXT

@@ -16,7 +16,8 @@ from smallm.errors import UserError
 from smallm.training.source import Piece, Place, Source
 from smallm.vocabulary import CODE_POINTS, Vocabulary, count_characters
 
-MOST_THREADS = 4  # more would wait for the one that decodes for all of them
+MOST_THREADS = 4  # besides the caller's; more would wait for the one that decodes for all of them
+PLACE_CHARACTERS = 1 << 22  # between the places that are kept
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -32,17 +33,19 @@ class Survey:
     counts: np.ndarray
     """How often each code point above ASCII occurs, (0x110000,) int64; those of ASCII may be left out."""
     places: list[Place]
-    """Where each piece begins, and the end."""
+    """Where reading may go on: the beginning, and more every few million characters."""
 
 
 def survey(source: Source, progress: bool) -> Survey:
     """Reads the text: does it decode, which text is it, how long is it, what does it use? Raises UserError."""
-    digest, counts, places = hashlib.sha256(), np.zeros(CODE_POINTS, np.int64), [Place()]
+    digest, counts, places, end = hashlib.sha256(), np.zeros(CODE_POINTS, np.int64), [Place()], Place()
     for piece, found in _with_each(lambda piece: _count(piece.text), source.pieces("reading", progress)):
         digest.update(piece.utf8)
         counts[: len(found)] += found
-        places.append(piece.end)
-    return Survey(digest.hexdigest(), places[-1].characters, counts, places)
+        end = piece.end
+        if end.characters - places[-1].characters >= PLACE_CHARACTERS:
+            places.append(end)
+    return Survey(digest.hexdigest(), end.characters, counts, places)
 
 
 def training_counts(source: Source, known: Survey, train_characters: int, progress: bool) -> np.ndarray:
@@ -91,14 +94,15 @@ def _halves(pieces: Iterable[Piece], train_characters: int) -> Iterator[tuple[Pi
 
 
 def _with_each(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
-    """Each item with its result, in order, from threads that are a few items ahead.
+    """Each item with its result, in order, from threads that fetch items and compute results a few items ahead.
 
-    Threads, since numpy, hashlib and files leave the interpreter to others; the items are decoded by the caller's.
+    Numpy, hashlib and files let go of Python's lock, so all of these, and the caller, work at the same time.
     """
-    threads = min(MOST_THREADS, os.cpu_count() or 1)
+    threads, items, ahead = min(MOST_THREADS, os.cpu_count() or 1), iter(items), deque()
     with ThreadPoolExecutor(threads) as pool:
-        ahead = deque()
-        for item in items:
+        fetched = pool.submit(next, items, None)
+        while (item := fetched.result()) is not None:
+            fetched = pool.submit(next, items, None)
             ahead.append((item, pool.submit(function, item)))
             if len(ahead) > threads:
                 first, result = ahead.popleft()

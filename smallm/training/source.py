@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from smallm.errors import UserError
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 18  # what is made of it stays in the processor's cache
 PROGRESS_FROM_BYTES = 20_000_000
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
