@@ -94,6 +94,7 @@ def saved(tmp_path_factory) -> Path:
 def test_folder_holds_what_it_promises(tiny_run):
     for folder in checkpoints(tiny_run):
         assert {file.name for file in folder.iterdir()} == SAVED
+        assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # who may read one may read all
 
 
 @pytest.mark.parametrize("n_kv_head", [0, 2, 1])

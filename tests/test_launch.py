@@ -144,3 +144,32 @@ def test_one_process_that_fails_ends_all_with_its_message(text_file, tmp_path, r
     else:
         assert done.stderr.count("RuntimeError: a bug of ours") == 1
         assert "Connection closed" not in done.stderr
+
+
+# A disk that fills up.
+
+SHORT_OF_ROOM = """
+import resource, sys
+sys.path.insert(0, {root!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))  # no file may grow beyond that
+from smallm.cli import run, train
+raise SystemExit(run(train))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limit")
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_a_checkpoint_that_finds_no_room_leaves_the_old_ones(tiny_run, tmp_path, name):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    before = {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()}
+    room = (shelf.checkpoints(run)[-1] / name).stat().st_size - 100
+    script = tmp_path / "script.py"
+    script.write_text(SHORT_OF_ROOM.format(root=str(ROOT), room=room))
+    done = subprocess.run([sys.executable, str(script), "--resume", str(run), "--train.max_steps=65"], timeout=100,
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"smallm: cannot write to {run}: ")
+    assert f"--resume {run}" in last
+    assert {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()} == before
+    assert cli.main(["--resume", str(run), "--train.max_steps=65"]) == 0  # once there is room

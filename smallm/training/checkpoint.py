@@ -106,7 +106,9 @@ def save_checkpoint(
         values = {"format_version": FORMAT_VERSION, **asdict(state), "config": config.to_dict()}
         values["sha256"] = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
         _write_json(aside / STATE_FILE, values | {"seal": _seal(values)})
+        mode = (aside / STATE_FILE).stat().st_mode
         for file in aside.iterdir():
+            file.chmod(mode)  # safetensors keeps its files from everyone else
             _sync(file)
         _sync(aside)
         if folder.exists():
