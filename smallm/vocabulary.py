@@ -237,6 +237,17 @@ class StreamDecoder:
         self._vocabulary._check(id)
         return self._utf8.decode(self._vocabulary._bytes[id])
 
+    @property
+    def pending(self) -> bytes:
+        """The bytes held back: the beginning of a character, or nothing."""
+        return self._utf8.getstate()[0]
+
+    def copy(self) -> "StreamDecoder":
+        """Another decoder in the same state."""
+        other = StreamDecoder(self._vocabulary)
+        other._utf8.setstate(self._utf8.getstate())
+        return other
+
     def flush(self) -> str:
         """What is left at the end: '' or U+FFFD for a character that was cut short. Starts afresh."""
         return self._utf8.decode(b"", final=True)

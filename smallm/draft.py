@@ -1,0 +1,92 @@
+"""One text in the making, apart from the model: from the logits after it to its next id, and from ids to characters."""
+
+from copy import copy
+
+import numpy as np
+
+from smallm.options import Request
+from smallm.sampling import Rng, log_probability, penalise, sample
+from smallm.stops import Stops
+from smallm.vocabulary import Vocabulary
+
+
+class Draft:
+    """Takes logits, chooses ids, and hands out the text that can no longer be part of a stop string.
+
+    `history` has at least the last block_size ids (fewer if there are fewer), and its length stays bounded.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, ids: list[int], block_size: int, request: Request, rng: Rng):
+        """ids: the seed's, at least one, of which the last block_size matter."""
+        self.request, self.rng = request, rng
+        self.history, self._block_size = ids[-block_size:], block_size
+        self.done = request.max_length == 0
+        self._decoder = vocabulary.decoder()
+        self._stops = Stops(request.stops) if request.stops else None
+        self._length = 0  # new characters, those before a stop that was met included
+        self._text, self._free = "", 0  # new characters not handed out yet, and how many of them may be
+        self._keeps_logprobs, self._logprobs, self._logprob = False, [], 0.0
+
+    def keep_logprobs(self) -> None:
+        """From now on `take_logprobs` has something to tell, which costs some time per id."""
+        self._keeps_logprobs = True
+
+    def copy(self) -> "Draft":
+        """Another text that begins with this one."""
+        other = copy(self)
+        other.history, other.rng, other._decoder = self.history.copy(), copy(self.rng), self._decoder.copy()
+        other._stops, other._logprobs = self._stops and self._stops.copy(), self._logprobs.copy()
+        return other
+
+    def choose(self, logits: np.ndarray) -> int:
+        """logits (V,), the model's after all of the text so far -> the id that is its next. Raises `UserError`."""
+        request, wanted = self.request, logits
+        if request.permitted is not None:
+            wanted = wanted + request.permitted.mask(self._decoder.pending)
+        if request.repetition_penalty != 1:
+            wanted = penalise(wanted, self.history[-request.repetition_window :], request.repetition_penalty)
+        id = sample(wanted, self.rng.uniform(), request.sampling)
+        if self._keeps_logprobs:
+            self._logprob += log_probability(logits, id)
+        self.history.append(id)
+        if len(self.history) > 2 * self._block_size:
+            del self.history[: -self._block_size]
+        self._add(self._decoder.push(id))
+        return id
+
+    @property
+    def ready(self) -> bool:
+        """Whether `take` has something to give."""
+        return self._free > 0
+
+    def take(self) -> str:
+        """The characters that are settled and were not taken before."""
+        piece, self._text, self._free = self._text[: self._free], self._text[self._free :], 0
+        return piece
+
+    def take_logprobs(self, n: int) -> list[float]:
+        """For the n characters taken last: ln of the probability of each, the sum over its ids.
+
+        If one id completes several characters (bytes that are not UTF-8), the last of them has the sum, the others 0.
+        """
+        taken, self._logprobs = self._logprobs[:n], self._logprobs[n:]
+        return taken
+
+    def _add(self, text: str) -> None:
+        for character in text:
+            self._text += character
+            self._length += 1
+            if self._keeps_logprobs:
+                self._logprobs.append(0.0)
+            begun = 0
+            if self._stops is not None and self._length > self.request.min_length:
+                met, begun = self._stops.push(character)
+                if met:
+                    self._free, self.done = len(self._text) - met, True
+                    break
+            self._free = len(self._text) - begun
+            if self._length == self.request.max_length:
+                self._free, self.done = len(self._text), True
+                break
+        if text and self._keeps_logprobs:
+            self._logprobs[-1], self._logprob = self._logprob, 0.0
