@@ -185,7 +185,7 @@ class LanguageModel:
             id = sample(logits, rng.uniform(), sampling)
             yield id
             history.append(id)
-            if decoder.length < self.block_size:
+            if decoder.lengths[0] < self.block_size:
                 logits = decoder.feed(np.array([id]))
                 continue
             keep = self.block_size if overflow == "crop" else max(1, self.block_size // 2)

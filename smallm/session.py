@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from smallm.decoder import Decoder
 from smallm.errors import UserError
 from smallm.manifest import Manifest
 from smallm.onnx_file import FLOAT, INT64, read_onnx
@@ -72,53 +73,23 @@ class Session:
         """What to tell the user when ONNX Runtime fails in the middle of the work."""
         return UserError(f"{self.path} is broken, export the model again; ONNX Runtime says: {_first_line(error)}")
 
-    def decoder(self) -> "Decoder":
-        """A new, empty cache over this model."""
-        return Decoder(self._session, self)
-
-
-class Decoder:
-    """One text in the making: its cache is a buffer that past and present share, so a step copies nothing."""
-
-    def __init__(self, session: ort.InferenceSession, model: Session):
-        m = model.manifest
-        self.block_size, self.length = m.block_size, 0
-        self._session, self._binding, self._failure = session, session.io_binding(), model.failure
-        self._mask = np.ones((1, m.block_size), np.int64)
-        self._keep = np.ones((), np.int64)
-        self._id = np.zeros((1, 1), np.int64)
-        self._logits = np.zeros((1, 1, m.vocab_size), np.float32)
-        shape = (1, m.n_kv_head, m.block_size, m.head_dim)
-        self._cache = [np.zeros(shape, np.float32) for _ in model.past]
+    def decoder(self, streams: int = 1) -> Decoder:
+        """New, empty caches over this model, for so many texts. Raises `UserError` if the graph is not what it says."""
         try:
-            for past, present, buffer in zip(model.past, model.present, self._cache, strict=True):
-                self._bind_input(past, buffer, shape)
-                self._binding.bind_output(present, "cpu", 0, np.float32, shape, buffer.ctypes.data)
-            self._binding.bind_output("logits", "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
-            self._bind_input("num_logits_to_keep", self._keep, ())
+            return Decoder(self, streams)
         except Exception as error:  # an input that the graph does not use is none to ONNX Runtime
-            raise self._failure(error) from None
+            raise self.failure(error) from None
 
-    def feed(self, ids: np.ndarray) -> np.ndarray:
-        """Appends ids (T,), at least one, and returns the logits (V,) after the last; valid until the next call."""
-        T = len(ids)
-        assert 0 < T <= self.block_size - self.length, (T, self.length)
-        self._id = np.ascontiguousarray(ids, dtype=np.int64)  # kept: the binding holds no reference
-        self._bind_input("input_ids", self._id, (1, T))
-        self.length += T
-        self._bind_input("attention_mask", self._mask, (1, self.length))
+    def binding(self) -> ort.IOBinding:
+        """For a `Decoder`: where inputs lie and outputs go."""
+        return self._session.io_binding()
+
+    def run_bound(self, binding: ort.IOBinding) -> None:
+        """Computes what is bound. Raises `UserError`."""
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(binding)
         except Exception as error:
-            raise self._failure(error) from None
-        return self._logits[0, 0]
-
-    def reset(self) -> None:
-        """Forgets the text."""
-        self.length = 0
-
-    def _bind_input(self, name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
-        self._binding.bind_input(name, "cpu", 0, array.dtype, shape, array.ctypes.data)
+            raise self.failure(error) from None
 
 
 def default_threads(model_bytes: int) -> int:
