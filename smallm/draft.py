@@ -54,6 +54,11 @@ class Draft:
         self._add(self._decoder.push(id))
         return id
 
+    def window(self, fresh: bool) -> np.ndarray:
+        """The ids (T,) to compute from when the cache is empty: fresh, the seed's, or full: what overflow leaves."""
+        whole = fresh or self.request.overflow == "crop"
+        return np.array(self.history[-(self._block_size if whole else max(1, self._block_size // 2)) :], np.int64)
+
     @property
     def ready(self) -> bool:
         """Whether `take` has something to give."""

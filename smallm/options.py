@@ -95,7 +95,7 @@ def resolve(
     for name, length in (("max_length", max_length), ("min_length", min_length)):
         check(isinstance(length, Integral) and length >= 0, name, length, "0 or more")
     if min_length > max_length:
-        raise UserError(f"min_length = {min_length} is more than max_length = {max_length}; lower it or raise the other")
+        raise UserError(f"min_length = {min_length} is more than max_length = {max_length}; they leave no text")
     if overflow not in ("crop", "shift"):
         raise UserError(f"overflow = {overflow!r} is unknown; it must be 'crop' or 'shift'")
     return Request(

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from smallm.errors import UserError
+from smallm.sampling import NOT_FINITE
+
 IGNORED = -1  # a target that does not count
 IDS_PER_BATCH = 8192
 
@@ -72,6 +75,25 @@ def _batches(rows: np.ndarray, known: int, known_later: int) -> Iterator[tuple[n
         targets[0, : known_later if start else known] = IGNORED
         targets[1:, :known_later] = IGNORED
         yield inputs, targets
+
+
+def nats(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """logits (B, T, V), which it spoils, and targets (B, T) -> nats (B, T) float64; 0 where a target does not count.
+
+    Raises `UserError` for logits that are not finite.
+    """
+    found = np.zeros(targets.shape)
+    for row, goals, result in zip(logits, targets, found, strict=True):  # a window at a time stays in the cache
+        counts = goals != IGNORED
+        largest = row.max(axis=-1, keepdims=True)  # NaN if one of them is
+        with np.errstate(over="ignore", invalid="ignore"):  # from one end of float32 to the other: infinitely unlikely
+            row -= largest
+            chosen = row[np.arange(len(row)), goals.clip(min=0)].astype(np.float64)
+            result[:] = np.log(np.exp(row, out=row).sum(axis=-1)) - chosen
+        result[~counts] = 0.0
+        if not (np.isfinite(largest).all() and np.isfinite(result).all()):
+            raise UserError(NOT_FINITE)
+    return found
 
 
 def begins_character(ids: np.ndarray) -> np.ndarray:

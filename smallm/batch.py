@@ -1,0 +1,82 @@
+"""Many texts at a time: one step of the model gives each of them its next id."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import numpy as np
+
+from smallm.draft import Draft
+from smallm.manifest import Manifest
+from smallm.session import Session
+
+MOST_STREAMS = 64
+MOST_CACHE = 1 << 28  # bytes of keys and values, unless a single text takes more
+FULL_ENOUGH = 0.75  # share of the streams that are in use; dropping others copies the caches of these
+
+
+def write_together(session: Session, drafts: Iterable[Draft]) -> Iterator[Draft]:
+    """Yields a draft each time when it has text to take or is done; those that are done make room for others."""
+    drafts = iter(drafts)
+    first = list(islice(drafts, streams(session.manifest)))
+    return _Batch(session, first, drafts).run() if first else iter(())
+
+
+def streams(model: Manifest) -> int:
+    """How many texts are written at a time."""
+    cache = 8 * model.n_layer * model.n_kv_head * model.head_dim * model.block_size  # bytes a text, float32
+    return max(1, min(MOST_STREAMS, MOST_CACHE // cache))
+
+
+class _Batch:
+    """The streams of a decoder: each has a draft, or none is left for it."""
+
+    def __init__(self, session: Session, drafts: list[Draft], waiting: Iterator[Draft]):
+        self._drafts: list[Draft | None] = list(drafts)
+        self._waiting = waiting
+        self._fresh = [True] * len(drafts)  # nothing in the cache yet
+        self._decoder = session.decoder(len(drafts))
+        self._logits = np.zeros((len(drafts), session.manifest.vocab_size), np.float32)
+
+    def run(self) -> Iterator[Draft]:
+        while any(self._drafts):
+            for stream, draft in enumerate(self._drafts):
+                while draft is not None and draft.done:  # the next one may want no text at all
+                    yield draft
+                    draft = self._replace(stream)
+            self._drop()
+            self._predict()
+            for draft, logits in zip(self._drafts, self._logits, strict=True):
+                if draft is not None:
+                    draft.choose(logits)
+                    if draft.ready and not draft.done:
+                        yield draft
+
+    def _replace(self, stream: int) -> Draft | None:
+        self._drafts[stream] = next(self._waiting, None)
+        self._fresh[stream] = True
+        return self._drafts[stream]
+
+    def _drop(self) -> None:
+        """Gives up the streams without a draft when they are too many to be carried along."""
+        kept = [stream for stream, draft in enumerate(self._drafts) if draft is not None]
+        if 0 < len(kept) <= FULL_ENOUGH * len(self._drafts):
+            self._decoder.select(np.array(kept))
+            self._drafts = [self._drafts[stream] for stream in kept]
+            self._fresh = [self._fresh[stream] for stream in kept]
+            self._logits = self._logits[: len(kept)]
+
+    def _predict(self) -> None:
+        """The logits after each text: those that have room in their caches together, the others one by one."""
+        decoder = self._decoder
+        full = decoder.lengths == decoder.block_size
+        restart = [draft is None or f or n for draft, f, n in zip(self._drafts, self._fresh, full, strict=True)]
+        for stream in np.flatnonzero(restart):
+            decoder.reset(stream)
+        if not all(restart):
+            ids = [0 if draft is None else draft.history[-1] for draft in self._drafts]
+            self._logits[:] = decoder.step(np.array(ids))
+        for stream, draft in enumerate(self._drafts):
+            if draft is not None and restart[stream]:
+                decoder.reset(stream)
+                self._logits[stream] = decoder.feed(draft.window(self._fresh[stream]), stream)
+                self._fresh[stream] = False
