@@ -7,6 +7,7 @@ import json
 import re
 import secrets
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,8 +21,8 @@ examples:
   python infer.py --model runs/shakespeare --seed "ROMEO:" --max-length 500 --temperature 0.8 --top-k 40
   python infer.py --seed "Anna" --stop "\\n" --num-samples 5
   python infer.py --perplexity my.txt    (without a file: on the run's own validation text)"""
-PIECE_BYTES = 1 << 20
-ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}  # what may be written in --stop
+PIECE_BYTES = 1 << 16  # read at a time: the progress bar moves every few seconds
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}  # what may be written in --stop, --allow and --ban
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
     model = LanguageModel.load(path, threads=options.threads)
     if options.perplexity is not None:
         _perplexity(model, Path(options.perplexity) if options.perplexity else validation_text(Path(path)), options)
+    elif options.next is not None:
+        _next_characters(model, options)
     else:
         _generate(model, options)
     print(end="", flush=True)  # a reader who has gone (head) is noticed here, not when Python shuts down
@@ -48,37 +51,62 @@ def _generate(model, options: argparse.Namespace) -> None:
     if options.num_samples < 1:
         raise UserError(f"--num-samples {options.num_samples} is out of range; it must be 1 or more")
     rng_seed = secrets.randbits(32) if options.rng_seed is None else options.rng_seed
-    stops = [re.sub(r"\\([ntr\\])", lambda match: ESCAPES[match[1]], stop) for stop in options.stop]
     chosen = {
         "max_length": options.max_length, "temperature": options.temperature, "top_k": options.top_k,
-        "top_p": options.top_p, "min_p": options.min_p, "stop": stops, "overflow": options.overflow,
-        "rng_seed": rng_seed,
+        "top_p": options.top_p, "min_p": options.min_p, "repetition_penalty": options.repetition_penalty,
+        "repetition_window": options.repetition_window, "allowed": _unescaped(options.allow),
+        "banned": _unescaped(options.ban), "stop": [_unescaped(stop) for stop in options.stop],
+        "min_length": options.min_length, "overflow": options.overflow, "rng_seed": rng_seed,
     }  # fmt: skip
-    texts = []
-    for number in range(options.num_samples):
-        pieces = model.stream(options.seed, stream_number=number, **chosen)
-        if options.json:
-            texts.append("".join(pieces))
-            continue
-        if number:
-            print("-" * 40)
-        _print_text(options.seed, pieces, stream=options.stream)
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    pieces = model.stream_many([options.seed] * options.num_samples, logprobs=options.json, **chosen)
     if options.json:
-        samples = [{"text": options.seed + text, "new_text": text} for text in texts]
-        given = {k: v for k, v in chosen.items() if v is not None}
-        print(json.dumps({"seed": options.seed, **given, "samples": samples}, ensure_ascii=False))
-    elif options.rng_seed is None:
+        samples = [{"new_text": "", "logprobs": []} for _ in range(options.num_samples)]
+        for piece in pieces:
+            samples[piece.number]["new_text"] += piece.text
+            samples[piece.number]["logprobs"] += [round(value, 6) for value in piece.logprobs]
+        samples = [{"text": options.seed + sample["new_text"], **sample} for sample in samples]
+        print(json.dumps({"seed": options.seed, **chosen, "samples": samples}, ensure_ascii=False))
+        return
+    print(options.seed, end="", flush=options.stream)
+    shown = 0
+    for number, text in _in_order(pieces):
+        if number > shown:
+            print("\n" + "-" * 40 + "\n" + options.seed, end="")
+            shown = number
+        print(text, end="", flush=options.stream)
+    print()
+    if options.rng_seed is None:
         print(f"again with: --rng-seed {rng_seed}", file=sys.stderr)
 
 
-def _print_text(seed: str, pieces: Iterator[str], stream: bool) -> None:
-    if not stream:
-        print(seed + "".join(pieces))
-        return
-    print(seed, end="", flush=True)
+def _in_order(pieces: Iterator) -> Iterator[tuple[int, str]]:
+    """One text after the other, each as it comes or, as far as it was written beside those before it, at its turn."""
+    held, ended, current = defaultdict(list), set(), 0
     for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+        held[piece.number].append(piece.text)
+        if piece.last:
+            ended.add(piece.number)
+        while current in held:
+            yield current, "".join(held.pop(current))
+            if current in ended:
+                current += 1
+
+
+def _next_characters(model, options: argparse.Namespace) -> None:
+    if options.next < 1:
+        raise UserError(f"--next {options.next} is out of range; it must be 1 or more")
+    found = model.next_characters(options.seed, options.next)
+    if options.json:
+        values = [{"character": character, "probability": round(p, 9)} for character, p in found]
+        print(json.dumps({"seed": options.seed, "next": values}, ensure_ascii=False))
+        return
+    for character, p in found:
+        print(f"{p:.6f}  {json.dumps(character, ensure_ascii=False)}")
+
+
+def _unescaped(text: str | None) -> str | None:
+    return text and re.sub(r"\\([ntr\\])", lambda match: ESCAPES[match[1]], text)
 
 
 def _perplexity(model, path: Path, options: argparse.Namespace) -> None:
@@ -144,16 +172,24 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-k", "--top_k", type=int, metavar="K", help="choose from the K likeliest; 0 = all")
     add("--top-p", "--top_p", type=float, metavar="P", help="choose from the likeliest that make up this probability")
     add("--min-p", "--min_p", type=float, metavar="P", help="least probability, relative to the likeliest")
+    add("--repetition-penalty", "--repetition_penalty", type=float, metavar="R",
+        help="above 1: what came up lately gets less likely (1 = off)")  # fmt: skip
+    add("--repetition-window", "--repetition_window", type=int, metavar="N",
+        help="how many of the last ids that looks at; 0 = block_size")  # fmt: skip
+    add("--allow", metavar="CHARS", help="write these characters only")
+    add("--ban", metavar="CHARS", help="write none of these characters, e.g. \\n")
     add("--rng-seed", "--rng_seed", type=int, metavar="N", help="random seed: the same N gives the same text")
     add("--num-samples", "--num_samples", type=int, default=1, metavar="N", help="texts to write (default: 1)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text, e.g. \\n; may be repeated")
+    add("--min-length", "--min_length", type=int, metavar="N", help="no stop within the first N new characters")
     add("--overflow", choices=("crop", "shift"), default="crop",
         help="past block_size: crop = exact, slower; shift = keep half of the window, fast")  # fmt: skip
     add("--stream", action=argparse.BooleanOptionalAction, default=True, help="print characters as they come")
+    add("--next", type=int, metavar="N", help="print the N likeliest next characters after the seed")
     add("--perplexity", nargs="?", const="", metavar="FILE",
         help="measure the model on this text, or without FILE on the run's validation text")  # fmt: skip
     add("--stride", type=int, metavar="N", help="for --perplexity: overlapping windows N ids apart")
     add("--encoding", default="utf-8", metavar="NAME", help="for --perplexity: encoding of the file")
     add("--threads", type=int, metavar="N", help="threads of ONNX Runtime; default: by the size of the model")
-    add("--json", action="store_true", help="print one JSON object")
+    add("--json", action="store_true", help="print one JSON object, texts with the log-probability of each character")
     return parser

@@ -35,6 +35,8 @@ class Piece(NamedTuple):
     text: str
     logprobs: list[float]
     """As `Writer.logprobs`; empty unless they were asked for."""
+    last: bool
+    """Whether this ends the text."""
 
 
 class LanguageModel:
@@ -82,16 +84,15 @@ class LanguageModel:
     def stream_many(
         self, seeds: Sequence[str], max_length: int = 500, logprobs: bool = False, **options: Unpack[Options]
     ) -> Iterator[Piece]:
-        """The new texts of `generate_many` as they come, those of all seeds interleaved."""
+        """The new texts of `generate_many` as they come, interleaved; the last piece of each may be empty."""
         request = resolve(self.metadata, max_length, **options)
         return self._pieces([self._draft(seed, request, i, logprobs) for i, seed in enumerate(seeds)])
 
     def _pieces(self, drafts: list[Draft]) -> Iterator[Piece]:
         numbers = {id(draft): number for number, draft in enumerate(drafts)}
         for draft in write_together(self._session, drafts):
-            if draft.ready:
-                text = draft.take()
-                yield Piece(numbers[id(draft)], text, draft.take_logprobs(len(text)))
+            text = draft.take()
+            yield Piece(numbers[id(draft)], text, draft.take_logprobs(len(text)), draft.done)
 
     def _draft(self, seed: str, request: Request, number: int, logprobs: bool) -> Draft:
         ids = self._encode_seed(seed).tolist()
