@@ -33,17 +33,15 @@ class _Batch:
     def __init__(self, session: Session, drafts: list[Draft], waiting: Iterator[Draft]):
         self._drafts: list[Draft | None] = list(drafts)
         self._waiting = waiting
-        self._fresh = [True] * len(drafts)  # nothing in the cache yet
+        self._fed = np.zeros(len(drafts), np.int64)  # ids of the text in the cache (streams,)
         self._decoder = session.decoder(len(drafts))
         self._logits = np.zeros((len(drafts), session.manifest.vocab_size), np.float32)
 
     def run(self) -> Iterator[Draft]:
         while any(self._drafts):
-            for stream, draft in enumerate(self._drafts):
-                while draft is not None and draft.done:  # the next one may want no text at all
-                    yield draft
-                    draft = self._replace(stream)
-            self._drop()
+            if any(draft is not None and draft.done for draft in self._drafts):
+                yield from self._replace()
+                self._drop()
             self._predict()
             for draft, logits in zip(self._drafts, self._logits, strict=True):
                 if draft is not None:
@@ -51,32 +49,35 @@ class _Batch:
                     if draft.ready and not draft.done:
                         yield draft
 
-    def _replace(self, stream: int) -> Draft | None:
-        self._drafts[stream] = next(self._waiting, None)
-        self._fresh[stream] = True
-        return self._drafts[stream]
+    def _replace(self) -> Iterator[Draft]:
+        """Yields the texts that are done; those that wait take their streams."""
+        for stream, draft in enumerate(self._drafts):
+            while draft is not None and draft.done:  # one that wants no text is done before it began
+                yield draft
+                draft = self._drafts[stream] = next(self._waiting, None)
+                self._fed[stream] = 0
 
     def _drop(self) -> None:
-        """Gives up the streams without a draft when they are too many to be carried along."""
+        """Gives up the streams without a text when they are too many to be carried along."""
         kept = [stream for stream, draft in enumerate(self._drafts) if draft is not None]
         if 0 < len(kept) <= FULL_ENOUGH * len(self._drafts):
             self._decoder.select(np.array(kept))
             self._drafts = [self._drafts[stream] for stream in kept]
-            self._fresh = [self._fresh[stream] for stream in kept]
-            self._logits = self._logits[: len(kept)]
+            self._fed, self._logits = self._fed[kept], self._logits[: len(kept)]
 
     def _predict(self) -> None:
         """The logits after each text: those that have room in their caches together, the others one by one."""
-        decoder = self._decoder
-        full = decoder.lengths == decoder.block_size
-        restart = [draft is None or f or n for draft, f, n in zip(self._drafts, self._fresh, full, strict=True)]
-        for stream in np.flatnonzero(restart):
-            decoder.reset(stream)
-        if not all(restart):
-            ids = [0 if draft is None else draft.history[-1] for draft in self._drafts]
-            self._logits[:] = decoder.step(np.array(ids))
-        for stream, draft in enumerate(self._drafts):
-            if draft is not None and restart[stream]:
+        decoder, size = self._decoder, self._decoder.block_size
+        together = (self._fed > 0) & (self._fed < size)
+        if together.any():
+            for stream in np.flatnonzero(~together):
+                decoder.reset(stream)  # what the step adds to it is not looked at
+            self._logits[:] = decoder.step(np.array([draft.history[-1] if draft else 0 for draft in self._drafts]))
+            self._fed += together
+        for stream in np.flatnonzero(~together):
+            draft = self._drafts[stream]
+            if draft is not None:
+                window = draft.window(fresh=self._fed[stream] == 0)
                 decoder.reset(stream)
-                self._logits[stream] = decoder.feed(draft.window(self._fresh[stream]), stream)
-                self._fresh[stream] = False
+                self._logits[stream] = decoder.feed(window, stream)
+                self._fed[stream] = len(window)

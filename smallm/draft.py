@@ -23,13 +23,13 @@ class Draft:
         self.done = request.max_length == 0
         self._decoder = vocabulary.decoder()
         self._stops = Stops(request.stops) if request.stops else None
-        self._length = 0  # new characters, those before a stop that was met included
-        self._text, self._free = "", 0  # new characters not handed out yet, and how many of them may be
-        self._keeps_logprobs, self._logprobs, self._logprob = False, [], 0.0
-
-    def keep_logprobs(self) -> None:
-        """From now on `take_logprobs` has something to tell, which costs some time per id."""
-        self._keeps_logprobs = True
+        self.ready = ""
+        """New characters that are settled and not taken yet."""
+        self._held = ""  # those after them, which may be the beginning of a stop
+        self._length = 0  # new characters in all
+        self.keeps_logprobs = False
+        """Whether `take_logprobs` has something to tell, which costs some time per id; to be set before the start."""
+        self._logprobs, self._logprob = [], 0.0
 
     def copy(self) -> "Draft":
         """Another text that begins with this one."""
@@ -46,12 +46,14 @@ class Draft:
         if request.repetition_penalty != 1:
             wanted = penalise(wanted, self.history[-request.repetition_window :], request.repetition_penalty)
         id = sample(wanted, self.rng.uniform(), request.sampling)
-        if self._keeps_logprobs:
+        if self.keeps_logprobs:
             self._logprob += log_probability(logits, id)
         self.history.append(id)
         if len(self.history) > 2 * self._block_size:
             del self.history[: -self._block_size]
-        self._add(self._decoder.push(id))
+        text = self._decoder.push(id)
+        if text:
+            self._add(text)
         return id
 
     def window(self, fresh: bool) -> np.ndarray:
@@ -59,14 +61,9 @@ class Draft:
         whole = fresh or self.request.overflow == "crop"
         return np.array(self.history[-(self._block_size if whole else max(1, self._block_size // 2)) :], np.int64)
 
-    @property
-    def ready(self) -> bool:
-        """Whether `take` has something to give."""
-        return self._free > 0
-
     def take(self) -> str:
-        """The characters that are settled and were not taken before."""
-        piece, self._text, self._free = self._text[: self._free], self._text[self._free :], 0
+        """The characters that are ready."""
+        piece, self.ready = self.ready, ""
         return piece
 
     def take_logprobs(self, n: int) -> list[float]:
@@ -78,20 +75,26 @@ class Draft:
         return taken
 
     def _add(self, text: str) -> None:
-        for character in text:
-            self._text += character
-            self._length += 1
-            if self._keeps_logprobs:
-                self._logprobs.append(0.0)
-            begun = 0
-            if self._stops is not None and self._length > self.request.min_length:
-                met, begun = self._stops.push(character)
-                if met:
-                    self._free, self.done = len(self._text) - met, True
-                    break
-            self._free = len(self._text) - begun
-            if self._length == self.request.max_length:
-                self._free, self.done = len(self._text), True
-                break
-        if text and self._keeps_logprobs:
-            self._logprobs[-1], self._logprob = self._logprob, 0.0
+        text = text[: self.request.max_length - self._length]
+        self._length += len(text)
+        if self.keeps_logprobs:
+            self._logprobs += [0.0] * (len(text) - 1) + [self._logprob]
+            self._logprob = 0.0
+        if self._stops is None:
+            self.ready += text
+        else:
+            self._hold_back(text)
+        if self._length == self.request.max_length:
+            self.done = True
+            self.ready, self._held = self.ready + self._held, ""
+
+    def _hold_back(self, text: str) -> None:
+        """Adds what cannot be part of a stop to what is ready; ends the text before a stop."""
+        for number, character in enumerate(text, self._length - len(text)):
+            self._held += character
+            met, begun = self._stops.push(character) if number >= self.request.min_length else (0, 0)
+            free = len(self._held) - (met or begun)
+            self.ready, self._held = self.ready + self._held[:free], self._held[free:]
+            if met:
+                self._held, self.done = "", True
+                return

@@ -103,7 +103,7 @@ def resolve(
         max_length=max_length,
         min_length=min_length,
         stops=_stops(stop),
-        permitted=None if allowed is None and not banned else Permitted(model.vocabulary, allowed, banned),
+        permitted=None if allowed is None and banned == "" else Permitted(model.vocabulary, allowed, banned),
         repetition_penalty=repetition_penalty,
         repetition_window=repetition_window or size,
         overflow=overflow,

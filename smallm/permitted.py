@@ -23,7 +23,8 @@ class Permitted:
         """allowed: None = all characters. Raises `UserError` if none is left, or for a lone surrogate."""
         self._vocabulary = vocabulary
         self._characters = np.full(CODE_POINTS, allowed is None)
-        self._characters[_code_points("allowed", allowed or "")] = True
+        if allowed is not None:
+            self._characters[_code_points("allowed", allowed)] = True
         self._characters[_code_points("banned", banned)] = False
         self._characters[0xD800:0xE000] = False  # no text has them
         if not self._characters.any():

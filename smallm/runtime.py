@@ -97,8 +97,7 @@ class LanguageModel:
     def _draft(self, seed: str, request: Request, number: int, logprobs: bool) -> Draft:
         ids = self._encode_seed(seed).tolist()
         draft = Draft(self.vocabulary, ids, self.block_size, request, request.rng(number))
-        if logprobs:
-            draft.keep_logprobs()
+        draft.keeps_logprobs = logprobs
         return draft
 
     def next_characters(self, text: str, n: int = 10) -> list[tuple[str, float]]:

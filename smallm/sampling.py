@@ -102,8 +102,8 @@ def _weights(descending: np.ndarray, sampling: Sampling) -> np.ndarray:
 
 def penalise(logits: np.ndarray, ids: Sequence[int], penalty: float) -> np.ndarray:
     """logits (V,) -> new ones (V,), in which those of the given ids are less likely, as step 0 has it."""
-    changed = logits.copy()
-    seen = logits[np.array(ids, np.int64)]
+    changed, ids = logits.copy(), np.array(ids, np.int64)
+    seen = logits[ids]
     with np.errstate(over="ignore"):  # from one end of float32: infinitely unlikely
         changed[ids] = np.where(seen > 0, seen / np.float32(penalty), seen * np.float32(penalty))
     return changed

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smallm.errors import UserError
-from smallm.sampling import Rng, Sampling, mix, ranked, sample
+from smallm.sampling import Rng, Sampling, log_probability, mix, penalise, ranked, sample
 
 LAST_U = 1 - 2.0**-24
 PROBABILITIES = np.array([0.1, 0.4, 0.3, 0.2])
@@ -142,6 +142,84 @@ def test_agrees_with_a_naive_reading_of_the_definition(logits, u, temperature, t
         bounds = [abs(w - min_p) for w in weights] + list(np.abs(np.cumsum(weights) - top_p * np.sum(weights)))
         assert min(bounds) < 1e-12 * np.sum(weights)
     assert found[0] == 1.0
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(st.sampled_from([0.0, -0.0, 1.0, 1.5, -2.0, -math.inf, 3.0]), min_size=1, max_size=80),
+    st.floats(0, LAST_U),
+    st.integers(0, 90),
+    st.sampled_from([1.0, 0.9, 0.5]),
+    st.sampled_from([0.0, 0.2]),
+)
+def test_sample_takes_what_the_ranking_says_among_ties_too(logits, u, top_k, top_p, min_p):
+    logits, sampling = np.float32(logits), Sampling(0.7, top_k, top_p, min_p)
+    if logits.max() == -math.inf:
+        return
+    ids, weights = ranked(logits, sampling)
+    cumulative = np.cumsum(weights)
+    assert sample(logits, u, sampling) == ids[np.flatnonzero(cumulative > u * cumulative[-1])[0]]
+
+
+def test_the_logits_stay_as_they_are():
+    logits = np.array(LOGITS)
+    for options in ({}, {"top_k": 2}, {"temperature": 0}, {"top_p": 0.5, "min_p": 0.1}):
+        take(logits, 0.5, **PLAIN | options)
+        penalise(logits, [0, 1], 2.0)
+        log_probability(logits, 1)
+    assert (logits == LOGITS).all()
+
+
+@pytest.mark.parametrize(
+    ("ids", "penalty", "expected"),
+    [
+        ([], 2.0, [2.0, -1.0, 0.0, -math.inf]),
+        ([0], 2.0, [1.0, -1.0, 0.0, -math.inf]),
+        ([0, 0, 0], 2.0, [1.0, -1.0, 0.0, -math.inf]),  # once, however often it occurs
+        ([0, 1, 2, 3], 4.0, [0.5, -4.0, 0.0, -math.inf]),
+        ([1, 0], 0.5, [4.0, -0.5, 0.0, -math.inf]),
+        ([0, 1], 1.0, [2.0, -1.0, 0.0, -math.inf]),
+    ],
+)
+def test_repetition_penalty(ids, penalty, expected):
+    found = penalise(np.float32([2.0, -1.0, 0.0, -math.inf]), ids, penalty)
+    assert found.dtype == np.float32
+    assert found.tolist() == expected
+
+
+def test_repetition_penalty_is_in_single_precision():
+    assert penalise(np.float32([3.0]), [0], 1.1)[0] == np.float32(3) / np.float32(1.1)
+    assert penalise(np.float32([-3e38]), [0], 100.0)[0] == -math.inf
+
+
+def test_log_probability():
+    assert log_probability(LOGITS, 2) == pytest.approx(math.log(0.3), rel=1e-6)
+    assert log_probability(np.float32([3e38, -3e38]), 0) == 0
+    assert log_probability(np.float32([0, -math.inf]), 1) == -math.inf
+
+
+def golden_logits(step):
+    """256 logits that any host computes exactly: multiples of 2**-21 from -4 to 4."""
+    return np.float32([(mix(256 * step + id) >> 8) * 2.0**-21 - 4 for id in range(256)])
+
+
+GOLDEN_IDS = {  # options, repetition penalty: the ids of 12 steps, with Rng(7), window of 8, nothing before
+    ((1.0, 0, 1.0, 0.0), 1.0): [180, 19, 219, 245, 84, 73, 208, 18, 74, 182, 167, 95],
+    ((0.8, 40, 1.0, 0.0), 1.0): [88, 8, 25, 106, 246, 131, 182, 42, 71, 175, 239, 0],
+    ((0.5, 0, 0.9, 0.0), 1.0): [182, 143, 8, 15, 243, 165, 245, 33, 219, 105, 35, 209],
+    ((1.5, 0, 1.0, 0.1), 1.0): [52, 228, 71, 182, 245, 216, 122, 180, 14, 88, 101, 86],
+    ((0.8, 20, 0.95, 0.02), 1.3): [30, 180, 168, 111, 235, 20, 222, 97, 219, 105, 180, 14],
+    ((0.0, 0, 1.0, 0.0), 1.0): [195, 59, 133, 195, 59, 133, 195, 59, 133, 195, 59, 133],
+    ((0.0, 0, 1.0, 0.0), 1.5): [195, 59, 133, 165, 134, 156, 53, 49, 168, 195, 59, 133],
+}
+
+
+@pytest.mark.parametrize(("options", "penalty"), GOLDEN_IDS)
+def test_golden_ids(options, penalty):
+    rng, ids, sampling = Rng(7), [], Sampling(*options)
+    for step in range(12):
+        ids.append(sample(penalise(golden_logits(step % 3), ids[-8:], penalty), rng.uniform(), sampling))
+    assert ids == GOLDEN_IDS[options, penalty]
 
 
 # -- mistakes
