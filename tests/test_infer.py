@@ -68,8 +68,11 @@ def test_old_name_of_the_model(exported, infer, lm):
 
 @pytest.mark.parametrize("spelling", ["-", "_"])
 def test_options_reach_the_model(infer, lm, spelling):
-    options = {"temperature": 1.3, "top_k": 9, "top_p": 0.9, "min_p": 0.02, "overflow": "shift"}
+    options = {"temperature": 1.3, "top_k": 9, "top_p": 0.9, "min_p": 0.02, "overflow": "shift",
+               "repetition_penalty": 1.2, "repetition_window": 8, "min_length": 3}  # fmt: skip
     flags = [f"--{name.replace('_', spelling)}={value}" for name, value in options.items()]
+    flags += ["--ban", r"e\n", "--allow", "abcdefgh \n"]
+    options |= {"banned": "e\n", "allowed": "abcdefgh \n"}
     expected = lm.generate("the ", 80, rng_seed=3, **options)
     assert infer("--seed", "the ", "--max-length", 80, "--rng-seed", 3, *flags) == (0, expected + "\n", "")
     assert infer("--seed", "the ", "--max-length", 80, "--rng-seed", 3, "--threads", 2, *flags)[1] == expected + "\n"
@@ -100,7 +103,7 @@ def test_several_samples(infer, lm):
 @pytest.mark.parametrize(
     ("argument", "stop"),
     [(r"\n", "\n"), ("\n", "\n"), (r"\t", "\t"), (r"\\", "\\"), (r"s\n", "s\n"), ("é", "é"), (r"é\n", "é\n"), ("", ""),
-     ("\\", "\\"), (r"\d\x", r"\d\x"), (r"\\n", r"\n"), ("e" * 100_000, "e" * 100_000), ("\udcff", "")],
+     ("\\", "\\"), (r"\d\x", r"\d\x"), (r"\\n", r"\n"), ("e" * 100_000, "e" * 100_000)],
 )  # fmt: skip
 def test_stop(infer, lm, argument, stop):
     expected = lm.generate("the ", 100, rng_seed=2, stop=stop)
@@ -120,15 +123,37 @@ def test_json_is_one_object(infer, lm):
     assert (code, err) == (0, "")
     assert out.count("\n") == 1
     texts = [lm.generate("Zoë ", 30, rng_seed=4, top_k=5, stream_number=n) for n in range(2)]
-    assert json.loads(out) == {
+    found = json.loads(out)
+    logprobs = [sample.pop("logprobs") for sample in found["samples"]]
+    assert found == {
         "seed": "Zoë ", "max_length": 30, "top_k": 5, "stop": [], "overflow": "crop", "rng_seed": 4,
         "samples": [{"text": text, "new_text": text[4:]} for text in texts],
     }  # fmt: skip
+    stream = lm.stream("Zoë ", 30, rng_seed=4, top_k=5, logprobs=True)
+    assert logprobs[0] == pytest.approx([value for _ in stream for value in stream.logprobs], abs=1e-5)
+    assert len(logprobs[1]) == 30
     # without a random seed, the one taken stands there
     taken = json.loads(infer("--max-length", 30, "--json")[1])
     assert infer("--max-length", 30, "--rng-seed", taken["rng_seed"])[1] == taken["samples"][0]["text"] + "\n"
-    # a stop that is no UTF-8, as a shell can pass it, does not spoil the object
-    assert json.loads(infer("--max-length", 3, "--stop", "\udcff", "--json")[1])["stop"] == ["\udcff"]
+
+
+def test_more_samples_than_fit_in_a_batch_come_in_order(infer, lm, monkeypatch):
+    monkeypatch.setattr("smallm.batch.MOST_STREAMS", 2)
+    argv = ["--seed", "the ", "--max-length", 40, "--rng-seed", 4, "--num-samples", 5, "--stop", "o"]
+    texts = [lm.generate("the ", 40, rng_seed=4, stop="o", stream_number=n) for n in range(5)]
+    expected = ("\n" + "-" * 40 + "\n").join(texts) + "\n"
+    assert infer(*argv) == infer(*argv, "--no-stream") == (0, expected, "")
+    assert [sample["text"] for sample in json.loads(infer(*argv, "--json")[1])["samples"]] == texts
+
+
+def test_next_characters(infer, lm):
+    found = lm.next_characters("the small caf", 3)
+    code, out, err = infer("--seed", "the small caf", "--next", 3)
+    assert (code, err) == (0, "")
+    assert out == "".join(f"{p:.6f}  {json.dumps(c, ensure_ascii=False)}\n" for c, p in found)
+    values = json.loads(infer("--seed", "the small caf", "--next", 3, "--json")[1])
+    assert [value["character"] for value in values["next"]] == [c for c, _ in found]
+    assert [value["probability"] for value in values["next"]] == pytest.approx([p for _, p in found], abs=1e-8)
 
 
 @pytest.mark.parametrize("seed", ["", "中🎉", "\n\n", "the " * 5000])
@@ -235,6 +260,14 @@ def test_a_folder_is_no_file(infer, tmp_path):
         (["--rng-seed", "4294967296"], "rng_seed = 4294967296 is out of range"),
         (["--num-samples", "0"], "--num-samples 0 is out of range; it must be 1 or more"),
         (["--threads", "0"], "threads = 0 is out of range"),
+        (["--next", "0"], "--next 0 is out of range; it must be 1 or more"),
+        (["--min-length", "501"], "min_length = 501 is more than max_length = 500"),
+        (["--repetition-penalty", "0"], "repetition_penalty = 0.0 is out of range"),
+        (["--repetition-window", "33"], "repetition_window = 33 is out of range; it must be from 0 to block_size = 32"),
+        (["--allow", ""], "allowed and banned leave no character; allow one that is not banned"),
+        (["--allow", "ab", "--ban", "ba"], "allowed and banned leave no character"),
+        (["--ban", "\udcff"], "banned has a lone surrogate, which no text can hold; leave it out"),
+        (["--stop", "x\udcff"], "stop = 'x\\udcff' has a lone surrogate, which no text can hold; leave it out"),
         (["--overflow", "wrap"], "argument --overflow: invalid choice: 'wrap'"),
         (["--seed", "caf\udcff"], "the text has a lone surrogate (U+DCFF) at character 3"),
         (["--seed"], "argument --seed/--seed_string: expected one argument"),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from toys import GREEDY, TOY_VOCABULARY, random_model, save_onnx, torch_text
 
-from smallm import LanguageModel, UserError, runtime
+from smallm import LanguageModel, UserError, draft
 from smallm.runtime import MODEL_FILE
 from smallm.sampling import Rng, Sampling
 from smallm.training.checkpoint import STATE_FILE, load_model
@@ -106,7 +106,7 @@ def test_crop_sees_exactly_the_last_block_size_ids(lm, model, val_text, monkeypa
     ids = lm.vocabulary.encode(val_text[: 6 * BLOCK_SIZE]).tolist()
     past = len(lm.vocabulary.encode(seed))
     history, ids = ids[:past], ids[past:]
-    monkeypatch.setattr(runtime, "sample", spy)
+    monkeypatch.setattr(draft, "sample", spy)
     list(itertools.islice(lm.stream(seed, len(ids)), len(ids)))
     assert len(seen) == len(ids) >= 3 * BLOCK_SIZE
     for logits, id in zip(seen, ids, strict=True):
@@ -123,7 +123,7 @@ def test_shift_goes_on_with_the_newest_half(lm, model, val_text, monkeypatch):
         seen.append(logits.copy())
         return ids[len(seen)]
 
-    monkeypatch.setattr(runtime, "sample", spy)
+    monkeypatch.setattr(draft, "sample", spy)
     list(lm.stream(val_text[0], 4 * BLOCK_SIZE, overflow="shift"))
     start = 0
     for t, logits in enumerate(seen):  # logits after ids[0..t]
@@ -338,16 +338,6 @@ def test_some_stops_were_met(lm):
     assert lm.generate("the ", 60, rng_seed=1, stop=text[20:23]) == text[: text.index(text[20:23], 4)]
 
 
-@settings(max_examples=300)
-@given(st.text(alphabet="ab", max_size=30), st.lists(st.text(alphabet="ab", min_size=1, max_size=5), max_size=4))
-def test_stops_by_the_rule(text, stops):
-    pieces = list(runtime._until(iter(text), stops))
-    assert "".join(pieces) == cut_at(text, stops)
-    assert all(pieces)
-    if not stops:
-        assert pieces == list(text)
-
-
 def test_a_stop_does_not_hold_back_more_than_it_must(lm):
     pieces = list(lm.stream("the ", 100, rng_seed=1, stop=["zzzzzz"]))
     assert max(map(len, pieces)) <= 3
@@ -416,12 +406,46 @@ def test_models_and_streams_do_not_disturb_each_other(lm, toy, exported):
         ({"stream_number": -1}, "stream_number = -1 is out of range"),
         ({"overflow": "wrap"}, "overflow = 'wrap' is unknown"),
         ({"seed": "a\ud800b"}, "lone surrogate"),
+        ({"max_length": 2.5}, "max_length = 2.5 is out of range"),
+        ({"min_length": -1}, "min_length = -1 is out of range; it must be 0 or more"),
+        ({"min_length": 9, "max_length": 8}, "min_length = 9 is more than max_length = 8"),
+        ({"repetition_penalty": 0}, "repetition_penalty = 0 is out of range; it must be from 0.01 to 100"),
+        ({"repetition_penalty": math.nan}, "repetition_penalty = nan is out of range"),
+        ({"repetition_penalty": 101.0}, "repetition_penalty = 101.0 is out of range"),
+        ({"repetition_penalty": "x"}, "repetition_penalty = x is out of range"),
+        ({"repetition_window": -1}, "repetition_window = -1 is out of range; it must be from 0 to block_size = 32"),
+        ({"repetition_window": 33}, "repetition_window = 33 is out of range"),
+        ({"allowed": ""}, "allowed and banned leave no character"),
+        ({"allowed": "ab", "banned": "ab"}, "allowed and banned leave no character"),
+        ({"banned": "\udcff"}, "banned has a lone surrogate"),
+        ({"stop": "a\ud800"}, "stop = .* has a lone surrogate, which no text can hold; leave it out"),
+        ({"stop": ["b", "\udcff"]}, "stop = .* has a lone surrogate"),
     ],
 )
 def test_options_out_of_range(lm, options, message):
     for method in (lm.generate, lm.stream):  # a stream complains before its first piece
         with pytest.raises(UserError, match=message):
             method(**options)
+
+
+def test_extreme_but_defined(lm):
+    """temperature next to nothing is the likeliest; next to infinity, any of the k likeliest; top_k = 0 is all ids."""
+    greedy = lm.generate("the ", 40, temperature=0)
+    assert lm.generate("the ", 40, temperature=1e-9, rng_seed=1) == greedy
+    assert lm.generate("the ", 40, top_k=1, rng_seed=1) == greedy
+    assert lm.generate("the ", 40, top_p=1e-9, rng_seed=1) == greedy
+    assert len(lm.generate("the ", 40, temperature=1e9, rng_seed=1)) == 44
+    everything = lm.generate("the ", 40, top_k=0, rng_seed=1)
+    assert everything == lm.generate("the ", 40, top_k=10**6, rng_seed=1)
+
+
+def test_a_million_characters_of_seed(lm):
+    seed = "an old owl paints ten euros (10 €).\n" * 28_000
+    assert len(seed) > 1_000_000
+    text = lm.generate(seed, 5, rng_seed=1)
+    assert text[len(seed) :] == lm.generate(seed[-100:], 5, rng_seed=1)[100:]
+    assert len(lm.generate_many([seed] * 3, 5)[2]) == len(seed) + 5
+    assert lm.next_characters(seed, 3) == lm.next_characters(seed[-100:], 3)
 
 
 # -- opening

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smallm import scoring
-from smallm.scoring import IGNORED, Perplexity, begins_character, windows
+from smallm.errors import UserError
+from smallm.scoring import IGNORED, Perplexity, begins_character, nats, windows
 from smallm.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.from_characters("é€")
@@ -117,3 +118,27 @@ def test_perplexity_in_its_three_units():
     found = Perplexity.of(nats=6 * math.log(8), characters=6)
     assert found == Perplexity(math.log(8), pytest.approx(3.0), pytest.approx(8.0), 6)
     assert Perplexity.of(1e6, 10).perplexity == math.exp(700)  # finite: JSON has no infinity
+
+
+def test_nats_by_hand():
+    logits = np.log(np.float32([[[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]], [[1, 1, 2], [3, 4, 5]]]))
+    found = nats(logits, np.array([[1, IGNORED], [2, 0]]))
+    assert found.dtype == np.float64
+    assert found.tolist() == [[pytest.approx(math.log(4)), 0], [pytest.approx(math.log(2)), pytest.approx(math.log(4))]]
+
+
+def test_nats_from_one_end_of_float32_to_the_other():
+    assert nats(np.float32([[[3e38, -3e38]]]), np.array([[0]])).tolist() == [[0.0]]
+    assert nats(np.float32([[[0, -math.inf]]]), np.array([[0]])).tolist() == [[0.0]]  # a probability of zero
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [(0, 0, 0), (1, 1, 2)])
+def test_nats_of_logits_that_are_not_finite(bad, place):
+    logits = np.zeros((2, 2, 3), np.float32)
+    logits[place] = bad
+    for targets in (np.zeros((2, 2), np.int64), np.full((2, 2), IGNORED)):
+        with pytest.raises(UserError, match="not finite"):
+            nats(logits.copy(), targets)
+    with pytest.raises(UserError, match="not finite"):
+        nats(np.float32([[[0, -math.inf]]]), np.array([[1]]))
