@@ -1,0 +1,112 @@
+"""Past block_size: what `crop` and `shift` cost in bits per character and in time, and a text of a million characters.
+
+    python benchmarks/long_text.py --model runs/shakespeare --text validation.txt
+
+Three tables. Speed and memory of a process over a million characters with `shift`. Characters per second within and
+past block_size, for both ways. Bits per character against the position in a text that is read from its beginning, for
+both ways: each prediction has the context that generation would have there.
+"""
+
+import argparse
+import math
+import resource
+import sys
+import time
+from itertools import islice, pairwise
+from pathlib import Path
+
+import numpy as np
+
+from smallm import LanguageModel
+from smallm.scoring import IGNORED, nats
+
+WINDOWS = 32  # computed at a time
+
+
+def context(position: int, block_size: int, overflow: str) -> int:
+    """How many ids the model sees when it predicts the id at this position (from 1), as smallm/writer.py has it."""
+    if position <= block_size or overflow == "crop":
+        return min(position, block_size)
+    half = max(1, block_size // 2)
+    return half + (position - block_size - 1) % (block_size - half + 1)
+
+
+def bits(lm: LanguageModel, ids: np.ndarray, ends: np.ndarray, contexts: np.ndarray) -> np.ndarray:
+    """Bits of the ids at these places (n,), each predicted from so many ids (n,) before it."""
+    found = np.empty(len(ends))
+    by_context = np.argsort(contexts, kind="stable")
+    for some in np.array_split(by_context, max(1, len(ends) // WINDOWS)):
+        T = contexts[some].max()
+        rows = np.zeros((len(some), T + 1), np.int64)
+        targets = np.full((len(some), T), IGNORED)
+        for row, n, end in zip(range(len(some)), contexts[some], ends[some], strict=True):
+            rows[row, : n + 1] = ids[end - n : end + 1]
+            targets[row, n - 1] = ids[end]
+        found[some] = nats(lm._session.logits(rows[:, :-1]), targets).sum(axis=1)
+    return found / math.log(2)
+
+
+def curve(lm: LanguageModel, text: str, samples: int) -> None:
+    """Prints bits per character by position: means over the same characters, with other beginnings in each row."""
+    ids, size, rng = lm.vocabulary.encode(text).astype(np.int64), lm.block_size, np.random.default_rng(0)
+    ends = rng.integers(size + 1, len(ids), samples)
+    whole = bits(lm, ids, ends, np.full(samples, size))
+    edges = [1, *(size * k // 8 for k in (1, 2, 4, 8, 10, 12, 14, 16, 20, 24, 32))]
+    print(f"\n{'positions':>13} {'crop':>8} {'shift':>8} {'shift - crop':>17}   (bits per character)")
+    for first, last in pairwise(edges):
+        positions = rng.integers(first, last, samples) + 1
+        crop, shift = (np.array([context(p, size, way) for p in positions]) for way in ("crop", "shift"))
+        crop = whole if first >= size else bits(lm, ids, ends, crop)
+        shift = crop if first < size else bits(lm, ids, ends, shift)
+        difference = f"{(shift - crop).mean():.4f} ± {(shift - crop).std() / samples**0.5:.4f}"
+        print(f"{first + 1:>5} - {last:<5} {crop.mean():8.4f} {shift.mean():8.4f} {difference:>17}", flush=True)
+    strided = lm.perplexity(text, stride=size - size // 2).bits_per_char
+    print(f"the whole text: windows side by side {lm.perplexity(text).bits_per_char:.4f}, as with shift {strided:.4f}")
+
+
+def speed(lm: LanguageModel) -> None:
+    """Prints characters per second within the context and past it."""
+    size = lm.block_size
+    print(f"\n{'positions':>12} {'crop':>8} {'shift':>8}   (characters per second, medians of 3, interleaved)")
+    for first, length in ((1, size - 1), (2 * size, size // 2)):
+        rates = {"crop": [], "shift": []}
+        for _ in range(3):
+            for overflow, found in rates.items():
+                stream = lm.stream("\n" * first, length + 1, overflow=overflow, rng_seed=1, temperature=0.8, top_k=40)
+                next(stream)
+                begin = time.perf_counter()
+                n = sum(len(piece) for piece in stream)
+                found.append(n / (time.perf_counter() - begin))
+        print(f"{first:>5} - {first + length:<5}" + "".join(f"{np.median(found):8.0f} " for found in rates.values()))
+
+
+def endless(lm: LanguageModel, characters: int) -> None:
+    """Prints speed and peak memory while one text grows with shift."""
+    print(f"\n{'characters':>12} {'per second':>10} {'peak RSS, MB':>12}")
+    stream = lm.stream("\n", characters, overflow="shift", rng_seed=1, temperature=0.8, top_k=40)
+    done = 0
+    while done < characters:
+        begin = time.perf_counter()
+        n = sum(len(piece) for piece in islice(stream, characters // 10))
+        done += n
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"{done:>12,} {n / (time.perf_counter() - begin):>10.0f} {memory:>12.1f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a run, an export folder or an .onnx file")
+    parser.add_argument("--text", required=True, type=Path, help="text that the model was not trained on")
+    parser.add_argument("--samples", type=int, default=1024, help="characters that each row of the curve predicts")
+    parser.add_argument("--characters", type=int, default=1_000_000, help="length of the endless text")
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    lm = LanguageModel.load(options.model, threads=options.threads)
+    print(f"block_size {lm.block_size}, {lm.metadata.n_layer} x {lm.metadata.n_embd}, {lm.metadata.precision}")
+    endless(lm, options.characters)
+    speed(lm)
+    curve(lm, options.text.read_text(encoding="utf-8"), options.samples)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
