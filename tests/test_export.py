@@ -197,7 +197,7 @@ def drop_node(proto):
 def ignore_the_past(proto):
     """Right without a cache, wrong with one: every position counts as the first of its chunk."""
     for node in proto.graph.node:
-        if node.name == "/keys":
+        if node.name == "/last_key":
             node.input[0] = "input_ones"
     shape = helper.make_node("Shape", ["input_ids"], ["input_shape"])
     ones = helper.make_node("ConstantOfShape", ["input_shape"], ["input_ones"],
@@ -216,7 +216,7 @@ BROKEN = {
     "positions off by one": change_initializer("cos_cache", lambda w: np.roll(w, 1, 0)),
     "a rotary table too short": change_initializer("cos_cache", lambda w: w[:-1].copy()),
     "another epsilon": change_attribute("SkipSimplifiedLayerNormalization", "epsilon", 1e-3),
-    "another scale": change_attribute("GroupQueryAttention", "scale", 1.0),
+    "another scale": change_attribute("GroupQueryAttention", "scale", 0.5),
     "no rotation": change_attribute("GroupQueryAttention", "do_rotary", 0),
     "a short attention window": change_attribute("GroupQueryAttention", "local_window_size", 12),
     "wrong only with a cache": ignore_the_past,
