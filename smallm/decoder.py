@@ -96,8 +96,8 @@ class _Rows:
     """
 
     def __init__(self, session: "Session", cache: np.ndarray, mask: np.ndarray, first: int, count: int):
-        self.first, self._session = first, session
-        self._binding = session.binding()
+        self.first = first
+        self._binding, self._run = session.bound(count)
         logits = np.zeros((count, 1, session.manifest.vocab_size), np.float32)
         self._logits, self._id, self._keep = logits[:, 0], np.zeros((count, 1), np.int64), np.ones((), np.int64)
         rows = slice(first, first + count)
@@ -112,7 +112,7 @@ class _Rows:
     def step(self, ids: np.ndarray) -> np.ndarray:
         """ids (B,), already in the mask -> logits (B, V) after them."""
         self._id[:, 0] = ids
-        self._session.run_bound(self._binding)
+        self._run()
         return self._logits
 
     def run(self, ids: np.ndarray) -> np.ndarray:
@@ -122,7 +122,7 @@ class _Rows:
         ids = np.ascontiguousarray(ids, np.int64)  # alive until they are read: the binding holds no reference
         self._bind_input("input_ids", ids)
         try:
-            self._session.run_bound(self._binding)
+            self._run()
         finally:
             self._bind_input("input_ids", self._id)
         return self._logits

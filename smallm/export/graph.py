@@ -29,7 +29,7 @@ from smallm.training.model import TransformerLanguageModel, rotary_tables
 OPSET, IR_VERSION = 17, 8  # read by ONNX Runtime from 1.20 to today
 MICROSOFT = "com.microsoft"
 INT64_MAX = np.iinfo(np.int64).max
-INT8_ACTIVATIONS = 4  # accuracy level of MatMulNBits: inputs are rounded to 8 bits, block by block
+EXACT, INT8_INPUTS = 0, 4  # accuracy levels of MatMulNBits: with the latter, inputs are rounded to 8 bits, by blocks
 
 
 def build_graph(
@@ -45,6 +45,13 @@ def build_graph(
 def has_table(model: TransformerLanguageModel) -> bool:
     """Whether the first layer's queries, keys and values are a table of the characters: where that is not too big."""
     return model.vocab_size <= 4 * model.config.n_embd
+
+
+def set_accuracy(proto: onnx.ModelProto, level: int) -> None:
+    """Changes the arithmetic of all products with quantised matrices."""
+    for attribute in (each for node in proto.graph.node for each in node.attribute):
+        if attribute.name == "accuracy_level":
+            attribute.i = level
 
 
 class _Graph:
@@ -197,7 +204,7 @@ class _Graph:
         scales = self._constant(f"{weight}.scales", q.scales.reshape(-1))
         N, K = weights.shape
         return self._add("MatMulNBits", name, x, codes, scales, domain=MICROSOFT,
-                         K=K, N=N, bits=q.bits, block_size=q.block, accuracy_level=INT8_ACTIVATIONS)  # fmt: skip
+                         K=K, N=N, bits=q.bits, block_size=q.block, accuracy_level=INT8_INPUTS)  # fmt: skip
 
     def _weight(self, name: str) -> str:
         return self._constant(f"{name}.weight", self.weights[f"{name}.weight"])
