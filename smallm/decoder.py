@@ -31,31 +31,37 @@ class Decoder:
         self.block_size, self.streams = m.block_size, streams
         self.lengths = np.zeros(streams, np.int64)
         """Number of ids in each stream's cache (B,)."""
+        self._longest = 0
         self._session = session
         self._cache = np.zeros((2 * m.n_layer, streams, m.n_kv_head, m.block_size, m.head_dim), np.float32)
-        self._row = _Rows(session, self._cache, 0, 1)
-        self._rows = self._row if streams == 1 else _Rows(session, self._cache, 0, streams)
+        self._mask = np.zeros((streams, m.block_size), np.int64)  # of all places in the cache, 1 where an id is
+        self._bind()
 
     def feed(self, ids: np.ndarray, stream: int = 0) -> np.ndarray:
         """Appends ids (T,), one or more, as many as fit, to one stream; returns the logits (V,) after the last."""
-        T = len(ids)
-        assert 0 < T <= self.block_size - self.lengths[stream], (T, self.lengths)
+        start, T = int(self.lengths[stream]), len(ids)
+        assert 0 < T <= self.block_size - start, (T, self.lengths)
         if self._row.first != stream:
-            self._row = _Rows(self._session, self._cache, stream, 1)
-        lengths = self.lengths[stream : stream + 1]  # a view
-        lengths += T
-        return self._row.run(np.asarray(ids, np.int64).reshape(1, T), lengths)[0]
+            self._row = _Rows(self._session, self._cache, self._mask, stream, 1)
+        self._mask[stream, start : start + T] = 1
+        self.lengths[stream] = start + T
+        self._longest = max(self._longest, start + T)
+        return self._row.run(np.asarray(ids)[None])[0]
 
     def step(self, ids: np.ndarray) -> np.ndarray:
         """Appends one id to each stream (B,), whatever the length of each; returns the logits (B, V) after them."""
         assert len(ids) == self.streams, (ids, self.streams)
-        assert self.lengths.max() < self.block_size, self.lengths
+        assert self._longest < self.block_size, self.lengths
+        self._mask[self._numbers, self.lengths] = 1
         self.lengths += 1
-        return self._rows.run(np.asarray(ids, np.int64).reshape(-1, 1), self.lengths)
+        self._longest += 1
+        return self._rows.step(ids)
 
     def reset(self, stream: int | None = None) -> None:
         """Forgets one stream's text, or all."""
-        self.lengths[slice(None) if stream is None else stream] = 0
+        at = slice(None) if stream is None else stream
+        self._mask[at], self.lengths[at] = 0, 0
+        self._longest = int(self.lengths.max())
 
     def snapshot(self, stream: int = 0) -> Snapshot:
         """A copy of what one stream has read, to go on from later, or many times."""
@@ -63,43 +69,63 @@ class Decoder:
 
     def restore(self, snapshot: Snapshot, stream: int = 0) -> None:
         """Puts a stream, of this decoder or another of the same model, where it was."""
+        self.reset(stream)
         self._cache[:, stream, :, : snapshot.length] = snapshot.cache
-        self.lengths[stream] = snapshot.length
+        self._mask[stream, : snapshot.length], self.lengths[stream] = 1, snapshot.length
+        self._longest = max(self._longest, snapshot.length)
 
     def select(self, streams: np.ndarray) -> None:
         """Keeps these streams (n,), at most as many as there are, in this order, and forgets the others."""
-        longest = self.lengths[streams].max()
-        self._cache[:, : len(streams), :, :longest] = self._cache[:, streams, :, :longest]
-        self._cache = self._cache[:, : len(streams)]
-        self.streams, self.lengths = len(streams), self.lengths[streams].copy()
-        self._rows = _Rows(self._session, self._cache, 0, self.streams)
-        if self.streams == 1:
-            self._row = self._rows
+        n, longest = len(streams), self.lengths[streams].max()
+        self._cache[:, :n, :, :longest] = self._cache[:, streams, :, :longest]
+        self._mask[:n] = self._mask[streams]
+        self._cache, self._mask = self._cache[:, :n], self._mask[:n]
+        self.streams, self.lengths, self._longest = n, self.lengths[streams], int(longest)
+        self._bind()
+
+    def _bind(self) -> None:
+        self._numbers = np.arange(self.streams)
+        self._rows = _Rows(self._session, self._cache, self._mask, 0, self.streams)
+        self._row = self._rows if self.streams == 1 else _Rows(self._session, self._cache, self._mask, 0, 1)
 
 
 class _Rows:
-    """Streams side by side that are computed together, and all that ONNX Runtime is told about them once."""
+    """Streams side by side that are computed together, and all that ONNX Runtime is told about them, once.
 
-    def __init__(self, session: "Session", cache: np.ndarray, first: int, count: int):
-        self.first, self._session = first, session
-        self._binding = session.binding()
-        self._logits = np.zeros((count, 1, session.manifest.vocab_size), np.float32)
-        self._keep = np.ones((), np.int64)
-        self._kept: tuple[np.ndarray, ...] = ()  # the binding holds no references
-        for past, present, buffer in zip(session.past, session.present, cache[:, first : first + count], strict=True):
+    The mask has a place for each of the cache's, and so always the same shape: a binding costs as much as ten nodes.
+    """
+
+    def __init__(self, session: "Session", cache: np.ndarray, mask: np.ndarray, first: int, count: int):
+        self.first = first
+        self._binding, self._run = session.bound(count)
+        logits = np.zeros((count, 1, session.manifest.vocab_size), np.float32)
+        self._logits, self._id, self._keep = logits[:, 0], np.zeros((count, 1), np.int64), np.ones((), np.int64)
+        rows = slice(first, first + count)
+        for past, present, buffer in zip(session.past, session.present, cache[:, rows], strict=True):
             self._bind_input(past, buffer)
             self._binding.bind_output(present, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
-        self._binding.bind_output("logits", "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
+        self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self._bind_input("attention_mask", mask[rows])
         self._bind_input("num_logits_to_keep", self._keep)
+        self._bind_input("input_ids", self._id)
 
-    def run(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """ids (B, T), lengths (B,) with them -> logits (B, V) after the last of each."""
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        self._kept = ids, mask = np.ascontiguousarray(ids), mask.astype(np.int64)
+    def step(self, ids: np.ndarray) -> np.ndarray:
+        """ids (B,), already in the mask -> logits (B, V) after them."""
+        self._id[:, 0] = ids
+        self._run()
+        return self._logits
+
+    def run(self, ids: np.ndarray) -> np.ndarray:
+        """ids (B, T), already in the mask -> logits (B, V) after the last of each."""
+        if ids.shape[1] == 1:
+            return self.step(ids[:, 0])
+        ids = np.ascontiguousarray(ids, np.int64)  # alive until they are read: the binding holds no reference
         self._bind_input("input_ids", ids)
-        self._bind_input("attention_mask", mask)
-        self._session.run_bound(self._binding)
-        return self._logits[:, 0]
+        try:
+            self._run()
+        finally:
+            self._bind_input("input_ids", self._id)
+        return self._logits
 
     def _bind_input(self, name: str, array: np.ndarray) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

@@ -37,6 +37,9 @@ class Manifest:
     training: dict[str, Any] = field(default_factory=dict)
     """Facts about the training: text, steps, validation loss …"""
     precision: str = "fp32"
+    """Of the matrices: fp32, int8 or int4."""
+    quality: dict[str, Any] = field(default_factory=dict)
+    """What the export measured: bytes of the model, bits per character, characters per second, oldest ONNX Runtime."""
     format_version: int = FORMAT_VERSION
 
     @cached_property
@@ -95,7 +98,8 @@ class Manifest:
         sane = sane and self.n_head % self.n_kv_head == 0
         sane &= isinstance(self.tokens, str) and self.vocabulary.size == self.vocab_size
         sane &= isinstance(self.start_text, str) and 0 < len(self.vocabulary.encode(self.start_text)) < 1000
-        sane &= isinstance(self.sampling, dict) and isinstance(self.training, dict) and isinstance(self.precision, str)
+        sane &= all(isinstance(each, dict) for each in (self.sampling, self.training, self.quality))
+        sane &= isinstance(self.precision, str)
         if not sane:
             raise ValueError
         defaults = Sampling.resolve({}, self.sampling)

@@ -10,7 +10,9 @@ from smallm.runs import CHECKPOINTS, EXPORT, newest_run
 
 DESCRIPTION = """\
 Writes a trained model as an ONNX folder: model.onnx with vocabulary and settings inside, and the JSON files that other
-runtimes read. The file is compared with the PyTorch model first; if they differ, nothing is written."""
+runtimes read. The file is first compared with the PyTorch model, and measured on the validation text: if it differs, or
+if its precision costs too much, nothing is written."""
+PRECISIONS = ("fp32", "int8", "int4")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,8 +26,12 @@ def main(argv: Sequence[str]) -> int:
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("run", nargs="?", type=Path, help="run, or one of its checkpoints; default: the newest run")
     parser.add_argument("--out", type=Path, metavar="DIR", help="export folder; default: RUN/export")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32",
+                        help="of the matrices; fewer bits: smaller, faster")  # fmt: skip
+    parser.add_argument("--allow-loss", action="store_true", help="write it whatever the precision costs")
     options = parser.parse_args(argv)
     from smallm.export.folder import export_checkpoint  # torch and onnx are slow to import: mistakes are told before
+    from smallm.export.precision import table
     from smallm.runtime import MODEL_FILE
     from smallm.training.checkpoint import STATE_FILE, damage
     from smallm.training.shelf import best_checkpoint
@@ -39,13 +45,16 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"cannot read {run}: {error.strerror}") from None
     within_run = checkpoint == run and run.parent.name == CHECKPOINTS
     out = options.out or (run.parent.parent if within_run else run) / EXPORT
-    manifest, difference = export_checkpoint(checkpoint, out)
-    size = (out / MODEL_FILE).stat().st_size
-    loss = manifest.training["val_loss"]
+    export = export_checkpoint(checkpoint, out, options.precision, options.allow_loss)
+    quality, loss = export.measured[-1], export.manifest.training["val_loss"]
     print(
-        f"{checkpoint} -> {out / MODEL_FILE}: {size / 1e6:.2f} MB, {manifest.precision}, "
-        f"logits within {difference:.1e} of PyTorch's" + (f", validation loss {loss:.4f}" if loss is not None else "")
+        f"{checkpoint} -> {out / MODEL_FILE}: {quality.bytes / 1e6:.2f} MB, {quality.precision}, "
+        f"logits within {export.difference:.1e} of PyTorch's"
+        + (f", validation loss {loss:.4f}" if loss is not None else "")
     )
+    print(table(export.measured))
+    if quality.loss is not None:
+        print(f"{quality.precision} costs {quality.loss:.4f} bits per character")
     model = "" if options.run is None and options.out is None else f" --model {shlex.quote(str(out))}"
     print(f'next: python infer.py{model} --seed "Once"')
     return 0

@@ -7,13 +7,21 @@ Inputs and outputs bear the names that onnxruntime-genai and Hugging Face's tool
     -> logits (batch_size, positions, vocab_size), present.N.key/value (as past, with the new positions)
 
 and the optional num_logits_to_keep, a scalar: 1 = logits of the last position only, 0 (its default) = of all. Past and
-present may be one buffer. Attention is `com.microsoft.GroupQueryAttention`, which ONNX Runtime has on every platform.
+present may be one buffer, and attention_mask may be longer than the text, with zeros at its end: then nothing but the
+ids and one number of the mask changes from one id to the next. Attention is `com.microsoft.GroupQueryAttention`, which
+ONNX Runtime has on every platform.
+
+A small model spends its time on nodes, not on arithmetic, so there are few: queries and keys of all heads share a norm,
+gate and up a product, sums go into the norm that follows, and what the first layer makes of a character is a table.
 """
+
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from smallm.export.quantise import Quantised
 from smallm.manifest import Manifest
 from smallm.training.functions import NORM_EPS
 from smallm.training.model import TransformerLanguageModel, rotary_tables
@@ -21,18 +29,36 @@ from smallm.training.model import TransformerLanguageModel, rotary_tables
 OPSET, IR_VERSION = 17, 8  # read by ONNX Runtime from 1.20 to today
 MICROSOFT = "com.microsoft"
 INT64_MAX = np.iinfo(np.int64).max
+EXACT, INT8_INPUTS = 0, 4  # accuracy levels of MatMulNBits: with the latter, inputs are rounded to 8 bits, by blocks
 
 
-def build_graph(model: TransformerLanguageModel, manifest: Manifest) -> onnx.ModelProto:
-    """The graph with the model's weights and, in `metadata_props`, the manifest."""
-    return _Graph(model).build(manifest)
+def build_graph(
+    model: TransformerLanguageModel, manifest: Manifest, quantised: Mapping[str, Quantised] | None = None
+) -> onnx.ModelProto:
+    """The graph with the model's weights and, in `metadata_props`, the manifest.
+
+    The matrices in `quantised`, by parameter name, are stored as that, the others in fp32.
+    """
+    return _Graph(model, quantised or {}).build(manifest)
+
+
+def has_table(model: TransformerLanguageModel) -> bool:
+    """Whether the first layer's queries, keys and values are a table of the characters: where that is not too big."""
+    return model.vocab_size <= 4 * model.config.n_embd
+
+
+def set_accuracy(proto: onnx.ModelProto, level: int) -> None:
+    """Changes the arithmetic of all products with quantised matrices."""
+    for attribute in (each for node in proto.graph.node for each in node.attribute):
+        if attribute.name == "accuracy_level":
+            attribute.i = level
 
 
 class _Graph:
     """Collects nodes and initialisers. Comments give shapes: B batch, T time, C channels, V vocabulary, hd head."""
 
-    def __init__(self, model: TransformerLanguageModel):
-        self.model, self.config = model, model.config
+    def __init__(self, model: TransformerLanguageModel, quantised: Mapping[str, Quantised]):
+        self.model, self.config, self.quantised = model, model.config, quantised
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.weights = {name: tensor.detach().float().cpu().numpy() for name, tensor in model.state_dict().items()}
@@ -41,50 +67,72 @@ class _Graph:
         c = self.config
         self._positions()
         stream = self._add("Gather", "/wte", self._weight("wte"), "input_ids")  # (B, T, C)
-        normed = self._norm("/h.0/ln_1", stream, self._weight("h.0.ln_1"))
+        if has_table(self.model):
+            packed = self._add("Gather", "/h.0/attn/packed", self._constant("qkv_table", self._table()), "input_ids")
+        else:
+            packed = self._packed(0, self._norm("/h.0/ln_1", stream, self._weight("h.0.ln_1")))
         for i in range(c.n_layer):
-            attended = self._attention(i, normed)
+            attended = self._attention(i, packed)
             normed, stream = self._add_and_norm(f"/h.{i}/ln_2", stream, attended, self._weight(f"h.{i}.ln_2"))
             changed = self._feed_forward(i, normed)
             following = f"h.{i + 1}.ln_1" if i + 1 < c.n_layer else "ln_f"
             normed, stream = self._add_and_norm(f"/{following}", stream, changed, self._weight(following))
+            packed = self._packed(i + 1, normed) if i + 1 < c.n_layer else ""
         self._logits(normed)
         return self._model(manifest)
 
     def _positions(self) -> None:
-        """What every attention node is told of the sequence: keys before the last one (B,), and the total length."""
+        """What every attention node is told: the position of the last key (B,), and how many there may be (1,)."""
         c = self.config
-        total = self._add("ReduceSum", "/keys", "attention_mask", self._constant("axis_1", [1]), keepdims=0)  # (B,)
-        last = self._add("Sub", "/last_key", total, self._constant("one", 1))
+        last = self._add("ArgMax", "/last_key", "attention_mask", axis=1, keepdims=0, select_last_index=1)
         self.seqlens_k = self._add("Cast", "/seqlens_k", last, to=TensorProto.INT32)
-        shape = self._add("Shape", "/mask_shape", "attention_mask")
-        length = self._add("Gather", "/mask_length", shape, self._constant("one", 1), axis=0)  # ()
+        length = self._add("Shape", "/mask_length", "attention_mask", start=1, end=2)
         self.total_length = self._add("Cast", "/total_length", length, to=TensorProto.INT32)
         cos, sin = rotary_tables(c.head_dim, c.block_size, c.rope_theta)  # (block_size, hd / 2)
         self.cos, self.sin = self._constant("cos_cache", cos.numpy()), self._constant("sin_cache", sin.numpy())
 
-    def _attention(self, i: int, x: str) -> str:
-        """(B, T, C) -> (B, T, C). Queries and keys are normalised together: their gains are one (heads, hd) table."""
+    def _packed(self, i: int, x: str) -> str:
+        """(B, T, C) -> queries, keys, values (B, T, (nh + 2 nkv) hd), the first two normalised, all heads at once."""
         c, at = self.config, f"/h.{i}/attn"
         heads = c.n_head + c.kv_heads
-        qkv = self._matmul(f"{at}/c_attn", x, f"h.{i}.attn.c_attn")  # (B, T, (nh + 2 nkv) hd)
+        qkv = self._matmul(f"{at}/c_attn", x, f"h.{i}.attn.c_attn")
         sizes = self._constant("qk_v_sizes", [heads * c.head_dim, c.kv_heads * c.head_dim])
         qk, v = f"{at}/qk", f"{at}/v"
         self.nodes.append(helper.make_node("Split", [qkv, sizes], [qk, v], name=f"{at}/split", axis=-1))
         qk = self._add("Reshape", f"{at}/to_heads", qk, self._constant("to_heads", [0, 0, heads, c.head_dim]))
         qk = self._norm(f"{at}/qk_norm", qk, self._constant("ones", np.ones(c.head_dim, np.float32)))
-        gains = [self.weights[f"h.{i}.attn.{x}_norm.weight"] for x in "qk"]
-        table = np.repeat(np.stack(gains), (c.n_head, c.kv_heads), axis=0)  # (heads, hd)
-        qk = self._add("Mul", f"{at}/gain", qk, self._constant(f"h.{i}.attn.qk_gain", table))
+        qk = self._add("Mul", f"{at}/gain", qk, self._constant(f"h.{i}.attn.qk_gain", self._qk_gain(i)))
         qk = self._add("Reshape", f"{at}/from_heads", qk, self._constant("from_heads", [0, 0, heads * c.head_dim]))
-        packed = self._add("Concat", f"{at}/packed", qk, v, axis=-1)
-        y, outputs = f"{at}/y", [f"present.{i}.key", f"present.{i}.value"]
+        return self._add("Concat", f"{at}/packed", qk, v, axis=-1)
+
+    def _qk_gain(self, i: int) -> np.ndarray:
+        """(heads, hd): the gains of the queries, each with attention's scale in it, then those of the keys.
+
+        The kernel's products are quicker without a scale of their own.
+        """
+        c = self.config
+        q, k = (self.weights[f"h.{i}.attn.{x}_norm.weight"] for x in "qk")
+        return np.repeat(np.stack((q * np.float32(c.head_dim**-0.5), k)), (c.n_head, c.kv_heads), axis=0)
+
+    def _table(self) -> np.ndarray:
+        """(V, (nh + 2 nkv) hd): the first layer's queries, keys and values, which depend on the character only."""
+        c, w = self.config, {name: weight.astype(np.float64) for name, weight in self.weights.items()}
+        heads = c.n_head + c.kv_heads
+        qkv = (_rms_norm(w["wte.weight"]) * w["h.0.ln_1.weight"]) @ w["h.0.attn.c_attn.weight"].T
+        qk, v = np.split(qkv, [heads * c.head_dim], axis=1)
+        qk = _rms_norm(qk.reshape(-1, heads, c.head_dim)) * self._qk_gain(0)
+        return np.concatenate((qk.reshape(len(v), -1), v), axis=1).astype(np.float32)
+
+    def _attention(self, i: int, packed: str) -> str:
+        """(B, T, (nh + 2 nkv) hd) -> (B, T, C)."""
+        c, at = self.config, f"/h.{i}/attn"
         past = [f"past_key_values.{i}.key", f"past_key_values.{i}.value"]
+        y, outputs = f"{at}/y", [f"present.{i}.key", f"present.{i}.value"]
         self.nodes.append(helper.make_node(
             "GroupQueryAttention",
             [packed, "", "", *past, self.seqlens_k, self.total_length, self.cos, self.sin],
             [y, *outputs], name=f"{at}/attention", domain=MICROSOFT,
-            num_heads=c.n_head, kv_num_heads=c.kv_heads, do_rotary=1,
+            num_heads=c.n_head, kv_num_heads=c.kv_heads, do_rotary=1, scale=1.0,
         ))  # fmt: skip
         return self._matmul(f"{at}/c_proj", y, f"h.{i}.attn.c_proj")
 
@@ -101,12 +149,14 @@ class _Graph:
 
     def _logits(self, x: str) -> None:
         """Cuts off the positions whose logits nobody asked for; the embedding is the output matrix too."""
-        start = self._add("Neg", "/first_kept", "num_logits_to_keep")  # -0 = from the beginning
-        start = self._add("Reshape", "/first_kept_1d", start, self._constant("shape_1", [1]))
+        start = self._add("Mul", "/first_kept", "num_logits_to_keep", self._constant("backwards", [-1]))  # 0: all
         end, axis = self._constant("end", [INT64_MAX]), self._constant("axis_1", [1])
         kept = self._add("Slice", "/kept", x, start, end, axis)
-        head = self._add("Transpose", "/lm_head", self._weight("wte"), perm=[1, 0])  # folded when the file is loaded
-        self.nodes.append(helper.make_node("MatMul", [kept, head], ["logits"], name="/logits"))
+        if "wte.weight" in self.quantised:
+            self._matmul("logits", kept, "wte")
+        else:
+            head = self._add("Transpose", "/lm_head", self._weight("wte"), perm=[1, 0])  # folded when it is loaded
+            self._add("MatMul", "logits", kept, head)
 
     def _model(self, manifest: Manifest) -> onnx.ModelProto:
         c = self.config
@@ -147,8 +197,14 @@ class _Graph:
         return name, f"{name}/sum"
 
     def _matmul(self, name: str, x: str, weight: str) -> str:
-        matrix = self._constant(f"{weight}.weight_t", np.ascontiguousarray(self.weights[f"{weight}.weight"].T))
-        return self._add("MatMul", name, x, matrix)
+        weights, q = self.weights[f"{weight}.weight"], self.quantised.get(f"{weight}.weight")
+        if q is None:
+            return self._add("MatMul", name, x, self._constant(f"{weight}.weight_t", np.ascontiguousarray(weights.T)))
+        codes = self._constant(f"{weight}.codes", q.packed())
+        scales = self._constant(f"{weight}.scales", q.scales.reshape(-1))
+        N, K = weights.shape
+        return self._add("MatMulNBits", name, x, codes, scales, domain=MICROSOFT,
+                         K=K, N=N, bits=q.bits, block_size=q.block, accuracy_level=INT8_INPUTS)  # fmt: skip
 
     def _weight(self, name: str) -> str:
         return self._constant(f"{name}.weight", self.weights[f"{name}.weight"])
@@ -159,3 +215,7 @@ class _Graph:
             array = value if isinstance(value, np.ndarray) else np.array(value, dtype=np.int64)
             self.initializers[name] = numpy_helper.from_array(array, name)
         return name
+
+
+def _rms_norm(x: np.ndarray) -> np.ndarray:
+    return x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + NORM_EPS)
