@@ -33,29 +33,35 @@ class _Batch:
     def __init__(self, session: Session, drafts: list[Draft], waiting: Iterator[Draft]):
         self._drafts: list[Draft | None] = list(drafts)
         self._waiting = waiting
-        self._fed = np.zeros(len(drafts), np.int64)  # ids of the text in the cache (streams,)
         self._decoder = session.decoder(len(drafts))
+        self._fresh = np.ones(len(drafts), bool)  # streams that have nothing of their draft in the cache, or no draft
+        self._steps = 0  # that all can take together, before one is full
         self._logits = np.zeros((len(drafts), session.manifest.vocab_size), np.float32)
 
     def run(self) -> Iterator[Draft]:
+        ended = any(draft.done for draft in self._drafts)
         while any(self._drafts):
-            if any(draft is not None and draft.done for draft in self._drafts):
+            if ended:
                 yield from self._replace()
                 self._drop()
+                ended = False
             self._predict()
             for draft, logits in zip(self._drafts, self._logits, strict=True):
                 if draft is not None:
                     draft.choose(logits)
-                    if draft.ready and not draft.done:
+                    if draft.done:
+                        ended = True
+                    elif draft.ready:
                         yield draft
 
     def _replace(self) -> Iterator[Draft]:
         """Yields the texts that are done; those that wait take their streams."""
+        self._steps = 0
         for stream, draft in enumerate(self._drafts):
             while draft is not None and draft.done:  # one that wants no text is done before it began
                 yield draft
                 draft = self._drafts[stream] = next(self._waiting, None)
-                self._fed[stream] = 0
+                self._fresh[stream] = True
 
     def _drop(self) -> None:
         """Gives up the streams without a text when they are too many to be carried along."""
@@ -63,21 +69,28 @@ class _Batch:
         if 0 < len(kept) <= FULL_ENOUGH * len(self._drafts):
             self._decoder.select(np.array(kept))
             self._drafts = [self._drafts[stream] for stream in kept]
-            self._fed, self._logits = self._fed[kept], self._logits[: len(kept)]
+            self._fresh, self._logits = self._fresh[kept], self._logits[: len(kept)]
 
     def _predict(self) -> None:
         """The logits after each text: those that have room in their caches together, the others one by one."""
+        if self._steps:
+            self._steps -= 1
+            self._step()
+            return
         decoder, size = self._decoder, self._decoder.block_size
-        together = (self._fed > 0) & (self._fed < size)
-        if together.any():
-            for stream in np.flatnonzero(~together):
-                decoder.reset(stream)  # what the step adds to it is not looked at
-            self._logits[:] = decoder.step(np.array([draft.history[-1] if draft else 0 for draft in self._drafts]))
-            self._fed += together
-        for stream in np.flatnonzero(~together):
+        alone = self._fresh | (decoder.lengths == size)
+        for stream in np.flatnonzero(alone):
+            decoder.reset(stream)  # what a step adds to it is not looked at
+        if not alone.all():
+            self._step()
+        for stream in np.flatnonzero(alone):
             draft = self._drafts[stream]
+            decoder.reset(stream)
             if draft is not None:
-                window = draft.window(fresh=self._fed[stream] == 0)
-                decoder.reset(stream)
-                self._logits[stream] = decoder.feed(window, stream)
-                self._fed[stream] = len(window)
+                self._logits[stream] = decoder.feed(draft.window(self._fresh[stream]), stream)
+                self._fresh[stream] = False
+        self._steps = size - int(decoder.lengths.max())
+
+    def _step(self) -> None:
+        ids = [0 if draft is None else draft.history[-1] for draft in self._drafts]
+        self._logits[:] = self._decoder.step(np.array(ids))
