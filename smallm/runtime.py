@@ -23,7 +23,7 @@ from smallm.vocabulary import Vocabulary
 from smallm.writer import Writer
 
 MODEL_FILE = "model.onnx"
-MOST_LOGITS = 1 << 25  # that are computed at a time: 128 MB
+MOST_LOGITS = 1 << 22  # that are computed at a time: 16 MB; more at a time are no faster
 LEAST_PROBABILITY = 1e-6  # of the beginning of a character whose ends are looked for
 
 

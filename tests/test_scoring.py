@@ -1,6 +1,7 @@
 """smallm.scoring: every character after the first is predicted exactly once, whatever the pieces and the windows."""
 
 import math
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -118,6 +119,16 @@ def test_perplexity_in_its_three_units():
     found = Perplexity.of(nats=6 * math.log(8), characters=6)
     assert found == Perplexity(math.log(8), pytest.approx(3.0), pytest.approx(8.0), 6)
     assert Perplexity.of(1e6, 10).perplexity == math.exp(700)  # finite: JSON has no infinity
+
+
+def test_memory_does_not_grow_with_the_text():
+    piece, peaks = np.arange(1 << 14, dtype=np.uint16) % 100, []
+    for pieces in (8, 80):
+        tracemalloc.start()
+        assert sum(len(inputs) for inputs, _ in windows((piece for _ in range(pieces)), 64, 64)) == pieces * 256
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 def test_nats_by_hand():
