@@ -1,0 +1,207 @@
+"""What a user would otherwise generate text with: each peer with a smallm checkpoint, at a number of threads.
+
+A peer has `write(seed, length, rng_seed)` -> new text of at least `length` characters, sampled with TEMPERATURE and
+TOP_K, and `bits(text)`, bits per character of a text of at most one context, everything after its first character.
+Making one raises `ImportError` where its package is not installed.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from smallm import LanguageModel
+from smallm.export.folder import export_checkpoint
+from smallm.training.checkpoint import load_vocabulary
+
+TEMPERATURE, TOP_K = 0.8, 40
+NEVER = 255  # a byte that no UTF-8 text has: an end of text that does not come
+
+
+class Smallm:
+    """An exported model through `LanguageModel`."""
+
+    def __init__(self, checkpoint: Path, folder: Path, threads: int, precision: str):
+        if not folder.exists():
+            export_checkpoint(checkpoint, folder, precision, allow_loss=True)
+        self.model = LanguageModel.load(folder, threads=threads)
+
+    def write(self, seed: str, length: int, rng_seed: int) -> str:
+        return self.model.generate(seed, length, temperature=TEMPERATURE, top_k=TOP_K, rng_seed=rng_seed)[len(seed) :]
+
+    def bits(self, text: str) -> float:
+        return float(self.model.score(text)[1:].mean() / math.log(2))
+
+
+class Transformers:
+    """`generate` of Hugging Face's transformers, with its cache."""
+
+    def __init__(self, checkpoint: Path, folder: Path, threads: int):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self._torch, self._threads = torch, threads
+        self.model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+        self.vocabulary = load_vocabulary(checkpoint)
+
+    def write(self, seed: str, length: int, rng_seed: int) -> str:
+        self._torch.set_num_threads(self._threads)
+        self._torch.manual_seed(rng_seed)
+        ids = self._torch.from_numpy(self.vocabulary.encode(seed).astype(np.int64))[None]
+        options = {"do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K, "max_new_tokens": length}
+        with self._torch.no_grad():
+            new = self.model.generate(ids, attention_mask=self._torch.ones_like(ids), pad_token_id=NEVER, **options)
+        return self.vocabulary.decode(new[0, ids.shape[1] :].tolist())
+
+    def bits(self, text: str) -> float:
+        ids = self.vocabulary.encode(text).astype(np.int64)
+        with self._torch.no_grad():
+            logits = self.model(self._torch.from_numpy(ids)[None, :-1]).logits[0].numpy()
+        return bits_of(logits, ids[1:], len(text) - 1)
+
+
+class GenAI:
+    """onnxruntime-genai with a model that its own builder made."""
+
+    def __init__(self, checkpoint: Path, folder: Path, threads: int, precision: str):
+        import onnxruntime_genai
+
+        self._genai = onnxruntime_genai
+        if not folder.exists():
+            _build_genai(checkpoint, folder, precision)
+        config = json.loads((folder / "genai_config.json").read_text())
+        config["model"]["decoder"]["session_options"] |= {"intra_op_num_threads": threads}
+        (folder / "genai_config.json").write_text(json.dumps(config))
+        self._folder, self.model = folder, onnxruntime_genai.Model(str(folder))
+        self._config = json.loads((checkpoint / "config.json").read_text())
+        self.vocabulary = load_vocabulary(checkpoint)
+
+    def write(self, seed: str, length: int, rng_seed: int) -> str:
+        ids = self.vocabulary.encode(seed).tolist()
+        options = {"do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K, "random_seed": rng_seed}
+        parameters = self._genai.GeneratorParams(self.model)
+        parameters.set_search_options(max_length=len(ids) + length, **options)
+        generator = self._genai.Generator(self.model, parameters)
+        generator.append_tokens(ids)
+        while not generator.is_done():
+            generator.generate_next_token()
+        return self.vocabulary.decode(generator.get_sequence(0)[len(ids) :].tolist())
+
+    def bits(self, text: str) -> float:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(self._folder / "model.onnx", providers=["CPUExecutionProvider"])
+        ids = self.vocabulary.encode(text).astype(np.int64)
+        feeds = {"input_ids": ids[None, :-1], "attention_mask": np.ones((1, len(ids) - 1), np.int64)}
+        empty = np.zeros((1, self._config["num_key_value_heads"], 0, self._config["head_dim"]), np.float32)
+        feeds |= {v.name: empty for v in session.get_inputs() if v.name.startswith("past_key_values")}
+        return bits_of(session.run(["logits"], feeds)[0][0], ids[1:], len(text) - 1)
+
+
+def _build_genai(checkpoint: Path, folder: Path, precision: str) -> None:
+    """The builder insists on an end of text; ours has none, so it gets one that never comes."""
+    source = folder.with_name(folder.name + "-source")
+    shutil.copytree(checkpoint, source)
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((source / name).read_text())
+        (source / name).write_text(json.dumps(values | dict.fromkeys(("bos_token_id", "eos_token_id"), NEVER)))
+    options = ["-i", source, "-o", folder, "-p", precision, "-e", "cpu", "-c", folder.with_name("cache")]
+    subprocess.run([sys.executable, "-m", "onnxruntime_genai.models.builder", *map(str, options)], check=True, stdout=2)
+
+
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python, with a GGUF file that is written here."""
+
+    def __init__(self, checkpoint: Path, folder: Path, threads: int, precision: str):
+        from llama_cpp import Llama
+
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            write_gguf(checkpoint, folder / "model.gguf", precision)
+        context = json.loads((checkpoint / "config.json").read_text())["max_position_embeddings"]
+        self._open = lambda **options: Llama(
+            str(folder / "model.gguf"),
+            n_ctx=context,
+            n_threads=threads,
+            n_threads_batch=threads,
+            verbose=False,
+            **options,
+        )
+        self.model, self.vocabulary = self._open(), load_vocabulary(checkpoint)
+
+    def write(self, seed: str, length: int, rng_seed: int) -> str:
+        ids, new = self.vocabulary.encode(seed).tolist(), []
+        self.model.reset()
+        self.model.set_seed(rng_seed)
+        options = {"temp": TEMPERATURE, "top_k": TOP_K, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
+        for id in self.model.generate(ids, reset=True, **options):
+            new.append(id)
+            if len(new) == length:
+                return self.vocabulary.decode(new)
+
+    def bits(self, text: str) -> float:
+        model, ids = self._open(logits_all=True), self.vocabulary.encode(text).astype(np.int64)
+        model.eval(ids[:-1].tolist())
+        return bits_of(np.array(model.scores[: len(ids) - 1]), ids[1:], len(text) - 1)
+
+
+def write_gguf(checkpoint: Path, path: Path, precision: str) -> None:
+    """The checkpoint as llama.cpp reads it: matrices in f32 or q8_0, gains in f32."""
+    import gguf
+    from safetensors.numpy import load_file
+
+    config, tensors = json.loads((checkpoint / "config.json").read_text()), load_file(checkpoint / "model.safetensors")
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    writer = gguf.GGUFWriter(path, "qwen3")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].get))
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokenizer["vocab"]))
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["merges"]])
+    writer.add_add_bos_token(False)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
+    kind = gguf.GGMLQuantizationType.Q8_0 if precision == "q8_0" else gguf.GGMLQuantizationType.F32
+    for name, tensor in tensors.items():
+        data, dtype = (gguf.quantize(tensor, kind), kind) if tensor.ndim == 2 else (tensor, None)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)) + ".weight", data, raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def bits_of(logits: np.ndarray, targets: np.ndarray, characters: int) -> float:
+    """logits (T, V), targets (T,) -> bits per character."""
+    logits = logits.astype(np.float64)
+    logits -= logits.max(axis=-1, keepdims=True)
+    nats = np.log(np.exp(logits).sum(axis=-1)) - logits[np.arange(len(targets)), targets]
+    return float(nats.sum() / characters / math.log(2))
+
+
+PEERS = {
+    "smallm fp32": lambda *a: Smallm(*a, "fp32"),
+    "smallm int8": lambda *a: Smallm(*a, "int8"),
+    "smallm int4": lambda *a: Smallm(*a, "int4"),
+    "transformers": Transformers,
+    "genai fp32": lambda *a: GenAI(*a, "fp32"),
+    "genai int4": lambda *a: GenAI(*a, "int4"),
+    "llama.cpp fp32": lambda *a: LlamaCpp(*a, "fp32"),
+    "llama.cpp q8_0": lambda *a: LlamaCpp(*a, "q8_0"),
+}
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,265 @@
+"""How fast smallm generates and scores, beside what a user would otherwise pick, on the same weights and cores.
+
+    python benchmarks/sampler.py [RUN …] [--threads 1 2] [--length 512] [--rounds 5] [--only NAME …] [--data TEXT]
+
+RUN is a run of train.py with a context of at least 16 + LENGTH ids. Without one, the shapes S (4 layers x 128) and M
+(6 x 384) are trained for a moment, just so that there is something to lose. Peers are taken from the packages
+transformers, onnxruntime-genai, and llama-cpp-python with gguf, where they are installed. They take turns, at each
+number of threads: LENGTH characters after a seed of 16, sampled. Then batches, scoring, and whole processes. Prints
+tables, then all figures as one line of JSON; progress goes to stderr.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
+from peers import PEERS, TEMPERATURE, TOP_K
+from train_speed import cpu_name
+
+from smallm import LanguageModel
+from smallm.cli import run
+from smallm.errors import UserError
+from smallm.runs import validation_text
+from smallm.scoring import windows
+from smallm.training.checkpoint import load_model
+from smallm.training.devices import versions
+from smallm.training.shelf import best_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = {"S": (4, 4, 128), "M": (6, 6, 384)}  # layers, heads, width
+SEED, SCORED, STREAMS = 16, 400, 32
+TIMED_TEXT = 20_000  # characters that are scored for their speed
+SMALLM = "smallm"
+COLD = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer, model = (kind.from_pretrained(sys.argv[1]) for kind in (AutoTokenizer, AutoModelForCausalLM))
+ids = tokenizer("O God, O God!", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, do_sample=True, max_new_tokens=200, pad_token_id=255)[0]))
+"""
+
+
+@dataclass
+class Row:
+    """One contestant at its better number of threads."""
+
+    name: str
+    threads: int
+    chars_per_second: float
+    """Median over the rounds."""
+    bits_per_char: float
+    """Of the beginning of the validation text."""
+    ratio: float | None = None
+    """To the best peer whose bits per character are no more than 0.002 above the row's own."""
+
+
+def timed(work: Callable[[], int]) -> float:
+    """Characters per second; `work` returns how many it came to."""
+    begun = time.perf_counter()
+    characters = work()
+    return characters / (time.perf_counter() - begun)
+
+
+def say(text: str) -> None:
+    print(f"sampler: {text}", file=sys.stderr, flush=True)
+
+
+def train(shape: str, data: str, out: Path, length: int, steps: int) -> Path:
+    """A run of this shape, hardly trained."""
+    layers, heads, width = SHAPES[shape]
+    settings = {
+        "model.n_layer": layers, "model.n_head": heads, "model.n_embd": width, "model.block_size": SEED + length,
+        "train.max_steps": steps, "train.batch_size": 2, "train.eval_every": steps, "train.sample_length": 0,
+        "train.short_windows": "[64]", "train.short_until": "[0.9]", "optim.warmup_steps": 2,
+    }  # fmt: skip
+    options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    say(f"training {shape}")
+    subprocess.run([sys.executable, ROOT / "train.py", "--data", data, "--out", out, *options], check=True, stdout=2)
+    return out
+
+
+def contestants(checkpoint: Path, home: Path, threads: Sequence[int], only: Sequence[str]) -> dict[tuple, object]:
+    """(name, threads) -> a peer; those whose packages are missing are said and left out."""
+    found = {}
+    for name, make in PEERS.items():
+        if only and not any(name.startswith(each) for each in only):
+            continue
+        try:
+            for n in threads:  # a folder each: genai keeps its number of threads in one
+                say(f"{name}, {n} thread(s)")
+                found[name, n] = make(checkpoint, home / f"{name.replace(' ', '-')}-{n}", n)
+        except ImportError as error:
+            say(f"{name} is left out: {error}")
+    return found
+
+
+def generation(checkpoint: Path, home: Path, text: str, options: argparse.Namespace) -> list[Row]:
+    """Every contestant in turn, round after round."""
+    peers = contestants(checkpoint, home, options.threads, options.only)
+    speeds: dict[tuple, list[float]] = {key: [] for key in peers}
+    for number in range(options.rounds + 1):
+        for key, peer in peers.items():
+            speed = timed(lambda peer=peer, seed=number: len(peer.write(text[:SEED], options.length, seed)))
+            if number:  # the first is a warm-up
+                speeds[key].append(speed)
+        say(f"round {number} of {options.rounds}")
+    rows = []
+    for name in dict.fromkeys(name for name, _ in peers):
+        mine = {n: statistics.median(speeds[name, n]) for n in options.threads}
+        best = max(mine, key=mine.get)
+        rows.append(Row(name, best, mine[best], peers[name, best].bits(text[:SCORED])))
+    for row in rows:
+        others = [r.chars_per_second for r in rows if not r.name.startswith(SMALLM)
+                  and r.bits_per_char <= row.bits_per_char + 0.002]  # fmt: skip
+        row.ratio = row.chars_per_second / max(others) if others and row.name.startswith(SMALLM) else None
+    return rows
+
+
+def overhead(model: LanguageModel, text: str, length: int, rounds: int) -> dict:
+    """Microseconds a character: of the graph, bound as it is when generating, and of all that is around it."""
+    decoder, seed = model._session.decoder(), model.vocabulary.encode(text[:SEED])
+    whole, graph = [], []
+    for number in range(rounds):
+        decoder.reset()
+        decoder.feed(seed)
+        begun = time.perf_counter()
+        for at in range(len(seed), len(seed) + length - 1):
+            decoder._mask[0, at] = 1
+            decoder._rows._run()
+        graph.append((time.perf_counter() - begun) / (length - 1))
+        options = {"temperature": TEMPERATURE, "top_k": TOP_K, "rng_seed": number}
+        whole.append(1 / timed(lambda o=options: len(model.generate(text[:SEED], length, **o)) - SEED))
+    graph, whole = (1e6 * statistics.median(each) for each in (graph, whole))
+    return {"graph": graph, "above": whole - graph}
+
+
+def batch(model: LanguageModel, text: str, length: int, rounds: int) -> dict:
+    """Characters per second of one text and of many in one batch."""
+    options = {"temperature": TEMPERATURE, "top_k": TOP_K, "rng_seed": 1}
+    one, many = [], []
+    for _ in range(rounds):
+        one.append(timed(lambda: len(model.generate(text[:SEED], length, **options)) - SEED))
+        many.append(timed(lambda: STREAMS * length if model.generate_many([text[:SEED]] * STREAMS, length, **options)
+                          else 0))  # fmt: skip
+    one, many = map(statistics.median, (one, many))
+    return {"streams": STREAMS, "one": one, "many": many, "ratio": many / one}
+
+
+@torch.no_grad()
+def scoring(checkpoint: Path, model: LanguageModel, text: str, rounds: int) -> dict:
+    """Characters per second of perplexity: smallm's, and PyTorch's at the best of some batch sizes."""
+    module, window = load_model(checkpoint), min(256, model.block_size)
+    ids = model.vocabulary.encode(text)
+    speeds: dict[str, list[float]] = {"smallm": []} | {f"torch, {rows} rows": [] for rows in (1, 4, 16, 32)}
+
+    def pytorch(rows: int) -> int:
+        nats = 0.0
+        for inputs, targets in windows([ids], window):
+            for i in range(0, len(inputs), rows):
+                logits = module(torch.from_numpy(inputs[i : i + rows])).flatten(0, 1)
+                nats += torch.nn.functional.cross_entropy(
+                    logits, torch.from_numpy(targets[i : i + rows]).flatten(), ignore_index=-1, reduction="sum"
+                ).item()
+        return len(text)
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    for _ in range(rounds):
+        speeds["smallm"].append(timed(lambda: model.perplexity(text).characters))
+        for rows in (1, 4, 16, 32):
+            speeds[f"torch, {rows} rows"].append(timed(lambda rows=rows: pytorch(rows)))
+    medians = {name: statistics.median(each) for name, each in speeds.items()}
+    return medians | {"ratio": medians["smallm"] / max(v for k, v in medians.items() if k != "smallm")}
+
+
+def process(command: list) -> tuple[float, float]:
+    """Seconds and peak megabytes of a whole process."""
+    begun = time.perf_counter()
+    child = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.perf_counter() - begun
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise UserError(f"`{' '.join(map(str, command[:4]))} …` ended with exit code {child.returncode}")
+    return seconds, usage.ru_maxrss / 1024
+
+
+def cold(checkpoint: Path, folder: Path, rounds: int) -> dict:
+    """Whole processes, in turn: the first character and 200 of them from infer.py, and 200 from transformers."""
+    infer = [sys.executable, ROOT / "infer.py", "--model", folder, "--seed", "O God, O God!", "--max-length"]
+    commands = {"smallm, 1 character": [*infer, 1], "smallm, 200": [*infer, 200],
+                "transformers, 200": [sys.executable, "-c", COLD, checkpoint]}  # fmt: skip
+    found: dict[str, list] = {name: [] for name in commands}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            found[name].append(process(command))
+    return {name: {"seconds": statistics.median(s for s, _ in each), "MB": statistics.median(m for _, m in each)}
+            for name, each in found.items()}  # fmt: skip
+
+
+def table(rows: list[Row]) -> str:
+    """The rows for people."""
+    cells = [["", "threads", "chars/s", "bits/char", "ratio"]] + [
+        [row.name, str(row.threads), f"{row.chars_per_second:,.0f}", f"{row.bits_per_char:.4f}",
+         "-" if row.ratio is None else f"{row.ratio:.2f}"] for row in rows
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
+
+
+def measure(name: str, run_folder: Path, home: Path, options: argparse.Namespace) -> dict:
+    """Everything about one run; prints it, too."""
+    checkpoint, text = best_checkpoint(run_folder), validation_text(run_folder).read_text(encoding="utf-8")
+    rows = generation(checkpoint, home / name, text, options)
+    print(f"{name}: {options.length} characters after {SEED}\n{table(rows)}", flush=True)
+    facts = {"generation": [asdict(row) for row in rows]}
+    parts = {
+        "overhead": lambda model, _: overhead(model, text, options.length, options.rounds),
+        "batch": lambda model, _: batch(model, text, options.length // 4, options.rounds),
+        "scoring": lambda model, _: scoring(checkpoint, model, text[:TIMED_TEXT], options.rounds),
+        "cold": lambda _, folder: cold(checkpoint, folder, options.rounds),
+    }
+    folders = list((home / name).glob("smallm-int8-*"))[:1]
+    for part in options.parts if folders else ():
+        say(part)
+        facts[part] = parts[part](LanguageModel.load(folders[0]), folders[0])
+        print(f"{name}, int8, {part}: {json.dumps(facts[part])}", flush=True)
+    return facts
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures, and prints tables and the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=60, help="of training, for shapes without a run")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="contestants, by the beginning of names")
+    parser.add_argument("--parts", nargs="*", default=["overhead", "batch", "scoring", "cold"])
+    parser.add_argument("--data", default="shakespeare")
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="smallm-") as folder:
+        home = Path(folder)
+        runs = {path.name: path for path in options.runs} or {
+            shape: train(shape, options.data, home / f"run-{shape}", options.length, options.steps) for shape in SHAPES
+        }
+        facts = {name: measure(name, path, home, options) for name, path in runs.items()}
+    about = {"versions": versions(), "cpu": cpu_name(), "cores": os.cpu_count(), "length": options.length}
+    print(json.dumps(about | {"rounds": options.rounds, "runs": facts}, default=float))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))
