@@ -16,6 +16,7 @@ from smallm.errors import UserError
 from smallm.runs import new_run
 from smallm.training.compiler import library
 from smallm.training.config import KEYS, SECTIONS, Config, flatten, nearest
+from smallm.training.safe_load import check_memory
 
 DESCRIPTION = """\
 Trains a character-level language model on a text and leaves everything in a run folder.
@@ -46,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs `train.py` with these arguments."""
     started = time.perf_counter()
     request = parse(argv)
+    check_memory(request.config.model)
     with ThreadPoolExecutor(1) as beside:  # PyTorch takes as long to import as the kernels to compile
         beside.submit(library)
         gc.disable()  # an import makes no garbage; looking for it costs 0.2 s
@@ -130,6 +132,8 @@ def _parse(parser, argv: Sequence[str]) -> dict[str, Any]:
         return parser.parse_args(argv).as_dict()
     except ArgumentError as error:
         raise UserError(f"{_plain(str(error))}; see --help") from None
+    except OverflowError:
+        raise UserError("a number is too large; see --help") from None
 
 
 def _plain(message: str) -> str:
@@ -192,7 +196,7 @@ def _keys(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a readable TOML file: {error}") from None
 
 
