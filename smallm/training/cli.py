@@ -14,7 +14,7 @@ from typing import Any
 
 from smallm.errors import UserError
 from smallm.runs import new_run
-from smallm.training.compiler import library
+from smallm.training.compiler import has_bf16, library
 from smallm.training.config import KEYS, SECTIONS, Config, flatten, nearest
 from smallm.training.safe_load import check_memory
 
@@ -48,8 +48,9 @@ def main(argv: Sequence[str]) -> int:
     started = time.perf_counter()
     request = parse(argv)
     check_memory(request.config.model)
-    with ThreadPoolExecutor(1) as beside:  # PyTorch takes as long to import as the kernels to compile
-        beside.submit(library)
+    with ThreadPoolExecutor() as beside:  # PyTorch takes as long to import as the kernels to compile
+        for bf16 in {False, has_bf16()}:
+            beside.submit(library, bf16)
         gc.disable()  # an import makes no garbage; looking for it costs 0.2 s
         from smallm.training.launch import train  # mistakes were told before
 

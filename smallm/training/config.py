@@ -172,7 +172,7 @@ class TrainConfig:
     seed: int = 1
     """Random seed of initialisation, batches and dropout."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Arithmetic; auto = bf16 or fp16 on a GPU that has it, fp32 on CPUs."""
+    """Arithmetic; auto = bf16 or fp16 on a GPU that has it, bf16 on a CPU where it proves faster, else fp32."""
     compile: Literal["auto", "yes", "no"] = "auto"
     """Use torch.compile; auto = on a GPU, for runs of over about three minutes."""
 
