@@ -250,11 +250,14 @@ def test_what_is_not_finite_stays_so_in_bf16(monkeypatch):
 
 
 def test_a_run_in_bf16_products(monkeypatch, text_file, tmp_path):
+    from accelerate.state import AcceleratorState
+
     from smallm.training import cli
     from smallm.training.checkpoint import read_state
     from smallm.training.shelf import checkpoints
 
     def loss(precision):
+        AcceleratorState._reset_state(reset_partial_state=True)  # of this process, which had one precision so far
         argv = ["--model.n_layer=2", "--model.n_head=1", "--model.n_embd=32", "--model.block_size=16",
                 "--train.max_steps=30", "--train.sample_length=0", f"--train.mixed_precision={precision}"]  # fmt: skip
         assert cli.main(["--data", str(text_file), "--out", str(tmp_path / precision), *argv]) == 0
