@@ -1,6 +1,7 @@
 """The training loop: the same for a CPU, one GPU and several processes, through Accelerate."""
 
 import math
+import shutil
 import signal
 import time
 from contextlib import nullcontext
@@ -153,8 +154,7 @@ class Trainer:
         main = self.accelerator.is_main_process
         if main:
             try:
-                with (self.run / VALIDATION).open("wb") as file:
-                    file.writelines(piece.encode() for piece in self.corpus.val_pieces())
+                shutil.copyfile(self.corpus.val_file, self.run / VALIDATION)
                 aside = self.run / f".{CONFIG}"
                 aside.write_text(tomli_w.dumps(self.config.to_dict()), encoding="utf-8")
                 aside.replace(self.run / CONFIG)
