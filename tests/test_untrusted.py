@@ -115,21 +115,21 @@ def refusal(path: Path) -> str:
 @pytest.mark.parametrize("place", ["initializer", "attribute"])
 def test_data_in_other_files_are_refused(toy, tmp_path, location, place):
     def move(proto):
-        tensor = proto.graph.initializer[0]
+        tensor = largest(proto)
         (tmp_path / "weights.bin").write_bytes(tensor.raw_data)
         tensor.data_location = TensorProto.EXTERNAL
         tensor.ClearField("raw_data")
         tensor.external_data.add(key="location", value=location)
         if place == "attribute":
             proto.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=tensor))
-            del proto.graph.initializer[0]
+            proto.graph.initializer.remove(tensor)
 
     assert "lies in another file" in refusal(edited(toy, tmp_path / "model.onnx", move))
 
 
 def test_only_the_mark_of_data_elsewhere_is_refused_too(toy, tmp_path):
     def mark(proto):
-        proto.graph.initializer[0].data_location = TensorProto.EXTERNAL
+        largest(proto).data_location = TensorProto.EXTERNAL
 
     assert "lies in another file" in refusal(edited(toy, tmp_path / "model.onnx", mark))
 
