@@ -32,6 +32,7 @@ from fuzz_formats import DEFAULT, FORMATS, Home, make_home, run
 
 SECONDS = 30
 MOST_BYTES = 1 << 30
+POLL_SECONDS = 0.02
 SPARE_BYTES = 4 << 30  # address space of a worker above what it starts with, so that a finding spares the machine
 GOOD = ("success", "refused")
 RECYCLE = 250  # cases after which a worker is replaced
@@ -151,22 +152,24 @@ class Worker:
         self.process = context.Process(target=work, args=arguments)
         self.process.start()
         theirs.close()
-        self.begun = time.perf_counter()
+        self.waited = 0.0
 
     def poll(self) -> tuple[int, dict] | None:
         """The next case that ended, if one has."""
         try:
-            if self.pipe.poll(0.02):
+            if self.pipe.poll(POLL_SECONDS):
                 number, outcome = self.pipe.recv()
-                self.begun = time.perf_counter()
+                self.waited = 0.0
                 if number is None:
                     self._renew()
                 elif outcome is not None:
                     self.left.remove(number)
                     return number, outcome
-            elif time.perf_counter() - self.begun > SECONDS:
-                self.process.kill()
-                return self._lost("hang", f"no end after {SECONDS} s")
+            else:
+                self.waited += POLL_SECONDS  # of our own waiting: a machine that pauses us all is no hang
+                if self.waited > SECONDS:
+                    self.process.kill()
+                    return self._lost("hang", f"no end after {SECONDS} s")
         except EOFError:
             self.process.join()
             return self._lost("crash", f"exit code {self.process.exitcode}")
@@ -199,6 +202,7 @@ def fuzz(name: str, numbers: Sequence[int], options: argparse.Namespace, home: H
             told = time.perf_counter()
             say(f"{name}: {row.cases} of {len(numbers)}")
     row.seconds = time.perf_counter() - begun
+    say(f"{name}: {row.success} successes, {row.refused} in one line, {len(row.findings)} findings")
     return row
 
 
