@@ -470,3 +470,24 @@ def test_mutations_go_by_their_seed(fuzz, home, tmp_path):
         return (folder / "model.onnx").read_bytes(), argv[2:]
 
     assert case(tmp_path / "a") == case(tmp_path / "b")
+
+
+def test_halves_of_characters_are_no_text(tmp_path):
+    """JSON can spell them, but they could not be written again."""
+    file = tmp_path / "state.json"
+    file.write_text('{"start_text": "\\ud800"}')
+    with pytest.raises(ValueError, match="surrogates"):
+        read_json(file)
+    file.write_text('{"start_text": "\\ud83c\\udf89"}')
+    assert read_json(file) == {"start_text": "🎉"}
+
+
+@pytest.mark.parametrize("encoding", ["idna", "utf-16"])
+def test_encodings_that_cannot_pass_over_what_is_wrong(tmp_path, capsys, encoding):
+    text = tmp_path / "text.txt"
+    text.write_bytes("ein Text\n".encode("utf-16") + b"\x00\xd8" if encoding == "utf-16" else b"a.\xff\n" * 50)
+    argv = ["--data", str(text), "--encoding", encoding, "--out", str(tmp_path / "run")]
+    assert cli.run(cli.train, argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("smallm: ")
+    assert said.count("\n") == 1

@@ -23,6 +23,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises `ValueError` for anything else, `OSError` if there is no such file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False).encode()  # halves of characters, which JSON can spell, are no text
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     if not isinstance(content, dict) or _deeper(content, DEEPEST):
