@@ -414,7 +414,7 @@ def test_weights_that_are_none(tmp_path, content):
 NESTED, HUGE = '{"a": ' + "[" * 400 + "]" * 400 + "}", '{"a": ' + "9" * 5000 + "}"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", "{", '{"a":' * 100_000, NESTED, HUGE])
+@pytest.mark.parametrize("text", ["", "[]", "3", "{", '{"a":' * 100_000, NESTED, HUGE, r'{"a": "\ud800"}'])
 def test_json_that_is_no_small_object(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=r".") as caught:
@@ -436,6 +436,7 @@ def test_json_that_is_one(tmp_path):
         ("model", "rope_theta", float("inf")), ("model", "rope_theta", 10**400), ("train", "epochs", float("nan")),
         ("optim", "betas", [0.9]), ("optim", "betas", ["a", "b"]), ("optim", "betas", 0.9), ("optim", "name", []),
         ("train", "short_windows", [1.5]), ("data", "source", 3), ("sample", "seed", {"a": 1}),
+        ("sample", "seed", "\udcff"), ("train", "sample_length", 1 << 32),
     ],
 )  # fmt: skip
 def test_settings_of_another_type_or_size(section, name, value):

@@ -28,6 +28,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ValueError("it is nested too deep") from None
     if not isinstance(content, dict) or _deeper(content, DEEPEST):
         raise ValueError("it is no JSON object, or one that is nested too deep")
+    json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate is a ValueError: it could not be written again
     return content
 
 
