@@ -6,7 +6,7 @@ Each text is made on the spot (English with accents, symbols, kanji and emoji, t
 on for 20 steps with an empty cache, then once more with what that has left there; on the last one a third process takes
 many quick steps. The disk needs about three times the longest text.
 
-Memory is resident memory of the process and all that it starts, summed and sampled every 50 ms, or the system's own
+Memory is resident memory of the process and all that it starts, summed and sampled every 0.1 s, or the system's own
 record of the process where that is higher. "to step 1" is the time from the start of the process to the first line of
 metrics.jsonl; "growth" is the highest memory in the last quarter of the time after it, less that in the first quarter;
 "above" is the peak over that of the first text at the same kind of start. MB are 10^6 bytes. Prints a table, then all
@@ -45,9 +45,9 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 SHORT_STEPS = 20
 VAL_CHARACTERS = 20_000
 DISK_SHARE = 3.2  # text and two bytes for each of its ids, per byte of text
-SAMPLE_SECONDS = 0.05
+SAMPLE_SECONDS = 0.1  # to look for children costs some time itself
 SETTINGS = {
-    "model.n_layer": 1, "model.n_head": 1, "model.n_embd": 32, "model.block_size": 64, "train.batch_size": 64,
+    "model.n_layer": 1, "model.n_head": 1, "model.n_embd": 32, "model.block_size": 32, "train.batch_size": 32,
     "train.log_every": 1, "train.eval_every": 10**9, "train.sample_length": 0, "train.compile": "no",
 }  # fmt: skip
 WORDS = """the of and a to in he was that it his her with as had for not at on she be but said they you him is from all

@@ -167,14 +167,16 @@ def test_a_piece_is_bounded_and_few_are_in_memory_at_once(monkeypatch):
     assert done == 100
 
 
-@pytest.mark.parametrize("ids_per_piece", [1, 2, 5, 1000])
-def test_validation_text_in_pieces(tmp_path, monkeypatch, ids_per_piece):
-    monkeypatch.setattr(corpus_module, "IDS_PER_PIECE", ids_per_piece)
-    corpus = opened(write(tmp_path / "a.txt", MIXED), val_fraction=0.5, min_count=2)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_validation_text_in_pieces(tmp_path, monkeypatch, encoding, size):
+    monkeypatch.setattr(corpus_module, "CHARACTERS_PER_PIECE", size)
+    text = MIXED[::-1]  # with the line ends in the second half
+    corpus = opened(write(tmp_path / "a.txt", text, encoding), val_fraction=0.5, encoding=encoding)
     pieces = list(corpus.val_pieces())
-    assert "".join(pieces) == corpus.val_text() == MIXED[len(MIXED) // 2 :]
-    assert max(map(len, pieces)) <= ids_per_piece
-    assert "\ufffd" not in "".join(pieces)
+    assert corpus.val_file.read_bytes() == text[len(text) // 2 :].encode()
+    assert "".join(pieces) == corpus.val_text() == corpus.vocabulary.decode(corpus.val_ids) == text[len(text) // 2 :]
+    assert max(map(len, pieces)) == min(size, corpus.val_characters)
 
 
 @pytest.mark.parametrize(("text", "start"), [("one line\nand more", "\n"), ("no line end", "n"), ("日本語" * 4, "日")])
@@ -232,7 +234,7 @@ def test_cache_is_reused_until_something_changes(tmp_path, cache, encodings):
     assert len(list((cache / "corpora").iterdir())) == 4
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.bin", "corpus.json"])
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "val.txt", "corpus.json"])
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone", "odd"])
 def test_damaged_cache_is_rebuilt(tmp_path, cache, encodings, name, damage):
     file = write(tmp_path / "a.txt", MIXED)

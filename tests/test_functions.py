@@ -170,13 +170,118 @@ def test_the_gradient_knows_what_was_dropped():
     assert slope.item() == pytest.approx((gradient * direction).sum().item(), rel=2e-3)
 
 
-def test_the_kernels_step_aside_for_other_precisions():
+def test_the_kernels_step_aside_for_other_precisions(monkeypatch):
     x = torch.zeros(1, 32)
     assert functions.kernels(x) is not None
     assert functions.kernels(x.double()) is None
     assert functions.kernels(x.to("meta")) is None
+    monkeypatch.setattr(functions, "has_bf16", lambda: False)
     with torch.autocast("cpu", torch.bfloat16):
         assert functions.kernels(x) is None
+    monkeypatch.setattr(functions, "has_bf16", lambda: True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert functions.kernels(x) is kernels.load(bf16=True)
+    with torch.autocast("cpu", torch.float16):
+        assert functions.kernels(x) is None
+
+
+def rounded(x):
+    """What bf16 keeps of each number."""
+    return x.bfloat16().float()
+
+
+@pytest.mark.parametrize(
+    ("n_kv_head", "n_embd", "B", "T"), [(0, 64, 2, 16), (1, 96, 1, 7), (0, 32, 3, 23), (0, 64, 5, 33)]
+)
+def test_a_block_in_bf16_products(monkeypatch, n_kv_head, n_embd, B, T):
+    """On a processor without them they are computed in another way, to the same definition."""
+    monkeypatch.setattr(functions, "has_bf16", lambda: True)
+    config = ModelConfig(n_head=n_embd // 32, n_kv_head=n_kv_head, n_embd=n_embd, block_size=T)
+    whole = shaken(TransformerLanguageModel(40, config, seed=1))
+    block, x, tables = whole.h[0], numbers(B, T, n_embd, seed=3), whole.rotary(T)
+    names = [name for name, _ in block.named_parameters()]
+
+    def run(x, *parameters):
+        return torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), (x, *tables))
+
+    def run_bf16(*inputs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return run(*inputs)
+
+    inputs = [x, *block.parameters()]
+    ours, exact = outcome(run_bf16, inputs), outcome(run, inputs)
+    for name, a, b in zip(["y", "x", *names], ours, exact, strict=True):
+        assert a.dtype == torch.float32
+        off = ((a - b).norm() / b.norm()).item()
+        assert 1e-5 < off < 0.02, (name, off)
+
+
+def test_the_definition_of_bf16_products(monkeypatch):
+    """One product alone, of operands that are rounded to nearest, ties to even, and summed in float32."""
+    monkeypatch.setattr(functions, "has_bf16", lambda: True)
+    whole = TransformerLanguageModel(40, ModelConfig(n_head=1, n_embd=32, n_inner=32, block_size=8), seed=1)
+    block = whole.h[0]
+    with torch.no_grad():
+        block.attn.c_proj.weight.zero_()  # the first half adds nothing
+        block.mlp.c_fc.weight.normal_(generator=torch.Generator().manual_seed(1))
+        block.mlp.c_proj.weight.copy_(torch.eye(32))
+        block.mlp.c_proj.weight[3, 3] = 1 + 2**-8  # halfway between two numbers of bf16: to the even one, 1
+        block.mlp.c_proj.weight[4, 4] = 1 + 3 * 2**-8  # to 1 + 2^-6
+    x, tables = numbers(1, 8, 32, seed=3), whole.rotary(8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = block(x, *tables) - x
+    h = rounded(torch.nn.functional.rms_norm(x, (32,), block.ln_2.weight, functions.NORM_EPS))
+    gate, up = (h @ rounded(block.mlp.c_fc.weight).mT).chunk(2, -1)
+    wanted = rounded(torch.nn.functional.silu(gate) * up)
+    wanted[..., 4] *= 1 + 2**-6
+    off = (y - wanted).abs().flatten()
+    assert off.median() < 1e-6  # a few operands fall on the other side of a rounding border
+    assert (off > 1e-5).float().mean() < 0.1
+    assert off.max() < 0.02
+
+
+def test_what_is_not_finite_stays_so_in_bf16(monkeypatch):
+    monkeypatch.setattr(functions, "has_bf16", lambda: True)
+    whole = TransformerLanguageModel(40, ModelConfig(n_head=1, n_embd=32, block_size=8), seed=1)
+    with torch.no_grad():
+        shaken(whole).h[0].attn.c_attn.weight.view(torch.int32)[3, 4] = 0x7FFFFFFF  # the NaN that rounding would wrap
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.isfinite(whole(torch.ones(1, 8, dtype=torch.long))).all()
+
+
+def test_a_run_in_bf16_products(monkeypatch, text_file, tmp_path):
+    from accelerate.state import AcceleratorState
+
+    from smallm.training import cli
+    from smallm.training.checkpoint import read_state
+    from smallm.training.shelf import checkpoints
+
+    def loss(precision):
+        AcceleratorState._reset_state(reset_partial_state=True)  # of this process, which had one precision so far
+        argv = ["--model.n_layer=2", "--model.n_head=1", "--model.n_embd=32", "--model.block_size=16",
+                "--train.max_steps=30", "--train.sample_length=0", f"--train.mixed_precision={precision}"]  # fmt: skip
+        assert cli.main(["--data", str(text_file), "--out", str(tmp_path / precision), *argv]) == 0
+        return read_state(checkpoints(tmp_path / precision)[-1])[0].best_val_loss
+
+    monkeypatch.setattr(functions, "has_bf16", lambda: True)
+    half, full = loss("bf16"), loss("no")
+    assert half == pytest.approx(full, abs=0.02)
+    assert half != full
+
+
+def test_bf16_is_taken_only_where_it_proves_faster(monkeypatch):
+    from smallm.training import precision
+
+    monkeypatch.setattr(precision, "has_bf16", lambda: False)
+    assert precision.best_precision() == "no"
+    monkeypatch.setattr(precision, "has_bf16", lambda: True)
+    monkeypatch.setattr(functions, "has_bf16", lambda: True)
+    monkeypatch.setattr(precision, "FASTER", 0.0)
+    assert precision.best_precision() == "no"
+    monkeypatch.setattr(precision, "FASTER", 1e9)
+    assert precision.best_precision() == "bf16"
+    monkeypatch.setattr(precision, "load", lambda bf16: None)
+    assert precision.best_precision() == "no"
 
 
 @pytest.mark.parametrize("n_kv_head", [0, 2])

@@ -191,7 +191,7 @@ def test_a_cache_that_can_only_be_read_is_enough(file, cache, calls, monkeypatch
 # -- what is damaged
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.bin", "corpus.json"])
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "val.txt", "corpus.json"])
 def test_a_flipped_bit_is_noticed(file, cache, calls, name):
     opened(file)
     path = next(cache.rglob(name))
@@ -208,7 +208,7 @@ def test_a_flipped_bit_is_noticed(file, cache, calls, name):
 def test_long_ids_are_not_read_at_each_start(file, cache, calls, monkeypatch):
     monkeypatch.setattr(store, "CHECKED_BYTES", 10)
     opened(file)
-    assert json.loads(next(cache.rglob("corpus.json")).read_text())["facts"]["checksums"] == [None, None]
+    assert json.loads(next(cache.rglob("corpus.json")).read_text())["facts"]["checksums"] == [None] * 3
     opened(file)
     assert calls["encode"] == 1
 
@@ -233,7 +233,7 @@ def test_what_a_killed_process_leaves_is_neither_used_nor_kept(file, cache, call
         assert done.returncode == -signal.SIGKILL
     # Those of the first are gone: they lay there when the second began. All files of the second are there.
     (left,) = unfinished(cache)
-    assert {path.name for path in left.iterdir()} == {"train.bin", "val.bin", "corpus.json"}
+    assert {path.name for path in left.iterdir()} == {"train.bin", "val.bin", "val.txt", "corpus.json"}
     assert text_of(opened(file, min_count=2)) == TEXT
     assert calls["encode"] == 1
     assert not unfinished(cache)

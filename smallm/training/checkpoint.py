@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from smallm.errors import UserError
 from smallm.manifest import hugging_face_files
 from smallm.runs import CHECKPOINTS
-from smallm.training.config import Config
+from smallm.training.config import Config, check_types
 from smallm.training.functions import NORM_EPS
 from smallm.training.model import TransformerLanguageModel
 from smallm.training.optim import moments_of
@@ -148,6 +148,7 @@ def read_state(folder: Path) -> tuple[TrainingState, Config]:
         for key in ("format_version", "sha256", "seal"):
             del values[key]
         config, state = Config.from_dict(values.pop("config")), TrainingState(**values)
+        check_types(state)
         if not all(type(n) is int and n >= 0 for n in (state.step, state.best_step, state.evaluations_since_best)):
             raise ValueError("a number of steps is none")
         return state, config
@@ -185,7 +186,7 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> TransformerL
 def load_vocabulary(folder: Path) -> Vocabulary:
     """The vocabulary of a checkpoint, from its `tokenizer.json`."""
     try:
-        return Vocabulary.from_tokenizer_json(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+        return Vocabulary.from_tokenizer_json(read_json(folder / "tokenizer.json"))
     except (OSError, ValueError):
         raise UserError(f"{folder / 'tokenizer.json'} is broken; use another checkpoint") from None
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from smallm.errors import UserError
 from smallm.runs import new_run
-from smallm.training.compiler import library
+from smallm.training.compiler import has_bf16, library
 from smallm.training.config import KEYS, SECTIONS, Config, flatten, nearest
+from smallm.training.safe_load import check_memory
 
 DESCRIPTION = """\
 Trains a character-level language model on a text and leaves everything in a run folder.
@@ -46,8 +47,10 @@ def main(argv: Sequence[str]) -> int:
     """Runs `train.py` with these arguments."""
     started = time.perf_counter()
     request = parse(argv)
-    with ThreadPoolExecutor(1) as beside:  # PyTorch takes as long to import as the kernels to compile
-        beside.submit(library)
+    check_memory(request.config.model)
+    with ThreadPoolExecutor() as beside:  # PyTorch takes as long to import as the kernels to compile
+        for bf16 in {False, has_bf16()}:
+            beside.submit(library, bf16)
         gc.disable()  # an import makes no garbage; looking for it costs 0.2 s
         from smallm.training.launch import train  # mistakes were told before
 
@@ -130,6 +133,8 @@ def _parse(parser, argv: Sequence[str]) -> dict[str, Any]:
         return parser.parse_args(argv).as_dict()
     except ArgumentError as error:
         raise UserError(f"{_plain(str(error))}; see --help") from None
+    except OverflowError:
+        raise UserError("a number is too large; see --help") from None
 
 
 def _plain(message: str) -> str:
@@ -192,7 +197,7 @@ def _keys(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a readable TOML file: {error}") from None
 
 

@@ -17,29 +17,38 @@ from smallm.training.cache import cache_folder
 FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-fopenmp", "-std=gnu11", "-shared", "-fPIC")
 
 
-def library() -> Path | None:
-    """The compiled kernels, found in the cache or made now; None if that cannot be done here. No PyTorch needed."""
+def library(bf16: bool = False) -> Path | None:
+    """The compiled kernels, found in the cache or made now; None if that cannot be done here. No PyTorch needed.
+
+    bf16: whether products with weights are of operands rounded to bf16.
+    """
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if platform.system() != "Linux" or compiler is None:  # elsewhere compilers come without OpenMP
         return None
     source = Path(__file__).with_name("kernels.c")
-    key = hashlib.sha256(repr((source.read_bytes(), FLAGS, compiler, _processor())).encode()).hexdigest()[:16]
+    flags = [*FLAGS, "-DBF16"] if bf16 else FLAGS
+    key = hashlib.sha256(repr((source.read_bytes(), flags, compiler, _processor())).encode()).hexdigest()[:16]
     path = cache_folder() / f"kernels-{key}.so"
     try:
         if not path.is_file():
-            _compile(compiler, source, path)
+            _compile([compiler, *flags], source, path)
         return path
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _compile(compiler: str, source: Path, path: Path) -> None:
+def _compile(command: list[str], source: Path, path: Path) -> None:
     """Written aside and renamed, since several processes may do this at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        subprocess.run([compiler, *FLAGS, str(source), "-o", str(built), "-lm"], check=True, capture_output=True)
+        subprocess.run([*command, str(source), "-o", str(built), "-lm"], check=True, capture_output=True)
         built.replace(path)
+
+
+def has_bf16() -> bool:
+    """Whether the processor multiplies bf16 by itself (AVX512_BF16)."""
+    return platform.system() == "Linux" and "avx512_bf16" in _processor().split()
 
 
 def _processor() -> str:

@@ -172,7 +172,7 @@ class TrainConfig:
     seed: int = 1
     """Random seed of initialisation, batches and dropout."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Arithmetic; auto = bf16 or fp16 on a GPU that has it, fp32 on CPUs."""
+    """Arithmetic; auto = bf16 or fp16 on a GPU that has it, bf16 on a CPU where it proves faster, else fp32."""
     compile: Literal["auto", "yes", "no"] = "auto"
     """Use torch.compile; auto = on a GPU, for runs of over about three minutes."""
 
@@ -183,6 +183,8 @@ class TrainConfig:
         for name in ("micro_batch_size", "max_steps", "epochs", "eval_every", "save_every", "patience",
                      "sample_length", "seed"):  # fmt: skip
             _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
+        most = 100_000
+        _check(self.sample_length <= most, "train.sample_length", self.sample_length, f"must be at most {most}")
         _check(self.minutes >= 0, "train.minutes", self.minutes, "must be a number of minutes, such as 5")
         other = next((name for name in ("max_steps", "epochs") if getattr(self, name)), "")
         if self.minutes and other:
@@ -280,7 +282,7 @@ def check_types(values: Any, prefix: str = "") -> None:
             raise UserError(f"{prefix}{f.name} = {value!r:.80} must be {kind}")
 
 
-KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+KINDS = {int: "a whole number", float: "a number", str: "a text that UTF-8 can hold", bool: "true or false"}
 
 
 def _fits(value: object, kind: Any) -> bool:
@@ -292,6 +294,8 @@ def _fits(value: object, kind: Any) -> bool:
         return isinstance(value, tuple) and len(value) == count and all(_fits(v, parts[0]) for v in value)
     if origin is UnionType:
         return any(_fits(value, part) for part in parts)
+    if kind is str:
+        return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)  # no UTF-8 holds those
     if kind in (int, float):
         return type(value) in (int, kind) and -MOST <= value <= MOST  # also false for NaN
     return isinstance(value, origin or kind)

@@ -22,22 +22,24 @@ from smallm.training.store import Stored
 from smallm.vocabulary import Vocabulary
 
 CACHE_FORMAT = 1  # to be raised when the cached files, or the ids that a Vocabulary gives, change their meaning
-IDS_PER_PIECE = 1 << 18  # decoded at a time
+CHARACTERS_PER_PIECE = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
     """A text as ids, cut once into a training part and the validation part that follows it.
 
-    train_ids, val_ids: (N,) of the vocabulary's dtype, read-only; train_characters, val_characters: the lengths of the
-    same parts in characters (code points); fingerprint: SHA-256 of the whole text in UTF-8, in hex; start_text: the
-    character that generation from an empty seed starts from, a newline if the training part has one, else its first.
+    train_ids, val_ids: (N,) of the vocabulary's dtype, read-only; val_file: the validation part in UTF-8;
+    train_characters, val_characters: the lengths of the same parts in characters (code points); fingerprint: SHA-256 of
+    the whole text in UTF-8, in hex; start_text: the character that generation from an empty seed starts from, a newline
+    if the training part has one, else its first.
     """
 
     name: str
     vocabulary: Vocabulary = field(repr=False)
     train_ids: MappedIds = field(repr=False)
     val_ids: MappedIds = field(repr=False)
+    val_file: Path = field(repr=False)
     train_characters: int
     val_characters: int
     fingerprint: str
@@ -49,10 +51,9 @@ class Corpus:
 
     def val_pieces(self) -> Iterator[str]:
         """The validation part as text, in pieces of bounded size."""
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a piece of the ids may end within a character
-        for start in range(0, len(self.val_ids), IDS_PER_PIECE):
-            yield utf8.decode(self.vocabulary.decode_bytes(self.val_ids[start : start + IDS_PER_PIECE]))
-        yield utf8.decode(b"", final=True)
+        with self.val_file.open(encoding="utf-8", errors="replace", newline="") as file:
+            while piece := file.read(CHARACTERS_PER_PIECE):
+                yield piece
 
 
 def open_corpus(
@@ -86,9 +87,9 @@ def open_corpus(
         raise UserError(f"cannot write to {cache}: {error.strerror or error}; set SMALLM_CACHE elsewhere") from None
     if stored is None:
         raise UserError(f"{cache} was changed while it was being written; run the command again")
-    facts, train_ids, val_ids = stored
+    facts, *files = stored
     scalars = (facts[key] for key in ("train_characters", "val_characters", "fingerprint", "start_text"))
-    return Corpus(text.name, Vocabulary.from_hex_tokens(facts["tokens"]), train_ids, val_ids, *scalars)
+    return Corpus(text.name, Vocabulary.from_hex_tokens(facts["tokens"]), *files, *scalars)
 
 
 def _open(text: Source, min_count: int, val_fraction: float, cache: Path, progress: bool) -> Stored | None:

@@ -16,6 +16,7 @@ from smallm import __version__
 from smallm.errors import UserError
 from smallm.training import kernels
 from smallm.training.config import TrainConfig
+from smallm.training.precision import best_precision
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -61,14 +62,6 @@ def of_first(accelerator: Accelerator, *values: float) -> tuple[float, ...]:
         return values
     numbers = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
     return tuple(broadcast(numbers).tolist())
-
-
-def best_precision() -> str:
-    """bf16 or fp16 on a GPU that computes it natively; fp32 elsewhere."""
-    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
-        return "no"
-    major, _ = torch.cuda.get_device_capability()
-    return "bf16" if major >= 8 else "fp16" if major >= 7 else "no"
 
 
 def free_bytes(device: torch.device) -> int:

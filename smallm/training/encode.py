@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +15,7 @@ import numpy as np
 
 from smallm.errors import UserError
 from smallm.training.source import Piece, Place, Source
+from smallm.training.store import TRAIN_IDS, VAL_IDS, VAL_TEXT
 from smallm.vocabulary import CODE_POINTS, Vocabulary, count_characters
 
 MOST_THREADS = 4  # besides the caller's; more would wait for the one that decodes for all of them
@@ -62,24 +64,25 @@ def training_counts(source: Source, known: Survey, train_characters: int, progre
 def encode(
     source: Source, vocabulary: Vocabulary, fingerprint: str, train_characters: int, folder: Path, progress: bool
 ) -> dict:
-    """Writes the ids to train.bin and val.bin in `folder`; returns what there is to say of them.
+    """Writes the ids, and the validation part as it is, into `folder`; returns what there is to say of them.
 
     Raises UserError if the text is not the one of this fingerprint any more.
     """
-    digest, start_text, lengths = hashlib.sha256(), "", [0, 0]
+    digest, start_text, sizes = hashlib.sha256(), "", [0, 0, 0]
     halves = _halves(source.pieces("encoding", progress), train_characters)
-    with (folder / "train.bin").open("wb") as train_file, (folder / "val.bin").open("wb") as val_file:
-        for (piece, train, _), ids in _with_each(lambda each: [vocabulary.encode(half) for half in each[1:]], halves):
+    with ExitStack() as stack:
+        files = [stack.enter_context((folder / part).open("wb")) for part in (TRAIN_IDS, VAL_IDS, VAL_TEXT)]
+        for (piece, train, val), ids in _with_each(lambda each: [vocabulary.encode(half) for half in each[1:]], halves):
             digest.update(piece.utf8)
             if start_text != "\n":
                 start_text = "\n" if "\n" in train else start_text or train[:1]
-            for i, file in enumerate((train_file, val_file)):
-                file.write(ids[i].data)
-                lengths[i] += len(ids[i])
+            for i, (file, data) in enumerate(zip(files, (*ids, val.encode()), strict=True)):
+                file.write(data)
+                sizes[i] += len(data)
     if digest.hexdigest() != fingerprint:
         raise UserError(f"{source.name} changed while it was being read; run the command again")
-    train_ids, val_ids = lengths
-    return {"dtype": vocabulary.dtype.str, "train_ids": train_ids, "val_ids": val_ids, "start_text": start_text}
+    about_files = dict(zip(("train_ids", "val_ids", "val_bytes"), sizes, strict=True))
+    return {"dtype": vocabulary.dtype.str, "start_text": start_text} | about_files
 
 
 def _count(text: str) -> np.ndarray:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from smallm.scoring import IGNORED
+from smallm.training.compiler import has_bf16
 from smallm.training.kernels import Kernels, load
 
 NORM_EPS = 1e-6
@@ -20,9 +21,12 @@ PANEL = 32  # the kernels take matrices whose sides are multiples of this
 
 
 def kernels(x: Tensor) -> Kernels | None:
-    """The kernels, if there are any for this tensor here and now."""
-    plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling()
-    return None if plain or torch.is_autocast_enabled("cpu") else load()
+    """The kernels, if there are any for this tensor here and now; under bf16 autocast those of bf16 products."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        return load(bf16=True) if torch.get_autocast_dtype("cpu") == torch.bfloat16 and has_bf16() else None
+    return load()
 
 
 def block(x: Tensor, weights: tuple[Tensor, ...], cos: Tensor, sin: Tensor, n_head: int, dropout: float) -> Tensor:
@@ -91,7 +95,8 @@ class _Block(Function):
         qkv, attended, lse = (x.new_empty(B, T, n) for n in (rows, n_head * hd, n_head))
         gate_up = x.new_empty(B, T, 2 * inner)
         packed = x.new_empty(sum(w.numel() for w in weights))
-        load()("block", x, y, qkv, attended, lse, middle, gate_up, packed, *weights, cos, sin, *ctx.sizes)
+        ctx.kernels = kernels(x)
+        ctx.kernels("block", x, y, qkv, attended, lse, middle, gate_up, packed, *weights, cos, sin, *ctx.sizes)
         ctx.save_for_backward(x, qkv, attended, lse, middle, gate_up, cos, sin, *weights)
         return y
 
@@ -101,7 +106,7 @@ class _Block(Function):
         dx, dattended, dqkv = (torch.empty_like(t) for t in (x, attended, qkv))
         count = sum(w.numel() for w in weights)
         gradients, packed, parts = (x.new_empty(n * count) for n in (1, 1, 2 * torch.get_num_threads()))
-        load()("block_backward", grad.contiguous(), x, qkv, attended, lse, middle, gate_up, dx, gradients,
+        ctx.kernels("block_backward", grad.contiguous(), x, qkv, attended, lse, middle, gate_up, dx, gradients,
                dattended, dqkv, packed, parts, *weights, cos, sin, *ctx.sizes)  # fmt: skip
         each = gradients.split([w.numel() for w in weights])
         return dx, None, None, None, None, None, *(g.view_as(w) for g, w in zip(each, weights, strict=True))

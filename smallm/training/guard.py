@@ -1,10 +1,14 @@
 """Keeps what is no number away from the weights: such a step is left out, and too many of them end the run."""
 
+from pathlib import Path
+
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor
+
+from smallm.errors import UserError
 
 MOST_IN_A_ROW = 10
 
@@ -36,6 +40,16 @@ class StepGuard:
     def counts(self) -> tuple[int, int]:
         """Steps left out in the whole run, and how many of them are the last ones."""
         total, in_a_row = self._counts.tolist()
+        return total, in_a_row
+
+    def check(self, step: int, run: Path) -> tuple[int, int]:
+        """The counts. Raises `UserError` if too many of the steps up to this one were left out in a row."""
+        total, in_a_row = self.counts
+        if in_a_row >= MOST_IN_A_ROW:
+            raise UserError(
+                f"the last {in_a_row} steps to step {step} had no finite gradient and were left out; lower "
+                f"optim.learning_rate or raise optim.warmup_steps, then train anew (checkpoints in {run} are good)"
+            )
         return total, in_a_row
 
     def restore(self, total: int, in_a_row: int) -> None:

@@ -7,6 +7,9 @@
  * costs more than the arithmetic. So a block is one call: threads take pieces of rows through it, a piece and the
  * weights stay in the cache, and the backward pass recomputes what is cheaper to compute than to keep.
  *
+ * Compiled with -DBF16 the products with weights, and those that give their gradients, round their operands to bf16 and
+ * sum in float32; all else, attention too, stays as it is.
+ *
  * All tensors are float32, contiguous, row-major. A thread that has finished a piece takes the next one, since cores are
  * often slowed by what else they do; sums over pieces are kept in `slots`, two for each thread, so that a result may
  * depend on the number of threads (sums in another order), but not on chance.
@@ -106,6 +109,22 @@ static float *scratch(size_t floats)
     return memory;
 }
 
+#ifdef BF16
+/* As `scratch`, for pairs of bf16. */
+static uint32_t *pair_memory(size_t pairs)
+{
+    static _Thread_local uint32_t *memory = NULL;
+    static _Thread_local size_t size = 0;
+    if (size < pairs) {
+        free(memory);
+        size = 0;
+        if (posix_memalign((void **)&memory, 64, pairs * sizeof(uint32_t))) abort();
+        size = pairs;
+    }
+    return memory;
+}
+#endif
+
 /* The part [*from, *to) of `count` that is this thread's. */
 INLINE void share(int64_t count, int64_t *from, int64_t *to)
 {
@@ -193,14 +212,116 @@ static void multiply_packed(int64_t M, int64_t N, int64_t K, const float *a, int
     product(M, N, K, a, lda, 1, b, K, PANEL, c, ldc, add);
 }
 
-/* c (M, N) += a' b with a (K, M), b (K, N): the gradient of a weight. The few rows of b stay in the cache. */
+#ifdef BF16
+/* ---- The same in bf16, two by two: products and sums in float32 of operands rounded to bf16 ---- */
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+/* sums + the products of the low and of the high halves. */
+INLINE vec dot(vec sums, uvec a, uvec b) { return (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b); }
+#else /* for tests on processors without it; about as fast as float32 */
+INLINE vec dot(vec sums, uvec a, uvec b)
+{
+    return sums + (vec)(a << 16) * (vec)(b << 16) + (vec)(a & 0xffff0000u) * (vec)(b & 0xffff0000u);
+}
+#endif
+
+/* The bits of x in bf16, rounded to nearest, ties to even; NaN stays NaN. */
+INLINE uvec rounded(vec x)
+{
+    uvec bits = (uvec)x;
+    uvec even = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+    return (uvec)choose(x != x, (vec)((uvec){0} + 0x7fc0u), (vec)even);
+}
+
+/* Rows k and k + 1 of b (K, n), interleaved: (K / 2 rounded up, n) pairs, the odd one's partner 0. */
+static void pairs_of_rows(const float *b, int64_t ldb, int64_t K, int64_t n, uint32_t *pairs)
+{
+    for (int64_t k = 0; k < K; k += 2, pairs += n)
+        for (int64_t i = 0; i < n; i += W) {
+            uvec high = k + 1 < K ? rounded(load(b + (k + 1) * ldb + i)) << 16 : (uvec){0};
+            store((float *)pairs + i, (vec)(rounded(load(b + k * ldb + i)) | high));
+        }
+}
+
+/* The pairs of neighbours in each row of a (M, K), K even: (M, K / 2). */
+static void pairs_in_rows(const float *a, int64_t lda, int64_t M, int64_t K, uint32_t *pairs)
+{
+    for (int64_t m = 0; m < M; m++, pairs += K / 2)
+        for (int64_t k = 0; k < K; k += W) {
+            uvec x = rounded(load(a + m * lda + k));
+            for (int64_t i = 0; i < W; i += 2) pairs[(k + i) / 2] = x[i] | x[i + 1] << 16;
+        }
+}
+
+#define HALF_TILE(rows)                                                                                                \
+    INLINE void half_tile_##rows(const uint32_t *a, int64_t ar, int64_t ak, const uint32_t *b, int64_t K, float *c,    \
+                                 int64_t ldc, int add)                                                                 \
+    {                                                                                                                  \
+        vec left[rows], right[rows];                                                                                   \
+        _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) left[r] = right[r] = (vec){0};                         \
+        for (int64_t k = 0; k < K; k++) {                                                                              \
+            uvec b0 = (uvec)load((const float *)b + k * PANEL), b1 = (uvec)load((const float *)b + k * PANEL + W);     \
+            _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)                                                    \
+            {                                                                                                          \
+                uvec x = (uvec){0} + a[r * ar + k * ak];                                                               \
+                left[r] = dot(left[r], x, b0);                                                                         \
+                right[r] = dot(right[r], x, b1);                                                                       \
+            }                                                                                                          \
+        }                                                                                                              \
+        _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)                                                        \
+        {                                                                                                              \
+            float *p = c + r * ldc;                                                                                    \
+            store(p, add ? load(p) + left[r] : left[r]);                                                               \
+            store(p + W, add ? load(p + W) + right[r] : right[r]);                                                     \
+        }                                                                                                              \
+    }
+HALF_TILE(1)
+HALF_TILE(8)
+
+/* As `product`, with a's rows or its columns contiguous (ak or ar is 1); M a multiple of W in the latter case. */
+static void half_product(int64_t M, int64_t N, int64_t K, const float *a, int64_t ar, int64_t ak, const float *b,
+                         int64_t step, int64_t ldb, float *c, int64_t ldc, int add)
+{
+    int64_t half = (K + 1) / 2, r = ak == 1 ? half : 1, k = ak == 1 ? 1 : M;
+    uint32_t *left = pair_memory((size_t)(half * (M + PANEL))), *right = left + half * M;
+    if (ak == 1) pairs_in_rows(a, ar, M, K, left);
+    else pairs_of_rows(a, ak, K, M, left);
+    for (int64_t n = 0; n < N; n += PANEL) {
+        int64_t m = 0;
+        pairs_of_rows(b + n * step, ldb, K, PANEL, right);
+        for (; m + 8 <= M; m += 8) half_tile_8(left + m * r, r, k, right, half, c + m * ldc + n, ldc, add);
+        for (; m < M; m++) half_tile_1(left + m * r, r, k, right, half, c + m * ldc + n, ldc, add);
+    }
+}
+#endif
+
+/* A row's product with a weight: c (M, N) = a (M, K) b (K, N), b packed. */
+static void apply(int64_t M, int64_t N, int64_t K, const float *a, const float *b, float *c)
+{
+#ifdef BF16
+    half_product(M, N, K, a, K, 1, b, K, PANEL, c, N, 0);
+#else
+    multiply_packed(M, N, K, a, K, b, c, N, 0);
+#endif
+}
+
+/* c (M, N) += a' b with a (K, M), b (K, N): the gradient of a weight. */
 static void multiply_outer(int64_t M, int64_t N, int64_t K, const float *a, const float *b, float *c)
 {
-    int64_t m = 0;
+#ifdef BF16
+    half_product(M, N, K, a, 1, M, b, 1, N, c, N, 1);
+#else
+    if (N > M) {
+        multiply(M, N, K, a, 1, M, b, N, c, N, 1);
+        return;
+    }
+    int64_t m = 0; /* the few rows of b stay in the cache */
     for (; m + ROWS <= M; m += ROWS)
         for (int64_t n = 0; n < N; n += PANEL) TILE_OF_ROWS(a + m, 1, M, b + n, N, K, c + m * N + n, N, 1);
     for (; m < M; m++)
         for (int64_t n = 0; n < N; n += PANEL) tile_1(a + m, 1, M, b + n, N, K, c + m * N + n, N, 1);
+#endif
 }
 
 /* Panels [from, to) of b (K, N). */
@@ -593,7 +714,7 @@ void block(const float *x, float *y, float *qkv, float *attended, float *lse, fl
             int64_t n = N - first < piece ? N - first : piece;
             float *h = scratch((size_t)(piece * C));
             for (int64_t i = 0; i < n; i++) norm(x + (first + i) * C, ln_1, h + i * C, C, eps);
-            multiply_packed(n, R, C, h, C, p_attn, qkv + first * R, R, 0);
+            apply(n, R, C, h, p_attn, qkv + first * R);
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < B * G; task++)
@@ -605,16 +726,16 @@ void block(const float *x, float *y, float *qkv, float *attended, float *lse, fl
         for (int64_t first = 0; first < N; first += piece) {
             int64_t n = N - first < piece ? N - first : piece;
             float *h = scratch((size_t)(piece * (C + I))), *act = h + piece * C;
-            multiply_packed(n, C, H * D, attended + first * H * D, H * D, p_proj, h, C, 0);
+            apply(n, C, H * D, attended + first * H * D, p_proj, h);
             for (int64_t i = 0; i < n; i++) {
                 int64_t at = (first + i) * C;
                 drop(&b, 0, first + i, h + i * C);
                 for (int64_t c = 0; c < C; c += W) store(middle + at + c, load(x + at + c) + load(h + i * C + c));
                 norm(middle + at, ln_2, h + i * C, C, eps);
             }
-            multiply_packed(n, 2 * I, C, h, C, p_fc, inner + first * 2 * I, 2 * I, 0);
+            apply(n, 2 * I, C, h, p_fc, inner + first * 2 * I);
             for (int64_t i = 0; i < n; i++) swiglu(inner + (first + i) * 2 * I, act + i * I, I);
-            multiply_packed(n, C, I, act, I, p_down, h, C, 0);
+            apply(n, C, I, act, p_down, h);
             for (int64_t i = 0; i < n; i++) {
                 int64_t at = (first + i) * C;
                 drop(&b, 1, first + i, h + i * C);
@@ -660,21 +781,21 @@ void block_backward(const float *dy, const float *x, const float *qkv, float *at
                 float *dact = dh + piece * C, *act = dact + piece * I, *dinner = act + piece * I;
                 memcpy(d, dy + first * C, (size_t)(n * C) * sizeof(float));
                 for (int64_t i = 0; i < n; i++) drop(&b, 1, first + i, d + i * C);
-                multiply_packed(n, I, C, d, C, p_down, dact, I, 0);
+                apply(n, I, C, d, p_down, dact);
                 for (int64_t i = 0; i < n; i++) {
                     swiglu_backward(dact + i * I, inner + (first + i) * 2 * I, dinner + i * 2 * I, act + i * I, I);
                     norm(middle + (first + i) * C, ln_2, h + i * C, C, eps);
                 }
-                multiply(C, I, n, d, 1, C, act, I, part + at_down, I, 1);
+                multiply_outer(C, I, n, d, act, part + at_down);
                 multiply_outer(2 * I, C, n, dinner, h, part + at_fc);
-                multiply_packed(n, C, 2 * I, dinner, 2 * I, p_fc, dh, C, 0);
+                apply(n, C, 2 * I, dinner, p_fc, dh);
                 for (int64_t i = 0; i < n; i++) {
                     int64_t at = (first + i) * C;
                     norm_backward(dh + i * C, middle + at, ln_2, dy + at, dx + at, part + at_ln_2, C, eps);
                     memcpy(d + i * C, dx + at, (size_t)C * sizeof(float));
                     drop(&b, 0, first + i, d + i * C);
                 }
-                multiply_packed(n, HD, C, d, C, p_proj, dattended + first * HD, HD, 0);
+                apply(n, HD, C, d, p_proj, dattended + first * HD);
                 multiply_outer(C, HD, n, d, attended + first * HD, part + at_proj);
             }
         }
@@ -697,7 +818,7 @@ void block_backward(const float *dy, const float *x, const float *qkv, float *at
                 float *h = scratch((size_t)(2 * piece * C)), *dh = h + piece * C;
                 for (int64_t i = 0; i < n; i++) norm(x + (first + i) * C, ln_1, h + i * C, C, eps);
                 multiply_outer(R, C, n, dqkv + first * R, h, part + at_attn);
-                multiply_packed(n, C, R, dqkv + first * R, R, p_attn, dh, C, 0);
+                apply(n, C, R, dqkv + first * R, p_attn, dh);
                 for (int64_t i = 0; i < n; i++) {
                     int64_t at = (first + i) * C;
                     norm_backward(dh + i * C, x + at, ln_1, dx + at, dx + at, part, C, eps);

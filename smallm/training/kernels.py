@@ -23,10 +23,13 @@ class Kernels:
 
 
 @cache
-def load() -> Kernels | None:
-    """The kernels for this processor, compiled now if they are not in the cache; None if that cannot be done here."""
+def load(bf16: bool = False) -> Kernels | None:
+    """The kernels for this processor, compiled now if they are not in the cache; None if that cannot be done here.
+
+    bf16: those whose products with weights are of bf16 operands.
+    """
     try:
-        path = library()
+        path = library(bf16)
         return Kernels(ctypes.CDLL(str(path))) if path else None
     except OSError:
         return None

@@ -16,6 +16,7 @@ from smallm.training.config import Config
 from smallm.training.devices import build_accelerator, of_first
 from smallm.training.failure import one_voice
 from smallm.training.pace import Clock
+from smallm.training.safe_load import check_fits
 from smallm.training.shelf import newest_checkpoint, put_aside
 from smallm.training.trainer import Trainer
 
@@ -38,6 +39,8 @@ def train(
         if config.train.minutes and place is None:
             config, corpus, planned_steps = plan_run(accelerator, config, corpus, explicit, clock)
         try:
+            if place is not None:
+                check_fits(place / "model.safetensors", config.model, corpus.vocabulary.size)
             trainer = Trainer(accelerator, config, corpus, out, clock, planned_steps)
             if place is not None:
                 trainer.resume(place)

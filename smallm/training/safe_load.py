@@ -1,6 +1,11 @@
-"""Checkpoints come from strangers too: what their files claim is held against what they hold before it costs memory."""
+"""What a model would cost is known before it is built, and what a checkpoint claims is held against what it holds.
+
+Checkpoints come from strangers too, and a slip of the finger is soon a model of terabytes.
+"""
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +23,12 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises `ValueError` for anything else, `OSError` if there is no such file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False).encode()  # halves of characters, which JSON can spell, are no text
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     if not isinstance(content, dict) or _deeper(content, DEEPEST):
         raise ValueError("it is no JSON object, or one that is nested too deep")
+    json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate is a ValueError: it could not be written again
     return content
 
 
@@ -48,6 +55,20 @@ def check_fits(file: Path, config: ModelConfig, vocab_size: int) -> None:
         problem = f"it is too small for model.block_size = {config.block_size}"
     if problem:
         raise UserError(f"{file} does not fit the model it should hold: {problem}")
+
+
+def check_memory(config: ModelConfig) -> None:
+    """Raises `UserError` if the weights alone are more than this machine's memory; systems often promise it all."""
+    parameters = sum(map(math.prod, weight_shapes(config, 256).values()))
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return
+    if 4 * parameters > memory:
+        raise UserError(
+            f"a model of {parameters:,} parameters does not fit into this machine's {memory / 1e9:.0f} GB of memory; "
+            "use a smaller model.n_embd or model.n_layer"
+        )
 
 
 def weight_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@ import codecs
 import difflib
 import io
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -189,8 +190,9 @@ def _decoding_problem(error: UnicodeError, encoding: str, stream: BinaryIO, read
     if isinstance(error, UnicodeDecodeError):
         # error.object: the bytes that the decoder had kept from the piece before, then this piece
         offset = read - len(error.object) + error.start
-        line = 1 + _newlines(stream, offset, encoding)
-        what = f"byte 0x{error.object[error.start]:02x} at offset {offset} (line {line})"
+        what = f"byte 0x{error.object[error.start]:02x} at offset {offset}"
+        with suppress(UnicodeError):  # some encodings, such as idna, cannot pass over what is wrong
+            what += f" (line {1 + _newlines(stream, offset, encoding)})"
     example = "latin-1" if codec.startswith("utf-8") else "utf-8"
     return f"is not valid {encoding}: {what}; pass --encoding NAME, for example --encoding {example}"
 

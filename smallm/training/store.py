@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -16,26 +17,35 @@ from smallm.training.ids import MappedIds
 
 CHECKED_BYTES = 32 << 20  # ids up to this length are compared with their checksum whenever they are opened
 PATIENCE_SECONDS = 3600.0  # with a process that encodes the same text
-PARTS = ("train.bin", "val.bin")
+PARTS = TRAIN_IDS, VAL_IDS, VAL_TEXT = "train.bin", "val.bin", "val.txt"
 FACTS = "corpus.json"
 UNFINISHED = ".unfinished"
 
-Stored = tuple[dict, MappedIds, MappedIds]
+
+class Stored(NamedTuple):
+    """An encoded text."""
+
+    facts: dict
+    train_ids: MappedIds
+    val_ids: MappedIds
+    val_text: Path
+    """The validation part in UTF-8."""
 
 
 def load(folder: Path) -> Stored | None:
-    """The facts and the ids, for training and for validation, of this folder; None if it is missing or damaged."""
+    """What lies in this folder; None if it is missing or damaged."""
     try:
         content = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         facts = content["facts"]
         if content["checksum"] != _checksum_of(facts):
             return None
-        train, val = (MappedIds(folder / part, facts["dtype"]) for part in PARTS)
-        if [len(train), len(val)] != [facts["train_ids"], facts["val_ids"]]:
+        ids = [MappedIds(folder / part, facts["dtype"]) for part in (TRAIN_IDS, VAL_IDS)]
+        sizes = [*map(len, ids), (folder / VAL_TEXT).stat().st_size]
+        if sizes != [facts["train_ids"], facts["val_ids"], facts["val_bytes"]]:
             return None
         if [_checksum(folder / part) for part in PARTS] != facts["checksums"]:
             return None
-        return facts, train, val
+        return Stored(facts, *ids, folder / VAL_TEXT)
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
 

@@ -1,6 +1,7 @@
 """The training loop: the same for a CPU, one GPU and several processes, through Accelerate."""
 
 import math
+import shutil
 import signal
 import time
 from contextlib import nullcontext
@@ -27,7 +28,7 @@ from smallm.training.devices import machine, of_first, prepare, warnings
 from smallm.training.evaluate import evaluate, write_sample
 from smallm.training.feed import Feed
 from smallm.training.functions import cross_entropy
-from smallm.training.guard import MOST_IN_A_ROW, StepGuard
+from smallm.training.guard import StepGuard
 from smallm.training.interrupt import Interrupt
 from smallm.training.meter import Meter
 from smallm.training.model import TransformerLanguageModel
@@ -153,8 +154,7 @@ class Trainer:
         main = self.accelerator.is_main_process
         if main:
             try:
-                with (self.run / VALIDATION).open("wb") as file:
-                    file.writelines(piece.encode() for piece in self.corpus.val_pieces())
+                shutil.copyfile(self.corpus.val_file, self.run / VALIDATION)
                 aside = self.run / f".{CONFIG}"
                 aside.write_text(tomli_w.dumps(self.config.to_dict()), encoding="utf-8")
                 aside.replace(self.run / CONFIG)
@@ -214,14 +214,9 @@ class Trainer:
         )  # fmt: skip
 
     def _check_skipped(self) -> None:
-        """Says once in a while that steps were left out; ends the run if there were too many in a row."""
+        """Says that steps were left out; ends the run if there were too many in a row."""
         s, before = self.state, self.state.skipped_steps
-        s.skipped_steps, s.skipped_in_a_row = self.guard.counts
-        if s.skipped_in_a_row >= MOST_IN_A_ROW:
-            raise UserError(
-                f"the last {s.skipped_in_a_row} steps to step {s.step} had no finite gradient and were left out; lower "
-                f"optim.learning_rate or raise optim.warmup_steps, then train anew (checkpoints in {self.run} are good)"
-            )
+        s.skipped_steps, s.skipped_in_a_row = self.guard.check(s.step, self.run)
         if s.skipped_steps > before and self.accelerator.scaler is None:  # under fp16 that is how the scale is found
             self.report.say(f"warning: {s.skipped_steps - before} step(s) to step {s.step} had no finite gradient and "
                             "were left out")  # fmt: skip

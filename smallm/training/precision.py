@@ -1,0 +1,41 @@
+"""Which arithmetic suits this machine: found out, not assumed."""
+
+import os
+import time
+
+import torch
+
+from smallm.training.compiler import has_bf16
+from smallm.training.config import ModelConfig
+from smallm.training.kernels import load
+from smallm.training.model import Rotary, TransformerBlock
+
+FASTER = 0.9  # a block in bf16 must take less than this share of its time in fp32
+ROUNDS = 5
+
+
+def best_precision() -> str:
+    """bf16 or fp16 on a GPU that computes it natively, bf16 on a CPU where it proves faster; fp32 elsewhere."""
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return "bf16" if not torch.accelerator.is_available() and bf16_pays() else "no"
+    major, _ = torch.cuda.get_device_capability()
+    return "bf16" if major >= 8 else "fp16" if major >= 7 else "no"
+
+
+def bf16_pays() -> bool:
+    """Whether this CPU has bf16 products and our kernels are faster with them; measured in some milliseconds."""
+    if not has_bf16() or load(bf16=True) is None:
+        return False
+    config = ModelConfig(n_layer=1, n_head=4, n_embd=128, block_size=64)
+    block, tables = TransformerBlock(config), Rotary(config.head_dim, config.block_size, config.rope_theta)
+    x = torch.zeros(12, config.block_size, config.n_embd)
+
+    def seconds(enabled: bool) -> float:
+        begun = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            block(x, *tables(config.block_size)).sum().backward()
+        return time.perf_counter() - begun
+
+    pairs = [(seconds(True), seconds(False)) for _ in range(ROUNDS)]
+    half, full = (min(times) for times in zip(*pairs, strict=True))
+    return half < FASTER * full
