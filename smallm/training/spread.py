@@ -1,5 +1,8 @@
-"""Tensors that are spread over processes (FSDP2), made whole and spread again; all others pass through."""
+"""Tensors that are spread over processes (FSDP2), made whole and spread again; work that processes share."""
 
+from collections.abc import Callable
+
+import torch.distributed
 from torch import Tensor
 
 
@@ -16,3 +19,21 @@ def like(parameter: Tensor | None, tensor: Tensor) -> Tensor:
 
     tensor = tensor.to(parameter.device)
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def shared(work: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """work(rows), where work treats each row (n, …) by itself and keeps its shape: every process does its part of them.
+
+    All processes must call this with the same rows, and all get the same result.
+    """
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if ranks == 1:
+        return work(rows)
+    part = -(-len(rows) // ranks)
+    mine = rows[part * torch.distributed.get_rank() :][:part]
+    done = rows.new_zeros(part, *rows.shape[1:])
+    if len(mine):
+        done[: len(mine)] = work(mine)
+    whole = rows.new_empty(part * ranks, *rows.shape[1:])
+    torch.distributed.all_gather_into_tensor(whole, done)
+    return whole[: len(rows)]
