@@ -1,6 +1,6 @@
 """How much faster two processes train than one, each with one thread, on the same global batch.
 
-    python benchmarks/scaling.py [--rounds 5] [--steps 40] [--n-layer 6 --n-embd 192 --block-size 256 --batch-size 12]
+    python benchmarks/scaling.py [--rounds 5] [--steps 20] [--n-layer 6 --n-embd 192 --block-size 256 --batch-size 24]
 
 Runs `train.py` in one process, in two (gloo), and as two runs of half the batch that know nothing of each other, turn
 by turn, so that all meet the same noise of the machine. The speed of each is that of its own log, by windows of five
@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table and the line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--data", default="python-docs", help="text to train on")
-    for name, default in (("rounds", 5), ("steps", 40), ("n-layer", 6), ("n-embd", 192), ("block-size", 256),
-                          ("batch-size", 12)):  # fmt: skip
+    for name, default in (("rounds", 5), ("steps", 20), ("n-layer", 6), ("n-embd", 192), ("block-size", 256),
+                          ("batch-size", 24)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     o = parser.parse_args(argv)
     shape = [f"--model.n_layer={o.n_layer}", f"--model.n_embd={o.n_embd}", f"--model.n_head={o.n_embd // 32}",
