@@ -173,3 +173,19 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_old_ones(tiny_run, tmp_path,
     assert f"--resume {run}" in last
     assert {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()} == before
     assert cli.main(["--resume", str(run), "--train.max_steps=65"]) == 0  # once there is room
+
+
+@pytest.mark.parametrize(("processes", "said"), [("1", "done, shut down"), ("2", "done")])
+def test_of_several_processes_none_waits_for_pythons_shutdown(processes, said):
+    script = """
+import atexit, sys
+import smallm.training.launch
+from smallm.training import cli
+
+smallm.training.launch.train = lambda *args, **options: print("done", end="") or 7
+atexit.register(print, ", shut down")
+sys.exit(cli.main([]))
+"""
+    environment = os.environ | {"WORLD_SIZE": processes}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (7, said, "")

@@ -1,7 +1,9 @@
 """`train.py`: from the command line and TOML files to a resolved `Config` and a run folder."""
 
 import gc
+import os
 import re
+import sys
 import time
 import tomllib
 from argparse import ArgumentError
@@ -56,7 +58,21 @@ def main(argv: Sequence[str]) -> int:
 
         gc.enable()
         gc.freeze()
-    return train(request.config, request.out, resume=request.resume, explicit=request.explicit, started=started)
+    code = train(request.config, request.out, resume=request.resume, explicit=request.explicit, started=started)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> None:
+    """Ends a process of several at once, without Python's shutdown.
+
+    Gloo's threads outlive their process group; one that still wants Python's lock, for a tensor it lets go of, would
+    abort a run that has succeeded (pytorch/pytorch#179291).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def parse(argv: Sequence[str]) -> Request:

@@ -9,7 +9,7 @@ from torch.optim.adamw import adamw
 
 from smallm.training.config import OptimConfig
 from smallm.training.functions import polynomial_iteration
-from smallm.training.spread import gathered, like
+from smallm.training.spread import gathered, like, shared
 
 # The steps of Polar Express (Amsel et al. 2025), each the best quintic for the singular values that the one before it
 # leaves, from 0.001 to 1 at first: a few of them come closer to 1 than one polynomial applied again and again.
@@ -63,8 +63,9 @@ class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for the groups with `muon=True`, AdamW for the others, in one step.
 
     The matrices that lie packed in one weight, as q, k and v do, are orthogonalised one by one, and all those of one
-    shape, lying or standing, together. Being one optimiser, it works under fp16 loss scaling, which would otherwise
-    unscale the gradients twice. Where `found_inf` is 1, a step changes nothing, as with PyTorch's fused optimisers.
+    shape, lying or standing, together; processes share that work. Being one optimiser, it works under fp16 loss
+    scaling, which would otherwise unscale the gradients twice. Where `found_inf` is 1, a step changes nothing, as with
+    PyTorch's fused optimisers.
     """
 
     found_inf: Tensor | None = None
@@ -112,7 +113,7 @@ class MuonAdamW(torch.optim.Optimizer):
         weights = [p if u is None else u for p, u in zip(parameters, map(_blank, parameters), strict=True)]
         rows = [each for p, each in zip(group["params"], group["rows"], strict=True) if p.grad is not None]
         for matrices in _by_shape(_matrices(weights, nesterov, rows)):
-            updates = orthogonalise(torch.stack([_lying(update) for _, update in matrices]), self.coefficients)
+            updates = shared(self._orthogonalise, torch.stack([_lying(update) for _, update in matrices]))
             if self.found_inf is not None:
                 updates = updates * keep
             for (weight, _), update in zip(matrices, updates, strict=True):
@@ -122,6 +123,9 @@ class MuonAdamW(torch.optim.Optimizer):
         for parameter, weight in zip(parameters, weights, strict=True):
             if weight is not parameter:
                 parameter.add_(like(parameter, weight))
+
+    def _orthogonalise(self, matrices: Tensor) -> Tensor:
+        return orthogonalise(matrices, self.coefficients)
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
