@@ -181,10 +181,14 @@ def test_int4_is_smaller_still(run, capsys):  # noqa: F811
 
 
 def test_too_much_loss_is_no_export(run, monkeypatch, capsys):  # noqa: F811
-    """Codes of three bits in the place of eight."""
-    monkeypatch.setattr(export_precision, "round_to_nearest",
-                        lambda weights, bits, block: replace(round_to_nearest(weights, 3, block), bits=3))  # fmt: skip
-    monkeypatch.setattr(Quantised, "packed", lambda self: self.codes + np.uint8(124))
+    """Seven codes in the place of 256."""
+
+    def coarse(weights, bits, block):
+        matrix = round_to_nearest(weights, bits, block)
+        codes = 128 + 40 * np.rint((matrix.codes.astype(int) - 128) / 40).clip(-3, 3)
+        return replace(matrix, codes=codes.astype(np.uint8))
+
+    monkeypatch.setattr(export_precision, "round_to_nearest", coarse)
     before = contents(run)
     code, out, err = run_export(capsys, run, "--precision", "int8")
     assert (code, out) == (2, "")
