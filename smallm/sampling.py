@@ -14,7 +14,7 @@ The definition that every host of a smallm model shares:
    added up in the order of the ranks.
 
 Each id takes one draw of u, at temperature 0 too. u comes from `Rng`, whose draw i is a function of (seed, stream, i),
-so a stream can be taken up again anywhere. tests/test_sampling.py has golden ids for hosts in other languages.
+so a stream can be taken up again anywhere. tests/golden.json has draws and ids for hosts in other languages.
 """
 
 import math

@@ -1,6 +1,8 @@
 """smallm.sampling: the rule that turns logits and u into an id, by hand and by counting, and the generator of u."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,9 @@ LAST_U = 1 - 2.0**-24
 PROBABILITIES = np.array([0.1, 0.4, 0.3, 0.2])
 LOGITS = np.log(PROBABILITIES).astype(np.float32)
 PLAIN = {"temperature": 1.0}
+GOLDEN = json.loads(
+    (Path(__file__).parent / "golden.json").read_text(encoding="utf-8")
+)  # for hosts in other languages too
 
 
 def distribution(logits, **options):
@@ -203,23 +208,15 @@ def golden_logits(step):
     return np.float32([(mix(256 * step + id) >> 8) * 2.0**-21 - 4 for id in range(256)])
 
 
-GOLDEN_IDS = {  # options, repetition penalty: the ids of 12 steps, with Rng(7), window of 8, nothing before
-    ((1.0, 0, 1.0, 0.0), 1.0): [180, 19, 219, 245, 84, 73, 208, 18, 74, 182, 167, 95],
-    ((0.8, 40, 1.0, 0.0), 1.0): [88, 8, 25, 106, 246, 131, 182, 42, 71, 175, 239, 0],
-    ((0.5, 0, 0.9, 0.0), 1.0): [182, 143, 8, 15, 243, 165, 245, 33, 219, 105, 35, 209],
-    ((1.5, 0, 1.0, 0.1), 1.0): [52, 228, 71, 182, 245, 216, 122, 180, 14, 88, 101, 86],
-    ((0.8, 20, 0.95, 0.02), 1.3): [30, 180, 168, 111, 235, 20, 222, 97, 219, 105, 180, 14],
-    ((0.0, 0, 1.0, 0.0), 1.0): [195, 59, 133, 195, 59, 133, 195, 59, 133, 195, 59, 133],
-    ((0.0, 0, 1.0, 0.0), 1.5): [195, 59, 133, 165, 134, 156, 53, 49, 168, 195, 59, 133],
-}
-
-
-@pytest.mark.parametrize(("options", "penalty"), GOLDEN_IDS)
-def test_golden_ids(options, penalty):
-    rng, ids, sampling = Rng(7), [], Sampling(*options)
+@pytest.mark.parametrize("case", GOLDEN["ids"], ids=str)
+def test_golden_ids(case):
+    """Twelve steps, with Rng(7), a repetition window of 8, and nothing before them."""
+    rng, ids = Rng(7), []
+    sampling = Sampling(case["temperature"], case["top_k"], case["top_p"], case["min_p"])
     for step in range(12):
-        ids.append(sample(penalise(golden_logits(step % 3), ids[-8:], penalty), rng.uniform(), sampling))
-    assert ids == GOLDEN_IDS[options, penalty]
+        logits = penalise(golden_logits(step % 3), ids[-8:], case["repetition_penalty"])
+        ids.append(sample(logits, rng.uniform(), sampling))
+    assert ids == case["ids"]
 
 
 # -- mistakes
@@ -278,22 +275,14 @@ def test_resolve_prefers_what_is_given():
 
 # -- the generator
 
-GOLDEN = {  # (seed, stream): the first five x; every host of a smallm model has to draw these
-    (0, 0): [33350994, 83415710, 260840893, 1806016855, 92256249],
-    (0, 1): [2988215890, 2105998277, 1507683795, 856494023, 1572423312],
-    (1, 0): [2972792678, 3466892386, 2286600280, 3139152753, 226027146],
-    (1, 1): [3376440755, 1285766632, 213979872, 3545030705, 1911439501],
-    (4294967295, 0): [2870425352, 1084151019, 2437879047, 913372191, 1309203106],
-    (4294967295, 1): [2822593141, 2500269333, 3116215630, 4213342414, 727372953],
-}
 
-
-@pytest.mark.parametrize(("seed", "stream"), GOLDEN)
-def test_golden_draws(seed, stream):
+@pytest.mark.parametrize("case", GOLDEN["draws"], ids=str)
+def test_golden_draws(case):
+    seed, stream = case["rng_seed"], case["stream_number"]
     rng = Rng(seed, stream)
-    assert [rng.uniform() for _ in range(5)] == [(x >> 8) / 16777216 for x in GOLDEN[seed, stream]]
+    assert [rng.uniform() for _ in range(5)] == [(x >> 8) / 16777216 for x in case["x"]]
     assert rng.draws == 5
-    assert numpy_draws(seed, stream, 5).tolist() == GOLDEN[seed, stream]
+    assert numpy_draws(seed, stream, 5).tolist() == case["x"]
 
 
 def numpy_mix(x):
