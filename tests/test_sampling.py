@@ -16,6 +16,7 @@ LAST_U = 1 - 2.0**-24
 PROBABILITIES = np.array([0.1, 0.4, 0.3, 0.2])
 LOGITS = np.log(PROBABILITIES).astype(np.float32)
 PLAIN = {"temperature": 1.0}
+# Every host in another language has to give these.
 GOLDEN = json.loads(
     (Path(__file__).parent / "golden.json").read_text(encoding="utf-8")
 )  # for hosts in other languages too
