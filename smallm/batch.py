@@ -78,6 +78,9 @@ class _Batch:
             self._step()
             return
         decoder, size = self._decoder, self._decoder.block_size
+        for stream in np.flatnonzero(~self._fresh & (decoder.lengths == size)):
+            if self._drafts[stream].request.overflow == "slide":
+                decoder.slide(stream)
         alone = self._fresh | (decoder.lengths == size)
         for stream in np.flatnonzero(alone):
             decoder.reset(stream)  # what a step adds to it is not looked at

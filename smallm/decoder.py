@@ -63,6 +63,24 @@ class Decoder:
         self._mask[at], self.lengths[at] = 0, 0
         self._longest = int(self.lengths.max())
 
+    def slide(self, stream: int = 0) -> None:
+        """Keeps what the model's window still sees, at the beginning of the cache, so that there is room again.
+
+        Keys are turned back by as many positions as they move. Rotary attention depends on distances only (Su et al.
+        2021), so what follows is exactly what it would have been in an endless cache.
+        """
+        m = self._session.manifest
+        cache, length = self._cache[:, stream], self.lengths[stream]  # (2 n_layer, n_kv_head, block_size, head_dim)
+        kept, half = m.window - 1, m.head_dim // 2
+        cache[:, :, :kept] = cache[:, :, length - kept : length]
+        angles = (length - kept) * m.rope_theta ** (-np.arange(half) / half)
+        cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        keys = cache[0::2, :, :kept]
+        low, high = keys[..., :half].copy(), keys[..., half:].copy()
+        keys[..., :half], keys[..., half:] = low * cos + high * sin, high * cos - low * sin
+        self._mask[stream, kept:], self.lengths[stream] = 0, kept
+        self._longest = int(self.lengths.max())
+
     def snapshot(self, stream: int = 0) -> Snapshot:
         """A copy of what one stream has read, to go on from later, or many times."""
         return Snapshot(self._cache[:, stream, :, : self.lengths[stream]].copy())

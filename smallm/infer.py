@@ -182,8 +182,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-samples", "--num_samples", type=int, default=1, metavar="N", help="texts to write (default: 1)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text, e.g. \\n; may be repeated")
     add("--min-length", "--min_length", type=int, metavar="N", help="no stop within the first N new characters")
-    add("--overflow", choices=("crop", "shift"), default="crop",
-        help="past block_size: crop = exact, slower; shift = keep half of the window, fast")  # fmt: skip
+    add("--overflow", choices=("crop", "shift", "slide"),
+        help="past block_size: crop = the last block_size ids, slow; shift = half of them, fast; slide = exact and "
+        "fast, the default of models with a window (others: crop)")  # fmt: skip
     add("--stream", action=argparse.BooleanOptionalAction, default=True, help="print characters as they come")
     add("--next", type=int, metavar="N", help="print the N likeliest next characters after the seed")
     add("--perplexity", nargs="?", const="", metavar="FILE",

@@ -40,6 +40,10 @@ class Manifest:
     """Of the matrices: fp32, int8 or int4."""
     quality: dict[str, Any] = field(default_factory=dict)
     """What the export measured: bytes of the model, bits per character, characters per second, oldest ONNX Runtime."""
+    window: int = 0
+    """Positions that attention sees, its own included; 0 = the whole context."""
+    rope_theta: float = 10000.0
+    """Base of the rotary positions, by which keys are turned when a text with a window goes past block_size."""
     format_version: int = FORMAT_VERSION
 
     @cached_property
@@ -95,7 +99,9 @@ class Manifest:
         sizes = (self.block_size, self.n_layer, self.n_head, self.n_kv_head, self.n_embd, self.head_dim)
         sizes += (self.vocab_size,)
         sane = all(type(size) is int and 0 < size < 1 << 24 for size in sizes) and self.n_layer < 1000
-        sane = sane and self.n_head % self.n_kv_head == 0
+        sane = sane and self.n_head % self.n_kv_head == 0 and self.head_dim % 2 == 0
+        sane &= type(self.window) is int and 0 <= self.window <= self.block_size
+        sane &= isinstance(self.rope_theta, (int, float)) and 0 < self.rope_theta < 1e30
         sane &= isinstance(self.tokens, str) and self.vocabulary.size == self.vocab_size
         sane &= isinstance(self.start_text, str) and 0 < len(self.vocabulary.encode(self.start_text)) < 1000
         sane &= all(isinstance(each, dict) for each in (self.sampling, self.training, self.quality))
@@ -118,6 +124,7 @@ def hugging_face_files(
     n_inner: int,
     head_dim: int,
     rope_theta: float,
+    window: int,
     norm_eps: float,
     sampling: Mapping[str, float],
 ) -> dict[str, dict[str, Any]]:
@@ -139,7 +146,10 @@ def hugging_face_files(
         "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "use_sliding_window": False,
+        "use_sliding_window": window > 0,
+        "sliding_window": window or None,
+        "max_window_layers": 0 if window else n_layer,
+        "layer_types": ["sliding_attention" if window else "full_attention"] * n_layer,
         "tie_word_embeddings": True,
         # No character doubles as an end-of-text mark: text has no end that the model could know.
         "bos_token_id": None,

@@ -11,7 +11,8 @@ from smallm.manifest import Manifest
 from smallm.permitted import Permitted
 from smallm.sampling import Rng, Sampling, check
 
-Overflow = Literal["crop", "shift"]
+OVERFLOWS = ("crop", "shift", "slide")
+Overflow = Literal[OVERFLOWS]
 PENALTIES = (0.01, 100.0)  # the least and the most
 
 
@@ -42,8 +43,8 @@ class Options(TypedDict, total=False):
     """Generation ends before the first of these texts; only new text counts, and '' is no stop."""
     min_length: int
     """A stop that begins within so many new characters is text like any other."""
-    overflow: Overflow
-    """What happens past block_size, see `LanguageModel`."""
+    overflow: Overflow | None
+    """What happens past block_size, see `LanguageModel`; None = "slide" for a model with a window, else "crop"."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def resolve(
     stream_number: int = 0,
     stop: str | Sequence[str] = (),
     min_length: int = 0,
-    overflow: Overflow = "crop",
+    overflow: Overflow | None = None,
 ) -> Request:
     """Options as `Options` has them -> all of them. Raises `UserError` for values out of range or at odds."""
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -96,8 +97,11 @@ def resolve(
         check(isinstance(length, Integral) and length >= 0, name, length, "0 or more")
     if min_length > max_length:
         raise UserError(f"min_length = {min_length} is more than max_length = {max_length}; they leave no text")
-    if overflow not in ("crop", "shift"):
-        raise UserError(f"overflow = {overflow!r} is unknown; it must be 'crop' or 'shift'")
+    overflow = ("slide" if model.window else "crop") if overflow is None else overflow
+    if overflow not in OVERFLOWS:
+        raise UserError(f"overflow = {overflow!r} is unknown; it must be 'crop', 'shift' or 'slide'")
+    if overflow == "slide" and not model.window:
+        raise UserError("overflow = 'slide' needs a model that was trained with model.window; use 'crop' or 'shift'")
     return Request(
         sampling=Sampling.resolve(given, model.sampling),
         max_length=max_length,

@@ -44,7 +44,8 @@ class LanguageModel:
 
     A context longer than `block_size` ids is cut: with overflow "crop" the model sees exactly the last block_size ids
     at every step, and the window is computed anew for each id; with "shift" it goes on with the newest half of the
-    window whenever that is full, which costs no more time per character than before.
+    window whenever that is full, which costs no more time per character than before. A model trained with
+    `model.window` has a third way, "slide": attention sees so many positions anyway, so the text has no end, exactly.
     """
 
     def __init__(self, session: Session):

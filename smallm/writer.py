@@ -63,6 +63,9 @@ class Writer:
         if self._logits is not None:
             return self._logits
         draft, size = self._draft, self._decoder.block_size
+        if self._fed == size and draft.request.overflow == "slide":
+            self._decoder.slide()
+            self._fed = int(self._decoder.lengths[0])
         if 0 < self._fed < size:
             self._fed += 1
             self._last[0] = draft.history[-1]

@@ -97,12 +97,12 @@ def test_folder_holds_what_it_promises(tiny_run):
         assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # who may read one may read all
 
 
-@pytest.mark.parametrize("n_kv_head", [0, 2, 1])
-def test_opens_in_transformers_with_equal_logits(tmp_path, n_kv_head):
+@pytest.mark.parametrize(("n_kv_head", "window"), [(0, 0), (2, 0), (1, 0), (2, 7)])
+def test_opens_in_transformers_with_equal_logits(tmp_path, n_kv_head, window):
     from transformers import Qwen3ForCausalLM
 
     config = Config(model=ModelConfig(n_layer=2, n_head=4, n_kv_head=n_kv_head, n_embd=64, block_size=24,
-                                      rope_theta=500.0))  # fmt: skip
+                                      window=window, rope_theta=500.0))  # fmt: skip
     model, optimizer = trained(config)
     folder = save(tmp_path, config=config, model=model, optimizer=optimizer)
     theirs, info = Qwen3ForCausalLM.from_pretrained(folder, output_loading_info=True)

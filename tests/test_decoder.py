@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from toys import random_model, save_onnx
+import torch
+from toys import longer, random_model, save_onnx
 
 from smallm.session import Session
 
@@ -51,6 +52,22 @@ def test_one_step_from_nothing(session, ids):
     decoder.reset()
     assert decoder.lengths.tolist() == [0] * 6
     assert close(session, decoder.step(ids[:, 7])[2], ids[2, 7:8])
+
+
+@pytest.mark.parametrize(("window", "block_size"), [(1, 8), (5, 16), (9, 16), (16, 16)])
+def test_a_window_slides_without_end(tmp_path, window, block_size):
+    """Id by id far past block_size: as PyTorch in one pass over all of it, with a table of positions that long."""
+    model = random_model(window=window, block_size=block_size)
+    session = Session(save_onnx(model, tmp_path / "model.onnx"))
+    ids = np.random.default_rng(4).integers(0, 262, (2, 100))
+    with torch.no_grad():
+        expected = longer(model, 100)(torch.from_numpy(ids)).numpy()
+    decoder = session.decoder(2)
+    for t in range(100):
+        for stream in np.flatnonzero(decoder.lengths == block_size):
+            decoder.slide(stream)
+        assert np.abs(decoder.step(ids[:, t]) - expected[:, t]).max() < 2e-4
+    assert (decoder.lengths <= block_size).all()
 
 
 def test_branches_from_one_prompt(session, ids):

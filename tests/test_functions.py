@@ -75,6 +75,20 @@ def test_a_block_is_that_of_plain_pytorch(plain, n_head, n_kv_head, n_embd, n_in
     assert_close(ours, outcome(run, [t.double() for t in (x, *block.parameters())]))
 
 
+@pytest.mark.parametrize(("window", "T"), [(2, 40), (7, 70), (32, 100), (33, 100), (64, 100), (90, 70)])
+def test_a_block_with_a_window(plain, window, T):
+    config = ModelConfig(n_head=4, n_kv_head=2, n_embd=128, n_inner=32, block_size=128, window=window)
+    whole = shaken(TransformerLanguageModel(40, config, seed=1))
+    block, x, tables = whole.h[0], numbers(2, T, 128, seed=3), whole.rotary(T)
+
+    def run(x, *parameters):
+        names = [name for name, _ in block.named_parameters()]
+        return torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), (x, *tables))
+
+    inputs = [x, *block.parameters()]
+    assert_close(outcome(run, inputs), plain(outcome, run, inputs))
+
+
 def test_a_block_whose_sides_do_not_fit_takes_the_plain_form(monkeypatch):
     config = ModelConfig(n_head=3, n_embd=48, block_size=8)
     block = TransformerBlock(config)

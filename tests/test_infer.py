@@ -126,7 +126,7 @@ def test_json_is_one_object(infer, lm):
     found = json.loads(out)
     logprobs = [sample.pop("logprobs") for sample in found["samples"]]
     assert found == {
-        "seed": "Zoë ", "max_length": 30, "top_k": 5, "stop": [], "overflow": "crop", "rng_seed": 4,
+        "seed": "Zoë ", "max_length": 30, "top_k": 5, "stop": [], "rng_seed": 4,
         "samples": [{"text": text, "new_text": text[4:]} for text in texts],
     }  # fmt: skip
     stream = lm.stream("Zoë ", 30, rng_seed=4, top_k=5, logprobs=True)

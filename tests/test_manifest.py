@@ -44,7 +44,7 @@ def test_metadata_of_others(metadata):
 @pytest.mark.parametrize("name", [f.name for f in fields(Manifest)])
 def test_a_missing_value(name):
     values = {key: value for key, value in asdict(MANIFEST).items() if key != name}
-    if name in ("sampling", "training", "precision", "quality"):
+    if name in ("sampling", "training", "precision", "quality", "window", "rope_theta"):
         assert Manifest.from_dict(values, "x").block_size == 16
     else:
         with pytest.raises(UserError, match=r"^x has "):
@@ -100,7 +100,7 @@ def test_hugging_face_files(temperature, expected):
     sampling = {"temperature": temperature, "top_k": 5, "top_p": 0.9, "min_p": 0.1}
     files = hugging_face_files(
         TOY_VOCABULARY, block_size=16, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_inner=192, head_dim=16,
-        rope_theta=500.0, norm_eps=1e-6, sampling=sampling,
+        rope_theta=500.0, window=0, norm_eps=1e-6, sampling=sampling,
     )  # fmt: skip
     assert set(files) == {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     config = files["config.json"]

@@ -102,7 +102,7 @@ def naive_attention(x, attention, config):
             shared = head // (nh // nkv)
             q = norm_and_turn(packed[t][head * hd : (head + 1) * hd], weights["q_norm.weight"], t)
             scores, values = [], []
-            for s in range(t + 1):
+            for s in range(max(0, t + 1 - config.window) if config.window else 0, t + 1):
                 k = packed[s][(nh + shared) * hd : (nh + shared + 1) * hd]
                 scores.append(q @ norm_and_turn(k, weights["k_norm.weight"], s) / math.sqrt(hd))
                 values.append(packed[s][(nh + nkv + shared) * hd : (nh + nkv + shared + 1) * hd])
@@ -111,9 +111,12 @@ def naive_attention(x, attention, config):
     return y @ weights["c_proj.weight"].T
 
 
+@pytest.mark.parametrize("window", [0, 1, 4, 12])
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
-def test_attention_against_a_naive_loop(n_kv_head):
-    config = ModelConfig(n_layer=1, n_head=4, n_kv_head=n_kv_head, n_embd=64, block_size=12, rope_theta=50.0)
+def test_attention_against_a_naive_loop(n_kv_head, window):
+    config = ModelConfig(
+        n_layer=1, n_head=4, n_kv_head=n_kv_head, n_embd=64, block_size=12, window=window, rope_theta=50.0
+    )
     attention = randomised(MultiHeadSelfAttention(config), seed=3)
     x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():

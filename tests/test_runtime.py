@@ -95,6 +95,16 @@ def test_random_weights_and_windows_of_any_size(tmp_path, config, overflow):
     assert text == torch_text(model, TOY_VOCABULARY, "é€", 60, options, Rng(3), overflow)
 
 
+@pytest.mark.parametrize("config", [{"window": 1}, {"window": 16}, {"window": 5, "n_kv_head": 1, "rope_theta": 30.0}])
+def test_a_model_with_a_window_writes_on_for_ever(tmp_path, config):
+    model = random_model(**config)
+    lm = LanguageModel.load(save_onnx(model, tmp_path / "model.onnx"))
+    assert lm.metadata.window == config["window"]
+    options = Sampling(temperature=1.1)
+    text = lm.generate("é€", 150, temperature=1.1, top_k=0, top_p=1, min_p=0, rng_seed=3)
+    assert text == torch_text(model, TOY_VOCABULARY, "é€", 150, options, Rng(3), "slide")
+
+
 def test_crop_sees_exactly_the_last_block_size_ids(lm, model, val_text, monkeypatch):
     """All logits on the way through three windows and more, whatever is sampled from them."""
     seed, seen = val_text[: 3 * BLOCK_SIZE], []
@@ -405,6 +415,7 @@ def test_models_and_streams_do_not_disturb_each_other(lm, toy, exported):
         ({"rng_seed": 1 << 32}, "rng_seed = 4294967296 is out of range"),
         ({"stream_number": -1}, "stream_number = -1 is out of range"),
         ({"overflow": "wrap"}, "overflow = 'wrap' is unknown"),
+        ({"overflow": "slide"}, "overflow = 'slide' needs a model that was trained with model.window"),
         ({"seed": "a\ud800b"}, "lone surrogate"),
         ({"max_length": 2.5}, "max_length = 2.5 is out of range"),
         ({"min_length": -1}, "min_length = -1 is out of range; it must be 0 or more"),

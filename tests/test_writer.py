@@ -17,11 +17,19 @@ def lm(tmp_path_factory) -> LanguageModel:
     return LanguageModel.load(save_onnx(random_model(), tmp_path_factory.mktemp("toy") / "toy.onnx"))
 
 
+@pytest.fixture(scope="module")
+def models(lm, tmp_path_factory) -> dict[str, LanguageModel]:
+    """Overflow -> a model that has it; "slide" wants a window."""
+    path = tmp_path_factory.mktemp("window") / "toy.onnx"
+    return {"crop": lm, "shift": lm, "slide": LanguageModel.load(save_onnx(random_model(window=6), path))}
+
+
 # -- one text
 
 
-@pytest.mark.parametrize("overflow", ["crop", "shift"])
-def test_left_and_gone_back_to(lm, overflow):
+@pytest.mark.parametrize("overflow", ["crop", "shift", "slide"])
+def test_left_and_gone_back_to(models, overflow):
+    lm = models[overflow]
     whole = list(lm.stream("é", 60, rng_seed=3, overflow=overflow))
     stream, found = lm.stream("é", 60, rng_seed=3, overflow=overflow), []
     for piece in stream:
@@ -34,9 +42,10 @@ def test_left_and_gone_back_to(lm, overflow):
     assert list(stream) == []
 
 
-@pytest.mark.parametrize("overflow", ["crop", "shift"])
+@pytest.mark.parametrize("overflow", ["crop", "shift", "slide"])
 @pytest.mark.parametrize("taken", [0, 1, 5, 15, 16, 17, 40])
-def test_branches(lm, overflow, taken):
+def test_branches(models, overflow, taken):
+    lm = models[overflow]
     options = {"max_length": 50, "overflow": overflow, "stop": "zz", "temperature": 1.2}
     stream = lm.stream("Zoë", rng_seed=3, **options)
     begun = "".join(next(stream) for _ in range(taken))
@@ -102,9 +111,10 @@ def test_a_penalty_of_one_and_nothing_banned_change_nothing(lm):
 # -- many texts
 
 
-@pytest.mark.parametrize("overflow", ["crop", "shift"])
+@pytest.mark.parametrize("overflow", ["crop", "shift", "slide"])
 @pytest.mark.parametrize("most", [1, 2, 4, 64])
-def test_many_texts_are_those_of_one_by_one(lm, monkeypatch, overflow, most):
+def test_many_texts_are_those_of_one_by_one(models, monkeypatch, overflow, most):
+    lm = models[overflow]
     monkeypatch.setattr(batch, "MOST_STREAMS", most)
     options = {"rng_seed": 5, "overflow": overflow, "stop": ["e", "zz", "\x07"], "max_length": 50}
     expected = [lm.generate(seed, stream_number=n, **options) for n, seed in enumerate(SEEDS)]
@@ -118,12 +128,13 @@ def test_many_texts_are_those_of_one_by_one(lm, monkeypatch, overflow, most):
         assert [piece.last for piece in mine] == [False] * (len(mine) - 1) + [True]
 
 
-@pytest.mark.parametrize("overflow", ["crop", "shift"])
-def test_many_texts_are_pytorchs(lm, overflow):
+@pytest.mark.parametrize("overflow", ["crop", "shift", "slide"])
+def test_many_texts_are_pytorchs(models, overflow):
+    lm = models[overflow]
     options = Sampling(temperature=1.1, top_k=30, top_p=0.9, min_p=0.01)
     found = lm.generate_many(["é€", "abc"], 40, temperature=1.1, top_k=30, top_p=0.9, min_p=0.01, rng_seed=3,
                              overflow=overflow)  # fmt: skip
-    model = random_model()
+    model = random_model(window=6 if overflow == "slide" else 0)
     assert found == [torch_text(model, TOY_VOCABULARY, seed, 40, options, Rng(3, n), overflow)
                      for n, seed in enumerate(["é€", "abc"])]  # fmt: skip
 

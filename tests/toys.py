@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -37,7 +38,8 @@ def manifest_of(model: TransformerLanguageModel, vocabulary: Vocabulary = TOY_VO
     c = model.config
     values = {
         "block_size": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head, "n_kv_head": c.kv_heads,
-        "n_embd": c.n_embd, "head_dim": c.head_dim, "vocab_size": vocabulary.size, "tokens": vocabulary.hex_tokens(),
+        "n_embd": c.n_embd, "head_dim": c.head_dim, "window": c.window, "rope_theta": c.rope_theta,
+        "vocab_size": vocabulary.size, "tokens": vocabulary.hex_tokens(),
         "start_text": "\n", "sampling": {"temperature": 0.7, "top_k": 30, "top_p": 0.95, "min_p": 0.01},
     }  # fmt: skip
     return Manifest(**values | changes)
@@ -47,6 +49,13 @@ def save_onnx(model: TransformerLanguageModel, path: Path, vocabulary: Vocabular
     """The model as an .onnx file, as export writes it."""
     onnx.save(build_graph(model, manifest_of(model, vocabulary)), path)
     return path
+
+
+def longer(model: TransformerLanguageModel, block_size: int) -> TransformerLanguageModel:
+    """The same model with room for more ids."""
+    other = TransformerLanguageModel(model.vocab_size, replace(model.config, block_size=block_size)).eval()
+    other.load_state_dict(model.state_dict())
+    return other
 
 
 def torch_text(
@@ -60,6 +69,8 @@ def torch_text(
 ) -> str:
     """What `LanguageModel.generate` has to give, the naive way: the whole window through PyTorch for each id."""
     block_size, decoder, new = model.config.block_size, vocabulary.decoder(), ""
+    if overflow == "slide":
+        model, block_size = longer(model, 1000), 1000
     window = vocabulary.encode(seed).tolist()[-block_size:]
     while len(new) < length:
         with torch.no_grad():

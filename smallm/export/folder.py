@@ -96,6 +96,8 @@ def build_manifest(checkpoint: Path) -> Manifest:
         n_kv_head=m.kv_heads,
         n_embd=m.n_embd,
         head_dim=m.head_dim,
+        window=m.window,
+        rope_theta=m.rope_theta,
         vocab_size=vocabulary.size,
         tokens=vocabulary.hex_tokens(),
         start_text=state.start_text,

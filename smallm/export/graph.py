@@ -132,7 +132,7 @@ class _Graph:
             "GroupQueryAttention",
             [packed, "", "", *past, self.seqlens_k, self.total_length, self.cos, self.sin],
             [y, *outputs], name=f"{at}/attention", domain=MICROSOFT,
-            num_heads=c.n_head, kv_num_heads=c.kv_heads, do_rotary=1, scale=1.0,
+            num_heads=c.n_head, kv_num_heads=c.kv_heads, do_rotary=1, scale=1.0, local_window_size=c.window or -1,
         ))  # fmt: skip
         return self._matmul(f"{at}/c_proj", y, f"h.{i}.attn.c_proj")
 

@@ -136,6 +136,7 @@ def model_files(config: Config, vocabulary: Vocabulary) -> dict[str, dict[str, A
         n_inner=m.inner,
         head_dim=m.head_dim,
         rope_theta=m.rope_theta,
+        window=m.window,
         norm_eps=NORM_EPS,
         sampling=asdict(config.sample.sampling),
     )

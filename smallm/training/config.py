@@ -47,6 +47,9 @@ class ModelConfig:
     """Width of the feed-forward layer; 0 = 8/3 of n_embd, rounded up to a multiple of 32."""
     block_size: int = 128
     """Longest context, in ids (one id a character, for ASCII text)."""
+    window: int = 0
+    """Positions that attention sees, its own included: a model with a window writes endless texts exactly, at constant
+    speed; 0 = the whole context."""
     dropout: float = 0.0
     """Probability of dropping an activation in training."""
     rope_theta: float = 10000.0
@@ -58,6 +61,8 @@ class ModelConfig:
             _check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         for name in ("n_kv_head", "n_inner"):
             _check(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must be 0 (automatic) or more")
+        most = f"must be from 0 (no window) to model.block_size = {self.block_size}"
+        _check(0 <= self.window <= self.block_size, "model.window", self.window, most)
         for name in ("n_layer", "n_head", "n_embd", "block_size", "n_inner"):
             most = MOST_LAYERS if name == "n_layer" else WIDEST
             _check(getattr(self, name) <= most, f"model.{name}", getattr(self, name), f"must be at most {most}")

@@ -29,14 +29,17 @@ def kernels(x: Tensor) -> Kernels | None:
     return load()
 
 
-def block(x: Tensor, weights: tuple[Tensor, ...], cos: Tensor, sin: Tensor, n_head: int, dropout: float) -> Tensor:
+def block(
+    x: Tensor, weights: tuple[Tensor, ...], cos: Tensor, sin: Tensor, n_head: int, window: int, dropout: float
+) -> Tensor:
     """A whole TransformerBlock in one kernel: x (B, T, C) -> (B, T, C).
 
     weights: ln_1 (C,), c_attn ((nh + 2 nkv) hd, C), q_norm and k_norm (hd,), c_proj (C, nh hd), ln_2 (C,),
-    c_fc (2 I, C), c_proj of the feed-forward (C, I); cos, sin (T, hd); dropout: probability, at the end of both halves.
+    c_fc (2 I, C), c_proj of the feed-forward (C, I); cos, sin (T, hd); window: as `attention` has it; dropout:
+    probability, at the end of both halves.
     """
     seed = int(torch.randint(1 << 31, ())) if dropout else 0
-    return _Block.apply(x, cos, sin, n_head, dropout, seed, *weights)
+    return _Block.apply(x, cos, sin, n_head, window, dropout, seed, *weights)
 
 
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
@@ -53,17 +56,24 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
     return nats.sum() if reduction == "sum" else nats.sum() / (targets != IGNORED).sum()
 
 
-def attention(qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, n_head: int) -> Tensor:
+def attention(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, n_head: int, window: int = 0
+) -> Tensor:
     """Causal self-attention on packed heads, queries and keys each RMS-normed and then rotated by their position.
 
     qkv (B, T, nh + 2 nkv, hd); gains (hd,); cos, sin (T, hd), the sine of the first half negated, as in RoFormer
-    (Su et al. 2021) with the halves of a head rotated against each other -> (B, T, nh, hd).
+    (Su et al. 2021) with the halves of a head rotated against each other; window: positions that each sees, its own
+    included, 0 = all up to its own -> (B, T, nh, hd).
     """
     n_kv_head = (qkv.size(2) - n_head) // 2
     q, k, v = qkv.split((n_head, n_kv_head, n_kv_head), dim=2)
     q, k = _norm_and_rotate(q, q_gain, cos, sin), _norm_and_rotate(k, k_gain, cos, sin)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, hd)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=n_kv_head != n_head)
+    T, mask = q.size(2), None
+    if 0 < window < T:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    gqa = n_kv_head != n_head
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
     return y.transpose(1, 2)
 
 
@@ -87,10 +97,11 @@ def _norm_and_rotate(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> Tenso
 
 class _Block(Function):
     @staticmethod
-    def forward(ctx, x, cos, sin, n_head, dropout, seed, *weights):
+    def forward(ctx, x, cos, sin, n_head, window, dropout, seed, *weights):
         x, (B, T, C), hd = x.contiguous(), x.shape, cos.size(1)
         rows, inner = weights[1].size(0), weights[7].size(1)
-        ctx.sizes = (B, T, C, n_head, (rows // hd - n_head) // 2, hd, inner, seed, NORM_EPS, dropout)
+        n_kv_head = (rows // hd - n_head) // 2
+        ctx.sizes = (B, T, C, n_head, n_kv_head, hd, inner, window or T, seed, NORM_EPS, dropout)
         y, middle = torch.empty_like(x), torch.empty_like(x)
         qkv, attended, lse = (x.new_empty(B, T, n) for n in (rows, n_head * hd, n_head))
         gate_up = x.new_empty(B, T, 2 * inner)
@@ -109,7 +120,7 @@ class _Block(Function):
         ctx.kernels("block_backward", grad.contiguous(), x, qkv, attended, lse, middle, gate_up, dx, gradients,
                dattended, dqkv, packed, parts, *weights, cos, sin, *ctx.sizes)  # fmt: skip
         each = gradients.split([w.numel() for w in weights])
-        return dx, None, None, None, None, None, *(g.view_as(w) for g, w in zip(each, weights, strict=True))
+        return dx, None, None, None, None, None, None, *(g.view_as(w) for g, w in zip(each, weights, strict=True))
 
 
 class _RMSNorm(Function):

@@ -485,20 +485,26 @@ void orthogonalise(float *x, const float *coefficients, int64_t n, int64_t rows,
     }
 }
 
-/* ---- Causal self-attention with normed and rotated queries and keys ---- */
+/* ---- Causal self-attention with normed and rotated queries and keys, over the last `window` positions ---- */
 
 typedef struct {
     const float *qkv, *q_gain, *k_gain, *cos, *sin; /* (B, T, H + 2 G, D), (D), (D), (T, D), sine of the first half negated */
     float *y, *lse;                                 /* (B, T, H, D), (B, H, T): log of the sum of exponentials */
     const float *dy;                                /* (B, T, H, D) */
     float *dqkv;                                    /* (B, T, H + 2 G, D) */
-    int64_t B, T, H, G;
+    int64_t B, T, H, G, window;
     float eps;
 } Attention;
 
 enum { QUERIES = 32 }; /* attended together */
 
 INLINE int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
+
+/* A multiple of PANEL up to which no query from `first` on sees any key. */
+INLINE int64_t unseen(const Attention *s, int64_t first)
+{
+    return first < s->window ? 0 : (first - s->window + 1) / PANEL * PANEL;
+}
 
 /* One head at one position: x (D) -> y (D) = rotate(x / rms(x) * gain) * factor. */
 INLINE void turn(const Attention *s, const int64_t D, const float *x, const float *gain, int64_t t, float factor, float *y)
@@ -534,13 +540,14 @@ INLINE void transpose(const float *x, int64_t ld, int64_t T, int64_t D, float *y
         for (int64_t d = 0; d < D; d++) y[d * ldy + t] = x[t * ld + d];
 }
 
-/* scores (n, ld) of queries first .. first + n - 1 -> e^(score - the row's shift), 0 after the query's own position.
- * Without shifts, it is the largest of the row; then totals (n, 2) gets shift and sum. */
-static void exponentials(float *scores, int64_t ld, int64_t n, int64_t first, int64_t columns, const float *shift,
-                         float *totals)
+/* scores (n, ld) of queries first .. first + n - 1 -> e^(score - the row's shift), 0 after the query's own position and
+ * before its window. Without shifts, it is the largest of the row; then totals (n, 2) gets shift and sum. */
+static void exponentials(float *scores, int64_t ld, int64_t n, int64_t first, int64_t columns, int64_t window,
+                         const float *shift, float *totals)
 {
     for (int64_t i = 0; i < n; i++) {
         float *row = scores + i * ld;
+        for (int64_t j = 0; j <= first + i - window; j++) row[j] = -INFINITY;
         for (int64_t j = first + i + 1; j < columns; j++) row[j] = -INFINITY;
         vec most = load(row), total = {0};
         if (!shift)
@@ -574,12 +581,13 @@ INLINE void attend(const Attention *s, int64_t task, const int64_t D)
     }
     for (int64_t h = g * group; h < (g + 1) * group; h++)
         for (int64_t first = 0; first < T; first += QUERIES) {
-            int64_t n = T - first < QUERIES ? T - first : QUERIES, columns = padded(first + n);
+            int64_t n = T - first < QUERIES ? T - first : QUERIES, low = unseen(s, first);
+            int64_t keys = first + n - low, columns = padded(keys);
             for (int64_t i = 0; i < n; i++)
                 turn(s, D, x + (first + i) * row + h * D, s->q_gain, first + i, factor, q + i * D);
-            multiply(n, columns, D, q, D, 1, kt, P, p, P, 0);
-            exponentials(p, P, n, first, columns, NULL, totals);
-            multiply(n, E, first + n, p, P, 1, v, E, o, E, 0);
+            multiply(n, columns, D, q, D, 1, kt + low, P, p, P, 0);
+            exponentials(p, P, n, first - low, columns, s->window, NULL, totals);
+            multiply(n, E, keys, p, P, 1, v + low * E, E, o, E, 0);
             for (int64_t i = 0; i < n; i++) {
                 float *out = s->y + ((b * T + first + i) * H + h) * D, inverse = 1.0f / totals[2 * i + 1];
                 for (int64_t d = 0; d < D; d++) out[d] = o[i * E + d] * inverse;
@@ -604,15 +612,16 @@ INLINE void attend_backward(const Attention *s, int64_t task, const int64_t D, f
     memset(dk, 0, (size_t)(2 * T * E) * sizeof(float)); /* and dv */
     for (int64_t h = g * group; h < (g + 1) * group; h++)
         for (int64_t first = 0; first < T; first += QUERIES) {
-            int64_t n = T - first < QUERIES ? T - first : QUERIES, columns = padded(first + n);
+            int64_t n = T - first < QUERIES ? T - first : QUERIES, low = unseen(s, first);
+            int64_t keys = first + n - low, columns = padded(keys);
             for (int64_t i = 0; i < n; i++) {
                 turn(s, D, x + (first + i) * row + h * D, s->q_gain, first + i, factor, q + i * E);
                 for (int64_t d = 0; d < D; d++) dout[i * E + d] = s->dy[((b * T + first + i) * H + h) * D + d];
             }
-            multiply(n, columns, D, q, E, 1, kt, P, p, P, 0);
-            exponentials(p, P, n, first, columns, s->lse + (b * H + h) * T + first, NULL);
-            multiply(n, columns, D, dout, E, 1, vt, P, dp, P, 0);
-            multiply(first + n, E, n, p, 1, P, dout, E, dv, E, 1);
+            multiply(n, columns, D, q, E, 1, kt + low, P, p, P, 0);
+            exponentials(p, P, n, first - low, columns, s->window, s->lse + (b * H + h) * T + first, NULL);
+            multiply(n, columns, D, dout, E, 1, vt + low, P, dp, P, 0);
+            multiply(keys, E, n, p, 1, P, dout, E, dv + low * E, E, 1);
             for (int64_t i = 0; i < n; i++) { /* softmax: dp = p (dp - y dy) */
                 const float *out = s->y + ((b * T + first + i) * H + h) * D;
                 vec dot = {0};
@@ -621,8 +630,8 @@ INLINE void attend_backward(const Attention *s, int64_t task, const int64_t D, f
                 for (int64_t j = 0; j < columns; j += W)
                     store(dp + i * P + j, load(p + i * P + j) * (load(dp + i * P + j) - mean));
             }
-            multiply(first + n, E, n, dp, 1, P, q, E, dk, E, 1);
-            multiply(n, E, first + n, dp, P, 1, k, E, dq, E, 0);
+            multiply(keys, E, n, dp, 1, P, q, E, dk + low * E, E, 1);
+            multiply(n, E, keys, dp, P, 1, k + low * E, E, dq, E, 0);
             for (int64_t i = 0; i < n; i++)
                 turn_back(s, D, x + (first + i) * row + h * D, s->q_gain, first + i, factor, dq + i * E,
                           dx + (first + i) * row + h * D, dq_gain);
@@ -693,12 +702,12 @@ INLINE void swiglu_backward(const float *dy, const float *x, float *dx, float *y
 void block(const float *x, float *y, float *qkv, float *attended, float *lse, float *middle, float *inner, float *packed,
            const float *ln_1, const float *w_attn, const float *q_gain, const float *k_gain, const float *w_proj,
            const float *ln_2, const float *w_fc, const float *w_down, const float *cos, const float *sin, int64_t B,
-           int64_t T, int64_t C, int64_t H, int64_t G, int64_t D, int64_t I, int64_t seed, float eps, float dropout,
-           int threads)
+           int64_t T, int64_t C, int64_t H, int64_t G, int64_t D, int64_t I, int64_t window, int64_t seed, float eps,
+           float dropout, int threads)
 {
     const Block b = {B, T, C, H, G, D, I, ln_1, w_attn, q_gain, k_gain, w_proj, ln_2, w_fc, w_down, cos, sin, eps, dropout,
                      (uint32_t)seed};
-    const Attention a = {qkv, q_gain, k_gain, cos, sin, attended, lse, NULL, NULL, B, T, H, G, eps};
+    const Attention a = {qkv, q_gain, k_gain, cos, sin, attended, lse, NULL, NULL, B, T, H, G, window, eps};
     const int64_t N = B * T, R = packed_width(&b);
     float *p_attn = packed, *p_proj = p_attn + R * C, *p_fc = p_proj + C * H * D, *p_down = p_fc + 2 * I * C;
 #pragma omp parallel num_threads(threads)
@@ -753,11 +762,11 @@ void block_backward(const float *dy, const float *x, const float *qkv, float *at
                     float *parts, const float *ln_1, const float *w_attn, const float *q_gain, const float *k_gain,
                     const float *w_proj, const float *ln_2, const float *w_fc, const float *w_down, const float *cos,
                     const float *sin, int64_t B, int64_t T, int64_t C, int64_t H, int64_t G, int64_t D, int64_t I,
-                    int64_t seed, float eps, float dropout, int threads)
+                    int64_t window, int64_t seed, float eps, float dropout, int threads)
 {
     const Block b = {B, T, C, H, G, D, I, ln_1, w_attn, q_gain, k_gain, w_proj, ln_2, w_fc, w_down, cos, sin, eps, dropout,
                      (uint32_t)seed};
-    const Attention a = {qkv, q_gain, k_gain, cos, sin, attended, lse, dattended, dqkv, B, T, H, G, eps};
+    const Attention a = {qkv, q_gain, k_gain, cos, sin, attended, lse, dattended, dqkv, B, T, H, G, window, eps};
     const int64_t N = B * T, R = packed_width(&b), HD = H * D, weights = 2 * C + 2 * D + (R + HD + 3 * I) * C;
     const int64_t slots = 2 * threads, piece = 8 * ROWS;
     float *p_attn = packed, *p_proj = p_attn + R * C, *p_fc = p_proj + C * HD, *p_down = p_fc + 2 * I * C;

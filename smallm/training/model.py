@@ -51,16 +51,17 @@ class MultiHeadSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_dim
+        self.window = config.window
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
         self.q_norm = RMSNorm(self.head_dim)
         self.k_norm = RMSNorm(self.head_dim)
         self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, T, C), cos and sin (T, hd) -> (B, T, C); position t sees positions 0..t."""
+        """x (B, T, C), cos and sin (T, hd) -> (B, T, C); position t sees those up to t, in its window."""
         B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim)  # (B, T, nh + 2 nkv, hd)
-        y = attention(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin, self.n_head)
+        y = attention(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin, self.n_head, self.window)
         return self.c_proj(y.reshape(B, T, -1))
 
 
@@ -95,7 +96,7 @@ class TransformerBlock(nn.Module):
         """x (B, T, C), cos and sin (T, hd) -> (B, T, C)."""
         if self.in_panels and kernels(x):
             dropout = self.dropout.p if self.training else 0.0
-            return block(x, tuple(self.parameters()), cos, sin, self.attn.n_head, dropout)
+            return block(x, tuple(self.parameters()), cos, sin, self.attn.n_head, self.attn.window, dropout)
         x = x + self.dropout(self.attn(self.ln_1(x), cos, sin))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
@@ -147,4 +148,4 @@ class TransformerLanguageModel(nn.Module):
         """
         c = self.config
         matrices = sum(p.numel() for p in self.parameters() if p.ndim == 2)
-        return 6 * matrices + 6 * c.n_layer * c.n_head * c.head_dim * c.block_size
+        return 6 * matrices + 6 * c.n_layer * c.n_head * c.head_dim * min(c.window or c.block_size, c.block_size)
