@@ -25,7 +25,8 @@ from toys import random_model, save_onnx
 from smallm import LanguageModel, UserError, cli
 from smallm.onnx_file import MODEL, OPERATORS, fields, packed, read_message, read_onnx
 from smallm.stops import Stops
-from smallm.training.config import Config, ModelConfig, check_types
+from smallm.training.checks import check_types
+from smallm.training.config import Config, ModelConfig
 from smallm.training.model import TransformerLanguageModel
 from smallm.training.qwen3 import to_qwen3
 from smallm.training.safe_load import check_fits, read_json, weight_shapes

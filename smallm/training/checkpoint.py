@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from smallm.errors import UserError
 from smallm.manifest import hugging_face_files
 from smallm.runs import CHECKPOINTS
-from smallm.training.config import Config, check_types
+from smallm.training.checks import check_types
+from smallm.training.config import Config
 from smallm.training.functions import NORM_EPS
 from smallm.training.model import TransformerLanguageModel
 from smallm.training.optim import moments_of

@@ -6,13 +6,12 @@ The same field is a line in a TOML file (`[model]` / `n_layer = 6`), a flag (`--
 
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from smallm.errors import UserError
 from smallm.sampling import Sampling
+from smallm.training.checks import check, check_types
 
-MOST = 1 << 53  # largest number of any kind: a float still tells it from its neighbours
 MOST_LAYERS, WIDEST = 999, (1 << 24) - 1  # as in the manifest of an exported model
 
 
@@ -29,8 +28,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "data.")
-        _check(self.min_count >= 1, "data.min_count", self.min_count, "must be at least 1")
-        _check(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "must lie between 0 and 1")
+        check(self.min_count >= 1, "data.min_count", self.min_count, "must be at least 1")
+        check(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "must lie between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -58,16 +57,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_types(self, "model.")
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
-            _check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+            check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         for name in ("n_kv_head", "n_inner"):
-            _check(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must be 0 (automatic) or more")
+            check(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must be 0 (automatic) or more")
         most = f"must be from 0 (no window) to model.block_size = {self.block_size}"
-        _check(0 <= self.window <= self.block_size, "model.window", self.window, most)
+        check(0 <= self.window <= self.block_size, "model.window", self.window, most)
         for name in ("n_layer", "n_head", "n_embd", "block_size", "n_inner"):
             most = MOST_LAYERS if name == "n_layer" else WIDEST
-            _check(getattr(self, name) <= most, f"model.{name}", getattr(self, name), f"must be at most {most}")
-        _check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be at least 0 and less than 1")
-        _check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "must be positive")
+            check(getattr(self, name) <= most, f"model.{name}", getattr(self, name), f"must be at most {most}")
+        check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be at least 0 and less than 1")
+        check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "must be positive")
         if self.n_embd % self.n_head:
             raise UserError(
                 f"model.n_embd = {self.n_embd} is not divisible by model.n_head = {self.n_head}; "
@@ -135,15 +134,15 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check_types(self, "optim.")
         for name in ("learning_rate", "adam_learning_rate", "gamma"):
-            _check(getattr(self, name) > 0, f"optim.{name}", getattr(self, name), "must be positive")
+            check(getattr(self, name) > 0, f"optim.{name}", getattr(self, name), "must be positive")
         for name in ("warmup_steps", "min_lr", "weight_decay", "grad_clip"):
-            _check(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must not be negative")
+            check(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must not be negative")
         steps = self.newton_schulz_steps
-        _check(1 <= steps <= 8, "optim.newton_schulz_steps", steps, "must lie between 1 and 8")
+        check(1 <= steps <= 8, "optim.newton_schulz_steps", steps, "must lie between 1 and 8")
         for value in (*self.betas, self.momentum):
-            _check(0 <= value < 1, "optim.betas and optim.momentum", value, "must be at least 0 and less than 1")
-        _check(0 <= self.decay_fraction <= 1, "optim.decay_fraction", self.decay_fraction, "must lie between 0 and 1")
-        _check(self.min_lr <= self.learning_rate, "optim.min_lr", self.min_lr, "must not exceed learning_rate")
+            check(0 <= value < 1, "optim.betas and optim.momentum", value, "must be at least 0 and less than 1")
+        check(0 <= self.decay_fraction <= 1, "optim.decay_fraction", self.decay_fraction, "must lie between 0 and 1")
+        check(self.min_lr <= self.learning_rate, "optim.min_lr", self.min_lr, "must not exceed learning_rate")
 
 
 @dataclass(frozen=True)
@@ -184,21 +183,21 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_types(self, "train.")
         for name in ("batch_size", "keep_last", "log_every"):
-            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+            check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
         for name in ("micro_batch_size", "max_steps", "epochs", "eval_every", "save_every", "patience",
                      "sample_length", "seed"):  # fmt: skip
-            _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
+            check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
         most = 100_000
-        _check(self.sample_length <= most, "train.sample_length", self.sample_length, f"must be at most {most}")
-        _check(self.minutes >= 0, "train.minutes", self.minutes, "must be a number of minutes, such as 5")
+        check(self.sample_length <= most, "train.sample_length", self.sample_length, f"must be at most {most}")
+        check(self.minutes >= 0, "train.minutes", self.minutes, "must be a number of minutes, such as 5")
         other = next((name for name in ("max_steps", "epochs") if getattr(self, name)), "")
         if self.minutes and other:
             raise UserError(f"train.minutes and train.{other} both say how long the run is; set one of them to 0")
         until, number = self.short_until, len(self.short_windows)
-        _check(len(until) == number, "train.short_until", until, f"must be {number} numbers, one per short window")
+        check(len(until) == number, "train.short_until", until, f"must be {number} numbers, one per short window")
         rises = all(a < b for a, b in pairwise((0.0, *until, 1.0)))
-        _check(rises, "train.short_until", until, "must rise from above 0 to below 1")
-        _check(self.seed < 1 << 32, "train.seed", self.seed, "must be less than 4294967296")
+        check(rises, "train.short_until", until, "must rise from above 0 to below 1")
+        check(self.seed < 1 << 32, "train.seed", self.seed, "must be less than 4294967296")
 
 
 @dataclass(frozen=True)
@@ -238,7 +237,7 @@ class Config:
         T = self.model.block_size
         for window in self.train.short_windows:
             divides = 0 < window < T and T % window == 0
-            _check(divides, "train.short_windows", window, f"must be shorter than model.block_size = {T} and divide it")
+            check(divides, "train.short_windows", window, f"must be shorter than model.block_size = {T} and divide it")
 
     @classmethod
     def from_dict(cls, values: dict[str, dict[str, Any]]) -> "Config":
@@ -274,41 +273,6 @@ def nearest(key: str) -> str:
     if not close:  # a right name in the wrong section, or without one
         close = [k for k in KEYS if k.split(".")[1] == key.split(".")[-1]]
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def check_types(values: Any, prefix: str = "") -> None:
-    """Raises `UserError` if a field of a dataclass is not of its type, or is a number that is not finite or huge.
-
-    Files know no types but their own, and not every reader goes by the annotations.
-    """
-    for f in fields(values):
-        if not _fits(value := getattr(values, f.name), f.type):
-            kind = KINDS.get(f.type, str(f.type).removeprefix("typing."))
-            raise UserError(f"{prefix}{f.name} = {value!r:.80} must be {kind}")
-
-
-KINDS = {int: "a whole number", float: "a number", str: "a text that UTF-8 can hold", bool: "true or false"}
-
-
-def _fits(value: object, kind: Any) -> bool:
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return value in parts
-    if origin is tuple:
-        count = len(value) if Ellipsis in parts and isinstance(value, tuple) else len(parts)
-        return isinstance(value, tuple) and len(value) == count and all(_fits(v, parts[0]) for v in value)
-    if origin is UnionType:
-        return any(_fits(value, part) for part in parts)
-    if kind is str:
-        return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)  # no UTF-8 holds those
-    if kind in (int, float):
-        return type(value) in (int, kind) and -MOST <= value <= MOST  # also false for NaN
-    return isinstance(value, origin or kind)
-
-
-def _check(condition: bool, name: str, value: object, rule: str) -> None:
-    if not condition:
-        raise UserError(f"{name} = {value} {rule}")
 
 
 def _tuples(section: dict[str, Any]) -> dict[str, Any]:
