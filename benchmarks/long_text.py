@@ -4,7 +4,7 @@
 
 Three tables. Speed and memory of a process over a million characters with `shift`. Characters per second within and
 past block_size, for both ways. Bits per character against the position in a text that is read from its beginning, for
-both ways: each prediction has the context that generation would have there.
+both ways: each prediction has the context that generation would have there. A model with a window is read with `slide`.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from smallm import LanguageModel
+from smallm.batch import MOST_STREAMS
 from smallm.scoring import IGNORED, nats
 
 WINDOWS = 32  # computed at a time
@@ -64,12 +65,28 @@ def curve(lm: LanguageModel, text: str, samples: int) -> None:
     print(f"the whole text: windows side by side {lm.perplexity(text).bits_per_char:.4f}, as with shift {strided:.4f}")
 
 
+def sliding(lm: LanguageModel, text: str, samples: int) -> None:
+    """Prints bits per character by position for a model with a window, on texts that are read side by side."""
+    ids, size = lm.vocabulary.encode(text).astype(np.int64), lm.block_size
+    begins = np.random.default_rng(0).integers(0, len(ids) - 4 * size - 1, samples)
+    decoder, found = lm._session.decoder(samples), np.empty((4 * size, samples))
+    for t in range(4 * size):
+        for stream in np.flatnonzero(decoder.lengths == size):
+            decoder.slide(stream)
+        logits = decoder.step(ids[begins + t])[:, None]
+        found[t] = nats(logits.copy(), ids[begins + t + 1][:, None])[:, 0] / math.log(2)
+    print(f"\n{'positions':>13} {'slide':>8}   (bits per character)")
+    for first, last in pairwise([1, *(size * k // 8 for k in (1, 2, 4, 8, 16, 24, 32))]):
+        print(f"{first + 1:>5} - {last:<5} {found[first:last].mean():8.4f}", flush=True)
+    print(f"the whole text, windows side by side: {lm.perplexity(text).bits_per_char:.4f}")
+
+
 def speed(lm: LanguageModel) -> None:
     """Prints characters per second within the context and past it."""
-    size = lm.block_size
-    print(f"\n{'positions':>12} {'crop':>8} {'shift':>8}   (characters per second, medians of 3, interleaved)")
+    size, ways = lm.block_size, ["crop", "shift"] + ["slide"] * (lm.metadata.window > 0)
+    print(f"\n{'positions':>12}" + "".join(f"{way:>9}" for way in ways) + "   (characters per second, medians of 3)")
     for first, length in ((1, size - 1), (2 * size, size // 2)):
-        rates = {"crop": [], "shift": []}
+        rates = {way: [] for way in ways}
         for _ in range(3):
             for overflow, found in rates.items():
                 stream = lm.stream("\n" * first, length + 1, overflow=overflow, rng_seed=1, temperature=0.8, top_k=40)
@@ -77,13 +94,14 @@ def speed(lm: LanguageModel) -> None:
                 begin = time.perf_counter()
                 n = sum(len(piece) for piece in stream)
                 found.append(n / (time.perf_counter() - begin))
-        print(f"{first:>5} - {first + length:<5}" + "".join(f"{np.median(found):8.0f} " for found in rates.values()))
+        print(f"{first:>5} - {first + length:<5}" + "".join(f"{np.median(found):9.0f}" for found in rates.values()))
 
 
 def endless(lm: LanguageModel, characters: int) -> None:
-    """Prints speed and peak memory while one text grows with shift."""
+    """Prints speed and peak memory while one text grows, with shift or slide."""
     print(f"\n{'characters':>12} {'per second':>10} {'peak RSS, MB':>12}")
-    stream = lm.stream("\n", characters, overflow="shift", rng_seed=1, temperature=0.8, top_k=40)
+    way = "slide" if lm.metadata.window else "shift"
+    stream = lm.stream("\n", characters, overflow=way, rng_seed=1, temperature=0.8, top_k=40)
     done = 0
     while done < characters:
         begin = time.perf_counter()
@@ -105,7 +123,11 @@ def main() -> None:
     print(f"block_size {lm.block_size}, {lm.metadata.n_layer} x {lm.metadata.n_embd}, {lm.metadata.precision}")
     endless(lm, options.characters)
     speed(lm)
-    curve(lm, options.text.read_text(encoding="utf-8"), options.samples)
+    text = options.text.read_text(encoding="utf-8")
+    if lm.metadata.window:
+        sliding(lm, text, min(options.samples, MOST_STREAMS))
+    else:
+        curve(lm, text, options.samples)
 
 
 if __name__ == "__main__":
