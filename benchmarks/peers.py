@@ -172,13 +172,14 @@ def write_gguf(checkpoint: Path, path: Path, precision: str) -> None:
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].get))
     writer.add_token_types([gguf.TokenType.NORMAL] * len(tokenizer["vocab"]))
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["merges"]])
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["merges"]]
+    writer.add_token_merges(merges or ["ÿ ÿ"])  # llama.cpp wants some; two bytes 0xFF stand in no text
     writer.add_add_bos_token(False)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
     kind = gguf.GGMLQuantizationType.Q8_0 if precision == "q8_0" else gguf.GGMLQuantizationType.F32
     for name, tensor in tensors.items():
         data, dtype = (gguf.quantize(tensor, kind), kind) if tensor.ndim == 2 else (tensor, None)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)) + ".weight", data, raw_dtype=dtype)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data, raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
