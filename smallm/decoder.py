@@ -57,6 +57,14 @@ class Decoder:
         self._longest += 1
         return self._rows.step(ids)
 
+    def push(self, id: int) -> np.ndarray:
+        """`step` of a single stream; returns the logits (V,). What an array of one costs, ten nodes of a graph do."""
+        at = self._longest
+        assert at < self.block_size, self.lengths
+        self._places[at] = 1
+        self.lengths[0] = self._longest = at + 1
+        return self._row.push(id)
+
     def reset(self, stream: int | None = None) -> None:
         """Forgets one stream's text, or all."""
         at = slice(None) if stream is None else stream
@@ -102,7 +110,7 @@ class Decoder:
         self._bind()
 
     def _bind(self) -> None:
-        self._numbers = np.arange(self.streams)
+        self._numbers, self._places = np.arange(self.streams), self._mask[0]
         self._rows = _Rows(self._session, self._cache, self._mask, 0, self.streams)
         self._row = self._rows if self.streams == 1 else _Rows(self._session, self._cache, self._mask, 0, 1)
 
@@ -126,6 +134,13 @@ class _Rows:
         self._bind_input("attention_mask", mask[rows])
         self._bind_input("num_logits_to_keep", self._keep)
         self._bind_input("input_ids", self._id)
+        self._first_id, self._first_logits = self._id[0], self._logits[0]
+
+    def push(self, id: int) -> np.ndarray:
+        """An id, already in the mask, of the first row -> logits (V,) after it."""
+        self._first_id[0] = id
+        self._run()
+        return self._first_logits
 
     def step(self, ids: np.ndarray) -> np.ndarray:
         """ids (B,), already in the mask -> logits (B, V) after them."""

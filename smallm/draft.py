@@ -21,6 +21,7 @@ class Draft:
         self.request, self.rng = request, rng
         self.history, self._block_size = ids[-block_size:], block_size
         self.done = request.max_length == 0
+        self._plain = request.permitted is None and request.repetition_penalty == 1  # logits stay as they are
         self._decoder = vocabulary.decoder()
         self._stops = Stops(request.stops) if request.stops else None
         self.ready = ""
@@ -40,12 +41,8 @@ class Draft:
 
     def choose(self, logits: np.ndarray) -> int:
         """logits (V,), the model's after all of the text so far -> the id that is its next. Raises `UserError`."""
-        request, wanted = self.request, logits
-        if request.permitted is not None:
-            wanted = wanted + request.permitted.mask(self._decoder.pending)
-        if request.repetition_penalty != 1:
-            wanted = penalise(wanted, self.history[-request.repetition_window :], request.repetition_penalty)
-        id = sample(wanted, self.rng.uniform(), request.sampling)
+        wanted = logits if self._plain else self._adjusted(logits)
+        id = sample(wanted, self.rng.uniform(), self.request.sampling)
         if self.keeps_logprobs:
             self._logprob += log_probability(logits, id)
         self.history.append(id)
@@ -55,6 +52,15 @@ class Draft:
         if text:
             self._add(text)
         return id
+
+    def _adjusted(self, logits: np.ndarray) -> np.ndarray:
+        """logits (V,) -> those with what is not permitted, and what came up lately, made less likely."""
+        request = self.request
+        if request.permitted is not None:
+            logits = logits + request.permitted.mask(self._decoder.pending)
+        if request.repetition_penalty != 1:
+            logits = penalise(logits, self.history[-request.repetition_window :], request.repetition_penalty)
+        return logits
 
     def window(self, fresh: bool) -> np.ndarray:
         """The ids (T,) to compute from when the cache is empty: fresh, the seed's, or full: what overflow leaves."""
@@ -75,13 +81,14 @@ class Draft:
         return taken
 
     def _add(self, text: str) -> None:
-        text = text[: self.request.max_length - self._length]
+        left = self.request.max_length - self._length
+        text = text[:left] if len(text) > left else text
         self._length += len(text)
         if self.keeps_logprobs:
             self._logprobs += [0.0] * (len(text) - 1) + [self._logprob]
             self._logprob = 0.0
         if self._stops is None:
-            self.ready += text
+            self.ready = self.ready + text if self.ready else text
         else:
             self._hold_back(text)
         if self._length == self.request.max_length:

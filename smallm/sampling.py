@@ -134,7 +134,10 @@ class Rng:
     def uniform(self) -> float:
         """The next u in [0, 1), a multiple of 2**-24."""
         self.draws += 1
-        return (mix(self._key + self.draws * 0x9E3779B9) >> 8) * 2.0**-24
+        x = (self._key + self.draws * 0x9E3779B9) & 0xFFFFFFFF  # then `mix`, without a call
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+        x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+        return ((x ^ (x >> 16)) >> 8) * 2.0**-24
 
 
 def mix(x: int) -> int:

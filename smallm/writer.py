@@ -20,7 +20,6 @@ class Writer:
         self._session, self._draft = session, draft
         self._decoder = session.decoder()
         self._fed = 0  # ids in the cache
-        self._last = np.zeros(1, np.int64)  # id of the next step
         self._logits: np.ndarray | None = None  # the prediction after the text so far, if it is there and not used yet
         self.logprobs: list[float] = []
         """Of each character of the last piece, with `logprobs=True`: ln of its probability at temperature 1 with all
@@ -53,7 +52,7 @@ class Writer:
             self._logits = other._logits = self._prediction().copy()
             other._decoder = self._session.decoder()
             other._decoder.restore(self._decoder.snapshot())
-            other._fed, other._last = self._fed, np.zeros(1, np.int64)
+            other._fed = self._fed
         other._draft = self._draft.copy()
         other._draft.rng = rng or other._draft.rng
         return other
@@ -68,8 +67,7 @@ class Writer:
             self._fed = int(self._decoder.lengths[0])
         if 0 < self._fed < size:
             self._fed += 1
-            self._last[0] = draft.history[-1]
-            return self._decoder.step(self._last)[0]
+            return self._decoder.push(draft.history[-1])
         window = draft.window(fresh=self._fed == 0)
         self._decoder.reset()
         self._fed = len(window)
