@@ -1317,6 +1317,7 @@ static smallm_status check_options(smallm *model, const smallm_options *o)
 static smallm_status check_text(smallm *model, const char *what, const char *text, size_t bytes)
 {
     if (text == NULL && bytes > 0) return fail(model, SMALLM_MISTAKE, "the %s is NULL; pass its text", what);
+    if (bytes == 0) return SMALLM_OK;
     size_t valid = (size_t)(valid_until(span_of(text, bytes)) - (const uint8_t *)text);
     if (valid == bytes) return SMALLM_OK;
     return fail(model, SMALLM_MISTAKE, "the %s is not UTF-8 from byte %zu on; convert it", what, valid);
