@@ -81,6 +81,19 @@ static int print_samples(void)
     return 0;
 }
 
+/* Each argument as a number of JSON. */
+static int print_numbers(char **argv)
+{
+    for (; *argv != NULL; argv++) {
+        span json = span_of(*argv, strlen(*argv));
+        double value;
+        bool whole;
+        if (json_number(&json, &value, &whole) && at_end(&json)) printf("%.17g\n", value);
+        else printf("none\n");
+    }
+    return 0;
+}
+
 /* The text of the bytes from stdin, without what is left pending. */
 static int print_decoded(void)
 {
@@ -261,6 +274,7 @@ int main(int argc, char **argv)
     if (strcmp(what, "draws") == 0) return print_draws(argv + 2);
     if (strcmp(what, "ids") == 0) return print_ids(argv + 2);
     if (strcmp(what, "samples") == 0) return print_samples();
+    if (strcmp(what, "numbers") == 0) return print_numbers(argv + 2);
     if (strcmp(what, "decode") == 0) return print_decoded();
     if (strcmp(what, "pieces") == 0) return print_pieces(argv + 2);
     if (strcmp(what, "score") == 0) return print_score(argv + 2);
