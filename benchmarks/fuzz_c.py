@@ -1,6 +1,6 @@
 """What the C kit's program does with damaged and hostile model files: text, or one `smallm:` line; never a crash.
 
-    python benchmarks/fuzz_c.py --program kit-c/generate --model RUN/export/model.onnx [--cases 2000] [--seed 1] [--only N]
+    python benchmarks/fuzz_c.py --program KIT/generate --model KIT/model.onnx [--cases 2000] [--seed 1] [--only N]
 
 Build the program with -fsanitize=address,undefined -fno-sanitize-recover=all, so that every fault is a finding, leaks
 too. The mutation of case N (mutations.py) is a function of seed and N; the files of findings are kept in --keep. Prints

@@ -142,7 +142,7 @@ static int print_score(char **argv)
         fwrite(piece, 1, length, stdout);
         if (i == 5 && smallm_score(model, text, bytes, found, 1 << 16, &count) != SMALLM_OK) return 1;
     }
-    printf("\n");
+    printf("\x1e");
     for (size_t i = 0; i < count; i++) printf("%.9g\n", found[i]);
     smallm_close(model);
     return 0;

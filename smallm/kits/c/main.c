@@ -75,7 +75,6 @@ static int read_option(arguments *a, const char *name, const char *value, int *k
     if (strcmp(name, "--seed") == 0) a->seed = value;
     else if (strcmp(name, "--seed-file") == 0) a->seed_file = value;
     else if (strcmp(name, "--score") == 0) a->score = value;
-    else if (strcmp(name, "--stop") == 0 && (good = o->stop_count < MOST_STOPS) != 0) a->stops[o->stop_count++] = value;
     else if (strcmp(name, "--max-length") == 0) good = whole(value, INT64_MIN, INT64_MAX, &n), o->max_length = n;
     else if (strcmp(name, "--min-length") == 0) good = whole(value, INT64_MIN, INT64_MAX, &n), o->min_length = n;
     else if (strcmp(name, "--temperature") == 0) good = real(value, &o->temperature), a->set |= SET_TEMPERATURE;
@@ -88,12 +87,18 @@ static int read_option(arguments *a, const char *name, const char *value, int *k
         good = whole(value, INT64_MIN, INT64_MAX, &n), o->repetition_window = n;
     else if (strcmp(name, "--rng-seed") == 0)
         good = whole(value, 0, UINT32_MAX, &n), o->rng_seed = (uint32_t)n, a->set |= SET_RNG_SEED;
-    else if (strcmp(name, "--stream-number") == 0) good = whole(value, 0, UINT32_MAX, &n), o->stream_number = (uint32_t)n;
+    else if (strcmp(name, "--stream-number") == 0)
+        good = whole(value, 0, UINT32_MAX, &n), o->stream_number = (uint32_t)n;
     else if (strcmp(name, "--threads") == 0) good = whole(value, 1, 1024, &n), a->open.threads = (int32_t)n;
     else if (strcmp(name, "--overflow") == 0) {
         good = strcmp(value, "crop") == 0 || strcmp(value, "shift") == 0;
         o->overflow = strcmp(value, "shift") == 0 ? SMALLM_SHIFT : SMALLM_CROP;
-    } else if (strcmp(name, "--stop") != 0) *known = 0;
+    } else if (strcmp(name, "--stop") == 0) {
+        good = o->stop_count < MOST_STOPS;
+        if (good) a->stops[o->stop_count++] = value;
+    } else {
+        *known = 0;
+    }
     return good;
 }
 
@@ -115,10 +120,10 @@ static int read_arguments(int argc, char **argv, arguments *a)
             a->model = argv[i];
             continue;
         }
-        int good = i + 1 == argc || read_option(a, argv[i], argv[i + 1], &known);
         if (i + 1 == argc) return complain("an unknown option, or one without a value; see --help: ", argv[i]) + 1;
+        int good = read_option(a, argv[i], argv[i + 1], &known);
         if (!known) return complain("unknown option; see --help: ", argv[i]) + 1;
-        if (!good) return complain("this option has another kind of value; see --help: ", argv[i]) + 1;
+        if (!good) return complain("another kind of value, or too many of them; see --help: ", argv[i]) + 1;
         i++;
     }
     if (a->model == NULL) a->model = "model.onnx";

@@ -143,12 +143,18 @@ static smallm_status no_memory(smallm *model)
 
 static smallm_status bad_model(smallm *model, const char *reason)
 {
-    return fail(model, SMALLM_BAD_MODEL, "%s is not a smallm model: %s; write one with export.py", model->name, reason);
+    return fail(model, SMALLM_BAD_MODEL, "%s is not a smallm model: %s; write one with export.py", model->name,
+                reason);
 }
 
 static smallm_status broken_metadata(smallm *model)
 {
     return fail(model, SMALLM_BAD_MODEL, "%s has broken metadata; export the model again", model->name);
+}
+
+static smallm_status not_finite(smallm *model)
+{
+    return fail(model, SMALLM_BAD_MODEL, "the model's logits are not finite: its weights are broken; train it again");
 }
 
 /* -- bytes and text -- */
@@ -204,7 +210,7 @@ static const uint8_t *valid_until(span text)
 
 static bool is_text(span text) { return valid_until(text) == text.end; }
 
-/* Adds a byte; writes the characters that it completes, U+FFFD for bytes that cannot become any. Returns their bytes. */
+/* Adds a byte; writes the characters that it completes, U+FFFD for bytes that cannot become any. Returns their size. */
 static size_t push_byte(pending *decoder, uint8_t byte, char *text)
 {
     static const char replacement[] = "\xEF\xBF\xBD";
@@ -278,7 +284,8 @@ static bool begins_character(int64_t id) { return id < 0x80 || id >= 0xC0; }
 
 static int hex_digit(uint8_t c)
 {
-    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 :
+           c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
 }
 
 /* Reads "c3a9 e282 e282ac" into tokens; false if it is not that. There is room for one per three characters and one. */
@@ -501,7 +508,8 @@ static const rule ATTRIBUTE[] = {
 static const rule NODE[] = {
     {1, 'S', 0}, {2, 'S', 0}, {3, 's', 0}, {4, 's', 0}, /* input, output, name, op_type */
     {5, 'M', ATTRIBUTE}, {6, 's', 0}, {7, 's', 0}, {0, 0, 0}}; /* attribute, doc_string, domain */
-static const rule DIMENSION[] = {{1, 'i', 0}, {2, 's', 0}, {3, 's', 0}, {0, 0, 0}}; /* dim_value, dim_param, denotation */
+static const rule DIMENSION[] = {
+    {1, 'i', 0}, {2, 's', 0}, {3, 's', 0}, {0, 0, 0}}; /* dim_value, dim_param, denotation */
 static const rule SHAPE[] = {{1, 'M', DIMENSION}, {0, 0, 0}};
 static const rule TENSOR_TYPE[] = {{1, 'i', 0}, {2, 'm', SHAPE}, {0, 0, 0}}; /* elem_type, shape */
 static const rule TYPE[] = {{1, 'm', TENSOR_TYPE}, {0, 0, 0}};
@@ -652,7 +660,8 @@ static const char *tensor_problem(span tensor)
 static bool is_operator(span name)
 {
     char word[64];
-    int length = snprintf(word, sizeof word, " %.*s ", (int)(size_of(name) < 60 ? size_of(name) : 0), (const char *)name.at);
+    if (size_of(name) > 60) return false;
+    int length = snprintf(word, sizeof word, " %.*s ", (int)size_of(name), (const char *)name.at);
     return length == (int)size_of(name) + 2 && length > 2 && strstr(OPERATORS, word) != NULL &&
            memchr(name.at, ' ', size_of(name)) == NULL;
 }
@@ -790,8 +799,8 @@ static smallm_status read_manifest(smallm *model, span file)
     int32_t version = 0;
     if (!has_metadata(file)) return bad_model(model, "it has no metadata of smallm");
     if (!metadata(file, "smallm.format_version", &json) || !json_size(json, &version) || version != FORMAT_VERSION)
-        return fail(model, SMALLM_BAD_MODEL, "%s has another format version; smallm.c reads %d: export the model again, "
-                    "or take the smallm.c of the smallm that wrote it", model->name, FORMAT_VERSION);
+        return fail(model, SMALLM_BAD_MODEL, "%s has another format version; this smallm.c reads %d: export the model "
+                    "again, or take the smallm.c of the smallm that wrote it", model->name, FORMAT_VERSION);
     bool sane = read_size(file, "smallm.block_size", &model->block_size) &&
                 read_size(file, "smallm.n_layer", &model->n_layer) &&
                 read_size(file, "smallm.n_head", &model->n_head) &&
@@ -873,8 +882,8 @@ static smallm_status check_values(smallm *model, span graph)
         }
     }
     if (sane && count == 4 + 4 * model->n_layer) return SMALLM_OK;
-    return fail(model, SMALLM_BAD_MODEL, "%s has not the inputs and outputs that its metadata promise; export the model "
-                "again", model->name);
+    return fail(model, SMALLM_BAD_MODEL, "%s has not the inputs and outputs that its metadata promise; export the "
+                "model again", model->name);
 }
 
 /* Reads all that there is to know of the file's content, and checks it. */
@@ -995,8 +1004,8 @@ static smallm_status allocate(smallm *model)
     return enough ? SMALLM_OK : no_memory(model);
 }
 
-/* Tells ONNX Runtime once where everything lies. Past and present are one buffer, so a step copies nothing, and the mask
-   has a place for each of the cache's, zeros at its end: from one id to the next only numbers in it change. */
+/* Tells ONNX Runtime once where everything lies. Past and present are one buffer, so a step copies nothing, and the
+   mask has a place for each of the cache's, zeros at its end: from one id to the next only numbers in it change. */
 static smallm_status bind(smallm *model)
 {
     const OrtApi *ort = model->ort;
@@ -1232,7 +1241,8 @@ static void push(smallm *model, int64_t id)
     char text[MOST_PUSHED];
     size_t bytes = 0;
     uint8_t byte = (uint8_t)id;
-    span spelled = id < 256 ? span_of(&byte, 1) : span_of(model->tokens[id - 256].bytes, model->tokens[id - 256].length);
+    span spelled = span_of(&byte, 1);
+    if (id >= 256) spelled = span_of(model->tokens[id - 256].bytes, model->tokens[id - 256].length);
     remember(model, id);
     while (spelled.at < spelled.end) bytes += push_byte(&d->decoder, *spelled.at++, text + bytes);
     for (size_t at = 0; at < bytes && !d->done;) {
@@ -1252,8 +1262,7 @@ static smallm_status advance(smallm *model)
     if (seen > d->known) seen = d->known;
     penalise(model, model->logits, model->history + (d->known - seen), seen, o->repetition_penalty);
     int64_t id = sample(model, uniform(d), o);
-    if (id < 0)
-        return fail(model, SMALLM_BAD_MODEL, "the model's logits are not finite: its weights are broken; train it again");
+    if (id < 0) return not_finite(model);
     push(model, id);
     return SMALLM_OK;
 }
@@ -1280,7 +1289,7 @@ static smallm_status resolve(smallm *model, const smallm_options *given, smallm_
         return fail(model, SMALLM_MISTAKE, "options.size is not set; call smallm_default_options first");
     for (size_t i = sizeof *options; i < size; i++)
         if (((const uint8_t *)given)[i] != 0)
-            return fail(model, SMALLM_MISTAKE, "options has a field that this smallm.c does not know; take a newer one");
+            return fail(model, SMALLM_MISTAKE, "options has a field that this smallm.c does not know; take a newer");
     memcpy(options, given, size < sizeof *options ? size : sizeof *options);
     options->size = sizeof *options;
     return SMALLM_OK;
@@ -1328,7 +1337,8 @@ static smallm_status prepare_stops(smallm *model, draft *d)
 {
     size_t total = 0, longest = 0, count = 0;
     const char *const *given = d->options.stops;
-    if (d->options.stop_count > 0 && given == NULL) return fail(model, SMALLM_MISTAKE, "stops is NULL; pass stop_count = 0");
+    if (d->options.stop_count > 0 && given == NULL)
+        return fail(model, SMALLM_MISTAKE, "stops is NULL; pass them, or stop_count = 0");
     for (size_t i = 0; i < d->options.stop_count; i++) {
         size_t length = given[i] == NULL ? 0 : strlen(given[i]);
         TRY_OWN(check_text(model, "stop", given[i], given[i] == NULL ? 1 : length));
@@ -1418,7 +1428,8 @@ static smallm_status logits_of(smallm *model, OrtValue *value, size_t T, float *
     ort->ReleaseTensorTypeAndShapeInfo(information);
     TRY_OWN(status);
     if (shape[0] != 1 || shape[1] != (int64_t)T || shape[2] != model->vocab_size)
-        return fail(model, SMALLM_FAILED, "%s is broken, export the model again: its logits have another shape", model->name);
+        return fail(model, SMALLM_FAILED, "%s is broken, export the model again: its logits have another shape",
+                    model->name);
     TRY(ort->GetTensorMutableData(value, (void **)logits));
     return SMALLM_OK;
 }
@@ -1445,7 +1456,7 @@ static smallm_status measure(smallm *model, ruler *r)
         if (begins_character(r->ids[i])) r->nats[++r->number] = 0;
         double found = nats(logits + (i - 1) * V, V, r->ids[i]);
         if (!isfinite(found))
-            status = fail(model, SMALLM_BAD_MODEL, "the model's logits are not finite: its weights are broken; train it again");
+            status = not_finite(model);
         r->nats[r->number] += found; /* that of the first character stays NaN */
     }
     if (value != NULL) model->ort->ReleaseValue(value);
@@ -1510,7 +1521,8 @@ static smallm_status read_file(smallm *model, const char *path, uint8_t **data, 
     FILE *file = fopen(path, "rb");
     size_t room = 0, got = 1;
     if (file == NULL)
-        return fail(model, SMALLM_BAD_MODEL, "cannot read %s; give the path of a model.onnx that export.py wrote", model->name);
+        return fail(model, SMALLM_BAD_MODEL, "cannot read %s; give the path of a model.onnx that export.py wrote",
+                    model->name);
     smallm_status status = SMALLM_OK;
     while (status == SMALLM_OK && got > 0) {
         if (*bytes == room) {
@@ -1520,7 +1532,8 @@ static smallm_status read_file(smallm *model, const char *path, uint8_t **data, 
         }
         if (status == SMALLM_OK) *bytes += got = fread(*data + *bytes, 1, room - *bytes, file);
     }
-    if (status == SMALLM_OK && ferror(file)) status = fail(model, SMALLM_BAD_MODEL, "cannot read %s to its end", model->name);
+    if (status == SMALLM_OK && ferror(file))
+        status = fail(model, SMALLM_BAD_MODEL, "cannot read %s to its end; is it a file?", model->name);
     fclose(file);
     return status;
 }
@@ -1580,7 +1593,8 @@ smallm_status smallm_next(smallm *model, const char **text, size_t *bytes)
     TRY_OWN(begin(model));
     draft *d = &model->draft;
     if (text == NULL || bytes == NULL) return fail(model, SMALLM_MISTAKE, "text or bytes is NULL; pass where they go");
-    if (!d->begun) return fail(model, SMALLM_MISTAKE, "there is no text to go on with; call smallm_generate_start first");
+    if (!d->begun)
+        return fail(model, SMALLM_MISTAKE, "there is no text to go on with; call smallm_generate_start first");
     while (d->ready == 0) {
         if (d->done) return SMALLM_DONE;
         smallm_status status = advance(model);
@@ -1610,8 +1624,8 @@ smallm_status smallm_score(
     if (nats == NULL || capacity < *count)
         return fail(model, SMALLM_MISTAKE, "the text has %zu characters, there is room for %zu; make room", *count,
                     nats == NULL ? 0 : capacity);
-    ruler r = {calloc((size_t)model->block_size + 1, sizeof *r.ids), calloc((size_t)model->block_size, sizeof *r.ones), 0,
-               nats, 0};
+    size_t T = (size_t)model->block_size;
+    ruler r = {calloc(T + 1, sizeof *r.ids), calloc(T, sizeof *r.ones), 0, nats, 0};
     nats[0] = NAN;
     smallm_status status = r.ids && r.ones ? score(model, span_of(text, bytes), &r) : no_memory(model);
     free(r.ids);
