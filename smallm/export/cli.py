@@ -4,6 +4,7 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from smallm.errors import UserError
 from smallm.runs import CHECKPOINTS, EXPORT, newest_run
@@ -13,6 +14,7 @@ Writes a trained model as an ONNX folder: model.onnx with vocabulary and setting
 runtimes read. The file is first compared with the PyTorch model, and measured on the validation text: if it differs, or
 if its precision costs too much, nothing is written."""
 PRECISIONS = ("fp32", "int8", "int4")
+KITS = ("c",)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,12 +27,15 @@ def main(argv: Sequence[str]) -> int:
     parser = _Parser(prog="export.py", description=DESCRIPTION, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("run", nargs="?", type=Path, help="run, or one of its checkpoints; default: the newest run")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="export folder; default: RUN/export")
+    parser.add_argument("--kit", choices=KITS,
+                        help="write a kit instead: the model with the sources to build it into a program")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", help="its folder; default: RUN/export, or RUN/kit-KIT")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32",
                         help="of the matrices; fewer bits: smaller, faster")  # fmt: skip
     parser.add_argument("--allow-loss", action="store_true", help="write it whatever the precision costs")
     options = parser.parse_args(argv)
     from smallm.export.folder import export_checkpoint  # torch and onnx are slow to import: mistakes are told before
+    from smallm.export.kit import write_kit
     from smallm.export.precision import table
     from smallm.runtime import MODEL_FILE
     from smallm.training.checkpoint import STATE_FILE, damage
@@ -44,8 +49,14 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         raise UserError(f"cannot read {run}: {error.strerror}") from None
     within_run = checkpoint == run and run.parent.name == CHECKPOINTS
-    out = options.out or (run.parent.parent if within_run else run) / EXPORT
-    export = export_checkpoint(checkpoint, out, options.precision, options.allow_loss)
+    home = run.parent.parent if within_run else run
+    out = options.out or home / (f"kit-{options.kit}" if options.kit else EXPORT)
+    if options.kit:
+        with TemporaryDirectory(prefix="smallm-") as folder:
+            export = export_checkpoint(checkpoint, Path(folder) / EXPORT, options.precision, options.allow_loss)
+            write_kit(options.kit, Path(folder) / EXPORT, out)
+    else:
+        export = export_checkpoint(checkpoint, out, options.precision, options.allow_loss)
     quality, loss = export.measured[-1], export.manifest.training["val_loss"]
     print(
         f"{checkpoint} -> {out / MODEL_FILE}: {quality.bytes / 1e6:.2f} MB, {quality.precision}, "
@@ -55,6 +66,9 @@ def main(argv: Sequence[str]) -> int:
     print(table(export.measured))
     if quality.loss is not None:
         print(f"{quality.precision} costs {quality.loss:.4f} bits per character")
+    if options.kit:
+        print(f"next: read {out / 'README.md'}")
+        return 0
     model = "" if options.run is None and options.out is None else f" --model {shlex.quote(str(out))}"
     print(f'next: python infer.py{model} --seed "Once"')
     return 0

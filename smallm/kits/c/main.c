@@ -1,0 +1,226 @@
+/* An example of smallm.h that is of use: writes text, or measures it.
+
+       ./generate [MODEL] --seed "Once" --rng-seed 1
+       ./generate [MODEL] --score FILE
+
+   Results go to stdout, everything else to stderr; a mistake is one line, and exit code 2. */
+
+#ifndef _WIN32
+#define _POSIX_C_SOURCE 200112L /* setenv */
+#endif
+
+#include "smallm.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+static const char USAGE[] =
+    "usage: generate [MODEL] [options]          MODEL: default model.onnx\n"
+    "\n"
+    "  --seed TEXT, --seed-file FILE            the text to go on from; FILE - = stdin\n"
+    "  --max-length N                           most new characters; default 500\n"
+    "  --temperature T --top-k K --top-p P --min-p P   how daring; default: the model's own\n"
+    "  --repetition-penalty R --repetition-window N    against going round in circles\n"
+    "  --rng-seed N --stream-number N           equal numbers, equal text; default: the time\n"
+    "  --stop TEXT                              ends the text before TEXT; may be repeated\n"
+    "  --min-length N                           a stop within so many characters does not count\n"
+    "  --overflow crop|shift                    past the model's context: exact, or fast\n"
+    "  --threads N                              default: as many as suit the model\n"
+    "  --score FILE                             prints the mean nats per character of FILE instead\n";
+
+enum { MOST_STOPS = 64 };
+
+typedef struct {
+    const char *model, *seed, *seed_file, *score, *stops[MOST_STOPS];
+    smallm_options given; /* with `set` telling which of its fields are */
+    unsigned set;
+    smallm_open_options open;
+} arguments;
+
+enum { SET_TEMPERATURE = 1, SET_TOP_K = 2, SET_TOP_P = 4, SET_MIN_P = 8, SET_RNG_SEED = 16 };
+
+static int complain(const char *what, const char *about)
+{
+    fprintf(stderr, "smallm: %s%s\n", what, about);
+    return 2;
+}
+
+/* A number from lowest to highest; false for anything else. */
+static int whole(const char *text, long long lowest, long long highest, long long *value)
+{
+    char *end;
+    errno = 0;
+    *value = strtoll(text, &end, 10);
+    return end != text && *end == '\0' && errno == 0 && *value >= lowest && *value <= highest;
+}
+
+static int real(const char *text, double *value)
+{
+    char *end;
+    *value = strtod(text, &end);
+    return end != text && *end == '\0';
+}
+
+/* Reads one option and its value; false if the value is none. */
+static int read_option(arguments *a, const char *name, const char *value, int *known)
+{
+    smallm_options *o = &a->given;
+    long long n = 0;
+    int good = 1;
+    *known = 1;
+    if (strcmp(name, "--seed") == 0) a->seed = value;
+    else if (strcmp(name, "--seed-file") == 0) a->seed_file = value;
+    else if (strcmp(name, "--score") == 0) a->score = value;
+    else if (strcmp(name, "--max-length") == 0) good = whole(value, INT64_MIN, INT64_MAX, &n), o->max_length = n;
+    else if (strcmp(name, "--min-length") == 0) good = whole(value, INT64_MIN, INT64_MAX, &n), o->min_length = n;
+    else if (strcmp(name, "--temperature") == 0) good = real(value, &o->temperature), a->set |= SET_TEMPERATURE;
+    else if (strcmp(name, "--top-k") == 0)
+        good = whole(value, INT64_MIN, INT64_MAX, &n), o->top_k = n, a->set |= SET_TOP_K;
+    else if (strcmp(name, "--top-p") == 0) good = real(value, &o->top_p), a->set |= SET_TOP_P;
+    else if (strcmp(name, "--min-p") == 0) good = real(value, &o->min_p), a->set |= SET_MIN_P;
+    else if (strcmp(name, "--repetition-penalty") == 0) good = real(value, &o->repetition_penalty);
+    else if (strcmp(name, "--repetition-window") == 0)
+        good = whole(value, INT64_MIN, INT64_MAX, &n), o->repetition_window = n;
+    else if (strcmp(name, "--rng-seed") == 0)
+        good = whole(value, 0, UINT32_MAX, &n), o->rng_seed = (uint32_t)n, a->set |= SET_RNG_SEED;
+    else if (strcmp(name, "--stream-number") == 0)
+        good = whole(value, 0, UINT32_MAX, &n), o->stream_number = (uint32_t)n;
+    else if (strcmp(name, "--threads") == 0) good = whole(value, 1, 1024, &n), a->open.threads = (int32_t)n;
+    else if (strcmp(name, "--overflow") == 0) {
+        good = strcmp(value, "crop") == 0 || strcmp(value, "shift") == 0;
+        o->overflow = strcmp(value, "shift") == 0 ? SMALLM_SHIFT : SMALLM_CROP;
+    } else if (strcmp(name, "--stop") == 0) {
+        good = o->stop_count < MOST_STOPS;
+        if (good) a->stops[o->stop_count++] = value;
+    } else {
+        *known = 0;
+    }
+    return good;
+}
+
+/* 0 = go on, otherwise the exit code + 1. */
+static int read_arguments(int argc, char **argv, arguments *a)
+{
+    memset(a, 0, sizeof *a);
+    smallm_default_options(NULL, &a->given, sizeof a->given);
+    a->open.size = sizeof a->open;
+    a->given.stops = a->stops;
+    for (int i = 1; i < argc; i++) {
+        int known;
+        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
+            fputs(USAGE, stdout);
+            return 1;
+        }
+        if (argv[i][0] != '-') {
+            if (a->model != NULL) return complain("one model is enough; see --help: ", argv[i]) + 1;
+            a->model = argv[i];
+            continue;
+        }
+        if (i + 1 == argc) return complain("an unknown option, or one without a value; see --help: ", argv[i]) + 1;
+        int good = read_option(a, argv[i], argv[i + 1], &known);
+        if (!known) return complain("unknown option; see --help: ", argv[i]) + 1;
+        if (!good) return complain("another kind of value, or too many of them; see --help: ", argv[i]) + 1;
+        i++;
+    }
+    if (a->model == NULL) a->model = "model.onnx";
+    return 0;
+}
+
+/* A whole file in memory that the caller frees; NULL if it cannot be read. */
+static char *read_file(const char *path, size_t *bytes)
+{
+    FILE *file = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
+    char *data = NULL, *more;
+    size_t room = 0, got = 1;
+    *bytes = 0;
+    while (file != NULL && got > 0) {
+        if (*bytes == room && (more = realloc(data, room = room == 0 ? 65536 : 2 * room)) != NULL) data = more;
+        else if (*bytes == room) break;
+        *bytes += got = fread(data + *bytes, 1, room - *bytes, file);
+    }
+    int bad = file == NULL || ferror(file) || got > 0;
+    if (file != NULL && file != stdin) fclose(file);
+    if (!bad) return data;
+    free(data);
+    return NULL;
+}
+
+static int print_score(smallm *model, const char *text, size_t bytes)
+{
+    double *nats = malloc((bytes + 1) * sizeof *nats), sum = 0;
+    size_t count = 0;
+    if (nats == NULL) return complain("there is not enough memory for this text", "");
+    smallm_status status = smallm_score(model, text, bytes, nats, bytes, &count);
+    for (size_t i = 1; status == SMALLM_OK && i < count; i++) sum += nats[i];
+    free(nats);
+    if (status != SMALLM_OK) return complain(smallm_error(model), "");
+    if (count < 2) return complain("a text needs at least 2 characters to be scored", "");
+    double mean = sum / (double)(count - 1);
+    printf("%.6f nats per character, %.6f bits, perplexity %.6f, %zu characters\n", mean, mean / log(2.0), exp(mean),
+           count - 1);
+    return 0;
+}
+
+static int print_text(smallm *model, const char *seed, size_t bytes, const smallm_options *options)
+{
+    const char *text;
+    size_t length;
+    smallm_status status = smallm_generate_start(model, seed, bytes, options);
+    if (status == SMALLM_OK) fwrite(seed, 1, bytes, stdout);
+    while (status == SMALLM_OK && (status = smallm_next(model, &text, &length)) == SMALLM_OK) {
+        fwrite(text, 1, length, stdout);
+        fflush(stdout);
+        if (ferror(stdout)) return complain("cannot write the text", "");
+    }
+    if (status != SMALLM_DONE) return complain(smallm_error(model), "");
+    putchar('\n');
+    return 0;
+}
+
+/* What was given on the command line, and the model's own defaults for the rest. */
+static smallm_options options_for(const smallm *model, const arguments *a)
+{
+    smallm_options own, options = a->given;
+    smallm_default_options(model, &own, sizeof own);
+    if (!(a->set & SET_TEMPERATURE)) options.temperature = own.temperature;
+    if (!(a->set & SET_TOP_K)) options.top_k = own.top_k;
+    if (!(a->set & SET_TOP_P)) options.top_p = own.top_p;
+    if (!(a->set & SET_MIN_P)) options.min_p = own.min_p;
+    if (!(a->set & SET_RNG_SEED)) options.rng_seed = (uint32_t)time(NULL);
+    return options;
+}
+
+int main(int argc, char **argv)
+{
+    arguments a;
+    smallm *model = NULL;
+    size_t bytes = 0;
+    int code = read_arguments(argc, argv, &a);
+    if (code != 0) return code - 1;
+#ifndef _WIN32
+    setenv("ORT_GQA_DISABLE_FLASH_ATTENTION", "1", 0); /* as smallm's Python package does; quicker */
+#endif
+    if (smallm_open(a.model, &a.open, &model) != SMALLM_OK) {
+        code = complain(smallm_error(model), "");
+        smallm_close(model);
+        return code;
+    }
+    const char *path = a.score != NULL ? a.score : a.seed_file;
+    char *file = path != NULL ? read_file(path, &bytes) : NULL;
+    if (path != NULL && file == NULL) {
+        code = complain("cannot read ", path);
+    } else if (a.score != NULL) {
+        code = print_score(model, file, bytes);
+    } else {
+        smallm_options options = options_for(model, &a);
+        const char *seed = file != NULL ? file : a.seed != NULL ? a.seed : "";
+        code = print_text(model, seed, file != NULL ? bytes : strlen(seed), &options);
+    }
+    free(file);
+    smallm_close(model);
+    return code;
+}
