@@ -4,7 +4,7 @@ const at = (id) => document.getElementById(id);
 const MOST_LENGTH = Number(at("maxLength").max);
 const MOST_SURPRISE = Number(at("most-surprise").value); // nats from which a character has the full colour
 const LOADED_BYTES = Number(at("loaded").value);
-const FIELDS = ["seed", "temperature", "topK", "maxLength", "rngSeed"].map(at);
+const FIELDS = ["seed", "temperature", "topK", "maxLength", "rngSeed"].map(at); // named as `stream` names them
 let lm;
 let run = null; // the one that writes: { stopped }
 
@@ -13,7 +13,7 @@ async function load() {
   at("status").textContent = "Loading the model…";
   async function download(path) {
     const response = await fetch(path);
-    if (!response.ok) throw new Error(`cannot load ${path}: the server answers ${response.status}; load the page again`);
+    if (!response.ok) throw new Error(`cannot load ${path}: the server answers ${response.status}; reload the page`);
     const parts = [];
     for (const reader = response.body.getReader(); ; ) {
       const { done, value } = await reader.read();
@@ -34,9 +34,11 @@ async function load() {
   const { sampling, training, precision } = lm.metadata;
   at("temperature").value = sampling.temperature ?? at("temperature").value;
   at("topK").value = sampling.top_k ?? at("topK").value;
+  const { text = "some text", parameters, characters } = training;
   at("about").textContent =
-    `A language model of ${count(training.parameters)} parameters (${precision}) that has read ${training.text}, ` +
-    `${count(training.characters)} characters, and goes on with what you begin, one character after another.`;
+    `A language model of ${parameters ? `${count(parameters)} parameters in ` : ""}${precision}. It has read ${text}` +
+    `${characters ? `, ${count(characters)} characters,` : ""} and goes on with what you begin.`;
+  at("overflow-hint").textContent = `past ${count(lm.blockSize)} characters`;
   at("status").textContent = "Ready";
   at("progress").textContent = "";
 }
@@ -47,7 +49,7 @@ function count(number) {
 
 /** What the fields say, for `stream`; an empty number is the field's own. */
 function readFields() {
-  const options = {};
+  const options = { overflow: at("overflow").value };
   for (const field of FIELDS.slice(1)) {
     if (field.value.trim() === "" || field.validity.badInput) fail(field, `${field.id} is not a number; type one`);
     options[field.id] = Number(field.value);
