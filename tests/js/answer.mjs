@@ -20,7 +20,8 @@ export async function answer(LanguageModel, ort, model, calls) {
   const facts = () => ({ blockSize: lm.blockSize, vocabSize: lm.vocabSize, metadata: lm.metadata });
   const load = (source) => LanguageModel.load(source, { ort });
   const loadBytes = (bytes) => LanguageModel.load(Uint8Array.from(bytes), { ort });
-  const own = { pieces, first, together, facts, load, loadBytes };
+  const loadAndWrite = async (source) => (await load(source)).generate("a", { maxLength: 5, rngSeed: 1 });
+  const own = { pieces, first, together, facts, load, loadBytes, loadAndWrite };
   const answers = [];
   for (const [name, ...args] of calls) {
     try {

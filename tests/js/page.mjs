@@ -76,7 +76,7 @@ const scenarios = {
     await press("Control+a");
     await page.keyboard.type("100000");
     await press("Enter");
-    await page.waitForFunction(() => document.querySelectorAll("#text span").length > 20);
+    await page.waitForFunction(() => document.querySelectorAll("#text span").length > 100);
     await press("Escape");
     const stopped = await finished(page);
     return { order, text, stopped, status: await page.locator("#status").textContent() };
