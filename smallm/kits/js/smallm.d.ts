@@ -123,5 +123,5 @@ export function sample(
   sampling: { temperature: number; topK?: number; topP?: number; minP?: number },
 ): number;
 
-/** New logits in which those of the ids are less likely; a penalty of 1 changes nothing. */
+/** Logits in which those of the ids are less likely; the same array if there are no ids. */
 export function penalise(logits: Float32Array, ids: readonly number[], penalty: number): Float32Array;

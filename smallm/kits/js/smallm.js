@@ -279,19 +279,19 @@ function readManifest(bytes, source) {
   }
   const values = Object.entries(metadata).filter(([key]) => key.startsWith("smallm."));
   if (values.length === 0) throw new Error(`${source} is not a smallm model; write one with python export.py`);
-  const broken = new Error(`${source} has broken metadata; export the model again`);
+  const nonsense = new Error(`${source} has broken metadata; export the model again`);
   const manifest = { sampling: {}, training: {}, precision: "fp32", quality: {} };
   try {
     for (const [key, value] of values) manifest[key.slice("smallm.".length)] = JSON.parse(value);
   } catch {
-    throw broken;
+    throw nonsense;
   }
   if (manifest.format_version !== FORMAT_VERSION) {
     const version = JSON.stringify(manifest.format_version)?.slice(0, 40);
     throw new Error(`${source} has format version ${version}; this smallm.js reads ${FORMAT_VERSION}: ` +
       "export the model again, or take the smallm.js of the smallm that wrote it");
   }
-  if (!isSane(manifest)) throw broken;
+  if (!isSane(manifest)) throw nonsense;
   const m = manifest;
   const cache = 8 * m.n_layer * m.n_kv_head * m.head_dim * m.block_size; // bytes: keys and values, float32
   const least = Math.max(Math.floor((m.vocab_size * m.n_embd) / 2), m.block_size * m.head_dim);
