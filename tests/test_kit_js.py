@@ -376,6 +376,10 @@ def test_node_kit(node, exported, model, tmp_path):
     found = run_node(node, "example.mjs", "the moon ", "5", cwd=tmp_path / "kit")
     assert found == model.generate("the moon ", 500, rng_seed=5) + "\n"
     assert len(run_node(node, "example.mjs", cwd=tmp_path / "kit")) > 400
+    (tmp_path / "kit" / MODEL_FILE).unlink()
+    failed = subprocess.run([node, "example.mjs"], cwd=tmp_path / "kit", capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert re.fullmatch(r"cannot read the model .*: there is no such file\n", failed.stderr)
 
 
 def test_the_readme_of_the_node_kit_has_two_commands(exported, tmp_path):

@@ -2,6 +2,10 @@
 import * as ort from "onnxruntime-node";
 import { LanguageModel } from "./smallm.js";
 
+process.on("uncaughtException", ({ message }) => {
+  console.error(message);
+  process.exit(1);
+});
 const [seed = "", rngSeed] = process.argv.slice(2);
 const lm = await LanguageModel.load(new URL("model.onnx", import.meta.url), { ort });
 process.stdout.write(seed);
