@@ -1,0 +1,146 @@
+// node page.mjs CHROMIUM URL CALLS.json SHOTS: uses the page at URL as people do; prints what it saw as JSON.
+import { readFile } from "node:fs/promises";
+import { chromium } from "playwright-core";
+import { answer } from "./answer.mjs";
+
+const [executablePath, url, callsFile, shots] = process.argv.slice(2);
+const args = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"];
+const browser = await chromium.launch({ executablePath, args });
+const saw = { problems: [], requests: [] };
+
+/** A page in a context of its own, once its model is there or has failed to come. */
+async function opened(options = {}, damage = () => {}) {
+  const page = await browser.newPage({ viewport: { width: 1100, height: 900 }, ...options });
+  page.setDefaultTimeout(60_000);
+  page.on("pageerror", (error) => saw.problems.push(error.message));
+  page.on("request", (request) => saw.requests.push(request.url()));
+  await damage(page);
+  await page.goto(url);
+  await page.waitForFunction(() => !document.querySelector("#write").disabled || !document.querySelector("#error").hidden);
+  return page;
+}
+
+async function finished(page) {
+  await page.waitForFunction(() => /^(Done|Stopped)/.test(document.querySelector("#status").textContent));
+  return page.locator("#text").textContent();
+}
+
+const scenarios = {
+  async calls() {
+    const page = await opened();
+    const calls = JSON.parse(await readFile(callsFile, "utf8"));
+    return page.evaluate(`(async () => {
+      const [{ LanguageModel }, ort] = await Promise.all([import("${url}smallm.js"), import("${url}onnxruntime/ort.js")]);
+      return (${answer})(LanguageModel, ort, "${url}model.onnx", ${JSON.stringify(calls)});
+    })()`);
+  },
+
+  async mouse() {
+    const page = await opened();
+    await page.getByLabel("Seed text").fill("Zoë sings to ");
+    await page.getByLabel("Temperature").fill("0.9");
+    await page.getByLabel("Top-k").fill("20");
+    await page.getByLabel("Length").fill("200");
+    await page.getByLabel("Rng seed").fill("7");
+    await page.getByRole("button", { name: "Write" }).click();
+    const text = await finished(page);
+    const spans = page.locator("#text span:not(.seed)");
+    const surprises = await spans.evaluateAll((all) => all.map((x) => [x.title, x.style.getPropertyValue("--surprise")]));
+    const [status, progress, footer] = await Promise.all(
+      ["#status", "#progress", "footer"].map((place) => page.locator(place).textContent()),
+    );
+    const live = await page.locator("#text").evaluate((x) => [x.ariaLive, x.ariaBusy]);
+    if (shots) await page.screenshot({ path: `${shots}/desktop.png`, fullPage: true });
+    await page.emulateMedia({ colorScheme: "dark" });
+    if (shots) await page.screenshot({ path: `${shots}/dark.png`, fullPage: true });
+    return { text, surprises, status, progress, footer, live };
+  },
+
+  async keyboard() {
+    const page = await opened();
+    const press = async (...keys) => {
+      for (const key of keys) await page.keyboard.press(key);
+    };
+    const focused = () => page.evaluate(() => document.activeElement.id);
+    const order = [];
+    for (let i = 0; i < 8; i++) {
+      await press("Tab");
+      order.push(await focused());
+    }
+    await press(...Array(7).fill("Shift+Tab"), "Control+a");
+    await page.keyboard.type("an old owl ");
+    await press("Tab", "Tab", "Tab", "Control+a");
+    await page.keyboard.type("60");
+    await press("Enter");
+    const text = await finished(page);
+    await press("Control+a");
+    await page.keyboard.type("100000");
+    await press("Enter");
+    await page.waitForFunction(() => document.querySelectorAll("#text span").length > 100);
+    await press("Escape");
+    const stopped = await finished(page);
+    return { order, text, stopped, status: await page.locator("#status").textContent() };
+  },
+
+  async narrow() {
+    const page = await opened({ viewport: { width: 360, height: 740 }, hasTouch: true });
+    await page.getByLabel("Seed text").fill("x".repeat(300));
+    await page.getByLabel("Length").fill("150");
+    await page.getByRole("button", { name: "Write" }).tap();
+    await finished(page);
+    if (shots) await page.screenshot({ path: `${shots}/narrow.png`, fullPage: true });
+    return page.evaluate(() => ({ page: document.documentElement.scrollWidth, window: innerWidth }));
+  },
+
+  async mistakes() {
+    const page = await opened();
+    const seen = {};
+    const usual = { seed: "a", temperature: "0.8", topK: "0", maxLength: "10", rngSeed: "1" };
+    const mistakes = [
+      ["temperature", "-1"], ["topK", "2.5"], ["maxLength", "-5"], ["maxLength", "1e12"], ["rngSeed", "4294967296"],
+      ["temperature", ""], ["seed", "lone \ud800"],
+    ];
+    for (const [id, value] of mistakes) {
+      await page.evaluate((values) => {
+        for (const [id, value] of Object.entries(values)) document.getElementById(id).value = value;
+      }, { ...usual, [id]: value });
+      await page.getByRole("button", { name: "Write" }).click();
+      const alert = page.getByRole("alert");
+      await alert.waitFor();
+      const marked = await page.locator("[aria-invalid]").evaluateAll((all) => all.map((x) => x.id));
+      seen[`${id} ${value}`] = [await alert.textContent(), marked, await page.evaluate(() => document.activeElement.id)];
+      if (shots) await page.screenshot({ path: `${shots}/mistake.png`, fullPage: true });
+    }
+    await page.locator("#seed").fill("");
+    await page.getByRole("button", { name: "Write" }).click();
+    seen.empty = [(await finished(page)).length, await page.locator("#error").isHidden()];
+    return seen;
+  },
+
+  async models() {
+    const seen = {};
+    const model = await readFile(new URL(process.argv[6], "file:"));
+    const bodies = {
+      missing: { status: 404, body: "no" },
+      truncated: { body: model.subarray(0, model.length / 2) },
+      text: { body: Buffer.from("<!doctype html><p>Not here</p>") },
+      empty: { body: Buffer.alloc(0) },
+    };
+    for (const [name, body] of Object.entries(bodies)) {
+      const page = await opened({}, (page) => page.route("**/model.onnx", (route) => route.fulfill(body)));
+      seen[name] = [await page.getByRole("alert").textContent(), await page.locator("#write").isDisabled()];
+      await page.close();
+    }
+    return seen;
+  },
+};
+
+for (const [name, scenario] of Object.entries(scenarios)) {
+  try {
+    saw[name] = await scenario();
+  } catch (error) {
+    saw[name] = { failed: error.message };
+  }
+}
+await browser.close();
+console.log(JSON.stringify(saw));
