@@ -9,9 +9,9 @@ from smallm.errors import UserError
 from smallm.runs import CHECKPOINTS, EXPORT, newest_run
 
 DESCRIPTION = """\
-Writes a trained model as an ONNX folder: model.onnx with vocabulary and settings inside, and the JSON files that other
-runtimes read. The file is first compared with the PyTorch model, and measured on the validation text: if it differs, or
-if its precision costs too much, nothing is written."""
+Writes a trained model as a folder that other runtimes open too: model.onnx with vocabulary and settings inside, the
+files that they look for, and a README.md that says how. The model is first compared with PyTorch's, and measured on the
+validation text: if it differs, or if its precision costs too much, nothing is written."""
 PRECISIONS = ("fp32", "int8", "int4")
 
 
@@ -29,8 +29,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32",
                         help="of the matrices; fewer bits: smaller, faster")  # fmt: skip
     parser.add_argument("--allow-loss", action="store_true", help="write it whatever the precision costs")
+    parser.add_argument("--gguf", action="store_true", help="with a GGUF for llama.cpp: f32, or q8_0 with int8")
+    parser.add_argument("--portable", action="store_true",
+                        help="with model.portable.onnx: standard operators only, for other engines")  # fmt: skip
     options = parser.parse_args(argv)
     from smallm.export.folder import export_checkpoint  # torch and onnx are slow to import: mistakes are told before
+    from smallm.export.portable import PORTABLE_FILE
     from smallm.export.precision import table
     from smallm.runtime import MODEL_FILE
     from smallm.training.checkpoint import STATE_FILE, damage
@@ -45,13 +49,17 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"cannot read {run}: {error.strerror}") from None
     within_run = checkpoint == run and run.parent.name == CHECKPOINTS
     out = options.out or (run.parent.parent if within_run else run) / EXPORT
-    export = export_checkpoint(checkpoint, out, options.precision, options.allow_loss)
-    quality, loss = export.measured[-1], export.manifest.training["val_loss"]
+    export = export_checkpoint(checkpoint, out, options.precision, options.allow_loss, options.gguf, options.portable)
+    quality = next(quality for quality in export.measured if quality.precision == options.precision)
+    loss = export.manifest.training["val_loss"]
     print(
         f"{checkpoint} -> {out / MODEL_FILE}: {quality.bytes / 1e6:.2f} MB, {quality.precision}, "
         f"logits within {export.difference:.1e} of PyTorch's"
         + (f", validation loss {loss:.4f}" if loss is not None else "")
     )
+    for name, size in export.sizes.items():
+        if name == PORTABLE_FILE or name.endswith(".gguf"):
+            print(f"{out / name}: {size / 1e6:.2f} MB")
     print(table(export.measured))
     if quality.loss is not None:
         print(f"{quality.precision} costs {quality.loss:.4f} bits per character")

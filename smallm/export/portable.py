@@ -62,9 +62,11 @@ class PortableGraph(Graph):
         """Cosines and sines (B, T, 1, hd / 2)."""
         c = self.config
         tables = zip(("cos", "sin"), rotary_tables(c.head_dim, c.block_size, c.rope_theta), strict=True)
-        gathered = {n: self._add("Gather", f"/{n}", self._constant(f"{n}_cache", t.numpy()), positions) for n, t in tables}
         axes = self._constant("axis_2", [2])
-        self.cos, self.sin = (self._add("Unsqueeze", f"{name}_of_heads", name, axes) for name in gathered.values())
+        self.cos, self.sin = (
+            self._add("Unsqueeze", f"/{name}_of_heads", self._add("Gather", f"/{name}", rows, positions), axes)
+            for name, rows in ((name, self._constant(f"{name}_cache", table.numpy())) for name, table in tables)
+        )
 
     def _attention(self, i: int, packed: str) -> str:
         """(B, T, (nh + 2 nkv) hd) -> (B, T, C)."""
@@ -83,7 +85,8 @@ class PortableGraph(Graph):
         keys = self._add("Transpose", f"{at}/keys", keys, perm=[0, 1, 3, 2])
         scores = self._add("MatMul", f"{at}/scores", q, keys)  # (B, nkv, g T, L)
         never = self._constant("never", np.array(-np.inf, np.float32))
-        shares = self._add("Softmax", f"{at}/shares", self._add("Where", f"{at}/seen", self.hidden, never, scores), axis=-1)
+        seen = self._add("Where", f"{at}/seen", self.hidden, never, scores)
+        shares = self._add("Softmax", f"{at}/shares", seen, axis=-1)
         y = self._add("MatMul", f"{at}/y_rows", shares, values)
         y = self._add("Reshape", f"{at}/y_by_head", y, self._constant("by_head", [0, c.n_head, -1, c.head_dim]))
         y = self._add("Transpose", f"{at}/y_heads", y, perm=[0, 2, 1, 3])
