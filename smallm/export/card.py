@@ -75,10 +75,15 @@ def _what_it_is(manifest: Manifest) -> str:
 
 
 def _sample(manifest: Manifest, sample: str) -> str:
-    shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in sample).strip("\n")
+    shown = _shown(sample)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
     how = ", ".join(f"{key} {value:g}" for key, value in manifest.sampling.items())
     return f"{fence}text\n{shown}\n{fence}\n\nAs it came, with the model's defaults ({how}) and rng_seed 1."
+
+
+def _shown(sample: str) -> str:
+    """What of it a page can hold."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in sample).strip("\n")
 
 
 def _facts(manifest: Manifest) -> str:
@@ -118,8 +123,7 @@ def _precision(measured: list[Quality]) -> str:
 
 def _examples(manifest: Manifest, sizes: Mapping[str, int], sample: str) -> list[str]:
     """Texts and code, with this folder as the working directory."""
-    word = next(iter(sample.split()), "")
-    seed = word if word.isprintable() and 0 < len(word) < 16 else "The"
+    seed = next((word for word in sample.split() if word.isalpha() and len(word) < 16), "The")
     length = len(manifest.vocabulary.encode(seed))
     new = max(1, min(MOST_NEW, manifest.block_size - length))
     values = {"seed": json.dumps(seed, ensure_ascii=False), "new": new, "all": new + length}
