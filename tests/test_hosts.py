@@ -48,7 +48,9 @@ def run_node(*argv: object, cwd: Path | None = None) -> subprocess.CompletedProc
     if not (HOSTS / "node_modules").is_dir():
         pytest.skip("the JavaScript hosts are not installed: run `npm ci --ignore-scripts` in tests/hosts")
     command = ["node", *map(str, argv)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=100)
+    return subprocess.run(
+        command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8", timeout=100
+    )
 
 
 def transformers_js(folder: Path, seed: str, new: int) -> dict:
