@@ -203,7 +203,7 @@ def genai_config(manifest: Manifest, model_file: str) -> dict[str, Any]:
         "search": {
             "do_sample": not greedy,
             "temperature": 1.0 if greedy else sampling["temperature"],
-            "top_k": sampling["top_k"],
+            "top_k": min(sampling["top_k"], manifest.vocab_size),  # more are refused
             "top_p": sampling["top_p"],
             "max_length": manifest.block_size,
             "past_present_share_buffer": True,
