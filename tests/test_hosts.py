@@ -16,9 +16,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from toys import torch_text
 
 from smallm import cli
+from smallm.errors import UserError
 from smallm.export.card import CARD_FILE
 from smallm.export.gguf import NEVER, write_gguf
 from smallm.export.portable import PORTABLE_FILE
@@ -246,7 +248,6 @@ def test_openvino_refuses_half_a_file(truncated):
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_gguf_holds_weights_and_vocabulary(run, tmp_path, vocabulary, precision):
     gguf = package("gguf")
-    safetensors = pytest.importorskip("safetensors.numpy")
     out = tmp_path / "out"
     argv = [str(run), "--gguf", "--precision", precision, "--allow-loss", "--out", str(out)]
     assert cli.run(cli.export, argv) == 0
@@ -257,7 +258,7 @@ def test_gguf_holds_weights_and_vocabulary(run, tmp_path, vocabulary, precision)
     assert len(values["tokenizer.ggml.tokens"]) == vocabulary.size
     assert values["tokenizer.ggml.merges"] == vocabulary.tokenizer_json()["model"]["merges"]
     assert values["tokenizer.ggml.eos_token_id"] == NEVER
-    expected = safetensors.load_file(best_checkpoint(run) / "model.safetensors")
+    expected = load_file(best_checkpoint(run) / "model.safetensors")
     assert len(reader.tensors) == len(expected)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 2)
     found = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
@@ -292,6 +293,16 @@ def test_gguf_says_what_is_wrong(tiny_run, tmp_path, monkeypatch, capsys):
         assert refused() == expected
     package("gguf")
     assert refused("--precision", "int4") == "smallm: --gguf goes with --precision fp32 or int8, not int4\n"
+
+
+def test_gguf_in_int8_needs_rows_of_whole_blocks(tmp_path):
+    package("gguf")
+    save_file({"model.embed_tokens.weight": np.zeros((262, 48), np.float32)}, tmp_path / "model.safetensors")
+    for name, content in {"config.json": {}, "tokenizer.json": {"model": {}}}.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"multiples of 32, this model has \[48\]; pass --precision fp32 with --gguf$"):
+        write_gguf(tmp_path, tmp_path / "owls.gguf", "int8")
+    assert not (tmp_path / "owls.gguf").exists()
 
 
 # -- what the card tells its reader to type

@@ -15,7 +15,6 @@ WEIGHTS_FILE = "model.safetensors"
 MARK = "<!-- Written by export.py, anew with each export; of changes, only those of the licence are kept. -->"
 UNKNOWN_LICENCE = "unknown # fill in that of the model, such as mit or cc0-1.0; mind that of the text"
 LICENCE_LINE = re.compile(r"^license: (.+)$", re.MULTILINE)
-SAMPLE_LENGTH = 400
 MOST_NEW = 200  # characters that the examples write
 
 

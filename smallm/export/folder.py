@@ -13,7 +13,7 @@ import onnx
 from onnx import helper
 
 from smallm.errors import UserError
-from smallm.export.card import CARD_FILE, SAMPLE_LENGTH, WEIGHTS_FILE, is_card, licence_of, model_card
+from smallm.export.card import CARD_FILE, WEIGHTS_FILE, is_card, licence_of, model_card
 from smallm.export.gguf import check_gguf, write_gguf
 from smallm.export.graph import build_graph
 from smallm.export.parity import check_parity
@@ -33,6 +33,7 @@ TRANSFORMERS_JS = {
 }
 """Precision -> what transformers.js calls it, and where it looks for the file."""
 MOST_MEASURED = 100_000  # characters of the validation text
+LEAST_SAMPLE, SAMPLE_LENGTH = 200, 400  # characters of the model's own
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,8 @@ def export_checkpoint(
         licence = licence_of(out / CARD_FILE)
         with _replacing(out) as folder:
             path = folder / MODEL_FILE
-            manifest, difference, measured = _write_model(
-                model, manifest, path, PRECISIONS[precision], text, allow_loss
-            )
+            written = _write_model(model, manifest, path, PRECISIONS[precision], text, allow_loss)
+            manifest, difference, measured = written
             _write_json_files(folder, checkpoint, manifest)
             _link(path, folder / TRANSFORMERS_JS[precision][1])
             if precision == "fp32":  # a folder that is meant to be small does not bring the large weights along
@@ -83,12 +83,18 @@ def export_checkpoint(
             if portable:
                 measured.append(_write_portable(model, manifest, folder / PORTABLE_FILE, text))
             sizes = {file: (folder / file).stat().st_size for file in _names(name) if (folder / file).is_file()}
-            sample = "".join(LanguageModel.load(path).stream(max_length=SAMPLE_LENGTH, rng_seed=1))
-            card = model_card(name, manifest, measured, sizes, sample, licence)
+            card = model_card(name, manifest, measured, sizes, _sample(path), licence)
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
     return Export(manifest, difference, measured, sizes)
+
+
+def _sample(path: Path) -> str:
+    """Some text of the model; not much beyond its context, where characters take longer."""
+    model = LanguageModel.load(path)
+    length = min(SAMPLE_LENGTH, max(LEAST_SAMPLE, model.block_size))
+    return "".join(model.stream(max_length=length, rng_seed=1))
 
 
 def name_of(checkpoint: Path) -> str:
