@@ -17,6 +17,7 @@ import numpy as np
 
 from smallm import LanguageModel
 from smallm.export.folder import export_checkpoint
+from smallm.export.gguf import write_gguf
 from smallm.training.checkpoint import load_vocabulary
 
 TEMPERATURE, TOP_K = 0.8, 40
@@ -115,7 +116,7 @@ def _build_genai(checkpoint: Path, folder: Path, precision: str) -> None:
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python, with a GGUF file that is written here."""
+    """llama.cpp through llama-cpp-python, with the GGUF of the checkpoint."""
 
     def __init__(self, checkpoint: Path, folder: Path, threads: int, precision: str):
         from llama_cpp import Llama
@@ -150,42 +151,6 @@ class LlamaCpp:
         return bits_of(np.array(model.scores[: len(ids) - 1]), ids[1:], len(text) - 1)
 
 
-def write_gguf(checkpoint: Path, path: Path, precision: str) -> None:
-    """The checkpoint as llama.cpp reads it: matrices in f32 or q8_0, gains in f32."""
-    import gguf
-    from safetensors.numpy import load_file
-
-    config, tensors = json.loads((checkpoint / "config.json").read_text()), load_file(checkpoint / "model.safetensors")
-    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    writer = gguf.GGUFWriter(path, "qwen3")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].get))
-    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokenizer["vocab"]))
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["merges"]]
-    writer.add_token_merges(merges or ["ÿ ÿ"])  # llama.cpp wants some; two bytes 0xFF stand in no text
-    writer.add_add_bos_token(False)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
-    kind = gguf.GGMLQuantizationType.Q8_0 if precision == "q8_0" else gguf.GGMLQuantizationType.F32
-    for name, tensor in tensors.items():
-        data, dtype = (gguf.quantize(tensor, kind), kind) if tensor.ndim == 2 else (tensor, None)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data, raw_dtype=dtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def bits_of(logits: np.ndarray, targets: np.ndarray, characters: int) -> float:
     """logits (T, V), targets (T,) -> bits per character."""
     logits = logits.astype(np.float64)
@@ -202,7 +167,7 @@ PEERS = {
     "genai fp32": lambda *a: GenAI(*a, "fp32"),
     "genai int4": lambda *a: GenAI(*a, "int4"),
     "llama.cpp fp32": lambda *a: LlamaCpp(*a, "fp32"),
-    "llama.cpp q8_0": lambda *a: LlamaCpp(*a, "q8_0"),
+    "llama.cpp q8_0": lambda *a: LlamaCpp(*a, "int8"),
 }
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -16,8 +16,8 @@ from smallm.errors import UserError
 
 # All that a smallm graph may compute with. No control flow (If, Loop, Scan), no functions, nothing random.
 _NAMES = """
-    Gather GatherElements GatherND GatherBlockQuantized ScatterND TensorScatter Slice Split Concat Reshape Transpose
-    Squeeze Unsqueeze Expand Tile Shape Cast Identity Constant ConstantOfShape Range Where Trilu
+    Gather GatherElements GatherND GatherBlockQuantized ScatterND ScatterElements TensorScatter Slice Split Concat
+    Reshape Transpose Squeeze Unsqueeze Expand Tile Shape Cast Identity Constant ConstantOfShape Range Where Trilu
     MatMul MatMulNBits Gemm GroupQueryAttention Attention RotaryEmbedding
     SimplifiedLayerNormalization SkipSimplifiedLayerNormalization LayerNormalization RMSNormalization
     QuickGelu Sigmoid Softmax Exp Log Sqrt Rsqrt Reciprocal Pow Cos Sin Add Sub Mul Div Mod Neg Abs Sign Min Max Clip

@@ -29,7 +29,8 @@ from smallm.session import Session
 from smallm.training.checkpoint import STATE_FILE, load_model, load_vocabulary
 from smallm.training.shelf import best_checkpoint
 
-FILES = {MODEL_FILE, MANIFEST_FILE, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+JSON_FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "genai_config.json"}
+FILES = {MODEL_FILE, MANIFEST_FILE, *JSON_FILES, "onnx/model.onnx", "model.safetensors", "README.md"}
 SHAPES = {
     "heads of 16, two of four shared": {},
     "one layer": {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 32},
@@ -117,7 +118,7 @@ def test_one_file_that_old_runtimes_read(exported):
     assert proto.ir_version <= 10
     assert {opset.domain: opset.version for opset in proto.opset_import} == {"": 17, "com.microsoft": 1}
     assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in proto.graph.initializer)
-    assert {file.name for file in exported.iterdir()} == FILES
+    assert set(contents(exported)) == FILES
 
 
 def test_metadata_and_sidecar_say_the_same(tiny_run, exported):
@@ -318,7 +319,7 @@ def test_a_checkpoint_far_from_its_run(run, tmp_path, capsys):
     shutil.copytree(best_checkpoint(run), alone)
     code, _, err = run_export(capsys, alone)
     assert (code, err) == (0, "")
-    assert {file.name for file in (alone / "export").iterdir()} == FILES
+    assert set(contents(alone / "export")) == FILES
     assert [path.name for path in alone.parent.iterdir()] == ["mine"]
 
 
@@ -335,7 +336,7 @@ def test_the_newest_run_and_relative_paths(run, tmp_path, monkeypatch, capsys):
         code, out, err = run_export(capsys, "..", "--out", out_folder)
         assert (code, err) == (0, "")
         assert f"--model '{out_folder}'" in out
-        assert {file.name for file in Path(out_folder).iterdir()} == FILES
+        assert set(contents(Path(out_folder))) == FILES
 
 
 def test_an_export_is_replaced_as_a_whole(run, monkeypatch, capsys):

@@ -1,7 +1,7 @@
 """smallm.manifest: what a model says of itself survives the way through strings, and nothing else passes for it."""
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import pytest
 from hypothesis import example, given
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from toys import TOY_VOCABULARY, manifest_of, random_model
 
 from smallm.errors import UserError
-from smallm.manifest import FORMAT_VERSION, Manifest, hugging_face_files
+from smallm.manifest import FORMAT_VERSION, Manifest, genai_config, hugging_face_files
 from smallm.vocabulary import Vocabulary
 
 MANIFEST = manifest_of(random_model(), training={"text": "größe.txt 🎉", "val_loss": 1.25, "step": 3, "none": None})
@@ -110,3 +110,20 @@ def test_hugging_face_files(temperature, expected):
     assert files["generation_config.json"].items() >= (expected | {"top_k": 5, "top_p": 0.9, "min_p": 0.1}).items()
     assert Vocabulary.from_tokenizer_json(files["tokenizer.json"]) == TOY_VOCABULARY
     json.dumps(files, allow_nan=False)
+
+
+def test_genai_config():
+    content = genai_config(MANIFEST, "model.onnx")
+    decoder = content["model"].pop("decoder")
+    assert content["model"] == {"type": "qwen3", "vocab_size": 262, "context_length": 16, "eos_token_id": []}
+    assert {key: decoder[key] for key in ("filename", "head_size", "num_key_value_heads", "num_hidden_layers")} == {
+        "filename": "model.onnx", "head_size": 16, "num_key_value_heads": 2, "num_hidden_layers": 2,
+    }  # fmt: skip
+    search = {"do_sample": True, "temperature": 0.7, "top_k": 30, "top_p": 0.95}
+    assert content["search"] == search | {"max_length": 16, "past_present_share_buffer": True}
+    for sampling, expected in (
+        ({"temperature": 0.0, "top_k": 0}, {"do_sample": False, "temperature": 1.0, "top_k": 0}),
+        ({"temperature": 1.0, "top_k": 1000}, {"do_sample": True, "temperature": 1.0, "top_k": 262}),
+    ):
+        found = genai_config(replace(MANIFEST, sampling=MANIFEST.sampling | sampling), "model.onnx")["search"]
+        assert {key: found[key] for key in expected} == expected

@@ -10,11 +10,11 @@ from smallm.errors import UserError
 from smallm.runs import CHECKPOINTS, EXPORT, newest_run
 
 DESCRIPTION = """\
-Writes a trained model as an ONNX folder: model.onnx with vocabulary and settings inside, and the JSON files that other
-runtimes read. The file is first compared with the PyTorch model, and measured on the validation text: if it differs, or
-if its precision costs too much, nothing is written."""
+Writes a trained model as a folder that other runtimes open too: model.onnx with vocabulary and settings inside, the
+files that they look for, and a README.md that says how. The model is first compared with PyTorch's, and measured on the
+validation text: if it differs, or if its precision costs too much, nothing is written."""
 PRECISIONS = ("fp32", "int8", "int4")
-KITS = ("c",)
+KITS = ("c", "node", "web")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,14 +28,20 @@ def main(argv: Sequence[str]) -> int:
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("run", nargs="?", type=Path, help="run, or one of its checkpoints; default: the newest run")
     parser.add_argument("--kit", choices=KITS,
-                        help="write a kit instead: the model with the sources to build it into a program")  # fmt: skip
+                        help="write a kit instead: the model with what makes it part of a program or a web page")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="its folder; default: RUN/export, or RUN/kit-KIT")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32",
                         help="of the matrices; fewer bits: smaller, faster")  # fmt: skip
     parser.add_argument("--allow-loss", action="store_true", help="write it whatever the precision costs")
+    parser.add_argument("--gguf", action="store_true", help="with a GGUF for llama.cpp: f32, or q8_0 with int8")
+    parser.add_argument("--portable", action="store_true",
+                        help="with model.portable.onnx: standard operators only, for other engines")  # fmt: skip
     options = parser.parse_args(argv)
+    if options.kit and (options.gguf or options.portable):
+        raise UserError("--gguf and --portable belong to the export folder; leave out --kit")
     from smallm.export.folder import export_checkpoint  # torch and onnx are slow to import: mistakes are told before
     from smallm.export.kit import write_kit
+    from smallm.export.portable import PORTABLE_FILE
     from smallm.export.precision import table
     from smallm.runtime import MODEL_FILE
     from smallm.training.checkpoint import STATE_FILE, damage
@@ -56,13 +62,19 @@ def main(argv: Sequence[str]) -> int:
             export = export_checkpoint(checkpoint, Path(folder) / EXPORT, options.precision, options.allow_loss)
             write_kit(options.kit, Path(folder) / EXPORT, out)
     else:
-        export = export_checkpoint(checkpoint, out, options.precision, options.allow_loss)
-    quality, loss = export.measured[-1], export.manifest.training["val_loss"]
+        export = export_checkpoint(
+            checkpoint, out, options.precision, options.allow_loss, options.gguf, options.portable
+        )
+    quality = next(quality for quality in export.measured if quality.precision == options.precision)
+    loss = export.manifest.training["val_loss"]
     print(
         f"{checkpoint} -> {out / MODEL_FILE}: {quality.bytes / 1e6:.2f} MB, {quality.precision}, "
         f"logits within {export.difference:.1e} of PyTorch's"
         + (f", validation loss {loss:.4f}" if loss is not None else "")
     )
+    for name, size in export.sizes.items():
+        if name == PORTABLE_FILE or name.endswith(".gguf"):
+            print(f"{out / name}: {size / 1e6:.2f} MB")
     print(table(export.measured))
     if quality.loss is not None:
         print(f"{quality.precision} costs {quality.loss:.4f} bits per character")

@@ -39,7 +39,7 @@ def build_graph(
 
     The matrices in `quantised`, by parameter name, are stored as that, the others in fp32.
     """
-    return _Graph(model, quantised or {}).build(manifest)
+    return Graph(model, quantised or {}).build(manifest)
 
 
 def has_table(model: TransformerLanguageModel) -> bool:
@@ -54,8 +54,14 @@ def set_accuracy(proto: onnx.ModelProto, level: int) -> None:
             attribute.i = level
 
 
-class _Graph:
-    """Collects nodes and initialisers. Comments give shapes: B batch, T time, C channels, V vocabulary, hd head."""
+class Graph:
+    """Collects nodes and initialisers. Comments give shapes: B batch, T time, C channels, V vocabulary, hd head.
+
+    What may be computed by other operators has a method of its own, see `portable.py`.
+    """
+
+    domains = ("", MICROSOFT)
+    """Of the operators."""
 
     def __init__(self, model: TransformerLanguageModel, quantised: Mapping[str, Quantised]):
         self.model, self.config, self.quantised = model, model.config, quantised
@@ -143,8 +149,7 @@ class _Graph:
         gate, up = f"{at}/gate", f"{at}/up"
         sizes = self._constant("gate_up_sizes", [inner, inner])
         self.nodes.append(helper.make_node("Split", [both, sizes], [gate, up], name=f"{at}/split", axis=-1))
-        silu = self._add("QuickGelu", f"{at}/silu", gate, domain=MICROSOFT, alpha=1.0)  # x * sigmoid(alpha * x)
-        gated = self._add("Mul", f"{at}/gated", silu, up)
+        gated = self._add("Mul", f"{at}/gated", self._silu(f"{at}/silu", gate), up)
         return self._matmul(f"{at}/c_proj", gated, f"h.{i}.mlp.c_proj")
 
     def _logits(self, x: str) -> None:
@@ -174,7 +179,7 @@ class _Graph:
         inputs.append(helper.make_tensor_value_info("num_logits_to_keep", TensorProto.INT64, []))
         self._constant("num_logits_to_keep", 0)  # an input with an initialiser has a default
         graph = helper.make_graph(self.nodes, "smallm", inputs, outputs, list(self.initializers.values()))
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        opsets = [helper.make_opsetid(domain, 1 if domain else OPSET) for domain in self.domains]
         model = helper.make_model(graph, ir_version=IR_VERSION, opset_imports=opsets, producer_name="smallm")
         helper.set_model_props(model, manifest.to_metadata())
         return model
@@ -195,6 +200,9 @@ class _Graph:
         node = helper.make_node(kind, [x, change, gain], outputs, name=name, domain=MICROSOFT, epsilon=NORM_EPS)
         self.nodes.append(node)
         return name, f"{name}/sum"
+
+    def _silu(self, name: str, x: str) -> str:
+        return self._add("QuickGelu", name, x, domain=MICROSOFT, alpha=1.0)  # x * sigmoid(alpha * x)
 
     def _matmul(self, name: str, x: str, weight: str) -> str:
         weights, q = self.weights[f"{weight}.weight"], self.quantised.get(f"{weight}.weight")

@@ -1,6 +1,6 @@
-"""Kits: a folder with the model and the sources that make it part of a program in another language.
+"""Kits: a folder with the model and what makes it part of a program in another language, or of a web page.
 
-The sources lie in smallm/kits/NAME. A writer knows what else a kit of its name needs.
+The sources lie in smallm/kits.
 """
 
 import shutil
@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from smallm.errors import UserError
-from smallm.export.folder import _check_replaceable, _replacing
+from smallm.export.folder import check_replaceable, replacing
+from smallm.export.kit_js import write_node, write_web
 from smallm.manifest import MANIFEST_FILE
 from smallm.runtime import MODEL_FILE
 
@@ -23,28 +24,27 @@ def write_kit(name: str, export_folder: Path, out: Path) -> None:
     """
     try:
         out = out.resolve()
-        files = kit_files(name) | {file: export_folder / file for file in (MODEL_FILE, MANIFEST_FILE)}
-        _check_replaceable(out, {*files, *BUILT.get(name, ())})
-        with _replacing(out) as folder:
-            for file, source in files.items():
-                shutil.copyfile(source, folder / file)
-            WRITERS[name](folder)
+        with replacing(out) as folder:
+            WRITERS[name](export_folder / MODEL_FILE, folder)
+            shutil.copyfile(export_folder / MANIFEST_FILE, folder / MANIFEST_FILE)
+            shutil.copyfile(SOURCES / SPECIFICATION, folder / SPECIFICATION)
+            check_replaceable(out, {*(file.name for file in folder.iterdir()), *BUILT[name]})
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
 
 
-def kit_files(name: str) -> dict[str, Path]:
-    """Name in the kit -> source of the files that every kit of this name has, besides the model."""
-    found = {file.name: file for file in sorted((SOURCES / name).iterdir()) if file.is_file()}
-    return found | {SPECIFICATION: SOURCES / SPECIFICATION}
+def write_c(model: Path, out: Path) -> None:
+    """Fills the folder `out` with the sources of a C program around the model."""
+    for file in (model, *(file for file in (SOURCES / "c").iterdir() if file.is_file())):
+        shutil.copyfile(file, out / file.name)
 
 
-def _sources_alone(folder: Path) -> None:
-    """For a kit that is its sources and the model."""
+WRITERS: Mapping[str, Callable[[Path, Path], None]] = {"c": write_c, "node": write_node, "web": write_web}
+"""Kit -> what fills its folder, given the model."""
 
-
-WRITERS: Mapping[str, Callable[[Path], None]] = {"c": _sources_alone}
-"""Kit -> what adds to its folder, which has sources, specification, model and manifest already."""
-
-BUILT: Mapping[str, tuple[str, ...]] = {"c": ("generate", "build")}
+BUILT: Mapping[str, tuple[str, ...]] = {
+    "c": ("generate", "build"),
+    "node": ("node_modules", "package-lock.json"),
+    "web": (),
+}
 """Kit -> what a user builds in its folder; it goes when the kit is written anew."""

@@ -41,7 +41,7 @@ PRECISIONS = {
     precision.name: precision
     for precision in (
         Precision("fp32", "1.21"),
-        Precision("int8", "1.23", bits=8, block=128, most_loss=0.002),
+        Precision("int8", "1.23", bits=8, block=128, most_loss=0.002),  # 1.22 on x86-64
         Precision("int4", "1.21", bits=4, block=128, most_loss=0.02),
     )
 }

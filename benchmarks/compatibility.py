@@ -1,0 +1,206 @@
+"""Which runtime opens which exported file: every file in every version, and the table of README.md.
+
+    python benchmarks/compatibility.py [--versions 1.21.0 1.22.0 1.23.0 newest] [--cache DIR] [--check]
+
+Trains a tiny model on the text that comes with Python, exports it in each precision and as a portable file, and has
+each version of ONNX Runtime, installed into a folder of its own, and the packages for JavaScript (npm ci
+--ignore-scripts in tests/hosts) predict a text and write one. The table goes to README.md, or with --check it is only
+printed. Fails if a file does not open in the version that `export.py` names as the oldest, or in a newer one.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
+from smallm.cli import run
+from smallm.errors import UserError
+from smallm.export.folder import export_checkpoint
+from smallm.export.portable import PORTABLE_FILE
+from smallm.export.precision import PRECISIONS
+from smallm.manifest import Manifest
+from smallm.runs import validation_text
+from smallm.runtime import MODEL_FILE
+from smallm.session import Session
+from smallm.training.shelf import best_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+VERSIONS = ("1.21.0", "1.22.0", "1.23.0", "newest")
+FILES = (*PRECISIONS, "portable")
+README = ROOT / "README.md"
+BEGIN, END = "<!-- compatibility: written by benchmarks/compatibility.py -->", "<!-- /compatibility -->"
+MODULES = ROOT / "tests" / "hosts" / "node_modules"
+SCRIPT = Path(__file__).with_suffix(".mjs")
+SEED_IDS, NEW_IDS = 8, 60
+TRAINING = {
+    "model.n_layer": 2, "model.n_head": 2, "model.n_kv_head": 1, "model.n_embd": 128, "model.block_size": 128,
+    "train.max_steps": 150, "train.eval_every": 150, "train.sample_length": 0,
+}  # fmt: skip
+PROBE = """
+import json, sys, numpy as np, onnxruntime
+from smallm.session import Session
+path, task = sys.argv[1], json.load(open(sys.argv[2]))
+session = Session(path, threads=1)
+logits = session.logits(np.array([task["ids"]]))[0]
+decoder, written = session.decoder(), []
+following = decoder.feed(np.array(task["seed"]))
+for _ in range(task["new"]):
+    written.append(int(following.argmax()))
+    following = decoder.step(np.array(written[-1:]))[0]
+print(json.dumps({"version": onnxruntime.__version__, "logits": logits.tolist(), "written": written}))
+"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of a file in a runtime."""
+
+    bits: float | None = None
+    """Per id of the text; None if the runtime refuses the file."""
+    written: tuple[int, ...] = ()
+    error: str = ""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--versions", nargs="+", default=VERSIONS, help="of ONNX Runtime, the oldest first")
+    parser.add_argument("--cache", type=Path, help="where to install them, and leave them for the next time")
+    parser.add_argument("--check", action="store_true", help="leave README.md alone")
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="smallm-compatibility-") as folder:
+        work = Path(folder)
+        paths = export_all(work)
+        task = make_task(paths["fp32"], work)
+        rows = {}
+        for version in options.versions:
+            name, found = probe_version(version, options.cache or work, paths, task)
+            rows[f"ONNX Runtime {name}, Python"] = found
+        for package, title in (("onnxruntime-node", "Node"), ("onnxruntime-web", "wasm, under Node")):
+            if (MODULES / package).is_dir():
+                version = json.loads((MODULES / package / "package.json").read_text())["version"]
+                rows[f"{package} {version}, {title}"] = {f: probe_js(package, paths[f], task) for f in FILES}
+            else:
+                print(f"without {package}: run `npm ci --ignore-scripts` in tests/hosts", file=sys.stderr)
+    newest = rows[[name for name in rows if name.endswith(", Python")][-1]]
+    lines = table(rows, newest)
+    print(lines)
+    for row, cells in rows.items():
+        for file, found in cells.items():
+            if found.error:
+                print(f"{row}, {file}: {found.error}", file=sys.stderr)
+    if not options.check:
+        write_table(README, lines)
+    wrong = wrong_claims(dict(zip(options.versions, rows.values(), strict=False)))
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def export_all(work: Path) -> dict[str, Path]:
+    """A file of each kind, of one small model."""
+    from smallm import cli
+
+    settings = [word for key, value in TRAINING.items() for word in (f"--{key}", str(value))]
+    if run(cli.train, ["--out", str(work / "run"), *settings]):
+        raise UserError("the training failed")
+    checkpoint, paths = best_checkpoint(work / "run"), {}
+    for precision in PRECISIONS:
+        out = work / precision
+        export_checkpoint(checkpoint, out, precision, allow_loss=True, portable=precision == "fp32")
+        paths[precision] = out / MODEL_FILE
+    return paths | {"portable": paths["fp32"].with_name(PORTABLE_FILE)}
+
+
+def make_task(path: Path, work: Path) -> Path:
+    """What every host is asked: logits for one context of the validation text, and a greedy text."""
+    m: Manifest = Session(path).manifest
+    text = validation_text(work / "run").read_text(encoding="utf-8")
+    ids = m.vocabulary.encode(text[: 4 * m.block_size])[: m.block_size].tolist()
+    values = {"ids": ids, "seed": ids[:SEED_IDS], "new": NEW_IDS}
+    values |= {"n_layer": m.n_layer, "n_kv_head": m.n_kv_head, "head_dim": m.head_dim}
+    (work / "task.json").write_text(json.dumps(values))
+    return work / "task.json"
+
+
+def probe_version(version: str, cache: Path, paths: Mapping[str, Path], task: Path) -> tuple[str, dict[str, Found]]:
+    """Installs a version and tries every file in it, each in a process of its own. Returns its full name too."""
+    target = cache / f"onnxruntime-{version}"
+    if not target.is_dir():
+        print(f"installing onnxruntime {version}", file=sys.stderr)
+        wanted = "onnxruntime" if version == "newest" else f"onnxruntime=={version}"
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), wanted]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    code = f"import sys; sys.path[:0] = [{str(target)!r}, {str(ROOT)!r}]\n{PROBE}"
+    found = {file: answer([sys.executable, "-c", code, str(paths[file]), str(task)], task) for file in paths}
+    name = next(target.glob("onnxruntime-*.dist-info")).name.removeprefix("onnxruntime-").removesuffix(".dist-info")
+    return name, found
+
+
+def probe_js(package: str, path: Path, task: Path) -> Found:
+    """The same in a package for JavaScript."""
+    return answer(["node", str(SCRIPT), str(MODULES), package, str(path), str(task)], task)
+
+
+def answer(command: Sequence[str], task: Path) -> Found:
+    """What a probe says."""
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        return Found(error=next(iter(reversed(done.stderr.strip().splitlines())), f"exit code {done.returncode}"))
+    values = json.loads(done.stdout)
+    ids, logits = json.loads(task.read_text())["ids"], np.array(values["logits"])[:-1]
+    logits -= logits.max(axis=1, keepdims=True)
+    nats = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(logits)), ids[1:]]
+    return Found(float(nats.mean() / np.log(2)), tuple(values["written"]))
+
+
+def table(rows: Mapping[str, Mapping[str, Found]], newest: Mapping[str, Found]) -> str:
+    """As Markdown; a star marks a greedy text that differs from that of the newest version in Python."""
+
+    def cell(file: str, found: Found) -> str:
+        if found.bits is None:
+            return "no"
+        return f"{found.bits:.4f}" + ("" if found.written == newest[file].written else " *")
+
+    lines = [["", *FILES], ["---"] * (1 + len(FILES))]
+    lines += [[row, *(cell(file, cells[file]) for file in FILES)] for row, cells in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_table(readme: Path, lines: str) -> None:
+    """Puts the table between the two marks. Raises `UserError` if they are not there."""
+    text = readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UserError(f"{readme} has no place for the table; put {BEGIN} and {END} into it")
+    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    readme.write_text(f"{before}\n{lines}\n{after}", encoding="utf-8")
+
+
+def wrong_claims(rows: Mapping[str, Mapping[str, Found]]) -> list[str]:
+    """Where a precision does not run in the version that `export.py` names, or a newer one. Rows by version.
+
+    That an older one opens a file is no fault: `export.py` speaks for all processors.
+    """
+    wrong = []
+    for name, precision in PRECISIONS.items():
+        promised = [version for version in rows if _number(version) >= _number(precision.onnxruntime)]
+        refused = [version for version in promised if rows[version][name].bits is None]
+        if refused:
+            wrong.append(f"{name}: refused by {', '.join(refused)}; export.py says {precision.onnxruntime} or newer")
+    return wrong
+
+
+def _number(version: str) -> tuple[float, ...]:
+    return (np.inf,) if version == "newest" else tuple(map(int, version.split(".")[:2]))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
