@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from smallm.errors import UserError
+from smallm.training.tidy import Tidy
 
 PIECE_BYTES = 1 << 18  # what is made of it stays in the processor's cache
 PROGRESS_FROM_BYTES = 20_000_000
@@ -40,6 +41,8 @@ class Place(NamedTuple):
     """Of the decoder; None at the beginning of a part."""
     last: str = "\n"
     """The character before it."""
+    held: str = ""
+    """Characters that are read, and not given out before what follows them is known."""
 
 
 class Piece(NamedTuple):
@@ -59,6 +62,7 @@ class Source:
     parts: list[Path | bytes]
     """Files, or a text in memory; between two of them a newline is put if there is none."""
     encoding: str = "utf-8"
+    tidy: Tidy = Tidy()
 
     @property
     def files(self) -> list[Path]:
@@ -84,9 +88,9 @@ class Source:
         """The pieces of one part, from `place` on if that lies in it."""
         decoder = codecs.getincrementaldecoder(self.encoding)("strict")
         is_utf8 = codecs.lookup(self.encoding).name == "utf-8"
-        between, characters, offset, data = "", place.characters, 0, b"?"
+        between, characters, offset, held, data = "", place.characters, 0, "", b"?"
         if place.part == part and place.state is not None:
-            offset = place.offset
+            offset, held = place.offset, place.held
             decoder.setstate(place.state)
         elif place.last != "\n":
             between = "\n"
@@ -101,14 +105,15 @@ class Source:
                 except UnicodeError as error:
                     problem = _decoding_problem(error, self.encoding, stream, offset)
                     raise UserError(f"{self.parts[part]} {problem}") from None
+                text, held = self.tidy(held + text, final=not data)
                 if text:
                     state, text = decoder.getstate(), between + text
                     characters += len(text)
-                    if is_utf8:
+                    if is_utf8 and not self.tidy:
                         utf8 = (between.encode() + begun + data).removesuffix(state[0])
                     else:
                         utf8 = text.encode(errors="surrogatepass")
-                    yield Piece(text, utf8, Place(characters, part, offset, state, text[-1]))
+                    yield Piece(text, utf8, Place(characters, part, offset, state, text[-1], held))
                     between = ""
                 bar.update(len(data))
 
