@@ -1,6 +1,10 @@
-"""Where encoded texts and compiled kernels are kept from one run to the next."""
+"""Where encoded texts, what is known of them, and compiled kernels are kept from one run to the next."""
 
+import json
 import os
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -11,3 +15,19 @@ def cache_folder() -> Path:
     import pooch
 
     return Path(pooch.os_cache("smallm"))
+
+
+def remembered(file: Path, version: int, compute: Callable[[], dict]) -> dict:
+    """What `compute` returned when it was last asked for this file; a cache that cannot be written to is done without."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if known["version"] == version:
+            return known["values"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    values = compute()
+    with suppress(OSError):
+        unfinished = file.with_suffix(f".{secrets.token_hex(4)}")
+        unfinished.write_text(json.dumps({"version": version, "values": values}), encoding="utf-8")
+        unfinished.replace(file)
+    return values

@@ -27,6 +27,8 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with that of
     "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
+BINARY_BEGINNINGS = (b"%PDF", b"PK\x03\x04", b"\x1f\x8b", b"\x89PNG", b"\xff\xd8\xff", b"\x7fELF", b"GIF8")
+BINARY_HEAD = 4096  # bytes among which a NUL tells a binary file from one in another 8-bit encoding
 
 
 class Place(NamedTuple):
@@ -191,6 +193,9 @@ def _decoding_problem(error: UnicodeError, encoding: str, stream: BinaryIO, read
     for name, marks in BYTE_ORDER_MARKS.items():
         if head.startswith(marks) and not codec.startswith(name):
             return f"looks like {name.upper()}, not {encoding}; pass --encoding {name}"
+    wide = codec.startswith(("utf-16", "utf-32"))
+    if not wide and (head.startswith(BINARY_BEGINNINGS) or b"\0" in stream.read(BINARY_HEAD)):
+        return "is a binary file (or UTF-16: --encoding utf-16-le); save its text as UTF-8 and pass that with --data FILE"
     what = str(error)
     if isinstance(error, UnicodeDecodeError):
         # error.object: the bytes that the decoder had kept from the piece before, then this piece

@@ -23,13 +23,16 @@ class Sums:
         powers, self._inverse = _powers(1 << max(10, len(codes).bit_length()))
         self._sums = np.zeros(len(codes) + 1, np.uint64)
         np.cumsum(codes * powers[: len(codes)], out=self._sums[1:])
+        self._known: dict[int, np.ndarray] = {}
 
     def windows(self, width: int, starts: np.ndarray | None = None) -> np.ndarray:
         """The hashes, uint64, of the windows at these positions, or at all."""
         if starts is not None:
             return (self._sums[starts + width] - self._sums[starts]) * self._inverse[starts]
-        number = max(0, len(self.codes) - width + 1)
-        return (self._sums[width : width + number] - self._sums[:number]) * self._inverse[:number]
+        if width not in self._known:
+            number = max(0, len(self.codes) - width + 1)
+            self._known[width] = (self._sums[width : width + number] - self._sums[:number]) * self._inverse[:number]
+        return self._known[width]
 
 
 @lru_cache(maxsize=4)
