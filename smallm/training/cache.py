@@ -18,16 +18,21 @@ def cache_folder() -> Path:
 
 
 def remembered(file: Path, version: int, compute: Callable[[], dict]) -> dict:
-    """What `compute` returned when it was last asked for this file; a cache that cannot be written to is done without."""
+    """What `compute` returned when it was last asked for this file; a cache that is read-only is done without."""
+    values = recalled(file, version)
+    if values is None:
+        values = compute()
+        with suppress(OSError):
+            unfinished = file.with_suffix(f".{secrets.token_hex(4)}")
+            unfinished.write_text(json.dumps({"version": version, "values": values}), encoding="utf-8")
+            unfinished.replace(file)
+    return values
+
+
+def recalled(file: Path, version: int) -> dict | None:
+    """What is kept in this file, if it is of this version."""
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
-        if known["version"] == version:
-            return known["values"]
+        return known["values"] if known["version"] == version else None
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    values = compute()
-    with suppress(OSError):
-        unfinished = file.with_suffix(f".{secrets.token_hex(4)}")
-        unfinished.write_text(json.dumps({"version": version, "values": values}), encoding="utf-8")
-        unfinished.replace(file)
-    return values
+        return None

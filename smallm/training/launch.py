@@ -10,12 +10,10 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from smallm.errors import UserError
-from smallm.training.advice import opening_lines
 from smallm.training.budget import open_text, plan_run
 from smallm.training.checkpoint import folder_of
 from smallm.training.config import Config
 from smallm.training.devices import build_accelerator, of_first
-from smallm.training.doctor import examine
 from smallm.training.failure import one_voice
 from smallm.training.pace import Clock
 from smallm.training.safe_load import check_fits
@@ -40,8 +38,6 @@ def train(
         place = _newest(accelerator, out) if resume else None
         if config.train.minutes and place is None:
             config, corpus, planned_steps = plan_run(accelerator, config, corpus, explicit, clock)
-        if accelerator.is_main_process:
-            print(*opening_lines(examine(corpus)), sep="\n", file=sys.stderr)
         try:
             if place is not None:
                 check_fits(place / "model.safetensors", config.model, corpus.vocabulary.size)

@@ -195,7 +195,7 @@ def _decoding_problem(error: UnicodeError, encoding: str, stream: BinaryIO, read
             return f"looks like {name.upper()}, not {encoding}; pass --encoding {name}"
     wide = codec.startswith(("utf-16", "utf-32"))
     if not wide and (head.startswith(BINARY_BEGINNINGS) or b"\0" in stream.read(BINARY_HEAD)):
-        return "is a binary file (or UTF-16: --encoding utf-16-le); save its text as UTF-8 and pass that with --data FILE"
+        return "is a binary file, or UTF-16 (--encoding utf-16-le); pass plain text with --data FILE"
     what = str(error)
     if isinstance(error, UnicodeDecodeError):
         # error.object: the bytes that the decoder had kept from the piece before, then this piece

@@ -18,6 +18,7 @@ from smallm.errors import UserError
 from smallm.runs import CONFIG, METRICS, VALIDATION
 from smallm.scoring import perplexity
 from smallm.training import checkpoint, shelf
+from smallm.training.advice import opening_lines
 from smallm.training.budget import compressed
 from smallm.training.checkpoint import Tensors, TrainingState
 from smallm.training.compilation import compiled, is_wanted
@@ -25,6 +26,7 @@ from smallm.training.config import Config
 from smallm.training.corpus import Corpus
 from smallm.training.dataset import CharDataset
 from smallm.training.devices import machine, of_first, prepare, warnings
+from smallm.training.doctor import examine
 from smallm.training.evaluate import evaluate, write_sample
 from smallm.training.feed import Feed
 from smallm.training.functions import cross_entropy
@@ -169,6 +171,8 @@ class Trainer:
         self.report.say(opening(self))
         if self.state.step:
             self.report.say(f"going on from step {self.state.step:,}")
+        elif main:
+            self.report.say("\n".join(opening_lines(examine(self.corpus))))
 
     def _compile(self) -> None:
         """Compiles the model for the steps to come, if that is wanted."""
