@@ -30,7 +30,7 @@ def full_report(corpus: Corpus, checkup: Checkup) -> list[str]:
     repeats = f", most often {_shown(c.repeated_most)} ({c.repeated_times:,} times)" if c.repeated_times > 1 else ""
     return [
         f"text     {corpus.name}: {c.characters:,} characters, {lines:,} lines",
-        f"parts    {c.train_characters:,} characters to learn, {corpus.val_characters:,} at the end to validate{looked}",
+        f"parts    {c.train_characters:,} characters to learn, {corpus.val_characters:,} to validate{looked}",
         f"letters  {_characters(c)}; {corpus.vocabulary.size:,} ids",
         f"rare     characters seen fewer than {RARE} times: {rare}",
         f"lines    ends: {', '.join(kinds) or 'none'}; the longest has {c.longest_line:,} characters "
@@ -131,7 +131,8 @@ def _about_writing(c: Checkup) -> Iterator[str]:
 
 def _characters(c: Checkup) -> str:
     """`65 distinct characters, Latin`."""
-    main = [f"{name} {_percent(share)}" if share < 0.995 else name for name, share in c.scripts.items() if share >= 0.001]
+    main = {name: share for name, share in c.scripts.items() if share >= 0.001}
+    main = [f"{name} {_percent(share)}" if share < 0.995 else name for name, share in main.items()]
     return f"{c.distinct:,} distinct characters, {', '.join(main) or 'no letters'}"
 
 

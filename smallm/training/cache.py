@@ -18,7 +18,7 @@ def cache_folder() -> Path:
 
 
 def remembered(file: Path, version: int, compute: Callable[[], dict]) -> dict:
-    """What `compute` returned when it was last asked for this file; a cache that is read-only is done without."""
+    """What `compute` returned the last time, kept in this file; a cache that is read-only is done without."""
     values = recalled(file, version)
     if values is None:
         values = compute()

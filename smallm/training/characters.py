@@ -75,7 +75,7 @@ class Characters:
 
 
 def spread(length: int, most: int, size: int) -> list[tuple[int, int]]:
-    """Pieces [start, stop) of `size`, that cover `length` or, if that is longer than `most`, are evenly spread in it."""
+    """Pieces [start, stop) of `size` that cover `length`; or `most` of it, evenly spread, if it is longer."""
     if length <= most:
         return [(start, min(length, start + size)) for start in range(0, length, size)]
     size = min(size, most)

@@ -74,8 +74,8 @@ def open_corpus(
     encoding: that of the files (built-in texts know their own); min_count: how often the training part must have a
     character for it to get an id of its own; val_fraction: the share of the characters, in (0, 1), kept for validation;
     normalise: "nfc" joins accents with their letters; newlines: "lf" makes CR LF and CR one LF; cache: where encoded
-    texts are kept, by default $SMALLM_CACHE or the user's cache folder; progress: show a bar on stderr while a long text
-    is read. Raises UserError for all that the caller can mend.
+    texts are kept, by default $SMALLM_CACHE or the user's cache folder; progress: show a bar on stderr while a long
+    text is read. Raises UserError for all that the caller can mend.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"--data.val_fraction must lie between 0 and 1, not {val_fraction}; try 0.1")

@@ -1,7 +1,7 @@
 """The text doctor: reads a text's ids once, and finds what a reader of the loss and of the samples should know.
 
-It looks at no more than MOST of the characters to train on and MOST_TAIL of those to validate on, evenly spread; what was
-found is kept beside the ids. `advice` says in words what it means.
+It looks at no more than MOST of the characters to train on and MOST_TAIL of those to validate on, evenly spread; what
+was found is kept beside the ids. `advice` says in words what it means.
 """
 
 import unicodedata
@@ -166,7 +166,7 @@ class Reading:
         pairs = int(np.count_nonzero(codes[ends[ends > 0] - 1] == CR)) if returns else 0
         pairs += int(len(codes) and codes[0] == LF and self._last == CR)
         number = self.line_ends
-        self.ends.update(crlf=pairs, lf=len(ends) - pairs, cr=returns - pairs)  # a CR at the end is lone until an LF comes
+        self.ends.update(crlf=pairs, lf=len(ends) - pairs, cr=returns - pairs)  # a last CR may turn out to be of a pair
         lengths = np.diff(ends, prepend=-1 - self._line, append=len(codes)) - 1  # the last line may go on
         longest = int(lengths.argmax())
         if lengths[longest] > self.longest_line:

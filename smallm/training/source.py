@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from smallm.errors import UserError
-from smallm.training.tidy import Tidy
+from smallm.training.tidy import AS_IS, Tidy
 
 PIECE_BYTES = 1 << 18  # what is made of it stays in the processor's cache
 PROGRESS_FROM_BYTES = 20_000_000
@@ -64,7 +64,7 @@ class Source:
     parts: list[Path | bytes]
     """Files, or a text in memory; between two of them a newline is put if there is none."""
     encoding: str = "utf-8"
-    tidy: Tidy = Tidy()
+    tidy: Tidy = AS_IS
 
     @property
     def files(self) -> list[Path]:

@@ -15,7 +15,7 @@ class Tidy(NamedTuple):
     """`keep`, or `lf`: CR LF and CR become LF."""
 
     def __bool__(self) -> bool:
-        return self != Tidy()
+        return self != AS_IS
 
     def __call__(self, text: str, final: bool) -> tuple[str, str]:
         """The text as wanted, and the end of it, as it was, that depends on what follows; final: nothing follows."""
@@ -33,6 +33,9 @@ class Tidy(NamedTuple):
         while 0 < held < min(len(text), MOST_HELD) and joins(text[-held]):
             held += 1
         return held if held < MOST_HELD else 0
+
+
+AS_IS = Tidy()
 
 
 def joins(character: str) -> bool:

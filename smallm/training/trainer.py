@@ -18,7 +18,6 @@ from smallm.errors import UserError
 from smallm.runs import CONFIG, METRICS, VALIDATION
 from smallm.scoring import perplexity
 from smallm.training import checkpoint, shelf
-from smallm.training.advice import opening_lines
 from smallm.training.budget import compressed
 from smallm.training.checkpoint import Tensors, TrainingState
 from smallm.training.compilation import compiled, is_wanted
@@ -26,7 +25,6 @@ from smallm.training.config import Config
 from smallm.training.corpus import Corpus
 from smallm.training.dataset import CharDataset
 from smallm.training.devices import machine, of_first, prepare, warnings
-from smallm.training.doctor import examine
 from smallm.training.evaluate import evaluate, write_sample
 from smallm.training.feed import Feed
 from smallm.training.functions import cross_entropy
@@ -39,7 +37,7 @@ from smallm.training.pace import Clock, Forecast, pace_of
 from smallm.training.report import Report
 from smallm.training.schedule import divide_batch, lr_factor, window_length
 from smallm.training.spread import gathered
-from smallm.training.words import closing, opening
+from smallm.training.words import closing, findings, opening
 
 
 class Trainer:
@@ -172,7 +170,7 @@ class Trainer:
         if self.state.step:
             self.report.say(f"going on from step {self.state.step:,}")
         elif main:
-            self.report.say("\n".join(opening_lines(examine(self.corpus))))
+            self.report.say(findings(self))
 
     def _compile(self) -> None:
         """Compiles the model for the steps to come, if that is wanted."""
@@ -298,5 +296,6 @@ class Trainer:
         if self._out_of_patience():
             self.report.say(f"stopped: no better validation loss in {self.config.train.patience} evaluations")
         if self.accelerator.is_main_process:
-            print(closing(self))
+            for line in closing(self):
+                print(line, flush=True)
         return 0

@@ -5,10 +5,12 @@ the beginning of the tail that follows it; the work is bounded, and done once fo
 """
 
 import bz2
+import json
 import lzma
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -53,6 +55,26 @@ def known_yardsticks(corpus: Corpus) -> list[Yardstick] | None:
 def seconds_needed(corpus: Corpus) -> float:
     """About how long measuring takes."""
     return SECONDS_AT_LEAST + SECONDS_PER_ID * (min(len(corpus.train_ids), MOST_NGRAM) + _tail_ids(corpus))
+
+
+def in_words(measured: list[Yardstick], bits_per_char: float) -> str:
+    """One line that sets a model's bits per character beside the yardsticks."""
+    best = min(measured, key=lambda one: one.bits_per_char)
+    others = ", ".join(f"{one.name} {one.bits_per_char:.3f}" for one in measured)
+    less = 1 - bits_per_char / best.bits_per_char
+    verdict = (
+        f"it needs {100 * less:.0f} % less than {best.name}" if less >= 0.005
+        else f"it has not learnt more than {best.name}; train longer"
+    )  # fmt: skip
+    return f"bits per character: the model {bits_per_char:.3f}; {others}: {verdict}"
+
+
+def write_yardsticks(run: Path, measured: list[Yardstick], bits_per_char: float, characters: int) -> None:
+    """`yardsticks.json` in a run folder: the model's best figure, over so many characters, and the yardsticks'."""
+    how = f"the best checkpoint, on the whole validation text, {characters:,} characters"
+    model = Yardstick("model", bits_per_char, how)
+    text = json.dumps([asdict(one) for one in (model, *measured)], indent=1)
+    (run / FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def _of(values: dict) -> list[Yardstick]:
