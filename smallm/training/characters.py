@@ -34,8 +34,10 @@ class Characters:
         if self._vocabulary is None:
             return ids[: stop - start].astype(np.uint32)
         goes_on = (ids >= 128) & (ids < 192)  # the bytes of a character after its first
-        first = int(np.argmin(goes_on)) if goes_on[0] else 0
+        first = int(np.argmin(np.append(goes_on, False)))
         last = stop - start
+        if first >= last:
+            return np.zeros(0, np.uint32)
         while last < len(ids) and goes_on[last]:
             last += 1
         ids, goes_on = ids[first:last], goes_on[first:last]

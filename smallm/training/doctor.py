@@ -88,20 +88,19 @@ def examine(corpus: Corpus) -> Checkup:
 
 def _examine(corpus: Corpus) -> Checkup:
     train, tail = (Characters(ids, corpus.vocabulary) for ids in (corpus.train_ids, corpus.val_ids))
-    leak, repeats = Leak(tail), Repeats(min(len(train), MOST))
-    learnt, kept = Reading(min(len(train), MOST)), Reading(min(len(tail), MOST_TAIL))
+    leak, repeats, learnt = Leak(tail), Repeats(min(len(train), MOST)), Reading(min(len(train), MOST))
     for codes, carried in train.pieces(MOST, keep=LEAK_WIDTH - 1):
         sums = Sums(codes)
         leak.windows.look(sums)
         repeats.look(sums)
         learnt.look(codes[carried:])
+    kept = Reading(min(len(tail), MOST_TAIL), after=learnt)
     for codes, _ in tail.pieces(MOST_TAIL):
         kept.look(codes)
     counts = learnt.counts + kept.counts
     unseen = np.where(learnt.counts == 0, kept.counts, 0)
     rare = np.where(learnt.counts < RARE, learnt.counts, 0)
     longest = max(learnt, kept, key=lambda reading: reading.longest_line)
-    before = learnt.line_ends if longest is kept else 0
     return Checkup(
         characters=corpus.train_characters + corpus.val_characters,
         train_characters=corpus.train_characters,
@@ -118,7 +117,7 @@ def _examine(corpus: Corpus) -> Checkup:
         controls={f"U+{c:04X}": int(counts[c]) for c in CONTROLS if counts[c]},
         **{kind: learnt.ends[kind] + kept.ends[kind] for kind in learnt.ends},
         longest_line=longest.longest_line,
-        longest_line_number=before + longest.longest_line_number,
+        longest_line_number=longest.longest_line_number,
         composed=_composed(counts),
         decomposed=learnt.decomposed + kept.decomposed,
         **repeats.findings(),
@@ -131,12 +130,14 @@ def _examine(corpus: Corpus) -> Checkup:
 class Reading:
     """One part of the text as it goes by: its characters and its lines."""
 
-    def __init__(self, length: int):
+    def __init__(self, length: int, after: "Reading | None" = None):
+        """length: about how many characters will come; after: the part before it."""
         self.counts = np.zeros(CODE_POINTS, np.int64)
         self.ends = Counter({"crlf": 0, "lf": 0, "cr": 0})
         self.misread = self.decomposed = self.longest_line = self.longest_line_number = 0
-        self._line = 0  # characters of the line that is not over
-        self._last = 0  # the character before
+        self._number = after._number if after else 0  # of lines that are over
+        self._line = after._line if after else 0  # characters of the line that is not over
+        self._last = after._last if after else 0  # the character before
         self._every = -(-length // MOST_FORM)  # of so many pieces the form of one is looked at
         self._pieces = 0
 
@@ -155,22 +156,17 @@ class Reading:
                 self.decomposed += self._every * (len(text) - len(unicodedata.normalize("NFC", text)))
         self._pieces += 1
 
-    @property
-    def line_ends(self) -> int:
-        """LF, with CR before them or not."""
-        return self.ends["crlf"] + self.ends["lf"]
-
     def _look_at_lines(self, codes: np.ndarray) -> None:
         ends = np.flatnonzero(codes == LF)
         returns = int(np.count_nonzero(codes == CR))
         pairs = int(np.count_nonzero(codes[ends[ends > 0] - 1] == CR)) if returns else 0
         pairs += int(len(codes) and codes[0] == LF and self._last == CR)
-        number = self.line_ends
         self.ends.update(crlf=pairs, lf=len(ends) - pairs, cr=returns - pairs)  # a last CR may turn out to be of a pair
         lengths = np.diff(ends, prepend=-1 - self._line, append=len(codes)) - 1  # the last line may go on
         longest = int(lengths.argmax())
         if lengths[longest] > self.longest_line:
-            self.longest_line, self.longest_line_number = int(lengths[longest]), number + longest + 1
+            self.longest_line, self.longest_line_number = int(lengths[longest]), self._number + longest + 1
+        self._number += len(ends)
         self._line = int(lengths[-1])
         self._last = codes[-1] if len(codes) else self._last
 

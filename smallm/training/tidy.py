@@ -32,6 +32,8 @@ class Tidy(NamedTuple):
         held = min(1, len(text))
         while 0 < held < min(len(text), MOST_HELD) and joins(text[-held]):
             held += 1
+        if self.newlines == "lf" and text[:-held].endswith("\r"):
+            held += 1
         return held if held < MOST_HELD else 0
 
 
