@@ -63,7 +63,7 @@ def copies(generated: str | Sequence[str], training: str | Corpus, validation: s
     """Looks for all that is written in `generated`, one text or several, in the training text.
 
     training: a text, or a corpus whose validation text is taken if none is given. Of the validation text there are
-    compared as many characters as were generated, or LEAST_VALIDATION if that is more, in PASSAGES evenly spread.
+    compared as many ids as characters were generated, or LEAST_VALIDATION if that is more, in PASSAGES evenly spread.
     """
     if isinstance(training, str):
         source, tail = Characters.of(training), Characters.of(validation or "")
