@@ -1,4 +1,4 @@
-"""smallm.training.copies and windows: copied text is reported as copied, fresh text is not, and the figures are exact."""
+"""smallm.training.copies and windows: copied text is reported as copied, fresh text not, and the figures are exact."""
 
 import random
 

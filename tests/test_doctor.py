@@ -19,7 +19,7 @@ from smallm.training.doctor import examine
 from smallm.training.tidy import Tidy
 from smallm.vocabulary import Vocabulary
 
-WORDS = "stone river candle window garden thunder little silver morning écho über naïve quiet yellow apple tower".split()
+WORDS = ["stone", "river", "candle", "window", "garden", "thunder", "little", "silver", "écho", "über", "naïve", "apple"]
 
 
 def prose(characters: int, seed: int = 1) -> str:

@@ -57,7 +57,7 @@ def kneser_ney(train, context, symbol, order, size, top=True):
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_the_model_is_kneser_neys(order):
-    """Against the recursion by hand, at the highest order that was built; below it, the counts miss the last few ids."""
+    """Against the recursion by hand; only the last few ids may be missing in the counts of the lower orders."""
     train = [rng.randrange(5) for _ in range(300)]
     model = NGram(np.array(train), 6, order)
     for symbol in range(6):  # 5 never occurs
@@ -75,7 +75,8 @@ def test_probabilities_add_up_to_one():
 
 
 def test_the_best_order_finds_what_there_is_to_find():
-    assert best_ngram(np.array([0, 1, 2, 1] * 5000), np.array([0, 1, 2, 1] * 100), 256)[1] < 10  # a period: next to none
+    period = np.array([0, 1, 2, 1] * 5000)
+    assert best_ngram(period, period[:400], 256)[1] < 10  # next to none
     noise = np.random.default_rng(1).integers(0, 16, 60_000)
     order, bits = best_ngram(noise[:50_000], noise[50_000:], 256)
     assert order <= 2
@@ -102,9 +103,8 @@ def test_figures_of_noise_and_of_a_repeated_text(tmp_path):
     noise = "".join(rng.choices("abcdefgh", k=60_000))
     for name, bits in figures(opened(tmp_path, noise)).items():
         assert 2.99 < bits < 3.6, name
-    found = figures(opened(tmp_path, noise[:9_000] + noise[3_000:4_000]))
-    assert max(found["gzip"], found["xz"], found["gram"]) < 0.8
-    assert found["bz2"] < 2.9  # it sorts by what follows, and what follows is noise
+    for name, bits in figures(opened(tmp_path, noise[:2_000] * 5)).items():
+        assert bits < 0.8, name
 
 
 def test_what_the_figures_are(tmp_path):
@@ -180,7 +180,7 @@ def test_a_run_by_the_clock_does_not_wait_for_them(tmp_path, monkeypatch, capsys
     monkeypatch.setenv("SMALLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("smallm.training.words.seconds_needed", lambda corpus: needed)
     (tmp_path / "a.txt").write_text(TEXT[:20_000], encoding="utf-8")
-    shape = "--model.n_layer 1 --model.n_head 1 --model.n_embd 32 --model.block_size 32".split()
+    shape = ["--model.n_layer", "1", "--model.n_head", "1", "--model.n_embd", "32", "--model.block_size", "32"]
     run = tmp_path / "run"
     assert main(["--data", str(tmp_path / "a.txt"), "--minutes", "0.2", "--out", str(run), *shape]) == 0
     out = capsys.readouterr().out
