@@ -104,7 +104,7 @@ def test_figures_of_noise_and_of_a_repeated_text(tmp_path):
     for name, bits in figures(opened(tmp_path, noise)).items():
         assert 2.99 < bits < 3.6, name
     for name, bits in figures(opened(tmp_path, noise[:2_000] * 5)).items():
-        assert bits < 0.8, name
+        assert bits < (1.6 if name == "bz2" else 0.8), name  # bz2 sorts; it does not look for what stood before
 
 
 def test_what_the_figures_are(tmp_path):
