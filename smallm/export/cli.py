@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("run", nargs="?", type=Path, help="run, or one of its checkpoints; default: the newest run")
     parser.add_argument("--kit", choices=KITS,
-                        help="write a kit instead: the model with what makes it part of a program or a web page")  # fmt: skip
+                        help="write a kit instead: the model as part of a program or a web page")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="its folder; default: RUN/export, or RUN/kit-KIT")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32",
                         help="of the matrices; fewer bits: smaller, faster")  # fmt: skip

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from smallm.training import plan
 from smallm.training.config import Config, DataConfig, ModelConfig, flatten
-from smallm.training.corpus import Corpus, open_corpus
+from smallm.training.corpus import Corpus, corpus_of
 from smallm.training.devices import of_first
 from smallm.training.pace import Clock
 from smallm.training.plan import Plan
@@ -33,8 +33,7 @@ def open_text(accelerator: Accelerator, data: DataConfig) -> Corpus:
     Machines that share a cache find each other by its lock; on those with a cache of their own each has to encode.
     """
     with accelerator.local_main_process_first():
-        return open_corpus(data.source, encoding=data.encoding, min_count=data.min_count,
-                           val_fraction=data.val_fraction, progress=accelerator.is_main_process)  # fmt: skip
+        return corpus_of(data, progress=accelerator.is_main_process)
 
 
 def plan_run(

@@ -28,6 +28,7 @@ Trains a character-level language model on a text and leaves everything in a run
   python train.py --data my.txt --minutes 5      size, batch and schedule chosen for this text, machine and time
   python train.py --config configs/shakespeare-cpu.toml --data shakespeare --out runs/shakespeare
   python train.py --resume runs/shakespeare      goes on exactly where it stopped
+  python train.py --check my.txt                 trains nothing: what is in the text, what is wrong with it, what to do
 
 Every line of a TOML file is also a flag: [model] n_layer = 6 is --model.n_layer 6; flags win."""
 
@@ -41,6 +42,8 @@ class Request:
     config: Config
     out: Path
     resume: bool
+    check: bool = False
+    """Only look at the text."""
     explicit: frozenset[str] = frozenset()
     """The settings that a flag or a file gives, as `section.field`; the others are at their defaults."""
 
@@ -49,6 +52,10 @@ def main(argv: Sequence[str]) -> int:
     """Runs `train.py` with these arguments."""
     started = time.perf_counter()
     request = parse(argv)
+    if request.check:
+        from smallm.training.checkup import check
+
+        return check(request.config.data)
     check_memory(request.config.model)
     with ThreadPoolExecutor() as beside:  # PyTorch takes as long to import as the kernels to compile
         for bf16 in {False, has_bf16()}:
@@ -81,6 +88,11 @@ def parse(argv: Sequence[str]) -> Request:
     parser = _parser()
     values = _parse(parser, argv)
     flags = {key for key, file in _keys(argv) if not file}
+    if values["check"] is not None:
+        if values["resume"] or values["out"]:
+            raise UserError("--check only looks at a text; leave out --resume and --out, or --check")
+        values["data"]["source"] = values["check"]
+        return Request(_config(values, flags), Path(), resume=False, check=True)
     if values["resume"]:
         run = Path(values["resume"])
         if values["config"] or values["out"]:
@@ -138,6 +150,7 @@ def _parser():
     parser.add_argument("--config", action="config", metavar="TOML", help="settings; a file or a shipped name")
     parser.add_argument("--out", type=str, default=None, metavar="DIR", help="run folder; default: runs/<config>")
     parser.add_argument("--resume", type=str, default=None, metavar="RUN", help="go on with an interrupted run")
+    parser.add_argument("--check", type=str, default=None, metavar="TEXT", help="look at a text, and train nothing")
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name, as_group=False)
     return parser
@@ -206,7 +219,7 @@ def _keys(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
         key = argument.removeprefix("--").split("=")[0]
         if argument == "--config":
             yield from ((key, value) for key in flatten(_toml(Path(value))))
-        elif argument.startswith("--") and key not in ("out", "resume", "help"):
+        elif argument.startswith("--") and key not in ("out", "resume", "check", "help"):
             yield key, ""
 
 

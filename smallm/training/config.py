@@ -25,6 +25,10 @@ class DataConfig:
     """A non-ASCII character seen at least this often gets an id of its own; rarer ones are spelled in UTF-8 bytes."""
     val_fraction: float = 0.1
     """Share of the text, at its end, that is kept for validation."""
+    normalise: Literal["none", "nfc"] = "none"
+    """Unicode form to bring the text into; nfc = a letter and its accents are one character where Unicode has it."""
+    newlines: Literal["keep", "lf"] = "keep"
+    """What becomes of line ends; lf = CR LF and CR are read as one LF."""
 
     def __post_init__(self) -> None:
         check_types(self, "data.")

@@ -8,17 +8,19 @@ import codecs
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
 from smallm.errors import UserError
 from smallm.training import index, store
 from smallm.training.cache import cache_folder
+from smallm.training.config import DataConfig
 from smallm.training.encode import encode, survey, training_counts
 from smallm.training.ids import MappedIds
 from smallm.training.source import Source, find_source
 from smallm.training.store import Stored
+from smallm.training.tidy import Tidy
 from smallm.vocabulary import Vocabulary
 
 CACHE_FORMAT = 1  # to be raised when the cached files, or the ids that a Vocabulary gives, change their meaning
@@ -62,6 +64,8 @@ def open_corpus(
     encoding: str = "utf-8",
     min_count: int,
     val_fraction: float,
+    normalise: str = "none",
+    newlines: str = "keep",
     cache: Path | None = None,
     progress: bool = True,
 ) -> Corpus:
@@ -69,8 +73,9 @@ def open_corpus(
 
     encoding: that of the files (built-in texts know their own); min_count: how often the training part must have a
     character for it to get an id of its own; val_fraction: the share of the characters, in (0, 1), kept for validation;
-    cache: where encoded texts are kept, by default $SMALLM_CACHE or the user's cache folder; progress: show a bar on
-    stderr while a long text is read. Raises UserError for all that the caller can mend.
+    normalise: "nfc" joins accents with their letters; newlines: "lf" makes CR LF and CR one LF; cache: where encoded
+    texts are kept, by default $SMALLM_CACHE or the user's cache folder; progress: show a bar on stderr while a long
+    text is read. Raises UserError for all that the caller can mend.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"--data.val_fraction must lie between 0 and 1, not {val_fraction}; try 0.1")
@@ -80,7 +85,7 @@ def open_corpus(
     except (LookupError, ValueError):
         raise UserError(f"there is no encoding {encoding!r}; pass for example --encoding latin-1") from None
     cache = cache or cache_folder()
-    text = find_source(source, encoding, cache)
+    text = replace(find_source(source, encoding, cache), tidy=Tidy(normalise, newlines))
     try:
         stored = _open(text, min_count, val_fraction, cache, progress)
     except OSError as error:
@@ -90,6 +95,12 @@ def open_corpus(
     facts, *files = stored
     scalars = (facts[key] for key in ("train_characters", "val_characters", "fingerprint", "start_text"))
     return Corpus(text.name, Vocabulary.from_hex_tokens(facts["tokens"]), *files, *scalars)
+
+
+def corpus_of(data: DataConfig, progress: bool = True) -> Corpus:
+    """The text that the settings name."""
+    settings = {key: value for key, value in asdict(data).items() if key != "source"}
+    return open_corpus(data.source, **settings, progress=progress)
 
 
 def _open(text: Source, min_count: int, val_fraction: float, cache: Path, progress: bool) -> Stored | None:

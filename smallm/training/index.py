@@ -9,7 +9,7 @@ from pathlib import Path
 
 from smallm.training.source import Source
 
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 SETTLED_SECONDS = 2.0  # the longest tick of a file system's clock: a second change in one tick leaves no trace
 
 Stamps = list[list]
@@ -54,5 +54,5 @@ def _settled(stamps: Stamps) -> bool:
 
 
 def _entry(cache: Path, source: Source, stamps: Stamps) -> Path:
-    key = json.dumps([INDEX_FORMAT, source.encoding, *(path for path, *_ in stamps)])
+    key = json.dumps([INDEX_FORMAT, source.encoding, source.tidy, *(path for path, *_ in stamps)])
     return cache / "sources" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"

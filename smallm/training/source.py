@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from smallm.errors import UserError
+from smallm.training.tidy import AS_IS, Tidy
 
 PIECE_BYTES = 1 << 18  # what is made of it stays in the processor's cache
 PROGRESS_FROM_BYTES = 20_000_000
@@ -26,6 +27,8 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with that of
     "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
+BINARY_BEGINNINGS = (b"%PDF", b"PK\x03\x04", b"\x1f\x8b", b"\x89PNG", b"\xff\xd8\xff", b"\x7fELF", b"GIF8")
+BINARY_HEAD = 4096  # bytes among which a NUL tells a binary file from one in another 8-bit encoding
 
 
 class Place(NamedTuple):
@@ -40,6 +43,8 @@ class Place(NamedTuple):
     """Of the decoder; None at the beginning of a part."""
     last: str = "\n"
     """The character before it."""
+    held: str = ""
+    """Characters that are read, and not given out before what follows them is known."""
 
 
 class Piece(NamedTuple):
@@ -59,6 +64,7 @@ class Source:
     parts: list[Path | bytes]
     """Files, or a text in memory; between two of them a newline is put if there is none."""
     encoding: str = "utf-8"
+    tidy: Tidy = AS_IS
 
     @property
     def files(self) -> list[Path]:
@@ -84,9 +90,9 @@ class Source:
         """The pieces of one part, from `place` on if that lies in it."""
         decoder = codecs.getincrementaldecoder(self.encoding)("strict")
         is_utf8 = codecs.lookup(self.encoding).name == "utf-8"
-        between, characters, offset, data = "", place.characters, 0, b"?"
+        between, characters, offset, held, data = "", place.characters, 0, "", b"?"
         if place.part == part and place.state is not None:
-            offset = place.offset
+            offset, held = place.offset, place.held
             decoder.setstate(place.state)
         elif place.last != "\n":
             between = "\n"
@@ -101,14 +107,15 @@ class Source:
                 except UnicodeError as error:
                     problem = _decoding_problem(error, self.encoding, stream, offset)
                     raise UserError(f"{self.parts[part]} {problem}") from None
+                text, held = self.tidy(held + text, final=not data)
                 if text:
                     state, text = decoder.getstate(), between + text
                     characters += len(text)
-                    if is_utf8:
+                    if is_utf8 and not self.tidy:
                         utf8 = (between.encode() + begun + data).removesuffix(state[0])
                     else:
                         utf8 = text.encode(errors="surrogatepass")
-                    yield Piece(text, utf8, Place(characters, part, offset, state, text[-1]))
+                    yield Piece(text, utf8, Place(characters, part, offset, state, text[-1], held))
                     between = ""
                 bar.update(len(data))
 
@@ -186,6 +193,9 @@ def _decoding_problem(error: UnicodeError, encoding: str, stream: BinaryIO, read
     for name, marks in BYTE_ORDER_MARKS.items():
         if head.startswith(marks) and not codec.startswith(name):
             return f"looks like {name.upper()}, not {encoding}; pass --encoding {name}"
+    wide = codec.startswith(("utf-16", "utf-32"))
+    if not wide and (head.startswith(BINARY_BEGINNINGS) or b"\0" in stream.read(BINARY_HEAD)):
+        return "is a binary file, or UTF-16 (--encoding utf-16-le); pass plain text with --data FILE"
     what = str(error)
     if isinstance(error, UnicodeDecodeError):
         # error.object: the bytes that the decoder had kept from the piece before, then this piece

@@ -37,7 +37,7 @@ from smallm.training.pace import Clock, Forecast, pace_of
 from smallm.training.report import Report
 from smallm.training.schedule import divide_batch, lr_factor, window_length
 from smallm.training.spread import gathered
-from smallm.training.words import closing, opening
+from smallm.training.words import closing, findings, opening
 
 
 class Trainer:
@@ -169,6 +169,8 @@ class Trainer:
         self.report.say(opening(self))
         if self.state.step:
             self.report.say(f"going on from step {self.state.step:,}")
+        elif main:
+            self.report.say(findings(self))
 
     def _compile(self) -> None:
         """Compiles the model for the steps to come, if that is wanted."""
@@ -294,5 +296,6 @@ class Trainer:
         if self._out_of_patience():
             self.report.say(f"stopped: no better validation loss in {self.config.train.patience} evaluations")
         if self.accelerator.is_main_process:
-            print(closing(self))
+            for line in closing(self):
+                print(line, flush=True)
         return 0

@@ -1,13 +1,24 @@
 """The first and the last words of a run."""
 
+import json
 import math
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from smallm.errors import UserError
+from smallm.runs import METRICS
 from smallm.scoring import perplexity
+from smallm.training.advice import opening_lines
+from smallm.training.copies import copies
+from smallm.training.doctor import examine
+from smallm.training.yardsticks import in_words, known_yardsticks, seconds_needed, write_yardsticks, yardsticks
 
 if TYPE_CHECKING:
     from smallm.training.trainer import Trainer
+
+SEARCHED = 1 << 24  # ids, in which copies are looked for at the end of a training: a moment's work
+LAST_SAMPLES = 3  # that are looked for
 
 
 def opening(trainer: "Trainer") -> str:
@@ -26,14 +37,50 @@ def opening(trainer: "Trainer") -> str:
     )
 
 
-def closing(trainer: "Trainer") -> str:
+def findings(trainer: "Trainer") -> str:
+    """What the text doctor has to say."""
+    return "\n".join(opening_lines(examine(trainer.corpus)))
+
+
+def closing(trainer: "Trainer") -> Iterator[str]:
     """How good the model is, where everything lies and what to type next."""
     best = trainer.state.best_val_loss
-    return (
+    yield (
         f"best validation loss {best:.4f} nats per character ({best / math.log(2):.3f} bits, perplexity "
-        f"{perplexity(best):.2f}) at step {trainer.state.best_step:,}{_plot(trainer)}\n"
-        f"next: python export.py {trainer.run}"
+        f"{perplexity(best):.2f}) at step {trainer.state.best_step:,}{_plot(trainer)}"
     )
+    yield from comparison(trainer)
+    yield from copied(trainer)
+    yield f"next: python export.py {trainer.run}"
+
+
+def comparison(trainer: "Trainer") -> Iterator[str]:
+    """The yardsticks beside the model, in words and in the run folder.
+
+    The model is saved by then, so measuring them, once for a text, keeps no step waiting. But `--minutes` promises an
+    end: there they are left out, unless known, if they would take more than a hundredth of that time and what is left.
+    """
+    promised = 60 * trainer.config.train.minutes
+    late = seconds_needed(trainer.corpus) > promised / 100 + max(0, promised - trainer.clock.seconds)
+    measured = known_yardsticks(trainer.corpus) if promised and late else yardsticks(trainer.corpus)
+    if measured is None:
+        yield "for yardsticks (gzip, bz2, xz, n-grams) beside it: python train.py --check TEXT"
+        return
+    bits = trainer.state.best_val_loss / math.log(2)
+    write_yardsticks(trainer.run, measured, bits, trainer.corpus.val_characters)
+    yield in_words(measured, bits)
+
+
+def copied(trainer: "Trainer") -> Iterator[str]:
+    """One line if the last samples are copies; a text too long to be known by heart is not searched."""
+    if len(trainer.corpus.train_ids) > SEARCHED:
+        return
+    with suppress(OSError, ValueError, KeyError):
+        lines = (trainer.run / METRICS).read_bytes().splitlines()
+        samples = [values["sample"] for values in map(json.loads, lines) if values["kind"] == "eval"][-LAST_SAMPLES:]
+        report = copies([sample for sample in samples if sample], trainer.corpus)
+        if report.is_remarkable:
+            yield f"its samples are copies: {report.lines()[0]}; more text, --model.dropout 0.2 or fewer steps help"
 
 
 def _plot(trainer: "Trainer") -> str:

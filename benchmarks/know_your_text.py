@@ -1,0 +1,100 @@
+"""Time and memory of the text doctor, the yardsticks and the copy report, each as a process of its own.
+
+    python benchmarks/know_your_text.py [--sizes 1MB 100MB] [--text FILE] [--folder DIR]
+
+Texts of these sizes are made on the spot (see big_corpus.py), or are the beginning of --text, repeated never: it has to
+be long enough. Each is encoded beforehand; then each part runs in a fresh process that opens the encoded text, and the
+copy report looks for 10,000 characters, half of them copied. Seconds are of processor and of wall time, of the part
+alone, without imports; memory is the process's highest resident memory, and how much of that came with the part. As a
+yardstick for a noisy machine, "hash" is the time that SHA-256 of the same file takes in the same process: the ratio to
+it compares between machines. Prints a table, then all figures as one line of JSON.
+"""
+
+import argparse
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
+from big_corpus import UNITS, make_text
+
+from smallm.training.copies import copies
+from smallm.training.corpus import Corpus, open_corpus
+from smallm.training.doctor import _examine
+from smallm.training.yardsticks import _measure
+
+
+def copy_report(corpus: Corpus) -> None:
+    """Of 5,000 characters of the training part and as many that nobody wrote."""
+    learnt = corpus.vocabulary.decode(corpus.train_ids[:20_000])[-5000:]
+    copies(learnt + learnt[::-1], corpus)
+
+
+PARTS = {"doctor": _examine, "yardsticks": _measure, "copies": copy_report}
+
+
+def opened(text: Path, cache: Path) -> Corpus:
+    return open_corpus(str(text), min_count=10, val_fraction=0.1, cache=cache, progress=False)
+
+
+def measure(part: str, text: Path, cache: Path) -> dict:
+    """Runs in a process of its own."""
+    begun = time.process_time()
+    with text.open("rb") as file:
+        hashlib.file_digest(file, "sha256")
+    hashed = time.process_time() - begun
+    corpus = opened(text, cache)
+    before, begun, wall = _peak_mb(), time.process_time(), time.perf_counter()
+    PARTS[part](corpus)
+    seconds = {"cpu_s": time.process_time() - begun, "wall_s": time.perf_counter() - wall, "hash_s": hashed}
+    return seconds | {"peak_mb": _peak_mb(), "above_mb": _peak_mb() - before}
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["1MB", "100MB"], help="such as 1MB or 2GB")
+    parser.add_argument("--text", type=Path, help="a text to take the beginnings of")
+    parser.add_argument("--folder", type=Path, help="for texts and encoded texts; default: a temporary one")
+    parser.add_argument("--part", nargs=3, metavar=("PART", "TEXT", "CACHE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        part, text, cache = args.part
+        print(json.dumps(measure(part, Path(text), Path(cache))))
+        return
+    rows = []
+    print("| text | part | processor, s | wall, s | SHA-256 of it, s | ratio | peak, MB | of which by it |")
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        for size in args.sizes:
+            text, cache = Path(folder) / f"{size}.txt", Path(folder) / "cache"
+            length = int(float(size[:-2]) * UNITS[size[-2:]])
+            if args.text:
+                text.write_bytes(args.text.read_bytes()[:length].decode(errors="ignore").encode())
+            else:
+                make_text(text, length)
+            opened(text, cache)
+            for part in PARTS:
+                command = [sys.executable, __file__, "--part", part, text, cache]
+                row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+                rows.append({"text": size, "part": part} | row)
+                print(
+                    f"| {size} | {part} | {row['cpu_s']:.2f} | {row['wall_s']:.2f} | {row['hash_s']:.4f} "
+                    f"| {row['cpu_s'] / row['hash_s']:,.0f} | {row['peak_mb']:,.0f} | {row['above_mb']:+,.0f} |",
+                    flush=True,
+                )
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
