@@ -21,8 +21,8 @@ ORT_FILES = {"ort.js": "ort.wasm.bundle.min.mjs", "ort.wasm": "ort-wasm-simd-thr
 NPM_SECONDS = 600
 EXACT = (
     "For the same seed text, options and rngSeed it writes the text that smallm writes in Python. Only where two "
-    "characters are alike to the seventh digit may rounding, which is another in browsers, decide otherwise: of 20 test "
-    "texts of 2,000 characters one parted in the browser, and none in Node."
+    "characters are alike to the seventh digit may rounding, which is another in browsers, decide otherwise: of 20 "
+    "test texts of 2,000 characters one parted in the browser, and none in Node."
 )
 ROUNDED = (
     "The weights are in {precision}, and hosts round its sums differently: the same seed, options and rngSeed give "
