@@ -120,6 +120,10 @@ def test_windows_are_those_that_stand_there(texts, other, width):
     places = windows.look(Sums(codes(other)))
     ours = [window for text in texts for window in windows_of(text, width)]
     assert len(windows) == len(ours)
+    once = Windows([codes(text) for text in texts], width, once=True)
+    for start in range(0, len(other), 7):
+        once.look(Sums(codes(other[start : start + 6 + width])))
+    assert once.covered().tolist() == windows.covered().tolist()
     assert windows.share == pytest.approx(np.mean([window in other for window in ours]) if ours else 0)
     assert places.tolist() == [i for i, window in enumerate(windows_of(other, width)) if window in ours]
     by_hand = [

@@ -25,11 +25,12 @@ import pytest
 from onnx import helper
 from toys import random_model, save_onnx
 
-from smallm import LanguageModel, UserError
+from smallm import LanguageModel, UserError, draft
 from smallm.export import kit_js
 from smallm.export.kit_js import KITS, write_node, write_web
 from smallm.options import Options
 from smallm.runtime import MODEL_FILE
+from smallm.sampling import Sampling, ranked, sample
 
 JS = Path(__file__).parent / "js"
 PACKAGES = JS / "node_modules"
@@ -66,8 +67,38 @@ def golden_calls(characters: int) -> list[list]:
     return [["generate", case.pop("seed"), names_in_js(case) | {"maxLength": characters}] for case in cases]
 
 
-def golden_texts(model: LanguageModel, characters: int) -> list[str]:
-    return [model.generate(**case, max_length=characters) for case in GOLDEN["texts"]]
+def assert_golden(texts: list[str], model: LanguageModel, characters: int) -> None:
+    """All are Python's, but for one that may part from it where rounding decides.
+
+    wasm has other kernels than the processor: logits differ in the seventh digit, which may swap the ranks of two ids,
+    or bring a draw to the other side of an edge. With 20 texts of 2,000 characters that was seen once.
+    """
+    parted = 0
+    for case, text in zip(GOLDEN["texts"], texts, strict=True):
+        expected = model.generate(**case, max_length=characters)
+        if text != expected:
+            same = next(i for i, pair in enumerate(zip(text, expected, strict=True)) if len({*pair}) == 2)
+            same -= len(case["seed"])
+            assert rounding_decides(model, case, same + 1), (case, same)
+            parted += 1
+    assert parted <= 1
+
+
+def rounding_decides(model: LanguageModel, case: dict, characters: int) -> bool:
+    """Whether the last of so many characters hangs on the last digits of the logits."""
+    close = []
+
+    def recording(logits: np.ndarray, u: float, sampling: Sampling) -> int:
+        id, (ids, weights) = sample(logits, u, sampling), ranked(logits, sampling)
+        edges = weights.cumsum()[:-1] / weights.sum()
+        swapped = np.abs(logits[ids] - logits[id])[ids != id]
+        close.append(min(np.abs(edges - u).min(initial=1) * 10, swapped.min(initial=1)) < 1e-5)
+        return id
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draft, "sample", recording)
+        model.generate(**case, max_length=characters)
+    return any(close[-4:])  # a character has up to four ids
 
 
 @pytest.fixture(scope="session")
@@ -135,7 +166,7 @@ def test_golden_draws_and_ids(node):
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_golden_texts(ask, exported, model, host):
-    assert values(ask(host, exported / MODEL_FILE, golden_calls(CHARACTERS))) == golden_texts(model, CHARACTERS)
+    assert_golden(values(ask(host, exported / MODEL_FILE, golden_calls(CHARACTERS))), model, CHARACTERS)
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -451,7 +482,7 @@ def served(folder: Path) -> Iterator[str]:
 def test_golden_texts_and_scores_in_chromium(page, model):
     n = len(GOLDEN["texts"])
     *texts, nats = values(page["calls"][: n + 1])
-    assert texts == golden_texts(model, CHARACTERS)
+    assert_golden(texts, model, CHARACTERS)
     assert nats[1:] == pytest.approx(model.score("the moon paints Zoë.\n" * 4)[1:], abs=1e-4)
     for (_, message), answer in zip(MISTAKES.values(), page["calls"][n + 1 :], strict=True):
         assert_sentence(answer, message)

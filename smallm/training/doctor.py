@@ -176,7 +176,7 @@ class Leak:
 
     def __init__(self, tail: Characters):
         pieces = spread(len(tail), LEAK_CHARACTERS, LEAK_PIECE if len(tail) > LEAK_CHARACTERS else LEAK_CHARACTERS)
-        self.windows = Windows([tail.between(*piece) for piece in pieces], LEAK_WIDTH)
+        self.windows = Windows([tail.between(*piece) for piece in pieces], LEAK_WIDTH, once=True)
 
     @property
     def share(self) -> float:
@@ -233,7 +233,7 @@ def _scripts(counts: np.ndarray) -> dict[str, float]:
     for code in np.flatnonzero(counts).tolist():
         name = unicodedata.name(chr(code), "?").removeprefix("FULLWIDTH ").removeprefix("HALFWIDTH ")
         if unicodedata.category(chr(code))[0] == "L" and not name.endswith(" INDICATOR"):  # as of ordinal numbers: ª º
-            letters[name.split()[0].capitalize()] += int(counts[code])
+            letters[name.split()[0].replace("CJK", "HAN").capitalize()] += int(counts[code])
     total = letters.total()
     return {name: number / total for name, number in letters.most_common(6)}
 

@@ -12,6 +12,7 @@ import numpy as np
 BASE = 0x9E3779B97F4A7C15
 _INVERSE = pow(BASE, -1, 1 << 64)
 SEPARATOR = np.uint32(0xFFFFFFFF)  # no code point
+RENEWED = 0.02  # of the windows must be found before the table is made anew without them
 MOST_BITS = 25  # of the table's index; 32 MB
 
 
@@ -45,9 +46,10 @@ def _powers(number: int) -> tuple[np.ndarray, np.ndarray]:
 class Windows:
     """All windows of a width in some texts, and which of them were found elsewhere by now."""
 
-    def __init__(self, texts: Sequence[np.ndarray], width: int):
-        """texts: the code points of each; no window crosses from one to the next."""
-        self.width = width
+    def __init__(self, texts: Sequence[np.ndarray], width: int, once: bool = False):
+        """texts: the code points of each; no window crosses from one to the next; once: what was found need not be
+        found again, which keeps looking through a text with many repeats as quick as through another."""
+        self.width, self._once = width, once
         self.codes = joined(texts)
         self.characters = sum(map(len, texts))
         apart = np.concatenate([[0], np.cumsum(self.codes == SEPARATOR)])
@@ -61,12 +63,13 @@ class Windows:
         self._shift = np.uint64(64 - bits)
         self._table = np.zeros(1 << bits, bool)  # says "perhaps", quickly
         self._table[self._row(self._hashes)] = True
+        self._known = 0  # windows that were found when the table was made
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def look(self, sums: Sums, starts: np.ndarray | None = None) -> np.ndarray:
-        """Looks for them at these positions of another text, or at all; returns the positions of those found."""
+        """Looks for them at these positions of another text, or at all; returns where they stand, if not `once`."""
         hashes = sums.windows(self.width, starts)
         if not len(self):
             return np.zeros(0, np.int64)
@@ -76,6 +79,10 @@ class Windows:
         same = self._hashes[which] == hashes
         places, which = places[same] if starts is None else starts[places[same]], which[same]
         self._compare(sums.codes, places, which)
+        if self._once and (found := np.count_nonzero(self._found)) > self._known + RENEWED * len(self._found):
+            self._known = found
+            self._table[:] = False
+            self._table[self._row(self._hashes[~self._found])] = True
         return places
 
     def _compare(self, codes: np.ndarray, places: np.ndarray, which: np.ndarray) -> None:

@@ -5,8 +5,9 @@
 //   const lm = await LanguageModel.load("model.onnx", { ort });
 //   for await (const { text, surprise } of lm.stream("Once", { maxLength: 200, rngSeed: 1 })) { … }
 //
-// For the same fp32 model, seed text and rngSeed it gives the text that smallm gives in Python. smallm.d.ts documents
-// every call. Shapes in comments: T time, V vocabulary. What a caller can mend comes as an Error of one sentence.
+// For the same fp32 model, seed text and rngSeed it gives the text that smallm gives in Python, as far as the logits
+// agree: wasm rounds differently in the seventh digit. smallm.d.ts documents every call. Shapes in comments: T time, V
+// vocabulary. What a caller can mend comes as an Error of one sentence.
 
 const FORMAT_VERSION = 1;
 const MOST_THREADS = 1024;
