@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from smallm.errors import UserError
-from smallm.export.folder import check_replaceable, replacing
+from smallm.export.folder import replacing
 from smallm.export.kit_js import write_node, write_web
 from smallm.manifest import MANIFEST_FILE
 from smallm.runtime import MODEL_FILE
@@ -28,9 +28,18 @@ def write_kit(name: str, export_folder: Path, out: Path) -> None:
             WRITERS[name](export_folder / MODEL_FILE, folder)
             shutil.copyfile(export_folder / MANIFEST_FILE, folder / MANIFEST_FILE)
             shutil.copyfile(SOURCES / SPECIFICATION, folder / SPECIFICATION)
-            check_replaceable(out, {*(file.name for file in folder.iterdir()), *BUILT[name]})
+            _check_replaceable(out, {*(file.name for file in folder.iterdir()), *BUILT[name]})
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
+
+
+def _check_replaceable(out: Path, names: set[str]) -> None:
+    """Raises `UserError` unless `out` is missing, empty, or a kit in which nothing else lies."""
+    found = {file.name for file in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
+    if found and MANIFEST_FILE not in found:
+        raise UserError(f"{out} exists and is no kit; choose another --out")
+    if found - names:
+        raise UserError(f"{out} also holds {min(found - names)}, which would be lost; move it, or choose another --out")
 
 
 def write_c(model: Path, out: Path) -> None:
