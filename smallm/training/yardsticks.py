@@ -64,7 +64,7 @@ def in_words(measured: list[Yardstick], bits_per_char: float) -> str:
     less = 1 - bits_per_char / best.bits_per_char
     verdict = (
         f"it needs {100 * less:.0f} % less than {best.name}" if less >= 0.005
-        else f"it has not learnt more than {best.name}; train longer"
+        else f"{best.name} still needs less; train longer, or a larger model"
     )  # fmt: skip
     return f"bits per character: the model {bits_per_char:.3f}; {others}: {verdict}"
 

@@ -525,7 +525,7 @@ static const rule MODEL[] = {
 
 /* All that a smallm graph may compute with. No control flow (If, Loop, Scan), no functions, nothing random. */
 static const char OPERATORS[] =
-    " Gather GatherElements GatherND GatherBlockQuantized ScatterND TensorScatter Slice Split Concat Reshape Transpose"
+    " Gather GatherElements GatherND GatherBlockQuantized ScatterND ScatterElements TensorScatter Slice Split Concat Reshape Transpose"
     " Squeeze Unsqueeze Expand Tile Shape Cast Identity Constant ConstantOfShape Range Where Trilu"
     " MatMul MatMulNBits Gemm GroupQueryAttention Attention RotaryEmbedding"
     " SimplifiedLayerNormalization SkipSimplifiedLayerNormalization LayerNormalization RMSNormalization"
