@@ -50,7 +50,7 @@ def write_gguf(checkpoint: Path, path: Path, precision: str, name: str = "") -> 
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if precision == "int8" else gguf.LlamaFileType.ALL_F32)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
     for theirs, tensor in tensors.items():
-        ours = names.get_name(theirs, try_suffixes=(".weight",)) + ".weight"
+        ours = names.get_name(theirs, try_suffixes=(".weight",))
         if tensor.ndim == 2:
             writer.add_tensor(ours, gguf.quantize(tensor.astype(np.float32), kind), raw_dtype=kind)
         else:
