@@ -21,6 +21,7 @@ from smallm.export import folder as export_folder
 from smallm.export import graph as export_graph
 from smallm.export import precision as export_precision
 from smallm.export.folder import export_checkpoint
+from smallm.export.gguf import check_gguf
 from smallm.export.parity import TOLERANCE, check_parity
 from smallm.manifest import MANIFEST_FILE, Manifest
 from smallm.runtime import MODEL_FILE
@@ -425,3 +426,12 @@ def test_the_toy_manifest_is_one_that_export_could_write(tmp_path):
     manifest = manifest_of(random_model())
     assert Manifest.from_dict(asdict(manifest), "toy") == manifest
     assert Sampling(**manifest.sampling)
+
+
+@pytest.mark.parametrize(("precision", "window", "message"), [
+    ("fp32", 7, "llama.cpp knows no window in this family, this model has one of 7"),
+    ("int4", 0, "--gguf goes with --precision fp32 or int8, not int4"),
+])  # fmt: skip
+def test_what_no_gguf_can_hold(precision, window, message):
+    with pytest.raises(UserError, match=message):
+        check_gguf(precision, window)

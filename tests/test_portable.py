@@ -24,8 +24,10 @@ SHAPES = {
     "no sharing, heads of 32": {"n_head": 2, "n_kv_head": 0},
     "three of three heads, of 48": {"n_head": 3, "n_kv_head": 3, "n_embd": 144},
     "no table of the first layer": {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 32},
-    "window of one": {"block_size": 1},
-    "another base, odd window, narrow": {"rope_theta": 500.0, "block_size": 37, "n_inner": 24},
+    "a context of one": {"block_size": 1},
+    "attention over five positions": {"window": 5},
+    "over one position": {"window": 1},
+    "another base, odd context, narrow": {"rope_theta": 500.0, "block_size": 37, "n_inner": 24},
 }
 
 
@@ -158,7 +160,7 @@ def test_it_is_fp32_beside_int4(tiny_run, tmp_path, capsys):
 def test_a_wrong_graph_is_not_exported(tiny_run, tmp_path, monkeypatch, capsys):
     def wrong(model, manifest):
         proto = build_portable(model, manifest)
-        (node,) = (node for node in proto.graph.node if node.name == "/hidden_from_id")
+        (node,) = (node for node in proto.graph.node if node.name == "/to_come")
         node.op_type = "Less"
         return proto
 

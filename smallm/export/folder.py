@@ -62,9 +62,10 @@ def export_checkpoint(
     gguf: with a GGUF too; portable: with a file of standard operators too, which is in fp32 whatever the precision.
     Raises `UserError`, also if the precision costs more bits per character than it may, unless `allow_loss`.
     """
+    manifest = replace(build_manifest(checkpoint), precision=precision)
     if gguf:
-        check_gguf(precision)
-    model, manifest = load_model(checkpoint), replace(build_manifest(checkpoint), precision=precision)
+        check_gguf(precision, manifest.window)
+    model = load_model(checkpoint)
     text, name = _validation_text(checkpoint), name_of(checkpoint)
     try:
         out = out.resolve()

@@ -16,8 +16,10 @@ NEVER = 255
 """The id of the byte 0xFF, which no UTF-8 text has. llama.cpp wants an end of text; without one it takes id 11."""
 
 
-def check_gguf(precision: str) -> None:
+def check_gguf(precision: str, window: int = 0) -> None:
     """Raises `UserError` if a GGUF cannot be written here, or not in this precision."""
+    if window:
+        raise UserError(f"llama.cpp knows no window in this family, this model has one of {window}; leave out --gguf")
     if precision not in KINDS:
         raise UserError(f"--gguf goes with --precision {' or '.join(KINDS)}, not {precision}")
     try:

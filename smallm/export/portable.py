@@ -52,7 +52,10 @@ class PortableGraph(Graph):
         self.places = self._add("Expand", "/places", column, shape)  # (B, nkv, T, hd)
 
         keys = self._range("/keys", total)  # (L,)
-        hidden = self._add("Greater", "/hidden_from_id", keys, column)  # (B, 1, T, L)
+        hidden = self._add("Greater", "/to_come", keys, column)  # (B, 1, T, L)
+        if c.window:
+            first_seen = self._add("Sub", "/first_seen", column, axis("before_own", [c.window - 1]))
+            hidden = self._add("Or", "/hidden_from_id", hidden, self._add("Less", "/left_behind", keys, first_seen))
         repeats = axis("group_rows", [1, 1, c.n_head // c.kv_heads, 1])
         as_float = self._add("Cast", "/hidden_as_float", hidden, to=TensorProto.FLOAT)  # not all engines repeat truth
         repeated = self._add("Tile", "/hidden_repeated", as_float, repeats)
