@@ -137,7 +137,7 @@ def test_the_work_on_long_texts_is_bounded(tmp_path, monkeypatch):
     *_, last = yardsticks.yardsticks(opened(tmp_path, TEXT))
     assert learnt == [(5000, 999)]
     assert "its last 5,000 ids" in last.how
-    assert "the first 1,000 characters of it" in last.how
+    assert "the first 1,000 characters of the validation text" in last.how
 
 
 @pytest.mark.parametrize("text", ["abcd", "aaaa", "é€中🎉", "\n\n\n\n\n"])

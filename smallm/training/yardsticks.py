@@ -87,7 +87,8 @@ def _measure(corpus: Corpus) -> list[Yardstick]:
     tail = corpus.vocabulary.decode(corpus.val_ids[:stop]).encode()
     learnt = np.asarray(corpus.train_ids[max(0, len(corpus.train_ids) - MOST_NGRAM) :])
     before = corpus.vocabulary.decode_bytes(learnt)
-    on = "the validation text" if stop == len(corpus.val_ids) else f"the first {characters:,} characters of it"
+    first = "" if stop == len(corpus.val_ids) else f"the first {characters:,} characters of "
+    on = f"{first}the validation text"
     with ThreadPoolExecutor() as pool:  # the compressors let go of Python's lock
         sizes = [(name, pool.submit(size, before, tail), how) for name, size, how in COMPRESSORS]
         order, bits = best_ngram(learnt, np.asarray(corpus.val_ids[1:stop]), corpus.vocabulary.size)
@@ -123,6 +124,6 @@ def _xz(before: bytes, tail: bytes) -> int:
 
 COMPRESSORS = (
     ("gzip", _gzip, "deflate, level 9, begun with its window of 32 KiB full of the end of the training part"),
-    ("bz2", _bz2, "in one block of 900 kB with as much of the end of the training part as fits, less that part alone"),
+    ("bz2", _bz2, "in blocks of 900 kB, the first begun with as much of the training part as leaves room for the tail"),
     ("xz", _xz, "LZMA2, preset 6, after the last 4 MiB at most of the training part, less those alone"),
 )
