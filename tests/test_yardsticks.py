@@ -163,6 +163,7 @@ def test_words():
     measured = [Yardstick("gzip", 3.0, ""), Yardstick("5-gram", 2.0, "")]
     assert "20 % less than 5-gram" in in_words(measured, 1.6)
     assert "5-gram still needs less" in in_words(measured, 2.5)
+    assert "xz still needs less" in in_words([Yardstick("xz", 0.0, "")], 0.1)  # a text that is one letter
 
 
 def test_a_run_ends_with_them(tiny_run):

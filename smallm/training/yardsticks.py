@@ -61,11 +61,10 @@ def in_words(measured: list[Yardstick], bits_per_char: float) -> str:
     """One line that sets a model's bits per character beside the yardsticks."""
     best = min(measured, key=lambda one: one.bits_per_char)
     others = ", ".join(f"{one.name} {one.bits_per_char:.3f}" for one in measured)
-    less = 1 - bits_per_char / best.bits_per_char
-    verdict = (
-        f"it needs {100 * less:.0f} % less than {best.name}" if less >= 0.005
-        else f"{best.name} still needs less; train longer, or a larger model"
-    )  # fmt: skip
+    if bits_per_char < 0.995 * best.bits_per_char:
+        verdict = f"it needs {100 * (1 - bits_per_char / best.bits_per_char):.0f} % less than {best.name}"
+    else:
+        verdict = f"{best.name} still needs less; train longer, or a larger model"
     return f"bits per character: the model {bits_per_char:.3f}; {others}: {verdict}"
 
 
