@@ -137,7 +137,7 @@ def test_the_work_on_long_texts_is_bounded(tmp_path, monkeypatch):
     *_, last = yardsticks.yardsticks(opened(tmp_path, TEXT))
     assert learnt == [(5000, 999)]
     assert "its last 5,000 ids" in last.how
-    assert "the first 1,000 characters of it" in last.how
+    assert "the first 1,000 characters of the validation text" in last.how
 
 
 @pytest.mark.parametrize("text", ["abcd", "aaaa", "é€中🎉", "\n\n\n\n\n"])
@@ -163,6 +163,7 @@ def test_words():
     measured = [Yardstick("gzip", 3.0, ""), Yardstick("5-gram", 2.0, "")]
     assert "20 % less than 5-gram" in in_words(measured, 1.6)
     assert "5-gram still needs less" in in_words(measured, 2.5)
+    assert "xz still needs less" in in_words([Yardstick("xz", 0.0, "")], 0.1)  # a text that is one letter
 
 
 def test_a_run_ends_with_them(tiny_run):

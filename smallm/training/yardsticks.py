@@ -61,11 +61,10 @@ def in_words(measured: list[Yardstick], bits_per_char: float) -> str:
     """One line that sets a model's bits per character beside the yardsticks."""
     best = min(measured, key=lambda one: one.bits_per_char)
     others = ", ".join(f"{one.name} {one.bits_per_char:.3f}" for one in measured)
-    less = 1 - bits_per_char / best.bits_per_char
-    verdict = (
-        f"it needs {100 * less:.0f} % less than {best.name}" if less >= 0.005
-        else f"{best.name} still needs less; train longer, or a larger model"
-    )  # fmt: skip
+    if bits_per_char < 0.995 * best.bits_per_char:
+        verdict = f"it needs {100 * (1 - bits_per_char / best.bits_per_char):.0f} % less than {best.name}"
+    else:
+        verdict = f"{best.name} still needs less; train longer, or a larger model"
     return f"bits per character: the model {bits_per_char:.3f}; {others}: {verdict}"
 
 
@@ -87,7 +86,8 @@ def _measure(corpus: Corpus) -> list[Yardstick]:
     tail = corpus.vocabulary.decode(corpus.val_ids[:stop]).encode()
     learnt = np.asarray(corpus.train_ids[max(0, len(corpus.train_ids) - MOST_NGRAM) :])
     before = corpus.vocabulary.decode_bytes(learnt)
-    on = "the validation text" if stop == len(corpus.val_ids) else f"the first {characters:,} characters of it"
+    first = "" if stop == len(corpus.val_ids) else f"the first {characters:,} characters of "
+    on = f"{first}the validation text"
     with ThreadPoolExecutor() as pool:  # the compressors let go of Python's lock
         sizes = [(name, pool.submit(size, before, tail), how) for name, size, how in COMPRESSORS]
         order, bits = best_ngram(learnt, np.asarray(corpus.val_ids[1:stop]), corpus.vocabulary.size)
@@ -123,6 +123,6 @@ def _xz(before: bytes, tail: bytes) -> int:
 
 COMPRESSORS = (
     ("gzip", _gzip, "deflate, level 9, begun with its window of 32 KiB full of the end of the training part"),
-    ("bz2", _bz2, "in one block of 900 kB with as much of the end of the training part as fits, less that part alone"),
+    ("bz2", _bz2, "in blocks of 900 kB, the first begun with as much of the training part as leaves room for the tail"),
     ("xz", _xz, "LZMA2, preset 6, after the last 4 MiB at most of the training part, less those alone"),
 )
