@@ -51,6 +51,16 @@ print(tokenizer.decode(model.generate(**ids, do_sample=True, max_new_tokens=200,
 """
 
 
+# Between us and the command, since Linux counts what a process was before it became another one.
+LAUNCHER = """
+import resource, subprocess, sys, time
+begun = time.perf_counter()
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
+print(time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+sys.exit(code)
+"""
+
+
 @dataclass
 class Row:
     """One contestant at its better number of threads."""
@@ -159,16 +169,21 @@ def batch(model: LanguageModel, text: str, length: int, rounds: int) -> dict:
 
 @torch.no_grad()
 def scoring(checkpoint: Path, model: LanguageModel, text: str, rounds: int) -> dict:
-    """Characters per second of perplexity: smallm's, and PyTorch's at the best of some batch sizes."""
-    module, window = load_model(checkpoint), min(256, model.block_size)
-    ids = model.vocabulary.encode(text)
-    speeds: dict[str, list[float]] = {"smallm": []} | {f"torch, {rows} rows": [] for rows in (1, 4, 16, 32)}
+    """Characters per second of perplexity: smallm's; PyTorch's and the trainer's kernels' at some batch sizes."""
+    from transformers import AutoModelForCausalLM
 
-    def pytorch(rows: int) -> int:
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    modules = {"torch": lambda ids: plain(ids).logits, "kernels": load_model(checkpoint)}
+    window = min(256, model.block_size)
+    ids = model.vocabulary.encode(text)
+    ways = [(name, rows) for name in modules for rows in (1, 4, 16, 32)]
+    speeds: dict[str, list[float]] = {"smallm": []} | {f"{name}, {rows} rows": [] for name, rows in ways}
+
+    def pytorch(name: str, rows: int) -> int:
         nats = 0.0
         for inputs, targets in windows([ids], window):
             for i in range(0, len(inputs), rows):
-                logits = module(torch.from_numpy(inputs[i : i + rows])).flatten(0, 1)
+                logits = modules[name](torch.from_numpy(inputs[i : i + rows])).flatten(0, 1)
                 nats += torch.nn.functional.cross_entropy(
                     logits, torch.from_numpy(targets[i : i + rows]).flatten(), ignore_index=-1, reduction="sum"
                 ).item()
@@ -177,22 +192,20 @@ def scoring(checkpoint: Path, model: LanguageModel, text: str, rounds: int) -> d
     torch.set_num_threads(os.cpu_count() or 1)
     for _ in range(rounds):
         speeds["smallm"].append(timed(lambda: model.perplexity(text).characters))
-        for rows in (1, 4, 16, 32):
-            speeds[f"torch, {rows} rows"].append(timed(lambda rows=rows: pytorch(rows)))
+        for name, rows in ways:
+            speeds[f"{name}, {rows} rows"].append(timed(lambda name=name, rows=rows: pytorch(name, rows)))
     medians = {name: statistics.median(each) for name, each in speeds.items()}
-    return medians | {"ratio": medians["smallm"] / max(v for k, v in medians.items() if k != "smallm")}
+    return medians | {"ratio": medians["smallm"] / max(v for k, v in medians.items() if k.startswith("torch"))}
 
 
 def process(command: list) -> tuple[float, float]:
     """Seconds and peak megabytes of a whole process."""
-    begun = time.perf_counter()
-    child = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    seconds = time.perf_counter() - begun
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise UserError(f"`{' '.join(map(str, command[:4]))} …` ended with exit code {child.returncode}")
-    return seconds, usage.ru_maxrss / 1024
+    launched = [sys.executable, "-S", "-c", LAUNCHER, *map(str, command)]
+    done = subprocess.run(launched, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"`{' '.join(map(str, command[:4]))} …` ended with exit code {done.returncode}")
+    seconds, megabytes = map(float, done.stdout.split())
+    return seconds, megabytes
 
 
 def cold(checkpoint: Path, folder: Path, rounds: int) -> dict:
