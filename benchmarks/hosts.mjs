@@ -1,0 +1,69 @@
+// Writes a text in a JavaScript host, for hosts.py: the seed, and then the characters as they come.
+// node hosts.mjs HOST MODULES MODEL TASK [CHROMIUM]
+// HOST: node, chromium or transformers. MODULES: a node_modules with what it needs. MODEL: the folder of the Node kit,
+// the address of the page, an export folder. TASK: JSON with seed, length, temperature, top_k, rng_seed.
+import { createRequire } from "node:module";
+import { join } from "node:path";
+import { pathToFileURL } from "node:url";
+
+const [host, modules, model, taskText, executablePath] = process.argv.slice(2);
+const { seed, length, temperature, top_k: topK, rng_seed: rngSeed } = JSON.parse(taskText);
+const require = createRequire(join(modules, "x.js"));
+
+const hosts = {
+  async node() {
+    const ort = require("onnxruntime-node");
+    const { LanguageModel } = await import(pathToFileURL(join(model, "smallm.js")));
+    const lm = await LanguageModel.load(join(model, "model.onnx"), { ort, threads: 1 });
+    process.stdout.write(seed);
+    for await (const { text } of lm.stream(seed, { maxLength: length, temperature, topK, rngSeed })) {
+      process.stdout.write(text);
+    }
+  },
+
+  // The page as people use it, which shows its characters in bunches; the seed is written once the browser runs.
+  async chromium() {
+    const { chromium } = require("playwright-core");
+    const args = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"];
+    const browser = await chromium.launch({ executablePath, args });
+    process.stdout.write(seed);
+    const page = await browser.newPage();
+    await page.exposeFunction("wrote", (text) => void process.stdout.write(text));
+    await page.goto(model);
+    await page.waitForFunction(() => !document.querySelector("#write").disabled);
+    await page.evaluate((values) => {
+      for (const [id, value] of Object.entries(values)) document.getElementById(id).value = value;
+      const output = document.getElementById("text");
+      let shown = values.seed.length;
+      new MutationObserver(() => {
+        const text = output.textContent;
+        if (text.length > shown) window.wrote(text.slice(shown));
+        shown = text.length;
+      }).observe(output, { childList: true });
+      document.getElementById("write").click();
+    }, { seed, temperature, topK, maxLength: length, rngSeed });
+    await page.waitForFunction(() => /^Done/.test(document.querySelector("#status").textContent));
+    await browser.close();
+  },
+
+  async transformers() {
+    const { BaseStreamer, env, pipeline } = require("@huggingface/transformers");
+    env.allowRemoteModels = false;
+    const options = { dtype: "fp32", session_options: { intraOpNumThreads: 1 } };
+    const generator = await pipeline("text-generation", model, options);
+    class Streamer extends BaseStreamer {
+      begun = false; // what comes first is the prompt
+
+      put([ids]) {
+        process.stdout.write(this.begun ? generator.tokenizer.decode(ids) : seed);
+        this.begun = true;
+      }
+
+      end() {}
+    }
+    const streamer = new Streamer();
+    await generator(seed, { max_new_tokens: length, do_sample: true, temperature, top_k: topK, streamer });
+  },
+};
+
+await hosts[host]();

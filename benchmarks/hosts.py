@@ -1,0 +1,329 @@
+"""The same model in every host: start-up, characters per second, and what has to be shipped.
+
+    python benchmarks/hosts.py RUN [--length 400] [--rounds 3]
+
+Exports the run once in fp32, with its kits, and then lets each host in turn write a text on one thread, round after
+round: whole processes, whose characters are timed as they come out of them. Start-up is from the start of the process
+to the first new character, speed what came after it; medians, and the ratio to Python in the same round. What ships is
+what the host's package manager brings for this platform, or the program and its library, and the model; Python, Node
+and the browser themselves do not count. Prints a table, then all figures as one line of JSON. A host that is not
+installed is said and left out. They want: for C a compiler, and SMALLM_ORT_HEADERS=$(.ci/onnxruntime-headers);
+for Node and Chromium `npm ci --ignore-scripts` in tests/js; for transformers.js the same in tests/hosts; for genai
+the package onnxruntime-genai.
+"""
+
+import argparse
+import codecs
+import http.server
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
+from smallm.cli import run
+from smallm.errors import UserError
+from smallm.export.folder import export_checkpoint
+from smallm.export.kit import write_c
+from smallm.export.kit_js import ORT_FILES, write_node, write_web
+from smallm.runs import validation_text
+from smallm.runtime import MODEL_FILE
+from smallm.training.shelf import best_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = Path(__file__).with_suffix(".mjs")
+KIT_MODULES, HOST_MODULES = (ROOT / "tests" / name / "node_modules" for name in ("js", "hosts"))
+SEED_CHARACTERS, TEMPERATURE, TOP_K = 16, 0.8, 40
+MOST_SECONDS = 300  # for one text
+
+
+class MissingError(Exception):
+    """What a host needs is not installed; the message says what."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """How a host is started, given a task, and what ships with it."""
+
+    command: Callable[[Mapping], list[str]]
+    library: Sequence[Path]
+    """Files and folders."""
+    model: Sequence[Path]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One text: seconds since the start of the process, and characters per second after the first ones."""
+
+    begun: float
+    """When the seed came out."""
+    start: float
+    """When new text came out."""
+    speed: float
+    text: str
+
+
+# -- the hosts
+
+
+def python(folder: Path, _work: Path) -> Host:
+    """infer.py."""
+    return Host(
+        lambda task: [sys.executable, str(ROOT / "infer.py"), "--model", str(folder), *flags(task)],
+        [*packages("onnxruntime", "numpy"), *(ROOT / "smallm").glob("*.py")],
+        [folder / MODEL_FILE],
+    )
+
+
+def c(folder: Path, work: Path) -> Host:
+    """The C kit's program, built by its Makefile with the library of the Python package."""
+    import onnxruntime
+
+    headers, libraries = os.environ.get("SMALLM_ORT_HEADERS"), Path(onnxruntime.__file__).parent / "capi"
+    if not headers or not Path(headers, "onnxruntime_c_api.h").is_file() or not shutil.which("cc"):
+        raise MissingError("a C compiler and SMALLM_ORT_HEADERS=$(.ci/onnxruntime-headers)")
+    release, kit = work / "release", work / "kit-c"
+    library = next(libraries.glob("libonnxruntime.so*"))
+    (release / "lib").mkdir(parents=True)
+    (release / "include").symlink_to(Path(headers).resolve())
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+        (release / "lib" / name).symlink_to(library)
+    kit.mkdir()
+    write_c(folder / MODEL_FILE, kit)
+    subprocess.run(["make", "--silent", f"ORT={release}"], cwd=kit, check=True, stdout=sys.stderr)
+    program = kit / "generate"
+    return Host(
+        lambda task: [str(program), str(kit / MODEL_FILE), *flags(task)], [library, program], [kit / MODEL_FILE]
+    )
+
+
+def node(folder: Path, work: Path) -> Host:
+    """The Node kit, with onnxruntime-node."""
+    modules, kit = javascript(KIT_MODULES, "onnxruntime-node"), work / "kit-node"
+    write_node(folder, kit)
+    return Host(
+        partial(script, "node", modules, kit),
+        [*onnxruntime_node(modules), kit / "smallm.js"],
+        [kit / MODEL_FILE],
+    )
+
+
+def chromium(folder: Path, work: Path, serve: Callable[[Path], str]) -> Host:
+    """The web kit's page, as people use it."""
+    modules, kit = javascript(KIT_MODULES, "playwright-core"), work / "kit-web"
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        raise MissingError("Chromium; on Debian: apt-get install chromium")
+    write_web(folder, kit, modules / "onnxruntime-web")
+    address = serve(kit)
+    page = [kit / name for name in ("index.html", "style.css", "page.js", "smallm.js")]
+    return Host(
+        lambda task: [*script("chromium", modules, address, task), browser],
+        [*(kit / "onnxruntime" / name for name in ORT_FILES), *page],
+        [kit / MODEL_FILE],
+    )
+
+
+def genai(folder: Path, _work: Path) -> Host:
+    """onnxruntime-genai in Python, with the export folder."""
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        raise MissingError("pip install onnxruntime-genai")
+    program = Path(__file__).with_name("host_genai.py")
+    return Host(
+        lambda task: [sys.executable, str(program), str(folder), json.dumps(task)],
+        packages("onnxruntime_genai", "onnxruntime", "numpy"),
+        [folder / name for name in (MODEL_FILE, "genai_config.json", "tokenizer.json", "tokenizer_config.json")],
+    )
+
+
+def transformers_js(folder: Path, _work: Path) -> Host:
+    """transformers.js under Node, with the export folder."""
+    modules = javascript(HOST_MODULES, "@huggingface/transformers")
+    own = [modules / "@huggingface/transformers/dist/transformers.node.cjs", modules / "sharp", modules / "@img"]
+    configs = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    return Host(
+        partial(script, "transformers", modules, folder),
+        [*own, *onnxruntime_node(modules)],
+        [folder / "onnx" / MODEL_FILE, *(folder / name for name in configs)],
+    )
+
+
+def flags(task: Mapping) -> list[str]:
+    """The task as both infer.py and the C program take it."""
+    names = {"seed": "seed", "max-length": "length", "temperature": "temperature", "top-k": "top_k"}
+    values = {name: str(task[key]) for name, key in (names | {"rng-seed": "rng_seed"}).items()}
+    return ["--threads", "1", *(word for name, value in values.items() for word in (f"--{name}", value))]
+
+
+def script(host: str, modules: Path, model: Path | str, task: Mapping) -> list[str]:
+    return ["node", str(SCRIPT), host, str(modules), str(model), json.dumps(task)]
+
+
+def javascript(modules: Path, package: str) -> Path:
+    """The node_modules with this package."""
+    if not shutil.which("node") or not (modules / package).is_dir():
+        raise MissingError(f"Node, and `npm ci --ignore-scripts` in {modules.parent.relative_to(ROOT)}")
+    return modules
+
+
+def onnxruntime_node(modules: Path) -> list[Path]:
+    """Its parts for this platform."""
+    machine = {"x86_64": "x64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+    binaries = sorted((modules / "onnxruntime-node" / "bin").glob(f"napi-*/{sys.platform}/{machine}"))
+    return [*binaries, modules / "onnxruntime-node" / "dist", modules / "onnxruntime-common" / "dist"]
+
+
+def packages(*names: str) -> list[Path]:
+    """The folders of Python packages, and those of the libraries beside them."""
+    found = [Path(importlib.util.find_spec(name).origin).parent for name in names]
+    return found + [libs for folder in found if (libs := folder.with_name(f"{folder.name}.libs")).is_dir()]
+
+
+def megabytes(paths: Sequence[Path]) -> float:
+    """Of files and folders, without what Python caches."""
+    files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
+    return sum(file.stat().st_size for file in files if "__pycache__" not in file.parts) / 1e6
+
+
+@contextmanager
+def serving() -> Iterator[Callable[[Path], str]]:
+    """A function that serves a folder and returns its address."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with ExitStack() as stack:
+
+        def serve(folder: Path) -> str:
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder))
+            stack.callback(server.server_close)
+            stack.callback(server.shutdown)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            return f"http://127.0.0.1:{server.server_port}/"
+
+        yield serve
+
+
+# -- the measurement
+
+
+def write(command: Sequence[str], seed: str, length: int) -> Trial:
+    """Runs a host that prints the seed and then new text as it comes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "PYTHONUTF8": "1"}
+    decoder, text, arrived = codecs.getincrementaldecoder("utf-8")("replace"), "", []
+    with tempfile.TemporaryFile() as errors:
+        begin = time.perf_counter()
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
+        with subprocess.Popen(command, env=environment, **pipes) as process:
+            timer = threading.Timer(MOST_SECONDS, process.kill)
+            timer.start()
+            while data := os.read(process.stdout.fileno(), 1):  # a quick host may write all of a short text at once
+                text += decoder.decode(data)
+                arrived.append((time.perf_counter() - begin, min(len(text) - len(seed), length)))
+            process.wait()
+            timer.cancel()
+        errors.seek(0)
+        said = errors.read().decode(errors="replace").strip().splitlines()
+    new = [(seconds, count) for seconds, count in arrived if count > 0]
+    if process.returncode or not text.startswith(seed) or not new or new[-1][1] <= new[0][1]:
+        raise UserError(f"{command[0]} wrote no text (exit code {process.returncode}): {' / '.join(said[-5:])}")
+    (start, first), (end, last) = new[0], next(mark for mark in new if mark[1] == new[-1][1])
+    return Trial(arrived[0][0], start, (last - first) / (end - start), text[: len(seed) + length])
+
+
+def find_hosts(folder: Path, work: Path, serve: Callable[[Path], str]) -> dict[str, Host]:
+    """Those that are installed; of the others it says what is missing."""
+    makers = {
+        "Python": python,
+        "C": c,
+        "Node": node,
+        "Chromium": partial(chromium, serve=serve),
+        "onnxruntime-genai": genai,
+        "transformers.js": transformers_js,
+    }
+    hosts = {}
+    for name, make in makers.items():
+        try:
+            hosts[name] = make(folder, work)
+        except MissingError as missing:
+            print(f"without {name}: it needs {missing}", file=sys.stderr)
+    return hosts
+
+
+def measure(hosts: Mapping[str, Host], seed: str, length: int, rounds: int) -> dict[str, dict]:
+    """Name -> medians over the rounds, sizes, and whether all its texts are Python's."""
+    trials: dict[str, list[Trial]] = {name: [] for name in hosts}
+    for number in range(1, rounds + 1):
+        task = {"seed": seed, "length": length, "temperature": TEMPERATURE, "top_k": TOP_K, "rng_seed": number}
+        for name, host in hosts.items():
+            trials[name].append(write(host.command(task), seed, length))
+            print(f"round {number}, {name}: {trials[name][-1].speed:.0f} characters/s", file=sys.stderr)
+    found = {}
+    for name, host in hosts.items():
+        own, pythons = trials[name], trials["Python"]
+        each = {key: statistics.median(asdict(t)[key] for t in own) for key in ("begun", "start", "speed")}
+        each["to_python"] = statistics.median(mine.speed / its.speed for mine, its in zip(own, pythons, strict=True))
+        each |= {"library_mb": megabytes(host.library), "model_mb": megabytes(host.model)}
+        found[name] = each | {"same_text": [t.text for t in own] == [t.text for t in pythons]}
+    return found
+
+
+def table(found: Mapping[str, Mapping]) -> str:
+    """For people, and for Markdown."""
+    lines = ["| host | start, s | characters/s | to Python | library, MB | model, MB | ships, MB | Python's text |"]
+    lines.append("|" + "---|" * 8)
+    for name, each in found.items():
+        figures = f"{each['start']:.2f} | {each['speed']:.0f} | {each['to_python']:.2f}"
+        sizes = f"{each['library_mb']:.1f} | {each['model_mb']:.1f} | {each['library_mb'] + each['model_mb']:.1f}"
+        lines.append(f"| {name} | {figures} | {sizes} | {'yes' if each['same_text'] else 'no'} |")
+    return "\n".join(lines)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Exports, measures, prints."""
+    checkpoint = best_checkpoint(options.run)
+    text = validation_text(options.run).read_text(encoding="utf-8")
+    begin = next((i for i, character in enumerate(text) if character.isalpha()), 0)  # a dash would look like a flag
+    seed = text[begin : begin + SEED_CHARACTERS]
+    with tempfile.TemporaryDirectory(prefix="smallm-hosts-") as work, serving() as serve:
+        folder = Path(work) / "export"
+        manifest = export_checkpoint(checkpoint, folder, allow_loss=True).manifest
+        most = manifest.block_size - len(manifest.vocabulary.encode(seed))
+        if not 2 <= options.length <= most:  # others stop at the end of the context
+            raise UserError(f"--length {options.length} is out of range; with this model it must be from 2 to {most}")
+        hosts = find_hosts(folder, Path(work), serve)
+        found = measure(hosts, seed, options.length, options.rounds)
+    print(table(found))
+    if "Chromium" in found:
+        print(f"Of Chromium's start, {found['Chromium']['begun']:.2f} s are the browser's own.")
+    print(json.dumps({"length": options.length, "rounds": options.rounds, "load": os.getloadavg(), "hosts": found}))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--length", type=int, default=400, help="new characters of each text (default: 400)")
+    parser.add_argument("--rounds", type=int, default=3, help="default: 3")
+    options = parser.parse_args(argv)
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds} is out of range; it must be at least 1")
+    return run(compare, options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
