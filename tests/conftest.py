@@ -1,6 +1,7 @@
 """Fixtures that the whole suite shares: a text, and one run that was really trained on it."""
 
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,13 @@ settings.load_profile("smallm")
 SUBJECTS = ["the small café", "an old owl", "my naïve friend", "the river", "Zoë", "every child", "the piñata"]
 VERBS = ["sings to", "remembers", "asks for", "paints", "follows", "never sees"]
 OBJECTS = ["the moon", "a crème brûlée", "the long winter", "its façade", "ten euros (10 €)", "nothing at all"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts():
+    """Ctrl-C means something, as in a terminal: who starts a suite in the background of a shell has it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
