@@ -95,33 +95,36 @@ INLINE vec exponential(vec x)
 
 /* ---- Memory and threads ---- */
 
-/* Memory of the calling thread that stays with it, at least `floats` long. */
+typedef struct {
+    void *start;
+    size_t bytes;
+} Memory;
+
+/* Its start, once it is at least so long; what was in it may be gone. */
+static void *at_least(Memory *memory, size_t bytes)
+{
+    if (memory->bytes < bytes) {
+        free(memory->start);
+        memory->bytes = 0;
+        if (posix_memalign(&memory->start, 64, bytes)) abort();
+        memory->bytes = bytes;
+    }
+    return memory->start;
+}
+
+/* Memory of the calling thread that stays with it. */
 static float *scratch(size_t floats)
 {
-    static _Thread_local float *memory = NULL;
-    static _Thread_local size_t size = 0;
-    if (size < floats) {
-        free(memory);
-        size = 0;
-        if (posix_memalign((void **)&memory, 64, floats * sizeof(float))) abort();
-        size = floats;
-    }
-    return memory;
+    static _Thread_local Memory memory;
+    return at_least(&memory, floats * sizeof(float));
 }
 
 #ifdef BF16
 /* As `scratch`, for pairs of bf16. */
 static uint32_t *pair_memory(size_t pairs)
 {
-    static _Thread_local uint32_t *memory = NULL;
-    static _Thread_local size_t size = 0;
-    if (size < pairs) {
-        free(memory);
-        size = 0;
-        if (posix_memalign((void **)&memory, 64, pairs * sizeof(uint32_t))) abort();
-        size = pairs;
-    }
-    return memory;
+    static _Thread_local Memory memory;
+    return at_least(&memory, pairs * sizeof(uint32_t));
 }
 #endif
 
