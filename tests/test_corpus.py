@@ -3,6 +3,7 @@
 import codecs
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -355,6 +356,8 @@ def test_python_docs():
     assert "“" in train + val
     assert corpus.name == "python-docs"
     assert corpus.start_text == "\n"
+    paragraphs = re.split(r"\n{2,}", (train + val).strip())
+    assert len(paragraphs) == len(set(paragraphs)) > 1000  # the topics share sections
 
 
 def test_files_come_before_names(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from smallm.training.corpus import Corpus
 from smallm.training.doctor import CONTROLS, LEAK_WIDTH, RARE, Checkup
 
-LEAK, REPEATED = 0.01, 0.1  # shares from which on they are worth a warning
+LEAK, REPEATED = 0.04, 0.1  # shares from which on they are worth a warning: turns of phrase make up some percent
 BINARY = 0.01  # share of control characters that no text has
 UNSEEN = 0.001
 LONG_LINE = 10_000  # characters
