@@ -169,19 +169,18 @@ def batch(model: LanguageModel, text: str, length: int, rounds: int) -> dict:
 
 @torch.no_grad()
 def scoring(checkpoint: Path, model: LanguageModel, text: str, rounds: int) -> dict:
-    """Characters per second of perplexity: smallm's; PyTorch's and the trainer's kernels' at some batch sizes."""
+    """Characters per second of perplexity in windows of block_size: smallm's; PyTorch's, the trainer's kernels'."""
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     modules = {"torch": lambda ids: plain(ids).logits, "kernels": load_model(checkpoint)}
-    window = min(256, model.block_size)
     ids = model.vocabulary.encode(text)
     ways = [(name, rows) for name in modules for rows in (1, 4, 16, 32)]
     speeds: dict[str, list[float]] = {"smallm": []} | {f"{name}, {rows} rows": [] for name, rows in ways}
 
     def pytorch(name: str, rows: int) -> int:
         nats = 0.0
-        for inputs, targets in windows([ids], window):
+        for inputs, targets in windows([ids], model.block_size):
             for i in range(0, len(inputs), rows):
                 logits = modules[name](torch.from_numpy(inputs[i : i + rows])).flatten(0, 1)
                 nats += torch.nn.functional.cross_entropy(
