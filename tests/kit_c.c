@@ -38,11 +38,12 @@ static int print_ids(char **argv)
     smallm model;
     smallm_options options;
     static float logits[V], wanted[V];
-    static uint64_t order[V], spare[V];
+    static uint64_t keys[V], order[V], spare[V];
     static double weights[V];
     int64_t ids[12];
     memset(&model, 0, sizeof model);
-    model.vocab_size = V, model.wanted = wanted, model.order = order, model.spare = spare, model.weights = weights;
+    model.vocab_size = V, model.wanted = wanted, model.weights = weights;
+    model.keys = keys, model.order = order, model.spare = spare;
     smallm_default_options(NULL, &options, sizeof options);
     options.temperature = strtod(argv[0], NULL), options.top_k = strtol(argv[1], NULL, 10);
     options.top_p = strtod(argv[2], NULL), options.min_p = strtod(argv[3], NULL);
@@ -65,11 +66,12 @@ static int print_samples(void)
     smallm model;
     smallm_options options;
     float wanted[MOST];
-    uint64_t order[MOST], spare[MOST];
+    uint64_t keys[MOST], order[MOST], spare[MOST];
     double weights[MOST], u;
     long long top_k;
     memset(&model, 0, sizeof model);
-    model.wanted = wanted, model.order = order, model.spare = spare, model.weights = weights;
+    model.wanted = wanted, model.weights = weights;
+    model.keys = keys, model.order = order, model.spare = spare;
     smallm_default_options(NULL, &options, sizeof options);
     while (scanf("%d %lf %lld %lf %lf %lf", &model.vocab_size, &options.temperature, &top_k, &options.top_p,
                  &options.min_p, &u) == 6) {

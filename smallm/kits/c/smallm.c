@@ -119,7 +119,7 @@ struct smallm {
     /* The text, and room for choosing its next id. */
     int64_t *history;      /* (2 T): at least the last T ids, fewer if there are fewer */
     float *wanted;         /* (V): logits after the repetition penalty */
-    uint64_t *order, *spare; /* (V) */
+    uint64_t *keys, *order, *spare; /* (V): by which ids are ranked; sorted; room for sorting */
     double *weights;       /* (V) */
     draft draft;
 };
@@ -995,12 +995,13 @@ static smallm_status allocate(smallm *model)
     model->history = calloc(2 * T, sizeof *model->history);
     model->logits = calloc(V, sizeof *model->logits);
     model->wanted = calloc(V, sizeof *model->wanted);
+    model->keys = calloc(V, sizeof *model->keys);
     model->order = calloc(V, sizeof *model->order);
     model->spare = calloc(V, sizeof *model->spare);
     model->weights = calloc(V, sizeof *model->weights);
     bool enough = model->past && model->past_names && model->names && model->values && model->cache && model->mask &&
-                  model->ids && model->history && model->logits && model->wanted && model->order && model->spare &&
-                  model->weights;
+                  model->ids && model->history && model->logits && model->wanted && model->keys && model->order &&
+                  model->spare && model->weights;
     return enough ? SMALLM_OK : no_memory(model);
 }
 
@@ -1110,63 +1111,88 @@ static uint32_t descending(float logit)
     return bits & 0x80000000u ? bits : ~(bits | 0x80000000u);
 }
 
-/* Ranks all ids by logit, the largest first, of equal ones the lower id: the ids are the lower halves of model->order.
-   A radix sort, byte by byte: it keeps the order of equal keys, and takes a few microseconds. */
-static void rank(smallm *model)
+/* Gives each id a number that is the smaller, the earlier its rank: by logit, and of equal ones by id. */
+static void make_keys(smallm *model)
 {
-    size_t V = (size_t)model->vocab_size;
-    for (size_t i = 0; i < V; i++) model->order[i] = (uint64_t)descending(model->wanted[i]) << 32 | i;
-    for (int shift = 32; shift < 64; shift += 8) {
+    for (size_t id = 0; id < (size_t)model->vocab_size; id++)
+        model->keys[id] = (uint64_t)descending(model->wanted[id]) << 32 | id;
+}
+
+/* The key at a rank, 0 the first: its bytes one by one from the top, which takes as long for any logits. */
+static uint64_t key_at(const smallm *model, size_t rank)
+{
+    size_t V = (size_t)model->vocab_size, id = 0;
+    uint64_t found = 0;
+    for (int shift = 56; shift >= 32; shift -= 8) {
+        size_t counts[256] = {0};
+        uint64_t byte = 0;
+        for (size_t i = 0; i < V; i++) {
+            uint64_t rest = (model->keys[i] ^ found) >> shift;
+            if (rest < 256) counts[rest]++;
+        }
+        for (; counts[byte] <= rank; byte++) rank -= counts[byte];
+        found |= byte << shift;
+    }
+    while (model->keys[id] >> 32 != found >> 32 || rank-- > 0) id++;
+    return model->keys[id];
+}
+
+/* Sorts the keys up to the last one kept into model->order, byte by byte (a radix sort). Returns how many there are. */
+static size_t rank(smallm *model, uint64_t last)
+{
+    size_t count = 0;
+    for (size_t i = 0; i < (size_t)model->vocab_size; i++)
+        if (model->keys[i] <= last) model->order[count++] = model->keys[i];
+    for (int shift = 32; shift < 64; shift += 8) { /* equal logits are in the order of the ids, and stay so */
         size_t starts[257] = {0};
-        for (size_t i = 0; i < V; i++) starts[(model->order[i] >> shift & 0xFF) + 1]++;
+        for (size_t i = 0; i < count; i++) starts[(model->order[i] >> shift & 0xFF) + 1]++;
         for (int i = 0; i < 256; i++) starts[i + 1] += starts[i];
-        for (size_t i = 0; i < V; i++) model->spare[starts[model->order[i] >> shift & 0xFF]++] = model->order[i];
+        for (size_t i = 0; i < count; i++) model->spare[starts[model->order[i] >> shift & 0xFF]++] = model->order[i];
         uint64_t *sorted = model->spare;
         model->spare = model->order, model->order = sorted;
     }
+    return count;
 }
 
-/* The id at a rank. */
-static int64_t ranked(const smallm *model, size_t rank) { return (int64_t)(model->order[rank] & 0xFFFFFFFFu); }
-
-/* The weights of the ids that may be taken, by rank, the first 1. Returns how many there are. */
-static size_t weigh(smallm *model, const smallm_options *options)
+static double weight(double logit, double largest, double temperature)
 {
-    size_t V = (size_t)model->vocab_size, count = V;
-    double first = model->wanted[ranked(model, 0)], total = 0, sum = 0;
-    double temperature = options->temperature > LEAST_TEMPERATURE ? options->temperature : LEAST_TEMPERATURE;
-    if (options->top_k > 0 && (uint64_t)options->top_k < V) count = (size_t)options->top_k;
+    return exp((logit - largest) / (temperature > LEAST_TEMPERATURE ? temperature : LEAST_TEMPERATURE));
+}
+
+/* Of the keys up to the last one kept, that which ends the shortest beginning with top_p of their weight. */
+static uint64_t last_of_share(smallm *model, uint64_t last, double largest, const smallm_options *options)
+{
+    size_t count = rank(model, last), taken = 0;
+    double total = 0, sum = 0;
     for (size_t i = 0; i < count; i++) {
-        model->weights[i] = exp((first - (double)model->wanted[ranked(model, i)]) / -temperature);
+        model->weights[i] = weight(model->wanted[model->order[i] & 0xFFFFFFFFu], largest, options->temperature);
         total += model->weights[i];
     }
-    size_t keep = count;
-    if (options->top_p < 1) {
-        double share = options->top_p * total;
-        for (keep = 0; keep < count && (sum += model->weights[keep]) < share;) keep++;
-        keep = keep < count ? keep + 1 : count;
-    }
-    if (options->min_p > 0)
-        while (model->weights[keep - 1] < options->min_p) keep--; /* the first is 1 */
-    return keep;
+    for (double share = options->top_p * total; (sum += model->weights[taken]) < share && taken + 1 < count;) taken++;
+    return model->order[taken];
 }
 
 /* The id that u in [0, 1) takes by model->wanted; -1 if these are not finite. */
 static int64_t sample(smallm *model, double u, const smallm_options *options)
 {
-    size_t likeliest = 0, V = (size_t)model->vocab_size;
+    size_t likeliest = 0, V = (size_t)model->vocab_size, taken = 0;
     for (size_t i = 0; i < V; i++) {
         if (isnan(model->wanted[i])) return -1;
         if (model->wanted[i] > model->wanted[likeliest]) likeliest = i;
     }
-    if (!isfinite(model->wanted[likeliest])) return -1;
+    double largest = model->wanted[likeliest], sum = 0;
+    if (!isfinite(largest)) return -1;
     if (options->temperature == 0) return (int64_t)likeliest;
-    rank(model);
-    size_t count = weigh(model, options), taken = 0;
-    double total = 0, sum = 0;
-    for (size_t i = 0; i < count; i++) total += model->weights[i];
-    for (double share = u * total; taken + 1 < count && (sum += model->weights[taken]) <= share;) taken++;
-    return ranked(model, taken);
+    uint64_t last = UINT64_MAX; /* key that is kept */
+    make_keys(model);
+    if (options->top_k > 0 && (uint64_t)options->top_k < V) last = key_at(model, (size_t)options->top_k - 1);
+    if (options->top_p < 1) last = last_of_share(model, last, largest, options);
+    for (size_t i = 0; i < V; i++) {
+        double one = model->keys[i] <= last ? weight(model->wanted[i], largest, options->temperature) : 0;
+        model->weights[i] = sum += one >= options->min_p ? one : 0;
+    }
+    for (double share = u * sum; model->weights[taken] <= share;) taken++; /* u < 1, so one is more */
+    return (int64_t)taken;
 }
 
 /* -- from ids to text -- */
@@ -1664,7 +1690,7 @@ void smallm_close(smallm *model)
     end_draft(&model->draft);
     void *memory[] = {model->tokens, model->start_text, model->past, model->past_names, (void *)model->names,
                       (void *)model->values, model->cache, model->mask, model->ids, model->history, model->logits,
-                      model->wanted, model->order, model->spare, model->weights};
+                      model->wanted, model->keys, model->order, model->spare, model->weights};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free(memory[i]);
     free(model);
 }

@@ -545,44 +545,59 @@ function breathe() {
 
 // -- from logits to an id: the definition that every host shares stands in smallm/sampling.py
 
-/** logits (V,) and u in [0, 1) -> the id taken. Sorts values alone, and then looks where the value taken stands. */
+/** logits (V,) and u in [0, 1) -> the id taken. */
 export function sample(logits, u, sampling) {
-  const descending = logits.slice().sort().reverse(); // NaN goes to the front
-  const cumulative = weightsOf(descending, sampling);
-  for (let rank = 1; rank < cumulative.length; rank++) cumulative[rank] += cumulative[rank - 1];
-  const wanted = u * cumulative.at(-1);
-  const rank = cumulative.findIndex((sum) => sum > wanted);
-  const value = descending[rank];
-  let id = logits.indexOf(value);
-  for (let earlier = descending.indexOf(value); earlier < rank; earlier++) id = logits.indexOf(value, id + 1);
-  return id;
+  const { temperature, minP = 0 } = sampling;
+  const likeliest = argmax(logits);
+  if (temperature === 0) return likeliest;
+  const largest = logits[likeliest];
+  const { least, count } = lastKept(logits, largest, sampling);
+  const cumulative = new Float64Array(logits.length);
+  let sum = 0;
+  let left = count; // ids with the least logit that may still be taken: the lower ones
+  for (let id = 0; id < logits.length; id++) {
+    const kept = logits[id] > least || (logits[id] === least && left-- > 0);
+    const weight = kept ? weigh(logits[id], largest, temperature) : 0;
+    sum += weight >= minP ? weight : 0;
+    cumulative[id] = sum;
+  }
+  return cumulative.findIndex((upTo) => upTo > u * sum);
+}
+
+/** The place of the largest logit, the first of equal ones. */
+function argmax(logits) {
+  let likeliest = 0;
+  for (let id = 0; id < logits.length; id++) {
+    if (Number.isNaN(logits[id])) throw new Error(NOT_FINITE);
+    if (logits[id] > logits[likeliest]) likeliest = id;
+  }
+  if (!Number.isFinite(logits[likeliest])) throw new Error(NOT_FINITE);
+  return likeliest;
+}
+
+/** The least logit that top-k and top-p keep, and how many ids that have it. Sorts values alone. */
+function lastKept(logits, largest, { temperature, topK = 0, topP = 1 }) {
+  if (topP === 1 && (topK === 0 || topK >= logits.length)) return { least: -Infinity, count: logits.length };
+  let descending = logits.slice().sort().reverse().subarray(0, topK || logits.length);
+  if (topP < 1) {
+    const weights = Float64Array.from(descending, (logit) => weigh(logit, largest, temperature));
+    const total = weights.reduce((sum, weight) => sum + weight, 0);
+    let sum = 0;
+    descending = descending.subarray(0, weights.findIndex((weight) => (sum += weight) >= topP * total) + 1);
+  }
+  const least = descending.at(-1);
+  return { least, count: descending.length - descending.indexOf(least) };
+}
+
+function weigh(logit, largest, temperature) {
+  return Math.exp((logit - largest) / Math.max(temperature, LEAST_TEMPERATURE));
 }
 
 /** logits (V,) -> all ids, likeliest first, of equal logits the lower one, and their weights at temperature 1. */
 function ranked(logits) {
+  const largest = logits[argmax(logits)];
   const order = Array.from(logits.keys()).sort((a, b) => logits[b] - logits[a] || a - b);
-  return [order, weightsOf(Float32Array.from(order, (id) => logits[id]), { temperature: 1 })];
-}
-
-/** Logits (V,), the largest first -> weights (K,) float64 of those that may be taken, the first 1. */
-function weightsOf(descending, { temperature, topK = 0, topP = 1, minP = 0 }) {
-  const first = descending[0];
-  if (!Number.isFinite(first) || Number.isNaN(descending.at(-1))) throw new Error(NOT_FINITE);
-  if (temperature === 0) return Float64Array.of(1);
-  const divisor = Math.max(temperature, LEAST_TEMPERATURE);
-  const weights = Float64Array.from(topK ? descending.subarray(0, topK) : descending);
-  for (let rank = 0; rank < weights.length; rank++) weights[rank] = Math.exp((weights[rank] - first) / divisor);
-  let keep = weights.length;
-  if (topP < 1) {
-    const total = weights.reduce((sum, weight) => sum + weight, 0);
-    let sum = 0;
-    keep = weights.findIndex((weight) => (sum += weight) >= topP * total) + 1;
-  }
-  if (minP > 0) {
-    const fewer = weights.findIndex((weight) => weight < minP);
-    if (fewer >= 0) keep = Math.min(keep, fewer);
-  }
-  return weights.subarray(0, keep);
+  return [order, order.map((id) => weigh(logits[id], largest, 1))];
 }
 
 /** logits (V,) -> such in which those of the ids are less likely, once however often they occur; single precision. */
