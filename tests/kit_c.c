@@ -114,8 +114,8 @@ static int print_pieces(char **argv)
     size_t bytes, before;
     smallm_status status = smallm_open(argv[0], NULL, &model);
     smallm_default_options(model, &options, sizeof options);
-    options.max_length = atoi(argv[2]), options.rng_seed = 3, options.temperature = 1, options.overflow = SMALLM_SHIFT;
-    options.top_k = 0, options.min_length = atoi(argv[5]);
+    options.max_length = atoi(argv[2]), options.rng_seed = 3, options.temperature = 1, options.top_k = 0;
+    options.min_length = atoi(argv[5]), options.overflow = atoi(argv[8]);
     options.stops = stops, options.stop_count = 2;
     options.repetition_penalty = strtod(argv[6], NULL), options.repetition_window = atoi(argv[7]);
     if (status == SMALLM_OK) status = smallm_generate_start(model, argv[1], strlen(argv[1]), &options);
@@ -209,7 +209,8 @@ static int make_mistakes(char **argv)
     WITH(repetition_window = 1 << 20);
     WITH(max_length = -1);
     WITH(min_length = 501);
-    WITH(overflow = 2);
+    WITH(overflow = SMALLM_SLIDE);
+    WITH(overflow = 3);
     WITH(stop_count = 1);
     options.stops = stops + 1;
     SAY("a stop that is NULL", start_with(model, options), model);

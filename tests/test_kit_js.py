@@ -181,6 +181,19 @@ def test_every_option(ask, exported, model, host):
     assert len(set(expected)) > len(expected) / 2
 
 
+@pytest.mark.parametrize("host", HOSTS)
+def test_texts_slide_as_in_python(ask, tmp_path, host):
+    """2,000 characters are many slides; it is the default of a model with a window."""
+    for window, block_size in ((9, 32), (20, 64), (1, 8), (2, 9), (16, 16)):
+        path = save_onnx(random_model(window=window, block_size=block_size), tmp_path / MODEL_FILE)
+        python, seed = LanguageModel.load(path), "aé中𝄞"
+        asked = [["generate", seed, {"maxLength": 2000, "rngSeed": 5}]]
+        asked += [["generate", seed, {"maxLength": 100, "rngSeed": 5, "overflow": o}] for o in ("crop", "shift")]
+        expected = [python.generate(seed, 2000, rng_seed=5)]
+        expected += [python.generate(seed, 100, rng_seed=5, overflow=overflow) for overflow in ("crop", "shift")]
+        assert values(ask(host, path, asked)) == expected
+
+
 def test_bytes_that_are_not_utf8_become_the_same_characters(ask, noise):
     """Byte for byte: the two decoders have to agree on what one invalid sequence is."""
     python = LanguageModel.load(noise)
@@ -264,6 +277,7 @@ MISTAKES = {
     "rngSeed": (["generate", "a", {"rngSeed": 2**32}], "rngSeed = 4294967296 is out of range"),
     "streamNumber": (["generate", "a", {"streamNumber": -1}], "streamNumber = -1 is out of range"),
     "overflow": (["generate", "a", {"overflow": "wrap"}], "overflow = wrap is out of range"),
+    "no window": (["generate", "a", {"overflow": "slide"}], "overflow = slide needs a model that was trained with"),
     "unknown option": (["generate", "a", {"top_k": 3}], "option top_k is unknown; there are maxLength, temperature"),
     "number of next characters": (["nextCharacters", "a", -1], "n = -1 is out of range"),
 }
@@ -333,6 +347,10 @@ def broken_models(exported, tmp_path_factory) -> dict[str, tuple[Path, str]]:
         "a string for a size": ({"block_size": '"32"'}, "has broken metadata"),
         "no size": ({"n_layer": None}, "has broken metadata"),
         "heads that do not divide": ({"n_kv_head": "3"}, "has broken metadata"),
+        "window": ({"window": "33"}, "has broken metadata"),
+        "half a position": ({"window": "1.5"}, "has broken metadata"),
+        "no angle": ({"rope_theta": "0"}, "has broken metadata"),
+        "odd head_dim": ({"head_dim": "15"}, "has broken metadata"),
         "half a character": ({"tokens": '"e282"'}, "has broken metadata"),
         "no tokens": ({"tokens": "7"}, "has broken metadata"),
         "no start": ({"start_text": '""'}, "has broken metadata"),

@@ -89,8 +89,8 @@ struct smallm {
     bool open;
 
     /* What the model says about itself. */
-    int32_t block_size, n_layer, n_head, n_kv_head, n_embd, head_dim, vocab_size;
-    double temperature, top_p, min_p;
+    int32_t block_size, n_layer, n_head, n_kv_head, n_embd, head_dim, vocab_size, window;
+    double rope_theta, temperature, top_p, min_p;
     int64_t top_k;
     token *tokens;
     size_t token_count;
@@ -112,6 +112,7 @@ struct smallm {
     size_t ids_bound;
     OrtValue *mask_value, *keep_value, *logits_value;
     float *cache;          /* (2 L, n_kv_head, T, head_dim) */
+    float *turn;           /* (head_dim): cosines, then sines, by which keys turn back when the cache slides */
     int64_t *mask, *ids;   /* (T) */
     int64_t keep;
     float *logits;         /* (V): the prediction */
@@ -767,6 +768,20 @@ static bool read_sampling(smallm *model, span file)
     return values[2] > 0 && values[2] <= 1 && values[3] >= 0 && values[3] <= 1;
 }
 
+/* What is needed to slide; files that were written before there were windows do not have it. */
+static bool read_window(smallm *model, span file)
+{
+    span json;
+    bool whole;
+    model->window = 0, model->rope_theta = 10000;
+    if (metadata(file, "smallm.window", &json) && !json_size(json, &model->window)) return false;
+    if (metadata(file, "smallm.rope_theta", &json) &&
+        !(json_number(&json, &model->rope_theta, &whole) && at_end(&json)))
+        return false;
+    return model->window <= model->block_size && model->rope_theta > 0 && model->rope_theta < 1e30 &&
+           model->head_dim % 2 == 0;
+}
+
 static smallm_status read_vocabulary(smallm *model, span file)
 {
     uint8_t *text = NULL;
@@ -808,7 +823,8 @@ static smallm_status read_manifest(smallm *model, span file)
                 read_size(file, "smallm.n_embd", &model->n_embd) &&
                 read_size(file, "smallm.head_dim", &model->head_dim) &&
                 read_size(file, "smallm.vocab_size", &model->vocab_size);
-    if (!sane || model->n_layer > MOST_LAYERS || model->n_head % model->n_kv_head != 0 || !read_sampling(model, file))
+    if (!sane || model->n_layer > MOST_LAYERS || model->n_head % model->n_kv_head != 0 || !read_window(model, file) ||
+        !read_sampling(model, file))
         return broken_metadata(model);
     smallm_status status = read_vocabulary(model, file);
     if (status != SMALLM_OK) return status;
@@ -990,6 +1006,7 @@ static smallm_status allocate(smallm *model)
     model->names = calloc(PLAIN_INPUTS + parts, sizeof *model->names);
     model->values = calloc(PLAIN_INPUTS + parts, sizeof *model->values);
     model->cache = calloc(parts * layer, sizeof *model->cache);
+    model->turn = calloc((size_t)model->head_dim, sizeof *model->turn);
     model->mask = calloc(T, sizeof *model->mask);
     model->ids = calloc(T, sizeof *model->ids);
     model->history = calloc(2 * T, sizeof *model->history);
@@ -999,10 +1016,21 @@ static smallm_status allocate(smallm *model)
     model->order = calloc(V, sizeof *model->order);
     model->spare = calloc(V, sizeof *model->spare);
     model->weights = calloc(V, sizeof *model->weights);
-    bool enough = model->past && model->past_names && model->names && model->values && model->cache && model->mask &&
-                  model->ids && model->history && model->logits && model->wanted && model->keys && model->order &&
-                  model->spare && model->weights;
+    bool enough = model->past && model->past_names && model->names && model->values && model->cache && model->turn &&
+                  model->mask && model->ids && model->history && model->logits && model->wanted &&
+                  model->keys && model->order && model->spare && model->weights;
     return enough ? SMALLM_OK : no_memory(model);
+}
+
+/* By how much keys turn back when those that the window sees move from the end of a full cache to its beginning. */
+static void prepare_turn(smallm *model)
+{
+    int32_t half = model->head_dim / 2, moved = model->block_size - (model->window - 1);
+    for (int32_t i = 0; i < half; i++) {
+        double angle = moved * pow(model->rope_theta, -(double)i / half);
+        model->turn[i] = (float)cos(angle);
+        model->turn[half + i] = (float)sin(angle);
+    }
 }
 
 /* Tells ONNX Runtime once where everything lies. Past and present are one buffer, so a step copies nothing, and the
@@ -1015,6 +1043,7 @@ static smallm_status bind(smallm *model)
     size_t layer = (size_t)(cache[1] * cache[2] * cache[3]);
     char present[MOST_NAME];
     TRY_OWN(allocate(model));
+    if (model->window > 0) prepare_turn(model);
     TRY(ort->CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &model->memory));
     TRY(ort->CreateIoBinding(model->session, &model->binding));
     for (int i = 0; i < 2 * model->n_layer; i++) {
@@ -1053,11 +1082,39 @@ static smallm_status run(smallm *model, size_t count)
     return SMALLM_OK;
 }
 
+/* Turns one key back, in single precision. Products have statements of their own, or compilers might fuse them. */
+static void turn_back(float *key, const float *turn, size_t half)
+{
+    for (size_t i = 0; i < half; i++) {
+        float low_cos = key[i] * turn[i], high_sin = key[half + i] * turn[half + i];
+        float high_cos = key[half + i] * turn[i], low_sin = key[i] * turn[half + i];
+        key[i] = low_cos + high_sin;
+        key[half + i] = high_cos - low_sin;
+    }
+}
+
+/* Keeps what the window of the model still sees of a full cache, at its beginning, so that there is room again. What
+   follows is what it would be in an endless cache: rotary attention depends on distances only (Su et al. 2021). */
+static void slide(smallm *model)
+{
+    size_t T = (size_t)model->block_size, width = (size_t)model->head_dim, kept = (size_t)model->window - 1;
+    size_t heads = (size_t)model->n_kv_head;
+    for (size_t part = 0; part < 2 * (size_t)model->n_layer * heads; part++) { /* heads of keys, of values, of keys ... */
+        float *rows = model->cache + part * T * width;
+        memmove(rows, rows + (T - kept) * width, kept * width * sizeof *rows);
+        for (size_t row = 0; row < kept && part / heads % 2 == 0; row++)
+            turn_back(rows + row * width, model->turn, width / 2);
+    }
+    for (size_t i = kept; i < T; i++) model->mask[i] = 0;
+    model->draft.fed = kept;
+}
+
 /* The logits after all of the text so far, in model->logits. */
 static smallm_status predict(smallm *model)
 {
     draft *d = &model->draft;
     size_t T = (size_t)model->block_size;
+    if (d->fed == T && d->options.overflow == SMALLM_SLIDE) slide(model);
     if (d->fed > 0 && d->fed < T) {
         model->ids[0] = model->history[d->known - 1];
         model->mask[d->fed++] = 1;
@@ -1344,8 +1401,11 @@ static smallm_status check_options(smallm *model, const smallm_options *o)
     if (o->min_length > o->max_length)
         return fail(model, SMALLM_MISTAKE, "min_length = %lld is more than max_length = %lld; they leave no text",
                     (long long)o->min_length, (long long)o->max_length);
-    if (o->overflow != SMALLM_CROP && o->overflow != SMALLM_SHIFT)
-        return out_of_range(model, "overflow", o->overflow, "SMALLM_CROP or SMALLM_SHIFT");
+    if (o->overflow != SMALLM_CROP && o->overflow != SMALLM_SHIFT && o->overflow != SMALLM_SLIDE)
+        return out_of_range(model, "overflow", o->overflow, "SMALLM_CROP, SMALLM_SHIFT or SMALLM_SLIDE");
+    if (o->overflow == SMALLM_SLIDE && model->window == 0)
+        return fail(model, SMALLM_MISTAKE, "overflow = SMALLM_SLIDE needs a model that was trained with model.window; "
+                    "use SMALLM_CROP or SMALLM_SHIFT");
     return SMALLM_OK;
 }
 
@@ -1589,6 +1649,7 @@ void smallm_default_options(const smallm *model, smallm_options *options, size_t
     all.top_p = model != NULL && model->open ? model->top_p : 1;
     all.min_p = model != NULL && model->open ? model->min_p : 0;
     all.repetition_penalty = 1;
+    all.overflow = model != NULL && model->open && model->window > 0 ? SMALLM_SLIDE : SMALLM_CROP;
     if (options == NULL) return;
     memset(options, 0, size);
     memcpy(options, &all, size < sizeof all ? size : sizeof all);
@@ -1689,7 +1750,7 @@ void smallm_close(smallm *model)
     close_session(model);
     end_draft(&model->draft);
     void *memory[] = {model->tokens, model->start_text, model->past, model->past_names, (void *)model->names,
-                      (void *)model->values, model->cache, model->mask, model->ids, model->history, model->logits,
+                      (void *)model->values, model->cache, model->turn, model->mask, model->ids, model->history, model->logits,
                       model->wanted, model->keys, model->order, model->spare, model->weights};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free(memory[i]);
     free(model);

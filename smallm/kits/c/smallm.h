@@ -51,7 +51,8 @@ typedef struct smallm_open_options {
 /* What happens when the text outgrows the model's context of block_size ids (characters, mostly). */
 enum {
     SMALLM_CROP = 0, /* the model sees exactly the last block_size ids: a whole window is computed for each */
-    SMALLM_SHIFT = 1 /* it goes on with the newest half of the window whenever that is full: costs nothing more */
+    SMALLM_SHIFT = 1, /* it goes on with the newest half of the window whenever that is full: costs nothing more */
+    SMALLM_SLIDE = 2  /* only for models trained with model.window, exact, and costs nothing more; their default */
 };
 
 /* Let smallm_default_options fill it in, then change what you like. */
@@ -69,7 +70,7 @@ typedef struct smallm_options {
     const char *const *stops;   /* the text ends before the first of these (each UTF-8, ended by NUL; "" is none) */
     size_t stop_count;          /* default 0 */
     int64_t min_length;         /* a stop that begins within so many new characters is text like any other; default 0 */
-    int32_t overflow;           /* SMALLM_CROP (default) or SMALLM_SHIFT */
+    int32_t overflow;           /* SMALLM_CROP, SMALLM_SHIFT or SMALLM_SLIDE; default: slide if it can, else crop */
 } smallm_options;
 
 /* Opens a model file. options NULL = defaults. *model is set in any case, to be closed by smallm_close: where opening

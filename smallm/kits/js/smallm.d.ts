@@ -36,10 +36,11 @@ export interface GenerateOptions {
   /** A stop that begins within so many new characters is text like any other; default 0. */
   minLength?: number;
   /**
-   * Past blockSize ids, "crop" (default) computes the last blockSize ids anew for each id, which is exact; "shift" goes
-   * on with the newest half of them whenever they are full, which is faster.
+   * Past blockSize ids, "crop" computes the last blockSize ids anew for each id, which is exact; "shift" goes on with
+   * the newest half of them whenever they are full, which is faster; "slide", only for models trained with
+   * model.window, is both. Default: "slide" for those, else "crop".
    */
-  overflow?: "crop" | "shift";
+  overflow?: "crop" | "shift" | "slide";
 }
 
 /** A character as it comes. */
@@ -60,6 +61,10 @@ export interface Manifest {
   n_embd: number;
   head_dim: number;
   vocab_size: number;
+  /** Positions that attention sees, its own included; 0 = the whole context. */
+  window: number;
+  /** Base of the rotary positions. */
+  rope_theta: number;
   /** Ids from 256 up in hexadecimal UTF-8. */
   tokens: string;
   /** What an empty seed stands for. */

@@ -28,7 +28,7 @@ const OPTIONS = {
   streamNumber: 0,
   stop: [],
   minLength: 0,
-  overflow: "crop",
+  overflow: undefined, // "slide" if the model has a window, else "crop"
 };
 
 export class LanguageModel {
@@ -77,6 +77,7 @@ export class LanguageModel {
         await breathe();
         resumed = performance.now();
       }
+      if (context.length === this.blockSize && draft.request.overflow === "slide") context.slide();
       if (0 < context.length && context.length < this.blockSize) {
         draft.choose(await context.feed(draft.history.slice(-1)));
       } else {
@@ -183,6 +184,7 @@ class Network {
     this.ones = new BigInt64Array(manifest.block_size).fill(1n); // the mask of a full context
     const nothing = new ort.Tensor("float32", new Float32Array(0), [1, manifest.n_kv_head, 0, manifest.head_dim]);
     this.empty = parts.map(() => nothing);
+    this.turn = rotation(manifest.block_size - (manifest.window - 1), manifest);
   }
 
   /**
@@ -240,8 +242,49 @@ class Context {
     this.length = 0;
   }
 
+  /**
+   * Keeps what the model's window still sees, so that there is room again. Keys are turned back by as many positions as
+   * they move: rotary attention depends on distances only (Su et al. 2021), so nothing else changes.
+   */
+  slide() {
+    const { network, length } = this;
+    const { n_kv_head: heads, head_dim: width, window } = network.manifest;
+    const kept = window - 1;
+    if (kept === 0) return this.reset();
+    this.cache = this.cache.map((tensor, part) => {
+      const rows = new Float32Array(heads * kept * width);
+      for (let head = 0; head < heads; head++) {
+        const end = (head + 1) * length * width;
+        rows.set(tensor.data.subarray(end - kept * width, end), head * kept * width);
+      }
+      if (part % 2 === 0) turnBack(rows, network.turn); // keys; then come values
+      return new network.ort.Tensor("float32", rows, [1, heads, kept, width]);
+    });
+    this.length = kept;
+  }
+
   copy() {
     return new Context(this.network, this.cache, this.length);
+  }
+}
+
+/** Cosines and sines (head_dim / 2,) of the angles by which so many positions turn a key, in single precision. */
+function rotation(positions, { head_dim, rope_theta }) {
+  const half = head_dim / 2;
+  const angles = Float64Array.from({ length: half }, (_, i) => positions * rope_theta ** (-i / half));
+  return { cos: Float32Array.from(angles, Math.cos), sin: Float32Array.from(angles, Math.sin) };
+}
+
+/** Turns keys (n * head_dim,) back in place; products and sums are rounded to single precision. */
+function turnBack(keys, { cos, sin }) {
+  const half = cos.length;
+  for (let start = 0; start < keys.length; start += 2 * half) {
+    for (let i = 0; i < half; i++) {
+      const low = keys[start + i];
+      const high = keys[start + half + i];
+      keys[start + i] = Math.fround(low * cos[i]) + Math.fround(high * sin[i]);
+      keys[start + half + i] = Math.fround(high * cos[i]) - Math.fround(low * sin[i]);
+    }
   }
 }
 
@@ -281,7 +324,7 @@ function readManifest(bytes, source) {
   const values = Object.entries(metadata).filter(([key]) => key.startsWith("smallm."));
   if (values.length === 0) throw new Error(`${source} is not a smallm model; write one with python export.py`);
   const nonsense = new Error(`${source} has broken metadata; export the model again`);
-  const manifest = { sampling: {}, training: {}, precision: "fp32", quality: {} };
+  const manifest = { sampling: {}, training: {}, precision: "fp32", quality: {}, window: 0, rope_theta: 10000 };
   try {
     for (const [key, value] of values) manifest[key.slice("smallm.".length)] = JSON.parse(value);
   } catch {
@@ -307,7 +350,9 @@ function isSane(m) {
   if (!sizes.every((size) => isWhole(size) && size > 0 && size < 2 ** 24)) return false;
   const dictionaries = [m.sampling, m.training, m.quality];
   if (!dictionaries.every((x) => x !== null && typeof x === "object" && !Array.isArray(x))) return false;
-  if (m.n_layer >= 1000 || m.n_head % m.n_kv_head !== 0) return false;
+  if (m.n_layer >= 1000 || m.n_head % m.n_kv_head !== 0 || m.head_dim % 2 !== 0) return false;
+  if (!isWhole(m.window) || !isWithin(m.window, 0, m.block_size)) return false;
+  if (!(isWithin(m.rope_theta, 0, 1e30) && 0 < m.rope_theta && m.rope_theta < 1e30)) return false;
   if ([m.tokens, m.start_text, m.precision].some((x) => typeof x !== "string")) return false;
   try {
     const vocabulary = new Vocabulary(m.tokens);
@@ -679,9 +724,13 @@ function resolve(manifest, options) {
   if (o.minLength > o.maxLength) {
     throw new Error(`minLength = ${o.minLength} is more than maxLength = ${o.maxLength}; they leave no text`);
   }
-  check(["crop", "shift"].includes(o.overflow), "overflow", o.overflow, '"crop" or "shift"');
+  const overflow = o.overflow ?? (manifest.window ? "slide" : "crop");
+  check(["crop", "shift", "slide"].includes(overflow), "overflow", overflow, '"crop", "shift" or "slide"');
+  if (overflow === "slide" && !manifest.window) {
+    throw new Error('overflow = slide needs a model that was trained with model.window; use "crop" or "shift"');
+  }
   const stops = [o.stop].flat().filter((word) => wellFormed(word, "stop") !== "");
-  return { ...o, sampling, stops, rngSeed, repetitionWindow: o.repetitionWindow || size };
+  return { ...o, sampling, stops, rngSeed, overflow, repetitionWindow: o.repetitionWindow || size };
 }
 
 function isWhole(value) {
