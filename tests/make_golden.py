@@ -9,6 +9,8 @@ import json
 import math
 import struct
 from collections.abc import Iterable
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +93,53 @@ def golden_ids(case: dict[str, Any]) -> list[int]:
     return ids
 
 
+def permitted_ids(case: dict[str, Any]) -> list[int]:
+    """The ids that may come after the bytes `after` of an unfinished character, of a vocabulary with these `tokens`."""
+    spelled = [bytes([byte]) for byte in range(256)] + [bytes.fromhex(token) for token in case["tokens"].split()]
+    after = bytes.fromhex(case["after"])
+    return [id for id, bytes_ in enumerate(spelled) if may_come(after + bytes_, case["allowed"], case["banned"])]
+
+
+def may_come(spelled: bytes, allowed: str | None, banned: str) -> bool:
+    unfinished = next((spelled[-n:] for n in (3, 2, 1) if begins_character(spelled[-n:])), b"")
+    completed = spelled[: len(spelled) - len(unfinished)].decode(errors="replace")
+    if not all((allowed is None or c in allowed) and c not in banned for c in completed):
+        return False
+    return not unfinished or any(c not in banned for c in endings(unfinished, allowed))
+
+
+@cache
+def begins_character(spelled: bytes) -> bool:
+    """Whether a character begins with these bytes and goes on after them."""
+    leads = 0 < len(spelled) < 4 and 0xC2 <= spelled[0] <= 0xF4
+    return leads and len(spelled) < length(spelled[0]) and any(endings(spelled, None))
+
+
+def length(lead: int) -> int:
+    """Bytes of a character that begins with this one and is not ASCII."""
+    return 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+
+
+def endings(unfinished: bytes, allowed: str | None) -> Iterable[str]:
+    """The characters that begin with these bytes."""
+    if allowed is not None:
+        yield from (c for c in allowed if c.encode().startswith(unfinished))
+        return
+    for end in product(range(0x80, 0xC0), repeat=length(unfinished[0]) - len(unfinished)):
+        try:
+            yield (unfinished + bytes(end)).decode()
+        except UnicodeDecodeError:  # overlong, or a surrogate
+            continue
+
+
 def content(golden: dict[str, list[dict[str, Any]]]) -> str:
     """The file for these cases, whatever results they have: one a line."""
     for case in golden["draws"]:
         case["x"] = [draw(case["rng_seed"], case["stream_number"], i) for i in range(1, 6)]
     for case in golden["ids"]:
         case["ids"] = golden_ids(case)
+    for case in golden["permitted"]:
+        case["ids"] = permitted_ids(case)
     parts = []
     for name, cases in golden.items():
         lines = ",\n".join("    " + json.dumps(case, ensure_ascii=False) for case in cases)

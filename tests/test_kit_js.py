@@ -53,7 +53,14 @@ OPTIONS = [
     {"top_p": 1e-9},
     {"temperature": 1e-300},
     {"temperature": 2.0},
+    {"allowed": "the moonéz"},
+    {"banned": "aeiou\ufffd", "temperature": 1.5},
+    {"allowed": "abé", "banned": "b", "repetition_penalty": 1.5},
 ]
+PERMITTED = [
+    {"allowed": "abé€𝄞\ufffd"}, {"allowed": "𝄞€"}, {"banned": "aeiouéñ\ufffd"}, {"allowed": "ab é", "banned": "bé"},
+    {"banned": "\ufffd", "repetition_penalty": 1.5}, {"allowed": "0123456789", "temperature": 0.0},
+]  # fmt: skip
 
 
 def names_in_js(options: dict) -> dict:
@@ -166,6 +173,7 @@ def test_golden_draws_and_ids(node):
     found = json.loads(run_node(node, JS / "golden.mjs", MODULE, GOLDEN_FILE))
     assert found["draws"] == [[(x >> 8) / 16777216 for x in case["x"]] for case in GOLDEN["draws"]]
     assert found["ids"] == [case["ids"] for case in GOLDEN["ids"]]
+    assert found["permitted"] == [case["ids"] for case in GOLDEN["permitted"]]
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -202,6 +210,17 @@ def test_bytes_that_are_not_utf8_become_the_same_characters(ask, noise):
     expected = [python.generate("é", 150, rng_seed=s, temperature=2.0) for s in seeds]
     assert values(ask("onnxruntime-node", noise, asked)) == expected
     assert sum(text.count("\ufffd") for text in expected) > 500
+
+
+def test_permitted_characters_are_those_of_python(ask, noise):
+    """Random weights, so that all that is permitted comes."""
+    python, usual = LanguageModel.load(noise), {"temperature": 3.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    options = [usual | {"rng_seed": 5} | each for each in PERMITTED]
+    asked = [["generate", "aé", names_in_js(each) | {"maxLength": 300}] for each in options]
+    texts = values(ask("onnxruntime-node", noise, asked))
+    assert texts == [python.generate("aé", 300, **each) for each in options]
+    for text, each in zip(texts, PERMITTED, strict=True):
+        assert set(text[2:]) <= set(each.get("allowed", text)) - set(each.get("banned", ""))
 
 
 def test_a_byte_order_mark_is_text(ask, noise):
@@ -278,6 +297,10 @@ MISTAKES = {
     "streamNumber": (["generate", "a", {"streamNumber": -1}], "streamNumber = -1 is out of range"),
     "overflow": (["generate", "a", {"overflow": "wrap"}], "overflow = wrap is out of range"),
     "no window": (["generate", "a", {"overflow": "slide"}], "overflow = slide needs a model that was trained with"),
+    "nothing allowed": (["generate", "a", {"allowed": ""}], "allowed and banned leave no character"),
+    "all banned": (["generate", "a", {"allowed": "aé", "banned": "éa"}], "allowed and banned leave no character"),
+    "lone surrogate allowed": (["generate", "a", {"allowed": "a\ud800"}], "allowed has a lone surrogate"),
+    "a list of banned ones": (["generate", "a", {"banned": ["a"]}], "banned is no string"),
     "unknown option": (["generate", "a", {"top_k": 3}], "option top_k is unknown; there are maxLength, temperature"),
     "number of next characters": (["nextCharacters", "a", -1], "n = -1 is out of range"),
 }
@@ -412,7 +435,7 @@ def test_the_types_name_all_options():
     listed = MODULE.read_text().split("const OPTIONS = {")[1].split("\n}")[0]
     names = re.findall(r"^  (\w+)\??:", declared, re.MULTILINE)
     assert names == re.findall(r"^  (\w+):", listed, re.MULTILINE)
-    assert set(names) == {*names_in_js(Options.__annotations__), "maxLength"} - {"allowed", "banned"}
+    assert set(names) == {*names_in_js(Options.__annotations__), "maxLength"}
 
 
 # -- the Node package

@@ -28,6 +28,7 @@ static const char USAGE[] =
     "  --rng-seed N --stream-number N           equal numbers, equal text; default: the time\n"
     "  --stop TEXT                              ends the text before TEXT; may be repeated\n"
     "  --min-length N                           a stop within so many characters does not count\n"
+    "  --allowed CHARACTERS --banned CHARACTERS the only ones to write; those not to write\n"
     "  --overflow crop|shift|slide              past the model's context: exact; fast; both, if the model has a window\n"
     "  --threads N                              default: as many as suit the model\n"
     "  --score FILE                             prints the mean nats per character of FILE instead\n";
@@ -75,6 +76,8 @@ static int read_option(arguments *a, const char *name, const char *value, int *k
     if (strcmp(name, "--seed") == 0) a->seed = value;
     else if (strcmp(name, "--seed-file") == 0) a->seed_file = value;
     else if (strcmp(name, "--score") == 0) a->score = value;
+    else if (strcmp(name, "--allowed") == 0) o->allowed = value;
+    else if (strcmp(name, "--banned") == 0) o->banned = value;
     else if (strcmp(name, "--max-length") == 0) good = whole(value, INT64_MIN, INT64_MAX, &n), o->max_length = n;
     else if (strcmp(name, "--min-length") == 0) good = whole(value, INT64_MIN, INT64_MAX, &n), o->min_length = n;
     else if (strcmp(name, "--temperature") == 0) good = real(value, &o->temperature), a->set |= SET_TEMPERATURE;

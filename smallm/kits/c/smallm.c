@@ -1,8 +1,8 @@
 /* smallm.h in C99, over the C API of ONNX Runtime.
 
    In order: bytes and text; the vocabulary; JSON; what an ONNX file holds; what the model says about itself; ONNX
-   Runtime; from logits to an id; from ids to text; the public functions. SAMPLING.md is the definition of what comes
-   out; smallm/onnx_file.py, manifest.py, decoder.py and draft.py of the Python package do the same things. */
+   Runtime; from logits to an id; which ids are permitted; from ids to text; the public functions. SAMPLING.md is the definition of what comes
+   out; smallm/onnx_file.py, manifest.py, decoder.py, permitted.py and draft.py of the Python package do the same things. */
 
 #include "smallm.h"
 
@@ -36,6 +36,7 @@ enum {
     MOST_THREADS = 1024,
     MOST_NAME = 40,    /* bytes of an input's name, with its NUL */
     MOST_PUSHED = 24,  /* bytes of text that an id can complete: of its 4 bytes each may bring two U+FFFD */
+    CODE_POINTS = 0x110000,
     BIG_LAYER = 1000000 /* bytes; below it a second thread costs a single id more in hand-overs than it saves */
 };
 #define MOST_SIZE (1 << 24)
@@ -77,6 +78,9 @@ typedef struct {
     pending decoder;
     stop *stops;
     uint8_t *words;            /* memory of the stops */
+    uint64_t *characters;      /* (CODE_POINTS / 64): a bit for each, whether it is permitted; NULL = all are */
+    bool *permitted;           /* (vocab_size): whether an id may come after the bytes in `permitted_after` */
+    pending permitted_after;
     size_t *borders;
     char *text;                /* characters that are settled, then those that may be the beginning of a stop */
     char *piece;               /* what was handed out last */
@@ -1252,6 +1256,86 @@ static int64_t sample(smallm *model, double u, const smallm_options *options)
     return (int64_t)taken;
 }
 
+/* -- which ids are permitted -- */
+
+static bool has(const uint64_t *characters, uint32_t code) { return (characters[code / 64] >> code % 64 & 1) != 0; }
+
+static bool has_any(const uint64_t *characters, uint32_t from, uint32_t to)
+{
+    if (to > CODE_POINTS) to = CODE_POINTS;
+    for (uint32_t code = from; code < to;) {
+        if (has(characters, code)) return true;
+        code += code % 64 == 0 && characters[code / 64] == 0 ? 64 : 1;
+    }
+    return false;
+}
+
+/* The bits of a code point that the bytes of a character, or the first ones of it, have. */
+static uint32_t bits_of(const uint8_t *bytes, int length)
+{
+    uint32_t bits = promised(*bytes) == 1 ? *bytes : *bytes & (0x7Fu >> promised(*bytes));
+    for (int i = 1; i < length; i++) bits = bits << 6 | (bytes[i] & 0x3Fu);
+    return bits;
+}
+
+static void set_characters(uint64_t *characters, span text, bool value)
+{
+    for (int length; (length = character_length(text)) > 0; text.at += length) {
+        uint32_t code = bits_of(text.at, length);
+        uint64_t bit = (uint64_t)1 << code % 64;
+        characters[code / 64] = value ? characters[code / 64] | bit : characters[code / 64] & ~bit;
+    }
+}
+
+/* Whether these bytes can still become a permitted character. */
+static bool can_end_well(const uint64_t *characters, const pending *unfinished)
+{
+    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000}; /* code point that so many bytes spell */
+    if (unfinished->length == 0) return true;
+    int length = promised(unfinished->bytes[0]);
+    uint32_t ends = 1u << 6 * (length - unfinished->length);
+    uint32_t from = bits_of(unfinished->bytes, unfinished->length) * ends;
+    return has_any(characters, from > least[length] ? from : least[length], from + ends);
+}
+
+static span bytes_of(const smallm *model, int64_t id, uint8_t *byte)
+{
+    *byte = (uint8_t)id;
+    return id < 256 ? span_of(byte, 1) : span_of(model->tokens[id - 256].bytes, model->tokens[id - 256].length);
+}
+
+/* Whether an id may come after the bytes of an unfinished character. */
+static bool is_permitted(const smallm *model, const uint64_t *characters, pending unfinished, int64_t id)
+{
+    char text[MOST_PUSHED];
+    uint8_t byte;
+    size_t bytes = 0;
+    for (span s = bytes_of(model, id, &byte); s.at < s.end; s.at++) bytes += push_byte(&unfinished, *s.at, text + bytes);
+    span completed = span_of(text, bytes);
+    for (int length; (length = character_length(completed)) > 0; completed.at += length)
+        if (!has(characters, bits_of(completed.at, length))) return false;
+    return can_end_well(characters, &unfinished);
+}
+
+static void find_permitted(const smallm *model, draft *d)
+{
+    for (int32_t id = 0; id < model->vocab_size; id++)
+        d->permitted[id] = is_permitted(model, d->characters, d->decoder, id);
+    d->permitted_after = d->decoder;
+}
+
+/* Makes the ids that may not come next infinitely unlikely in model->wanted; what is not finite comes out as NaN. */
+static void permit(smallm *model)
+{
+    draft *d = &model->draft;
+    if (d->characters == NULL) return;
+    if (d->decoder.length != d->permitted_after.length ||
+        memcmp(d->decoder.bytes, d->permitted_after.bytes, (size_t)d->decoder.length) != 0)
+        find_permitted(model, d);
+    for (size_t i = 0; i < (size_t)model->vocab_size; i++)
+        if (!d->permitted[i]) model->wanted[i] = model->logits[i] - INFINITY;
+}
+
 /* -- from ids to text -- */
 
 /* Adds an id to what the model has read, of which the last block_size are kept. */
@@ -1323,11 +1407,9 @@ static void push(smallm *model, int64_t id)
     draft *d = &model->draft;
     char text[MOST_PUSHED];
     size_t bytes = 0;
-    uint8_t byte = (uint8_t)id;
-    span spelled = span_of(&byte, 1);
-    if (id >= 256) spelled = span_of(model->tokens[id - 256].bytes, model->tokens[id - 256].length);
+    uint8_t byte;
     remember(model, id);
-    while (spelled.at < spelled.end) bytes += push_byte(&d->decoder, *spelled.at++, text + bytes);
+    for (span s = bytes_of(model, id, &byte); s.at < s.end; s.at++) bytes += push_byte(&d->decoder, *s.at, text + bytes);
     for (size_t at = 0; at < bytes && !d->done;) {
         size_t length = (size_t)promised((uint8_t)text[at]);
         add_character(d, text + at, length);
@@ -1344,6 +1426,7 @@ static smallm_status advance(smallm *model)
     size_t seen = o->repetition_window > 0 ? (size_t)o->repetition_window : (size_t)model->block_size;
     if (seen > d->known) seen = d->known;
     penalise(model, model->logits, model->history + (d->known - seen), seen, o->repetition_penalty);
+    permit(model);
     int64_t id = sample(model, uniform(d), o);
     if (id < 0) return not_finite(model);
     push(model, id);
@@ -1357,6 +1440,8 @@ static void end_draft(draft *d)
     free(d->stops);
     free(d->words);
     free(d->borders);
+    free(d->characters);
+    free(d->permitted);
     free(d->text);
     free(d->piece);
     memset(d, 0, sizeof *d);
@@ -1454,6 +1539,27 @@ static smallm_status prepare_stops(smallm *model, draft *d)
     return SMALLM_OK;
 }
 
+/* Makes the set of the permitted characters, if not all are, and finds the ids that may come first. */
+static smallm_status prepare_permitted(smallm *model, draft *d)
+{
+    const char *allowed = d->options.allowed, *banned = d->options.banned == NULL ? "" : d->options.banned;
+    d->options.allowed = d->options.banned = NULL;
+    if (allowed == NULL && *banned == '\0') return SMALLM_OK;
+    if (allowed != NULL) TRY_OWN(check_text(model, "option allowed", allowed, strlen(allowed)));
+    TRY_OWN(check_text(model, "option banned", banned, strlen(banned)));
+    d->characters = calloc(CODE_POINTS / 64, sizeof *d->characters);
+    d->permitted = calloc((size_t)model->vocab_size, sizeof *d->permitted);
+    if (d->characters == NULL || d->permitted == NULL) return no_memory(model);
+    if (allowed == NULL) memset(d->characters, 0xFF, CODE_POINTS / 8);
+    else set_characters(d->characters, span_of(allowed, strlen(allowed)), true);
+    set_characters(d->characters, span_of(banned, strlen(banned)), false);
+    memset(d->characters + 0xD800 / 64, 0, 0x800 / 8); /* surrogates: no text has them */
+    if (!has_any(d->characters, 0, CODE_POINTS))
+        return fail(model, SMALLM_MISTAKE, "allowed and banned leave no character; allow one that is not banned");
+    find_permitted(model, d);
+    return SMALLM_OK;
+}
+
 static smallm_status start(smallm *model, const char *seed, size_t bytes, const smallm_options *options)
 {
     draft *d = &model->draft;
@@ -1461,6 +1567,7 @@ static smallm_status start(smallm *model, const char *seed, size_t bytes, const 
     TRY_OWN(check_options(model, &d->options));
     TRY_OWN(check_text(model, "seed text", seed, bytes));
     TRY_OWN(prepare_stops(model, d));
+    TRY_OWN(prepare_permitted(model, d));
     remember_seed(model, bytes > 0 ? span_of(seed, bytes) : span_of(model->start_text, model->start_bytes));
     d->key = rng_key(d->options.rng_seed, d->options.stream_number);
     d->done = d->options.max_length == 0;

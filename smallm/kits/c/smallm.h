@@ -71,6 +71,8 @@ typedef struct smallm_options {
     size_t stop_count;          /* default 0 */
     int64_t min_length;         /* a stop that begins within so many new characters is text like any other; default 0 */
     int32_t overflow;           /* SMALLM_CROP, SMALLM_SHIFT or SMALLM_SLIDE; default: slide if it can, else crop */
+    const char *allowed;        /* the only characters that may be written (UTF-8, ended by NUL); default NULL = all */
+    const char *banned;         /* characters that are not written (the same); default NULL = none */
 } smallm_options;
 
 /* Opens a model file. options NULL = defaults. *model is set in any case, to be closed by smallm_close: where opening
@@ -85,7 +87,7 @@ smallm_status smallm_open_memory(const void *data, size_t bytes, const smallm_op
 void smallm_default_options(const smallm *model, smallm_options *options, size_t size);
 
 /* Begins a text after this seed text; empty (bytes = 0) = the start of a text. options NULL = defaults. Ends the text
-   before, if any. Nothing is computed yet. What seed and stops point to is not needed any more when this returns. */
+   before, if any. Nothing is computed yet. What seed and options point to is not needed any more when this returns. */
 smallm_status smallm_generate_start(smallm *model, const char *seed, size_t bytes, const smallm_options *options);
 
 /* The next piece of new text (without the seed): one or more whole characters, ended by a NUL that is not counted.

@@ -14,6 +14,8 @@ const MOST_THREADS = 1024;
 const CACHE_ROOM = 64 * 2 ** 20; // bytes that the cache of keys and values may take whatever the size of the file
 const LEAST_PROBABILITY = 1e-6; // of the beginning of a character whose ends are looked for
 const LEAST_TEMPERATURE = 1e-200; // below it nothing changes any more, but a division could overflow
+const CODE_POINTS = 0x110000;
+const LEAST_CODE = [0, 0, 0x80, 0x800, 0x10000]; // code point that UTF-8 spells in so many bytes
 const BREATH = 16; // milliseconds after which a page may show what has come
 const NOT_FINITE = "the model's logits are not finite: its weights are broken; train it again";
 const OPTIONS = {
@@ -24,6 +26,8 @@ const OPTIONS = {
   minP: undefined,
   repetitionPenalty: 1,
   repetitionWindow: 0,
+  allowed: undefined, // all
+  banned: "",
   rngSeed: undefined,
   streamNumber: 0,
   stop: [],
@@ -414,7 +418,7 @@ function varint(bytes, at) {
 // -- the vocabulary
 
 /** ids 0-255 are the bytes; those from 256 up are `tokens`, non-ASCII characters in UTF-8 and beginnings of them. */
-class Vocabulary {
+export class Vocabulary {
   #ids = new Map(); // hex -> id
   #bytes; // of each id
 
@@ -495,16 +499,116 @@ function wellFormed(text, what) {
 
 // -- one text in the making
 
+/** The bytes of ids as they come -> characters. */
+class Utf8 {
+  /** pending: bytes of a character that is not whole yet. */
+  constructor(pending = []) {
+    this.pending = pending;
+  }
+
+  /** The characters that these bytes complete; U+FFFD for each beginning of one that is broken off, or other byte. */
+  push(bytes) {
+    const characters = [];
+    for (const byte of bytes) {
+      if (this.pending.length > 0 && !continues(this.pending, byte)) {
+        characters.push("\ufffd");
+        this.pending = [];
+      }
+      if (this.pending.length === 0 && promised(byte) === 0) {
+        characters.push("\ufffd");
+        continue;
+      }
+      this.pending = [...this.pending, byte];
+      if (this.pending.length < promised(this.pending[0])) continue;
+      characters.push(String.fromCodePoint(bitsOf(this.pending)));
+      this.pending = [];
+    }
+    return characters;
+  }
+}
+
+/** Bytes of a character that begins with this one; 0 if none does. */
+function promised(lead) {
+  if (lead < 0x80) return 1;
+  return lead < 0xc2 ? 0 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : lead < 0xf5 ? 4 : 0;
+}
+
+/** Whether a byte goes on with the character that these bytes begin: no overlong spellings, no surrogates. */
+function continues([lead, ...others], byte) {
+  if (byte < 0x80 || byte > 0xbf) return false;
+  if (others.length > 0) return true;
+  if (lead === 0xe0) return byte >= 0xa0;
+  if (lead === 0xed) return byte < 0xa0;
+  if (lead === 0xf0) return byte >= 0x90;
+  return lead !== 0xf4 || byte < 0x90;
+}
+
+/** The bits of a code point that the bytes of a character, or the first ones of it, have. */
+function bitsOf([lead, ...others]) {
+  return others.reduce((bits, byte) => (bits << 6) | (byte & 0x3f), lead < 0x80 ? lead : lead & (0x7f >> promised(lead)));
+}
+
+/** A set of characters, seen from the ids of a vocabulary: SAMPLING.md, "Permitted characters". */
+export class Permitted {
+  #vocabulary;
+  #characters = new Uint8Array(CODE_POINTS); // 1 = permitted
+  #found = new Map(); // bytes of an unfinished character -> for each id whether it may come after them
+
+  constructor(vocabulary, allowed, banned) {
+    this.#vocabulary = vocabulary;
+    this.#characters.fill(allowed === undefined ? 1 : 0);
+    for (const character of wellFormed(allowed ?? "", "allowed")) this.#characters[character.codePointAt(0)] = 1;
+    for (const character of wellFormed(banned, "banned")) this.#characters[character.codePointAt(0)] = 0;
+    this.#characters.fill(0, 0xd800, 0xe000); // surrogates: no text has them
+    if (!this.#characters.includes(1)) {
+      throw new Error("allowed and banned leave no character; allow one that is not banned");
+    }
+  }
+
+  /** Bytes of an unfinished character -> for each id (V,) whether it may come after them. */
+  after(pending) {
+    const key = pending.join();
+    if (!this.#found.has(key)) {
+      const ids = Array.from({ length: this.#vocabulary.size }, (_, id) => id);
+      this.#found.set(key, ids.map((id) => this.#fits(pending, id)));
+    }
+    return this.#found.get(key);
+  }
+
+  /** logits (V,) -> new ones, infinitely small for ids that may not come next; NaN for such as were infinite. */
+  only(logits, pending) {
+    const permitted = this.after(pending);
+    return logits.map((logit, id) => (permitted[id] ? logit : logit - Infinity));
+  }
+
+  #fits(pending, id) {
+    const utf8 = new Utf8(pending);
+    const completed = utf8.push(this.#vocabulary.bytes(id));
+    return completed.every((c) => this.#characters[c.codePointAt(0)]) && this.#canEndWell(utf8.pending);
+  }
+
+  #canEndWell(pending) {
+    if (pending.length === 0) return true;
+    const length = promised(pending[0]);
+    const ends = 64 ** (length - pending.length);
+    const from = bitsOf(pending) * ends;
+    return this.#characters.subarray(Math.max(from, LEAST_CODE[length]), from + ends).includes(1);
+  }
+}
+
 /** Takes logits, chooses ids, and hands out the characters that can no longer be part of a stop. */
 class Draft {
   ready = []; // pieces that are settled and not taken yet
   #held = []; // those after them, which may be the beginning of a stop
   #length = 0; // new characters in all
   #nats = 0; // of the ids of a character that is not complete
-  #utf8 = new TextDecoder("utf-8", { ignoreBOM: true });
+  #utf8 = new Utf8();
+  #permitted; // undefined = all are
 
   constructor(vocabulary, ids, blockSize, request) {
     Object.assign(this, { vocabulary, history: ids, blockSize, request });
+    const { allowed, banned } = request;
+    if (allowed !== undefined || banned !== "") this.#permitted = new Permitted(vocabulary, allowed, banned);
     this.rng = new Rng(request.rngSeed, request.streamNumber);
     this.searches = request.stops.map((word) => new Search(word));
     this.done = request.maxLength === 0;
@@ -520,12 +624,13 @@ class Draft {
   choose(logits) {
     const { repetitionPenalty, repetitionWindow, sampling } = this.request;
     const recent = repetitionPenalty === 1 ? [] : this.history.slice(-repetitionWindow);
-    const id = sample(penalise(logits, recent, repetitionPenalty), this.rng.uniform(), sampling);
+    const possible = this.#permitted?.only(logits, this.#utf8.pending) ?? logits;
+    const id = sample(penalise(possible, recent, repetitionPenalty), this.rng.uniform(), sampling);
     this.#nats += surprise(logits, id);
     this.history.push(id);
     if (this.history.length > 2 * this.blockSize) this.history = this.history.slice(-this.blockSize);
-    const text = this.#utf8.decode(this.vocabulary.bytes(id), { stream: true });
-    if (text) this.#add(Array.from(text).slice(0, this.request.maxLength - this.#length));
+    const characters = this.#utf8.push(this.vocabulary.bytes(id));
+    if (characters.length > 0) this.#add(characters.slice(0, this.request.maxLength - this.#length));
   }
 
   #add(characters) {
