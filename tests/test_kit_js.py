@@ -78,8 +78,8 @@ def golden_calls(characters: int) -> list[list]:
 def assert_golden(texts: list[str], model: LanguageModel, characters: int) -> None:
     """All are Python's, but for one that may part from it where rounding decides.
 
-    wasm has other kernels than the processor: logits differ in the seventh digit, which may bring a draw to the other
-    side of an edge. With 20 texts of 2,000 characters that was not seen yet.
+    Hosts have other kernels: logits differ in the seventh digit, which may bring a draw to the other side of an edge.
+    With 20 texts of 2,000 characters that was seen once, in Node, where u lay 8e-9 from one; not in wasm.
     """
     parted = 0
     for case, text in zip(GOLDEN["texts"], texts, strict=True):
@@ -498,7 +498,13 @@ def test_the_page_states_its_transfer(web_kit):
 
 
 @pytest.fixture(scope="session")
-def page(node, chromium, web_kit, exported, broken_models, tmp_path_factory) -> dict:
+def slider(tmp_path_factory) -> Path:
+    """A model with a window, of random weights."""
+    return save_onnx(random_model(window=5), tmp_path_factory.mktemp("slider") / MODEL_FILE)
+
+
+@pytest.fixture(scope="session")
+def page(node, chromium, web_kit, exported, slider, broken_models, tmp_path_factory) -> dict:
     """What a browser saw, by scenario of page.mjs; the page comes from Python's own web server."""
     calls = tmp_path_factory.mktemp("page") / "calls.json"
     mistakes = [call for call, _ in MISTAKES.values()]
@@ -506,7 +512,7 @@ def page(node, chromium, web_kit, exported, broken_models, tmp_path_factory) -> 
     calls.write_text(json.dumps(texts))
     with served(web_kit) as url:
         shots = os.environ.get("SMALLM_SHOTS", "")
-        saw = json.loads(run_node(node, JS / "page.mjs", chromium, url, calls, shots, exported / MODEL_FILE))
+        saw = json.loads(run_node(node, JS / "page.mjs", chromium, url, calls, shots, exported / MODEL_FILE, slider))
         assert saw["problems"] == []
         assert {request.split("/")[2] for request in saw["requests"]} == {url.split("/")[2]}, "the page asks elsewhere"
         return saw
@@ -555,6 +561,12 @@ def test_the_page_by_keyboard(page, model):
     assert saw["text"] == saw["stopped"][: len(saw["text"])]
     assert len(saw["text"]) < len(saw["stopped"]) < 50_000
     assert saw["status"].startswith("Stopped: ")
+
+
+def test_the_page_slides_by_itself(page, slider):
+    """Where the model can."""
+    python = LanguageModel.load(slider)
+    assert page["window"] == ["slide", python.generate("Zoë", 100, temperature=0.7, top_k=30, rng_seed=1)]
 
 
 def test_the_page_on_a_phone(page):
