@@ -82,7 +82,7 @@ def sample(logits: np.ndarray, u: float, sampling: Sampling) -> int:
 
 
 def _kept(logits: np.ndarray, largest: float, sampling: Sampling) -> np.ndarray | None:
-    """Finite logits (V,) -> the ids that top_k and top_p keep (K,), in ascending order; None = all.
+    """logits (V,) and the largest -> the ids that top_k and top_p keep (K,), in ascending order; None = all.
 
     By the last value kept: to partition ids (`argpartition`) costs as much and leaves ties to chance, to weigh all ids
     and mask the weights a fifth more.
