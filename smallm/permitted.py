@@ -46,6 +46,8 @@ class Permitted:
     def _can_end_well(self, pending: bytes) -> bool:
         if not pending:
             return True
+        if pending >= b"\xed\xa0" and pending[0] == 0xED:  # held back by Python, but no character begins so
+            return bool(self._characters[0xFFFD])
         length = 2 if pending[0] < 0xE0 else 3 if pending[0] < 0xF0 else 4
         bits = pending[0] & (0x7F >> length)
         for byte in pending[1:]:

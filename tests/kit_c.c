@@ -38,11 +38,12 @@ static int print_ids(char **argv)
     smallm model;
     smallm_options options;
     static float logits[V], wanted[V];
-    static uint64_t order[V], spare[V];
+    static uint64_t keys[V], order[V], spare[V];
     static double weights[V];
     int64_t ids[12];
     memset(&model, 0, sizeof model);
-    model.vocab_size = V, model.wanted = wanted, model.order = order, model.spare = spare, model.weights = weights;
+    model.vocab_size = V, model.wanted = wanted, model.weights = weights;
+    model.keys = keys, model.order = order, model.spare = spare;
     smallm_default_options(NULL, &options, sizeof options);
     options.temperature = strtod(argv[0], NULL), options.top_k = strtol(argv[1], NULL, 10);
     options.top_p = strtod(argv[2], NULL), options.min_p = strtod(argv[3], NULL);
@@ -65,11 +66,12 @@ static int print_samples(void)
     smallm model;
     smallm_options options;
     float wanted[MOST];
-    uint64_t order[MOST], spare[MOST];
+    uint64_t keys[MOST], order[MOST], spare[MOST];
     double weights[MOST], u;
     long long top_k;
     memset(&model, 0, sizeof model);
-    model.wanted = wanted, model.order = order, model.spare = spare, model.weights = weights;
+    model.wanted = wanted, model.weights = weights;
+    model.keys = keys, model.order = order, model.spare = spare;
     smallm_default_options(NULL, &options, sizeof options);
     while (scanf("%d %lf %lld %lf %lf %lf", &model.vocab_size, &options.temperature, &top_k, &options.top_p,
                  &options.min_p, &u) == 6) {
@@ -94,6 +96,31 @@ static int print_numbers(char **argv)
     return 0;
 }
 
+/* The ids that may come after the bytes (hexadecimal) of a character, of a vocabulary: tokens allowed|- banned bytes. */
+static int print_permitted(char **argv)
+{
+    static token tokens[64];
+    static bool permitted[256 + 64];
+    smallm model;
+    memset(&model, 0, sizeof model);
+    model.tokens = tokens;
+    if (!read_tokens(span_of(argv[0], strlen(argv[0])), tokens, &model.token_count)) return 1;
+    model.vocab_size = 256 + (int32_t)model.token_count;
+    model.draft.options.allowed = strcmp(argv[1], "-") == 0 ? NULL : argv[1];
+    model.draft.options.banned = argv[2];
+    if (prepare_permitted(&model, &model.draft) != SMALLM_OK) return 1;
+    free(model.draft.permitted);
+    model.draft.permitted = permitted;
+    for (const char *hex = argv[3]; *hex; hex += 2)
+        model.draft.decoder.bytes[model.draft.decoder.length++] =
+            (uint8_t)(hex_digit((uint8_t)hex[0]) << 4 | hex_digit((uint8_t)hex[1]));
+    find_permitted(&model, &model.draft);
+    for (int id = 0; id < model.vocab_size; id++)
+        if (permitted[id]) printf("%d\n", id);
+    free(model.draft.characters);
+    return 0;
+}
+
 /* The text of the bytes from stdin, without what is left pending. */
 static int print_decoded(void)
 {
@@ -112,8 +139,9 @@ static int print_pieces(char **argv)
     size_t bytes, before;
     smallm_status status = smallm_open(argv[0], NULL, &model);
     smallm_default_options(model, &options, sizeof options);
-    options.max_length = atoi(argv[2]), options.rng_seed = 3, options.temperature = 1, options.overflow = SMALLM_SHIFT;
-    options.top_k = 0, options.min_length = atoi(argv[5]);
+    options.max_length = atoi(argv[2]), options.rng_seed = 3, options.temperature = 1, options.top_k = 0;
+    options.min_length = atoi(argv[5]), options.overflow = atoi(argv[8]);
+    options.banned = argv[9];
     options.stops = stops, options.stop_count = 2;
     options.repetition_penalty = strtod(argv[6], NULL), options.repetition_window = atoi(argv[7]);
     if (status == SMALLM_OK) status = smallm_generate_start(model, argv[1], strlen(argv[1]), &options);
@@ -207,7 +235,13 @@ static int make_mistakes(char **argv)
     WITH(repetition_window = 1 << 20);
     WITH(max_length = -1);
     WITH(min_length = 501);
-    WITH(overflow = 2);
+    WITH(overflow = SMALLM_SLIDE);
+    WITH(overflow = 3);
+    WITH(allowed = "");
+    WITH(allowed = "\xff");
+    WITH(banned = "a\xc3");
+    options.allowed = "aé", options.banned = "éa";
+    SAY("allowed and banned alike", start_with(model, options), model);
     WITH(stop_count = 1);
     options.stops = stops + 1;
     SAY("a stop that is NULL", start_with(model, options), model);
@@ -275,6 +309,7 @@ int main(int argc, char **argv)
     if (strcmp(what, "ids") == 0) return print_ids(argv + 2);
     if (strcmp(what, "samples") == 0) return print_samples();
     if (strcmp(what, "numbers") == 0) return print_numbers(argv + 2);
+    if (strcmp(what, "permitted") == 0) return print_permitted(argv + 2);
     if (strcmp(what, "decode") == 0) return print_decoded();
     if (strcmp(what, "pieces") == 0) return print_pieces(argv + 2);
     if (strcmp(what, "score") == 0) return print_score(argv + 2);

@@ -240,6 +240,13 @@ def test_golden_ids(inner, case):
     assert [int(id) for id in inner("ids", *options).split()] == case["ids"]
 
 
+@pytest.mark.parametrize("case", GOLDEN["permitted"], ids=lambda case: f"{case['allowed']}-{case['banned']:.2}")
+def test_golden_permitted_ids(inner, case):
+    allowed = "-" if case["allowed"] is None else case["allowed"]
+    found = inner("permitted", case["tokens"], allowed, case["banned"], case["after"]).split()
+    assert [int(id) for id in found] == case["ids"]
+
+
 def test_samples_are_those_of_python(inner):
     """Ties, zeros of both signs, infinities, numbers that are none; every filter."""
     rng, lines, expected = random.Random(5), [], []
@@ -297,6 +304,46 @@ def test_texts_are_those_of_python(generate, lm, exported, case, overflow, lengt
     assert succeed(generate, exported / "model.onnx", *flags, stdin=case["seed"].encode()) == expected + "\n"
 
 
+@pytest.mark.parametrize(("window", "block_size"), [(9, 32), (20, 64), (1, 8), (2, 9), (16, 16)])
+def test_texts_slide_as_in_python(generate, tmp_path, window, block_size):
+    """2,000 characters are many slides; it is the default of a model with a window."""
+    path = save_onnx(random_model(window=window, block_size=block_size), tmp_path / "model.onnx")
+    lm = LanguageModel.load(path)
+    flags = [path, "--seed", "aé中𝄞", "--max-length", 2000, "--rng-seed", 5]
+    expected = lm.generate("aé中𝄞", 2000, rng_seed=5)
+    assert succeed(generate, *flags) == succeed(generate, *flags, "--overflow", "slide") == expected + "\n"
+    for overflow in ("crop", "shift"):
+        flags[4:5] = [100]
+        expected = lm.generate("aé中𝄞", 100, rng_seed=5, overflow=overflow)
+        assert succeed(generate, *flags, "--overflow", overflow) == expected + "\n"
+
+
+def test_sliding_and_banning_take_no_memory(inner, tmp_path):
+    path = save_onnx(random_model(window=5), tmp_path / "model.onnx")
+    *found, end = inner("pieces", path, "the ", 300, "", "", 0, 1.0, 0, 2, "€ab").splitlines()
+    stream = LanguageModel.load(path).stream("the ", 300, rng_seed=3, temperature=1, top_k=0, banned="€ab")
+    text = "".join(stream)
+    assert not set(text) & set("€ab")
+    assert b"".join(map(bytes.fromhex, found)).decode() == text
+    assert end.split() == ["1", "0"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"allowed": "abé€𝄞\ufffd"}, {"allowed": "𝄞€"}, {"banned": "aeiouéñ\ufffd"}, {"allowed": "ab é", "banned": "bé"},
+     {"banned": "\ufffd", "repetition_penalty": 1.5}, {"allowed": "0123456789", "temperature": 0.0}],
+    ids=str,
+)  # fmt: skip
+def test_permitted_characters_are_those_of_python(sanitized, tmp_path, options):
+    """Random weights, so that all that is permitted comes."""
+    path = save_onnx(random_model(NON_ASCII), tmp_path / "model.onnx", NON_ASCII)
+    options = {"temperature": 3.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "rng_seed": 5} | options
+    flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    text = LanguageModel.load(path).generate("aé", 300, **options)
+    assert succeed(sanitized, path, "--seed", "aé", "--max-length", 300, *flags) == text + "\n"
+    assert set(text[2:]) <= set(options.get("allowed", text)) - set(options.get("banned", ""))
+
+
 NARROW = {"n_layer": 1, "n_head": 1, "n_kv_head": 0, "n_embd": 32}
 
 
@@ -322,7 +369,7 @@ def test_pieces_are_those_of_python(inner, lm, exported, stops, min_length, pena
         )
     )  # fmt: skip
     *found, end = inner(
-        "pieces", exported / "model.onnx", "the ", 150, *stops, min_length, penalty, window
+        "pieces", exported / "model.onnx", "the ", 150, *stops, min_length, penalty, window, 1, ""
     ).splitlines()
     assert [bytes.fromhex(piece).decode() for piece in found] == pieces
     status, allocations, *error = end.split()
@@ -370,6 +417,9 @@ def test_mistakes_in_calls(inner, exported):
     assert len(found) > 40
     assert "temperature = nan is out of range" in found["temperature = NAN"]
     assert "from byte 2 on" in found["a seed that is not UTF-8"]
+    assert "option banned is not UTF-8 from byte 1 on" in found['banned = "a\\xc3"']
+    assert "leave no character" in found['allowed = ""']
+    assert "leave no character" in found["allowed and banned alike"]
 
 
 def damaged(exported, tmp_path, edit) -> Path:
@@ -402,6 +452,9 @@ def test_a_model_of_another_project(sanitized, tmp_path):
 METADATA = {
     "block_size": ["0", "-1", "1e2", "32.0", "true", '"32"', "16777216", "1" * 5000, "16777215", "032", "[" * 100_000],
     "n_layer": ["1", "3", "1000"],
+    "window": ["-1", "33", "1.0", "null", '"8"'],
+    "rope_theta": ["0", "-1", "1e30", "NaN", '"1"', "[]", "1 1"],
+    "head_dim": ["15"],
     "n_kv_head": ["0", "3"],
     "vocab_size": ["256", "262.0", "null"],
     "tokens": ['""', '"c3"', '"zz"', '"c3a9"', '"c3a9 "', '"c3a9 c3a9"', "5", '"e282ac"', '"c3a9', '"41"',
@@ -504,6 +557,7 @@ def test_weights_that_are_no_numbers(sanitized, exported, tmp_path):
     "argv",
     [["--temperature", "hot"], ["--temperature", "-1"], ["--top-p", "0"], ["--max-length", "-1"], ["--max-length", "x"],
      ["--max-length", "9" * 30], ["--rng-seed", "-1"], ["--rng-seed", "4294967296"], ["--overflow", "wrap"],
+     ["--overflow", "slide"], ["--allowed", ""], ["--allowed", "ab", "--banned", "ba"],
      ["--threads", "0"], ["--threads", "2000"], ["--seed"], ["--unknown", "1"], ["two", "models"],
      ["--seed-file", "/no/such/file"], ["--score", "/no/such/file"], ["--min-length", "501"],
      ["--repetition-window", "33"]],

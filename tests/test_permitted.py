@@ -1,5 +1,8 @@
 """smallm.permitted: only permitted characters, whatever ids spell them, and never a dead end."""
 
+import json
+
+import make_golden
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -41,6 +44,12 @@ def spelled(text):
 )  # fmt: skip
 def test_by_hand(allowed, banned, pending, expected):
     assert ids(Permitted(TOY_VOCABULARY, allowed, banned), pending) == expected
+
+
+@pytest.mark.parametrize("case", json.loads(make_golden.FILE.read_text(encoding="utf-8"))["permitted"], ids=str)
+def test_golden_permitted_ids(case):
+    permitted = Permitted(Vocabulary.from_hex_tokens(case["tokens"]), case["allowed"], case["banned"])
+    assert sorted(ids(permitted, bytes.fromhex(case["after"]))) == case["ids"]
 
 
 def test_bans_by_hand():

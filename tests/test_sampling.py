@@ -2,8 +2,8 @@
 
 import json
 import math
-from pathlib import Path
 
+import make_golden
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,10 +16,7 @@ LAST_U = 1 - 2.0**-24
 PROBABILITIES = np.array([0.1, 0.4, 0.3, 0.2])
 LOGITS = np.log(PROBABILITIES).astype(np.float32)
 PLAIN = {"temperature": 1.0}
-# Every host in another language has to give these.
-GOLDEN = json.loads(
-    (Path(__file__).parent / "golden.json").read_text(encoding="utf-8")
-)  # for hosts in other languages too
+GOLDEN = json.loads(make_golden.FILE.read_text(encoding="utf-8"))  # for hosts in other languages too
 
 
 def distribution(logits, **options):
@@ -92,18 +89,18 @@ def test_temperature_zero_is_argmax_whatever_u(logits, u):
 def test_extreme_temperatures_are_finite_and_right():
     assert take([0.0, 1.0, 0.999], LAST_U, temperature=1e-9) == 1
     assert take([1e30, -1e30], LAST_U, temperature=1e-9) == 0
-    assert take([0.0, 50.0, 9.0], LAST_U, temperature=1e9) == 0  # ranked 1, 2, 0: the last third
-    assert take([0.0, 50.0, 9.0], 0.0, temperature=1e9) == 1
+    assert [take([0.0, 50.0, 9.0], u, temperature=1e9) for u in (0.0, 0.5, LAST_U)] == [0, 1, 2]  # by id, not by rank
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.8}, {"min_p": 0.3}])
 def test_u_at_its_ends(options):
-    kept = list(distribution(LOGITS, **PLAIN, **options))
+    kept = sorted(distribution(LOGITS, **PLAIN, **options))
     assert take(LOGITS, 0.0, **PLAIN, **options) == kept[0]
     assert take(LOGITS, LAST_U, **PLAIN, **options) == kept[-1]
     assert take([3.0], LAST_U, **PLAIN, **options) == 0
     # ids of no weight are never taken, not even by the last u
     assert take([0.0, -2000.0, -2000.0], LAST_U, **PLAIN) == 0
+    assert take([-2000.0, 0.0, -2000.0], 0.0, **PLAIN) == 1
 
 
 @pytest.mark.parametrize(
@@ -128,26 +125,19 @@ def test_frequencies_over_a_grid_of_u_are_the_probabilities(options):
 )
 def test_agrees_with_a_naive_reading_of_the_definition(logits, u, temperature, top_k, top_p, min_p):
     logits = [float(np.float32(x)) for x in logits]
-    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
-    weights = [math.exp((logits[i] - logits[order[0]]) / temperature) for i in order]
-    if top_k:
-        order, weights = order[:top_k], weights[:top_k]
-    share, keep = 0.0, 0
-    while keep < len(weights) and (keep == 0 or share < top_p * sum(weights)):
-        share, keep = share + weights[keep], keep + 1
-    keep = min(keep, sum(w >= min_p for w in weights)) if top_p < 1 else sum(w >= min_p for w in weights)
-    cumulative = np.cumsum(weights[:keep])
-    chosen = next(i for i, c in zip(order, cumulative, strict=False) if c > u * cumulative[-1])
-    ids, found = ranked(np.float32(logits), Sampling(temperature, top_k, top_p, min_p))
-    if len(ids) == keep:  # else a sum stands within rounding of a bound
-        assert ids.tolist() == order[:keep]
-        id = take(logits, u, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    kept = make_golden.first_kept(logits, temperature, top_k, top_p, min_p)
+    ids, weights = ranked(np.float32(logits), Sampling(temperature, top_k, top_p, min_p))
+    assert weights[0] == 1.0
+    if ids.tolist() == list(kept):
+        cumulative = np.cumsum([kept[id] for id in sorted(kept)])
         close = np.abs(cumulative - u * cumulative[-1]).min() < 1e-12 * cumulative[-1]
-        assert id == chosen or close
-    else:
-        bounds = [abs(w - min_p) for w in weights] + list(np.abs(np.cumsum(weights) - top_p * np.sum(weights)))
-        assert min(bounds) < 1e-12 * np.sum(weights)
-    assert found[0] == 1.0
+        found = take(logits, u, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        assert close or found == make_golden.take(kept, u)
+    else:  # a sum stands within rounding of a bound
+        all_weights = list(make_golden.first_kept(logits, temperature, top_k, 1.0, 0.0).values())
+        total = sum(all_weights)
+        bounds = [abs(w - min_p) for w in all_weights] + list(np.abs(np.cumsum(all_weights) - top_p * total))
+        assert min(bounds) < 1e-12 * total
 
 
 @settings(max_examples=300)
@@ -163,8 +153,32 @@ def test_sample_takes_what_the_ranking_says_among_ties_too(logits, u, top_k, top
     if logits.max() == -math.inf:
         return
     ids, weights = ranked(logits, sampling)
-    cumulative = np.cumsum(weights)
-    assert sample(logits, u, sampling) == ids[np.flatnonzero(cumulative > u * cumulative[-1])[0]]
+    places = np.argsort(ids)
+    cumulative = np.cumsum(weights[places])
+    assert sample(logits, u, sampling) == ids[places[np.flatnonzero(cumulative > u * cumulative[-1])[0]]]
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.floats(-4, 4, width=32), min_size=8, max_size=60, unique=True),
+    st.sampled_from([{}, {"top_k": 6}, {"top_p": 0.95}, {"min_p": 0.01}, {"top_k": 7, "top_p": 0.99}]),
+    st.integers(0, 10**9),
+)
+def test_two_ids_that_change_ranks_by_a_rounding_change_nothing(logits, options, seed):
+    """As between hosts, whose logits differ in the seventh digit. Both are well inside of what is kept."""
+    rng = np.random.default_rng(seed)
+    one, other = rng.choice(len(logits), 2, replace=False)
+    logits = np.float32(logits)
+    logits[[one, other]] = 5, 5 + 2.0**-20  # the likeliest two, 1e-6 apart, and then the other way round
+    swapped = logits.copy()
+    swapped[[one, other]] = logits[[other, one]]
+    sampling = Sampling(temperature=1.0, **options)
+    (before, weights), (after, _) = ranked(logits, sampling), ranked(swapped, sampling)
+    assert list(before[:2]) == list(after[1::-1]) == [other, one]
+    assert len(before) == len(after)
+    edges = np.cumsum(weights[np.argsort(before)]) / weights.sum()
+    for u in rng.integers(0, 1 << 24, 30) / 2.0**24:
+        assert sample(logits, u, sampling) == sample(swapped, u, sampling) or np.abs(edges - u).min() < 2e-6
 
 
 def test_the_logits_stay_as_they_are():
@@ -204,20 +218,20 @@ def test_log_probability():
     assert log_probability(np.float32([0, -math.inf]), 1) == -math.inf
 
 
-def golden_logits(step):
-    """256 logits that any host computes exactly: multiples of 2**-21 from -4 to 4."""
-    return np.float32([(mix(256 * step + id) >> 8) * 2.0**-21 - 4 for id in range(256)])
-
-
 @pytest.mark.parametrize("case", GOLDEN["ids"], ids=str)
 def test_golden_ids(case):
     """Twelve steps, with Rng(7), a repetition window of 8, and nothing before them."""
     rng, ids = Rng(7), []
     sampling = Sampling(case["temperature"], case["top_k"], case["top_p"], case["min_p"])
     for step in range(12):
-        logits = penalise(golden_logits(step % 3), ids[-8:], case["repetition_penalty"])
+        logits = penalise(np.float32(make_golden.golden_logits(step % 3)), ids[-8:], case["repetition_penalty"])
         ids.append(sample(logits, rng.uniform(), sampling))
     assert ids == case["ids"]
+
+
+def test_golden_json_is_what_its_maker_writes():
+    text = make_golden.FILE.read_text(encoding="utf-8")
+    assert make_golden.content(json.loads(text)) == text
 
 
 # -- mistakes

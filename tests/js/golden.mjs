@@ -1,10 +1,10 @@
-// node golden.mjs SMALLM_JS GOLDEN.json: the draws and ids of golden.json as this host finds them, as JSON.
+// node golden.mjs SMALLM_JS GOLDEN.json: the draws, ids and permitted ids of golden.json as this host finds them, as JSON.
 import { readFile } from "node:fs/promises";
 import { pathToFileURL } from "node:url";
 
 const [module, golden] = process.argv.slice(2);
-const { Rng, mix, penalise, sample } = await import(pathToFileURL(module));
-const { draws, ids } = JSON.parse(await readFile(golden, "utf8"));
+const { Permitted, Rng, Vocabulary, mix, penalise, sample } = await import(pathToFileURL(module));
+const { draws, ids, permitted } = JSON.parse(await readFile(golden, "utf8"));
 
 /** 256 logits that any host computes exactly: multiples of 2 ** -21 from -4 to 4. */
 function goldenLogits(step) {
@@ -24,6 +24,11 @@ const found = {
       taken.push(sample(logits, rng.uniform(), { temperature, topK, topP, minP }));
     }
     return taken;
+  }),
+  permitted: permitted.map(({ tokens, allowed, banned, after }) => {
+    const pending = (after.match(/../g) ?? []).map((byte) => parseInt(byte, 16));
+    const may = new Permitted(new Vocabulary(tokens), allowed ?? undefined, banned).after(pending);
+    return may.flatMap((fits, id) => (fits ? [id] : []));
   }),
 };
 console.log(JSON.stringify(found));

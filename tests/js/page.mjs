@@ -1,9 +1,9 @@
-// node page.mjs CHROMIUM URL CALLS.json SHOTS: uses the page at URL as people do; prints what it saw as JSON.
+// node page.mjs CHROMIUM URL CALLS.json SHOTS MODEL SLIDER: uses the page at URL as people do; prints what it saw as JSON.
 import { readFile } from "node:fs/promises";
 import { chromium } from "playwright-core";
 import { answer } from "./answer.mjs";
 
-const [executablePath, url, callsFile, shots] = process.argv.slice(2);
+const [executablePath, url, callsFile, shots, model, slider] = process.argv.slice(2);
 const args = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"];
 const browser = await chromium.launch({ executablePath, args });
 const saw = { problems: [], requests: [] };
@@ -82,6 +82,14 @@ const scenarios = {
     return { order, text, stopped, status: await page.locator("#status").textContent() };
   },
 
+  async window() {
+    const page = await opened({}, (page) => page.route("**/model.onnx", (route) => route.fulfill({ path: slider })));
+    await page.getByLabel("Seed text").fill("Zoë");
+    await page.getByLabel("Length").fill("100");
+    await page.getByRole("button", { name: "Write" }).click();
+    return [await page.getByLabel("Overflow").inputValue(), await finished(page)];
+  },
+
   async narrow() {
     const page = await opened({ viewport: { width: 360, height: 740 }, hasTouch: true });
     await page.getByLabel("Seed text").fill("x".repeat(300));
@@ -119,10 +127,10 @@ const scenarios = {
 
   async models() {
     const seen = {};
-    const model = await readFile(new URL(process.argv[6], "file:"));
+    const bytes = await readFile(model);
     const bodies = {
       missing: { status: 404, body: "no" },
-      truncated: { body: model.subarray(0, model.length / 2) },
+      truncated: { body: bytes.subarray(0, bytes.length / 2) },
       text: { body: Buffer.from("<!doctype html><p>Not here</p>") },
       empty: { body: Buffer.alloc(0) },
     };

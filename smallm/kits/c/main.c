@@ -28,7 +28,8 @@ static const char USAGE[] =
     "  --rng-seed N --stream-number N           equal numbers, equal text; default: the time\n"
     "  --stop TEXT                              ends the text before TEXT; may be repeated\n"
     "  --min-length N                           a stop within so many characters does not count\n"
-    "  --overflow crop|shift                    past the model's context: exact, or fast\n"
+    "  --allowed CHARACTERS --banned CHARACTERS the only ones to write; those not to write\n"
+    "  --overflow crop|shift|slide              past the model's context: exact; fast; both, if the model has a window\n"
     "  --threads N                              default: as many as suit the model\n"
     "  --score FILE                             prints the mean nats per character of FILE instead\n";
 
@@ -41,7 +42,7 @@ typedef struct {
     smallm_open_options open;
 } arguments;
 
-enum { SET_TEMPERATURE = 1, SET_TOP_K = 2, SET_TOP_P = 4, SET_MIN_P = 8, SET_RNG_SEED = 16 };
+enum { SET_TEMPERATURE = 1, SET_TOP_K = 2, SET_TOP_P = 4, SET_MIN_P = 8, SET_RNG_SEED = 16, SET_OVERFLOW = 32 };
 
 static int complain(const char *what, const char *about)
 {
@@ -75,6 +76,8 @@ static int read_option(arguments *a, const char *name, const char *value, int *k
     if (strcmp(name, "--seed") == 0) a->seed = value;
     else if (strcmp(name, "--seed-file") == 0) a->seed_file = value;
     else if (strcmp(name, "--score") == 0) a->score = value;
+    else if (strcmp(name, "--allowed") == 0) o->allowed = value;
+    else if (strcmp(name, "--banned") == 0) o->banned = value;
     else if (strcmp(name, "--max-length") == 0) good = whole(value, INT64_MIN, INT64_MAX, &n), o->max_length = n;
     else if (strcmp(name, "--min-length") == 0) good = whole(value, INT64_MIN, INT64_MAX, &n), o->min_length = n;
     else if (strcmp(name, "--temperature") == 0) good = real(value, &o->temperature), a->set |= SET_TEMPERATURE;
@@ -91,8 +94,10 @@ static int read_option(arguments *a, const char *name, const char *value, int *k
         good = whole(value, 0, UINT32_MAX, &n), o->stream_number = (uint32_t)n;
     else if (strcmp(name, "--threads") == 0) good = whole(value, 1, 1024, &n), a->open.threads = (int32_t)n;
     else if (strcmp(name, "--overflow") == 0) {
-        good = strcmp(value, "crop") == 0 || strcmp(value, "shift") == 0;
-        o->overflow = strcmp(value, "shift") == 0 ? SMALLM_SHIFT : SMALLM_CROP;
+        static const char *const ways[] = {"crop", "shift", "slide"}; /* by the numbers of smallm.h */
+        for (o->overflow = 0; o->overflow < 3 && strcmp(value, ways[o->overflow]) != 0;) o->overflow++;
+        good = o->overflow < 3;
+        a->set |= SET_OVERFLOW;
     } else if (strcmp(name, "--stop") == 0) {
         good = o->stop_count < MOST_STOPS;
         if (good) a->stops[o->stop_count++] = value;
@@ -190,6 +195,7 @@ static smallm_options options_for(const smallm *model, const arguments *a)
     if (!(a->set & SET_TOP_K)) options.top_k = own.top_k;
     if (!(a->set & SET_TOP_P)) options.top_p = own.top_p;
     if (!(a->set & SET_MIN_P)) options.min_p = own.min_p;
+    if (!(a->set & SET_OVERFLOW)) options.overflow = own.overflow;
     if (!(a->set & SET_RNG_SEED)) options.rng_seed = (uint32_t)time(NULL);
     return options;
 }

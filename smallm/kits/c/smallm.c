@@ -1,8 +1,8 @@
 /* smallm.h in C99, over the C API of ONNX Runtime.
 
    In order: bytes and text; the vocabulary; JSON; what an ONNX file holds; what the model says about itself; ONNX
-   Runtime; from logits to an id; from ids to text; the public functions. SAMPLING.md is the definition of what comes
-   out; smallm/onnx_file.py, manifest.py, decoder.py and draft.py of the Python package do the same things. */
+   Runtime; from logits to an id; which ids are permitted; from ids to text; the public functions. SAMPLING.md is the definition of what comes
+   out; smallm/onnx_file.py, manifest.py, decoder.py, permitted.py and draft.py of the Python package do the same things. */
 
 #include "smallm.h"
 
@@ -36,6 +36,7 @@ enum {
     MOST_THREADS = 1024,
     MOST_NAME = 40,    /* bytes of an input's name, with its NUL */
     MOST_PUSHED = 24,  /* bytes of text that an id can complete: of its 4 bytes each may bring two U+FFFD */
+    CODE_POINTS = 0x110000,
     BIG_LAYER = 1000000 /* bytes; below it a second thread costs a single id more in hand-overs than it saves */
 };
 #define MOST_SIZE (1 << 24)
@@ -77,6 +78,9 @@ typedef struct {
     pending decoder;
     stop *stops;
     uint8_t *words;            /* memory of the stops */
+    uint64_t *characters;      /* (CODE_POINTS / 64): a bit for each, whether it is permitted; NULL = all are */
+    bool *permitted;           /* (vocab_size): whether an id may come after the bytes in `permitted_after` */
+    pending permitted_after;
     size_t *borders;
     char *text;                /* characters that are settled, then those that may be the beginning of a stop */
     char *piece;               /* what was handed out last */
@@ -89,8 +93,8 @@ struct smallm {
     bool open;
 
     /* What the model says about itself. */
-    int32_t block_size, n_layer, n_head, n_kv_head, n_embd, head_dim, vocab_size;
-    double temperature, top_p, min_p;
+    int32_t block_size, n_layer, n_head, n_kv_head, n_embd, head_dim, vocab_size, window;
+    double rope_theta, temperature, top_p, min_p;
     int64_t top_k;
     token *tokens;
     size_t token_count;
@@ -112,6 +116,7 @@ struct smallm {
     size_t ids_bound;
     OrtValue *mask_value, *keep_value, *logits_value;
     float *cache;          /* (2 L, n_kv_head, T, head_dim) */
+    float *turn;           /* (head_dim): cosines, then sines, by which keys turn back when the cache slides */
     int64_t *mask, *ids;   /* (T) */
     int64_t keep;
     float *logits;         /* (V): the prediction */
@@ -119,7 +124,7 @@ struct smallm {
     /* The text, and room for choosing its next id. */
     int64_t *history;      /* (2 T): at least the last T ids, fewer if there are fewer */
     float *wanted;         /* (V): logits after the repetition penalty */
-    uint64_t *order, *spare; /* (V) */
+    uint64_t *keys, *order, *spare; /* (V): by which ids are ranked; sorted; room for sorting */
     double *weights;       /* (V) */
     draft draft;
 };
@@ -767,6 +772,20 @@ static bool read_sampling(smallm *model, span file)
     return values[2] > 0 && values[2] <= 1 && values[3] >= 0 && values[3] <= 1;
 }
 
+/* What is needed to slide; files that were written before there were windows do not have it. */
+static bool read_window(smallm *model, span file)
+{
+    span json;
+    bool whole;
+    model->window = 0, model->rope_theta = 10000;
+    if (metadata(file, "smallm.window", &json) && !json_size(json, &model->window)) return false;
+    if (metadata(file, "smallm.rope_theta", &json) &&
+        !(json_number(&json, &model->rope_theta, &whole) && at_end(&json)))
+        return false;
+    return model->window <= model->block_size && model->rope_theta > 0 && model->rope_theta < 1e30 &&
+           model->head_dim % 2 == 0;
+}
+
 static smallm_status read_vocabulary(smallm *model, span file)
 {
     uint8_t *text = NULL;
@@ -808,7 +827,8 @@ static smallm_status read_manifest(smallm *model, span file)
                 read_size(file, "smallm.n_embd", &model->n_embd) &&
                 read_size(file, "smallm.head_dim", &model->head_dim) &&
                 read_size(file, "smallm.vocab_size", &model->vocab_size);
-    if (!sane || model->n_layer > MOST_LAYERS || model->n_head % model->n_kv_head != 0 || !read_sampling(model, file))
+    if (!sane || model->n_layer > MOST_LAYERS || model->n_head % model->n_kv_head != 0 || !read_window(model, file) ||
+        !read_sampling(model, file))
         return broken_metadata(model);
     smallm_status status = read_vocabulary(model, file);
     if (status != SMALLM_OK) return status;
@@ -990,18 +1010,31 @@ static smallm_status allocate(smallm *model)
     model->names = calloc(PLAIN_INPUTS + parts, sizeof *model->names);
     model->values = calloc(PLAIN_INPUTS + parts, sizeof *model->values);
     model->cache = calloc(parts * layer, sizeof *model->cache);
+    model->turn = calloc((size_t)model->head_dim, sizeof *model->turn);
     model->mask = calloc(T, sizeof *model->mask);
     model->ids = calloc(T, sizeof *model->ids);
     model->history = calloc(2 * T, sizeof *model->history);
     model->logits = calloc(V, sizeof *model->logits);
     model->wanted = calloc(V, sizeof *model->wanted);
+    model->keys = calloc(V, sizeof *model->keys);
     model->order = calloc(V, sizeof *model->order);
     model->spare = calloc(V, sizeof *model->spare);
     model->weights = calloc(V, sizeof *model->weights);
-    bool enough = model->past && model->past_names && model->names && model->values && model->cache && model->mask &&
-                  model->ids && model->history && model->logits && model->wanted && model->order && model->spare &&
-                  model->weights;
+    bool enough = model->past && model->past_names && model->names && model->values && model->cache && model->turn &&
+                  model->mask && model->ids && model->history && model->logits && model->wanted &&
+                  model->keys && model->order && model->spare && model->weights;
     return enough ? SMALLM_OK : no_memory(model);
+}
+
+/* By how much keys turn back when those that the window sees move from the end of a full cache to its beginning. */
+static void prepare_turn(smallm *model)
+{
+    int32_t half = model->head_dim / 2, moved = model->block_size - (model->window - 1);
+    for (int32_t i = 0; i < half; i++) {
+        double angle = moved * pow(model->rope_theta, -(double)i / half);
+        model->turn[i] = (float)cos(angle);
+        model->turn[half + i] = (float)sin(angle);
+    }
 }
 
 /* Tells ONNX Runtime once where everything lies. Past and present are one buffer, so a step copies nothing, and the
@@ -1014,6 +1047,7 @@ static smallm_status bind(smallm *model)
     size_t layer = (size_t)(cache[1] * cache[2] * cache[3]);
     char present[MOST_NAME];
     TRY_OWN(allocate(model));
+    if (model->window > 0) prepare_turn(model);
     TRY(ort->CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &model->memory));
     TRY(ort->CreateIoBinding(model->session, &model->binding));
     for (int i = 0; i < 2 * model->n_layer; i++) {
@@ -1052,11 +1086,39 @@ static smallm_status run(smallm *model, size_t count)
     return SMALLM_OK;
 }
 
+/* Turns one key back, in single precision. Products have statements of their own, or compilers might fuse them. */
+static void turn_back(float *key, const float *turn, size_t half)
+{
+    for (size_t i = 0; i < half; i++) {
+        float low_cos = key[i] * turn[i], high_sin = key[half + i] * turn[half + i];
+        float high_cos = key[half + i] * turn[i], low_sin = key[i] * turn[half + i];
+        key[i] = low_cos + high_sin;
+        key[half + i] = high_cos - low_sin;
+    }
+}
+
+/* Keeps what the window of the model still sees of a full cache, at its beginning, so that there is room again. What
+   follows is what it would be in an endless cache: rotary attention depends on distances only (Su et al. 2021). */
+static void slide(smallm *model)
+{
+    size_t T = (size_t)model->block_size, width = (size_t)model->head_dim, kept = (size_t)model->window - 1;
+    size_t heads = (size_t)model->n_kv_head;
+    for (size_t part = 0; part < 2 * (size_t)model->n_layer * heads; part++) { /* heads of keys, of values, of keys ... */
+        float *rows = model->cache + part * T * width;
+        memmove(rows, rows + (T - kept) * width, kept * width * sizeof *rows);
+        for (size_t row = 0; row < kept && part / heads % 2 == 0; row++)
+            turn_back(rows + row * width, model->turn, width / 2);
+    }
+    for (size_t i = kept; i < T; i++) model->mask[i] = 0;
+    model->draft.fed = kept;
+}
+
 /* The logits after all of the text so far, in model->logits. */
 static smallm_status predict(smallm *model)
 {
     draft *d = &model->draft;
     size_t T = (size_t)model->block_size;
+    if (d->fed == T && d->options.overflow == SMALLM_SLIDE) slide(model);
     if (d->fed > 0 && d->fed < T) {
         model->ids[0] = model->history[d->known - 1];
         model->mask[d->fed++] = 1;
@@ -1110,63 +1172,168 @@ static uint32_t descending(float logit)
     return bits & 0x80000000u ? bits : ~(bits | 0x80000000u);
 }
 
-/* Ranks all ids by logit, the largest first, of equal ones the lower id: the ids are the lower halves of model->order.
-   A radix sort, byte by byte: it keeps the order of equal keys, and takes a few microseconds. */
-static void rank(smallm *model)
+/* Gives each id a number that is the smaller, the earlier its rank: by logit, and of equal ones by id. */
+static void make_keys(smallm *model)
 {
-    size_t V = (size_t)model->vocab_size;
-    for (size_t i = 0; i < V; i++) model->order[i] = (uint64_t)descending(model->wanted[i]) << 32 | i;
-    for (int shift = 32; shift < 64; shift += 8) {
+    for (size_t id = 0; id < (size_t)model->vocab_size; id++)
+        model->keys[id] = (uint64_t)descending(model->wanted[id]) << 32 | id;
+}
+
+/* The key at a rank, 0 the first: its bytes one by one from the top, which takes as long for any logits. */
+static uint64_t key_at(const smallm *model, size_t rank)
+{
+    size_t V = (size_t)model->vocab_size, id = 0;
+    uint64_t found = 0;
+    for (int shift = 56; shift >= 32; shift -= 8) {
+        size_t counts[256] = {0};
+        uint64_t byte = 0;
+        for (size_t i = 0; i < V; i++) {
+            uint64_t rest = (model->keys[i] ^ found) >> shift;
+            if (rest < 256) counts[rest]++;
+        }
+        for (; counts[byte] <= rank; byte++) rank -= counts[byte];
+        found |= byte << shift;
+    }
+    while (model->keys[id] >> 32 != found >> 32 || rank-- > 0) id++;
+    return model->keys[id];
+}
+
+/* Sorts the keys up to the last one kept into model->order, byte by byte (a radix sort). Returns how many there are. */
+static size_t rank(smallm *model, uint64_t last)
+{
+    size_t count = 0;
+    for (size_t i = 0; i < (size_t)model->vocab_size; i++)
+        if (model->keys[i] <= last) model->order[count++] = model->keys[i];
+    for (int shift = 32; shift < 64; shift += 8) { /* equal logits are in the order of the ids, and stay so */
         size_t starts[257] = {0};
-        for (size_t i = 0; i < V; i++) starts[(model->order[i] >> shift & 0xFF) + 1]++;
+        for (size_t i = 0; i < count; i++) starts[(model->order[i] >> shift & 0xFF) + 1]++;
         for (int i = 0; i < 256; i++) starts[i + 1] += starts[i];
-        for (size_t i = 0; i < V; i++) model->spare[starts[model->order[i] >> shift & 0xFF]++] = model->order[i];
+        for (size_t i = 0; i < count; i++) model->spare[starts[model->order[i] >> shift & 0xFF]++] = model->order[i];
         uint64_t *sorted = model->spare;
         model->spare = model->order, model->order = sorted;
     }
+    return count;
 }
 
-/* The id at a rank. */
-static int64_t ranked(const smallm *model, size_t rank) { return (int64_t)(model->order[rank] & 0xFFFFFFFFu); }
-
-/* The weights of the ids that may be taken, by rank, the first 1. Returns how many there are. */
-static size_t weigh(smallm *model, const smallm_options *options)
+static double weight(double logit, double largest, double temperature)
 {
-    size_t V = (size_t)model->vocab_size, count = V;
-    double first = model->wanted[ranked(model, 0)], total = 0, sum = 0;
-    double temperature = options->temperature > LEAST_TEMPERATURE ? options->temperature : LEAST_TEMPERATURE;
-    if (options->top_k > 0 && (uint64_t)options->top_k < V) count = (size_t)options->top_k;
+    return exp((logit - largest) / (temperature > LEAST_TEMPERATURE ? temperature : LEAST_TEMPERATURE));
+}
+
+/* Of the keys up to the last one kept, that which ends the shortest beginning with top_p of their weight. */
+static uint64_t last_of_share(smallm *model, uint64_t last, double largest, const smallm_options *options)
+{
+    size_t count = rank(model, last), taken = 0;
+    double total = 0, sum = 0;
     for (size_t i = 0; i < count; i++) {
-        model->weights[i] = exp((first - (double)model->wanted[ranked(model, i)]) / -temperature);
+        model->weights[i] = weight(model->wanted[model->order[i] & 0xFFFFFFFFu], largest, options->temperature);
         total += model->weights[i];
     }
-    size_t keep = count;
-    if (options->top_p < 1) {
-        double share = options->top_p * total;
-        for (keep = 0; keep < count && (sum += model->weights[keep]) < share;) keep++;
-        keep = keep < count ? keep + 1 : count;
-    }
-    if (options->min_p > 0)
-        while (model->weights[keep - 1] < options->min_p) keep--; /* the first is 1 */
-    return keep;
+    for (double share = options->top_p * total; (sum += model->weights[taken]) < share && taken + 1 < count;) taken++;
+    return model->order[taken];
 }
 
 /* The id that u in [0, 1) takes by model->wanted; -1 if these are not finite. */
 static int64_t sample(smallm *model, double u, const smallm_options *options)
 {
-    size_t likeliest = 0, V = (size_t)model->vocab_size;
+    size_t likeliest = 0, V = (size_t)model->vocab_size, taken = 0;
     for (size_t i = 0; i < V; i++) {
         if (isnan(model->wanted[i])) return -1;
         if (model->wanted[i] > model->wanted[likeliest]) likeliest = i;
     }
-    if (!isfinite(model->wanted[likeliest])) return -1;
+    double largest = model->wanted[likeliest], sum = 0;
+    if (!isfinite(largest)) return -1;
     if (options->temperature == 0) return (int64_t)likeliest;
-    rank(model);
-    size_t count = weigh(model, options), taken = 0;
-    double total = 0, sum = 0;
-    for (size_t i = 0; i < count; i++) total += model->weights[i];
-    for (double share = u * total; taken + 1 < count && (sum += model->weights[taken]) <= share;) taken++;
-    return ranked(model, taken);
+    uint64_t last = UINT64_MAX; /* key that is kept */
+    make_keys(model);
+    if (options->top_k > 0 && (uint64_t)options->top_k < V) last = key_at(model, (size_t)options->top_k - 1);
+    if (options->top_p < 1) last = last_of_share(model, last, largest, options);
+    for (size_t i = 0; i < V; i++) {
+        double one = model->keys[i] <= last ? weight(model->wanted[i], largest, options->temperature) : 0;
+        model->weights[i] = sum += one >= options->min_p ? one : 0;
+    }
+    for (double share = u * sum; model->weights[taken] <= share;) taken++; /* u < 1, so one is more */
+    return (int64_t)taken;
+}
+
+/* -- which ids are permitted -- */
+
+static bool has(const uint64_t *characters, uint32_t code) { return (characters[code / 64] >> code % 64 & 1) != 0; }
+
+static bool has_any(const uint64_t *characters, uint32_t from, uint32_t to)
+{
+    if (to > CODE_POINTS) to = CODE_POINTS;
+    for (uint32_t code = from; code < to;) {
+        if (has(characters, code)) return true;
+        code += code % 64 == 0 && characters[code / 64] == 0 ? 64 : 1;
+    }
+    return false;
+}
+
+/* The bits of a code point that the bytes of a character, or the first ones of it, have. */
+static uint32_t bits_of(const uint8_t *bytes, int length)
+{
+    uint32_t bits = promised(*bytes) == 1 ? *bytes : *bytes & (0x7Fu >> promised(*bytes));
+    for (int i = 1; i < length; i++) bits = bits << 6 | (bytes[i] & 0x3Fu);
+    return bits;
+}
+
+static void set_characters(uint64_t *characters, span text, bool value)
+{
+    for (int length; (length = character_length(text)) > 0; text.at += length) {
+        uint32_t code = bits_of(text.at, length);
+        uint64_t bit = (uint64_t)1 << code % 64;
+        characters[code / 64] = value ? characters[code / 64] | bit : characters[code / 64] & ~bit;
+    }
+}
+
+/* Whether these bytes can still become a permitted character. */
+static bool can_end_well(const uint64_t *characters, const pending *unfinished)
+{
+    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000}; /* code point that so many bytes spell */
+    if (unfinished->length == 0) return true;
+    int length = promised(unfinished->bytes[0]);
+    uint32_t ends = 1u << 6 * (length - unfinished->length);
+    uint32_t from = bits_of(unfinished->bytes, unfinished->length) * ends;
+    return has_any(characters, from > least[length] ? from : least[length], from + ends);
+}
+
+static span bytes_of(const smallm *model, int64_t id, uint8_t *byte)
+{
+    *byte = (uint8_t)id;
+    return id < 256 ? span_of(byte, 1) : span_of(model->tokens[id - 256].bytes, model->tokens[id - 256].length);
+}
+
+/* Whether an id may come after the bytes of an unfinished character. */
+static bool is_permitted(const smallm *model, const uint64_t *characters, pending unfinished, int64_t id)
+{
+    char text[MOST_PUSHED];
+    uint8_t byte;
+    size_t bytes = 0;
+    for (span s = bytes_of(model, id, &byte); s.at < s.end; s.at++) bytes += push_byte(&unfinished, *s.at, text + bytes);
+    span completed = span_of(text, bytes);
+    for (int length; (length = character_length(completed)) > 0; completed.at += length)
+        if (!has(characters, bits_of(completed.at, length))) return false;
+    return can_end_well(characters, &unfinished);
+}
+
+static void find_permitted(const smallm *model, draft *d)
+{
+    for (int32_t id = 0; id < model->vocab_size; id++)
+        d->permitted[id] = is_permitted(model, d->characters, d->decoder, id);
+    d->permitted_after = d->decoder;
+}
+
+/* Makes the ids that may not come next infinitely unlikely in model->wanted; what is not finite comes out as NaN. */
+static void permit(smallm *model)
+{
+    draft *d = &model->draft;
+    if (d->characters == NULL) return;
+    if (d->decoder.length != d->permitted_after.length ||
+        memcmp(d->decoder.bytes, d->permitted_after.bytes, (size_t)d->decoder.length) != 0)
+        find_permitted(model, d);
+    for (size_t i = 0; i < (size_t)model->vocab_size; i++)
+        if (!d->permitted[i]) model->wanted[i] = model->logits[i] - INFINITY;
 }
 
 /* -- from ids to text -- */
@@ -1240,11 +1407,9 @@ static void push(smallm *model, int64_t id)
     draft *d = &model->draft;
     char text[MOST_PUSHED];
     size_t bytes = 0;
-    uint8_t byte = (uint8_t)id;
-    span spelled = span_of(&byte, 1);
-    if (id >= 256) spelled = span_of(model->tokens[id - 256].bytes, model->tokens[id - 256].length);
+    uint8_t byte;
     remember(model, id);
-    while (spelled.at < spelled.end) bytes += push_byte(&d->decoder, *spelled.at++, text + bytes);
+    for (span s = bytes_of(model, id, &byte); s.at < s.end; s.at++) bytes += push_byte(&d->decoder, *s.at, text + bytes);
     for (size_t at = 0; at < bytes && !d->done;) {
         size_t length = (size_t)promised((uint8_t)text[at]);
         add_character(d, text + at, length);
@@ -1261,6 +1426,7 @@ static smallm_status advance(smallm *model)
     size_t seen = o->repetition_window > 0 ? (size_t)o->repetition_window : (size_t)model->block_size;
     if (seen > d->known) seen = d->known;
     penalise(model, model->logits, model->history + (d->known - seen), seen, o->repetition_penalty);
+    permit(model);
     int64_t id = sample(model, uniform(d), o);
     if (id < 0) return not_finite(model);
     push(model, id);
@@ -1274,6 +1440,8 @@ static void end_draft(draft *d)
     free(d->stops);
     free(d->words);
     free(d->borders);
+    free(d->characters);
+    free(d->permitted);
     free(d->text);
     free(d->piece);
     memset(d, 0, sizeof *d);
@@ -1318,8 +1486,11 @@ static smallm_status check_options(smallm *model, const smallm_options *o)
     if (o->min_length > o->max_length)
         return fail(model, SMALLM_MISTAKE, "min_length = %lld is more than max_length = %lld; they leave no text",
                     (long long)o->min_length, (long long)o->max_length);
-    if (o->overflow != SMALLM_CROP && o->overflow != SMALLM_SHIFT)
-        return out_of_range(model, "overflow", o->overflow, "SMALLM_CROP or SMALLM_SHIFT");
+    if (o->overflow != SMALLM_CROP && o->overflow != SMALLM_SHIFT && o->overflow != SMALLM_SLIDE)
+        return out_of_range(model, "overflow", o->overflow, "SMALLM_CROP, SMALLM_SHIFT or SMALLM_SLIDE");
+    if (o->overflow == SMALLM_SLIDE && model->window == 0)
+        return fail(model, SMALLM_MISTAKE, "overflow = SMALLM_SLIDE needs a model that was trained with model.window; "
+                    "use SMALLM_CROP or SMALLM_SHIFT");
     return SMALLM_OK;
 }
 
@@ -1368,6 +1539,27 @@ static smallm_status prepare_stops(smallm *model, draft *d)
     return SMALLM_OK;
 }
 
+/* Makes the set of the permitted characters, if not all are, and finds the ids that may come first. */
+static smallm_status prepare_permitted(smallm *model, draft *d)
+{
+    const char *allowed = d->options.allowed, *banned = d->options.banned == NULL ? "" : d->options.banned;
+    d->options.allowed = d->options.banned = NULL;
+    if (allowed == NULL && *banned == '\0') return SMALLM_OK;
+    if (allowed != NULL) TRY_OWN(check_text(model, "option allowed", allowed, strlen(allowed)));
+    TRY_OWN(check_text(model, "option banned", banned, strlen(banned)));
+    d->characters = calloc(CODE_POINTS / 64, sizeof *d->characters);
+    d->permitted = calloc((size_t)model->vocab_size, sizeof *d->permitted);
+    if (d->characters == NULL || d->permitted == NULL) return no_memory(model);
+    if (allowed == NULL) memset(d->characters, 0xFF, CODE_POINTS / 8);
+    else set_characters(d->characters, span_of(allowed, strlen(allowed)), true);
+    set_characters(d->characters, span_of(banned, strlen(banned)), false);
+    memset(d->characters + 0xD800 / 64, 0, 0x800 / 8); /* surrogates: no text has them */
+    if (!has_any(d->characters, 0, CODE_POINTS))
+        return fail(model, SMALLM_MISTAKE, "allowed and banned leave no character; allow one that is not banned");
+    find_permitted(model, d);
+    return SMALLM_OK;
+}
+
 static smallm_status start(smallm *model, const char *seed, size_t bytes, const smallm_options *options)
 {
     draft *d = &model->draft;
@@ -1375,6 +1567,7 @@ static smallm_status start(smallm *model, const char *seed, size_t bytes, const 
     TRY_OWN(check_options(model, &d->options));
     TRY_OWN(check_text(model, "seed text", seed, bytes));
     TRY_OWN(prepare_stops(model, d));
+    TRY_OWN(prepare_permitted(model, d));
     remember_seed(model, bytes > 0 ? span_of(seed, bytes) : span_of(model->start_text, model->start_bytes));
     d->key = rng_key(d->options.rng_seed, d->options.stream_number);
     d->done = d->options.max_length == 0;
@@ -1563,6 +1756,7 @@ void smallm_default_options(const smallm *model, smallm_options *options, size_t
     all.top_p = model != NULL && model->open ? model->top_p : 1;
     all.min_p = model != NULL && model->open ? model->min_p : 0;
     all.repetition_penalty = 1;
+    all.overflow = model != NULL && model->open && model->window > 0 ? SMALLM_SLIDE : SMALLM_CROP;
     if (options == NULL) return;
     memset(options, 0, size);
     memcpy(options, &all, size < sizeof all ? size : sizeof all);
@@ -1663,8 +1857,8 @@ void smallm_close(smallm *model)
     close_session(model);
     end_draft(&model->draft);
     void *memory[] = {model->tokens, model->start_text, model->past, model->past_names, (void *)model->names,
-                      (void *)model->values, model->cache, model->mask, model->ids, model->history, model->logits,
-                      model->wanted, model->order, model->spare, model->weights};
+                      (void *)model->values, model->cache, model->turn, model->mask, model->ids, model->history, model->logits,
+                      model->wanted, model->keys, model->order, model->spare, model->weights};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free(memory[i]);
     free(model);
 }

@@ -51,7 +51,8 @@ typedef struct smallm_open_options {
 /* What happens when the text outgrows the model's context of block_size ids (characters, mostly). */
 enum {
     SMALLM_CROP = 0, /* the model sees exactly the last block_size ids: a whole window is computed for each */
-    SMALLM_SHIFT = 1 /* it goes on with the newest half of the window whenever that is full: costs nothing more */
+    SMALLM_SHIFT = 1, /* it goes on with the newest half of the window whenever that is full: costs nothing more */
+    SMALLM_SLIDE = 2  /* only for models trained with model.window, exact, and costs nothing more; their default */
 };
 
 /* Let smallm_default_options fill it in, then change what you like. */
@@ -69,7 +70,9 @@ typedef struct smallm_options {
     const char *const *stops;   /* the text ends before the first of these (each UTF-8, ended by NUL; "" is none) */
     size_t stop_count;          /* default 0 */
     int64_t min_length;         /* a stop that begins within so many new characters is text like any other; default 0 */
-    int32_t overflow;           /* SMALLM_CROP (default) or SMALLM_SHIFT */
+    int32_t overflow;           /* SMALLM_CROP, SMALLM_SHIFT or SMALLM_SLIDE; default: slide if it can, else crop */
+    const char *allowed;        /* the only characters that may be written (UTF-8, ended by NUL); default NULL = all */
+    const char *banned;         /* characters that are not written (the same); default NULL = none */
 } smallm_options;
 
 /* Opens a model file. options NULL = defaults. *model is set in any case, to be closed by smallm_close: where opening
@@ -84,7 +87,7 @@ smallm_status smallm_open_memory(const void *data, size_t bytes, const smallm_op
 void smallm_default_options(const smallm *model, smallm_options *options, size_t size);
 
 /* Begins a text after this seed text; empty (bytes = 0) = the start of a text. options NULL = defaults. Ends the text
-   before, if any. Nothing is computed yet. What seed and stops point to is not needed any more when this returns. */
+   before, if any. Nothing is computed yet. What seed and options point to is not needed any more when this returns. */
 smallm_status smallm_generate_start(smallm *model, const char *seed, size_t bytes, const smallm_options *options);
 
 /* The next piece of new text (without the seed): one or more whole characters, ended by a NUL that is not counted.

@@ -27,6 +27,10 @@ export interface GenerateOptions {
   repetitionPenalty?: number;
   /** How many of the last ids the penalty looks at, at most blockSize; default 0 = blockSize. */
   repetitionWindow?: number;
+  /** The only characters that may be written; default: all. One spelled in several ids is a character like any other. */
+  allowed?: string;
+  /** Characters that are not written; default: none. It is an `Error` if none is left to write. */
+  banned?: string;
   /** From 0 to 4294967295: equal rngSeed and streamNumber give equal text; default: a random one. */
   rngSeed?: number;
   /** Tells several texts of one rngSeed apart; from 0 to 4294967295, default 0. */
@@ -36,10 +40,11 @@ export interface GenerateOptions {
   /** A stop that begins within so many new characters is text like any other; default 0. */
   minLength?: number;
   /**
-   * Past blockSize ids, "crop" (default) computes the last blockSize ids anew for each id, which is exact; "shift" goes
-   * on with the newest half of them whenever they are full, which is faster.
+   * Past blockSize ids, "crop" computes the last blockSize ids anew for each id, which is exact; "shift" goes on with
+   * the newest half of them whenever they are full, which is faster; "slide", only for models trained with
+   * model.window, is both. Default: "slide" for those, else "crop".
    */
-  overflow?: "crop" | "shift";
+  overflow?: "crop" | "shift" | "slide";
 }
 
 /** A character as it comes. */
@@ -60,6 +65,10 @@ export interface Manifest {
   n_embd: number;
   head_dim: number;
   vocab_size: number;
+  /** Positions that attention sees, its own included; 0 = the whole context. */
+  window: number;
+  /** Base of the rotary positions. */
+  rope_theta: number;
   /** Ids from 256 up in hexadecimal UTF-8. */
   tokens: string;
   /** What an empty seed stands for. */
@@ -115,6 +124,25 @@ export class Rng {
 
 /** The step of `Rng`: a bijection of the 32-bit numbers. */
 export function mix(x: number): number;
+
+/** The ids of a model and what they spell. */
+export class Vocabulary {
+  /** tokens: `metadata.tokens`. */
+  constructor(tokens: string);
+  readonly size: number;
+  /** Ids of a well-formed text. */
+  encode(text: string): number[];
+  /** UTF-8 that an id stands for, of a whole character or a part of one. */
+  bytes(id: number): Uint8Array;
+}
+
+/** Which ids may come next, so that only permitted characters get written. */
+export class Permitted {
+  /** allowed: undefined = all characters. An `Error` if none is left. */
+  constructor(vocabulary: Vocabulary, allowed: string | undefined, banned: string);
+  /** Bytes of a character that is not whole yet -> for each id whether it may come after them. */
+  after(pending: readonly number[]): boolean[];
+}
 
 /** logits (vocabSize,) and u in [0, 1) -> the id taken. Options as in `GenerateOptions`, defaults: all ids. */
 export function sample(

@@ -14,6 +14,8 @@ const MOST_THREADS = 1024;
 const CACHE_ROOM = 64 * 2 ** 20; // bytes that the cache of keys and values may take whatever the size of the file
 const LEAST_PROBABILITY = 1e-6; // of the beginning of a character whose ends are looked for
 const LEAST_TEMPERATURE = 1e-200; // below it nothing changes any more, but a division could overflow
+const CODE_POINTS = 0x110000;
+const LEAST_CODE = [0, 0, 0x80, 0x800, 0x10000]; // code point that UTF-8 spells in so many bytes
 const BREATH = 16; // milliseconds after which a page may show what has come
 const NOT_FINITE = "the model's logits are not finite: its weights are broken; train it again";
 const OPTIONS = {
@@ -24,11 +26,13 @@ const OPTIONS = {
   minP: undefined,
   repetitionPenalty: 1,
   repetitionWindow: 0,
+  allowed: undefined, // all
+  banned: "",
   rngSeed: undefined,
   streamNumber: 0,
   stop: [],
   minLength: 0,
-  overflow: "crop",
+  overflow: undefined, // "slide" if the model has a window, else "crop"
 };
 
 export class LanguageModel {
@@ -77,6 +81,7 @@ export class LanguageModel {
         await breathe();
         resumed = performance.now();
       }
+      if (context.length === this.blockSize && draft.request.overflow === "slide") context.slide();
       if (0 < context.length && context.length < this.blockSize) {
         draft.choose(await context.feed(draft.history.slice(-1)));
       } else {
@@ -183,6 +188,7 @@ class Network {
     this.ones = new BigInt64Array(manifest.block_size).fill(1n); // the mask of a full context
     const nothing = new ort.Tensor("float32", new Float32Array(0), [1, manifest.n_kv_head, 0, manifest.head_dim]);
     this.empty = parts.map(() => nothing);
+    this.turn = rotation(manifest.block_size - (manifest.window - 1), manifest);
   }
 
   /**
@@ -240,8 +246,49 @@ class Context {
     this.length = 0;
   }
 
+  /**
+   * Keeps what the model's window still sees, so that there is room again. Keys are turned back by as many positions as
+   * they move: rotary attention depends on distances only (Su et al. 2021), so nothing else changes.
+   */
+  slide() {
+    const { network, length } = this;
+    const { n_kv_head: heads, head_dim: width, window } = network.manifest;
+    const kept = window - 1;
+    if (kept === 0) return this.reset();
+    this.cache = this.cache.map((tensor, part) => {
+      const rows = new Float32Array(heads * kept * width);
+      for (let head = 0; head < heads; head++) {
+        const end = (head + 1) * length * width;
+        rows.set(tensor.data.subarray(end - kept * width, end), head * kept * width);
+      }
+      if (part % 2 === 0) turnBack(rows, network.turn); // keys; then come values
+      return new network.ort.Tensor("float32", rows, [1, heads, kept, width]);
+    });
+    this.length = kept;
+  }
+
   copy() {
     return new Context(this.network, this.cache, this.length);
+  }
+}
+
+/** Cosines and sines (head_dim / 2,) of the angles by which so many positions turn a key, in single precision. */
+function rotation(positions, { head_dim, rope_theta }) {
+  const half = head_dim / 2;
+  const angles = Float64Array.from({ length: half }, (_, i) => positions * rope_theta ** (-i / half));
+  return { cos: Float32Array.from(angles, Math.cos), sin: Float32Array.from(angles, Math.sin) };
+}
+
+/** Turns keys (n * head_dim,) back in place; products and sums are rounded to single precision. */
+function turnBack(keys, { cos, sin }) {
+  const half = cos.length;
+  for (let start = 0; start < keys.length; start += 2 * half) {
+    for (let i = 0; i < half; i++) {
+      const low = keys[start + i];
+      const high = keys[start + half + i];
+      keys[start + i] = Math.fround(low * cos[i]) + Math.fround(high * sin[i]);
+      keys[start + half + i] = Math.fround(high * cos[i]) - Math.fround(low * sin[i]);
+    }
   }
 }
 
@@ -281,7 +328,7 @@ function readManifest(bytes, source) {
   const values = Object.entries(metadata).filter(([key]) => key.startsWith("smallm."));
   if (values.length === 0) throw new Error(`${source} is not a smallm model; write one with python export.py`);
   const nonsense = new Error(`${source} has broken metadata; export the model again`);
-  const manifest = { sampling: {}, training: {}, precision: "fp32", quality: {} };
+  const manifest = { sampling: {}, training: {}, precision: "fp32", quality: {}, window: 0, rope_theta: 10000 };
   try {
     for (const [key, value] of values) manifest[key.slice("smallm.".length)] = JSON.parse(value);
   } catch {
@@ -307,7 +354,9 @@ function isSane(m) {
   if (!sizes.every((size) => isWhole(size) && size > 0 && size < 2 ** 24)) return false;
   const dictionaries = [m.sampling, m.training, m.quality];
   if (!dictionaries.every((x) => x !== null && typeof x === "object" && !Array.isArray(x))) return false;
-  if (m.n_layer >= 1000 || m.n_head % m.n_kv_head !== 0) return false;
+  if (m.n_layer >= 1000 || m.n_head % m.n_kv_head !== 0 || m.head_dim % 2 !== 0) return false;
+  if (!isWhole(m.window) || !isWithin(m.window, 0, m.block_size)) return false;
+  if (!(isWithin(m.rope_theta, 0, 1e30) && 0 < m.rope_theta && m.rope_theta < 1e30)) return false;
   if ([m.tokens, m.start_text, m.precision].some((x) => typeof x !== "string")) return false;
   try {
     const vocabulary = new Vocabulary(m.tokens);
@@ -369,7 +418,7 @@ function varint(bytes, at) {
 // -- the vocabulary
 
 /** ids 0-255 are the bytes; those from 256 up are `tokens`, non-ASCII characters in UTF-8 and beginnings of them. */
-class Vocabulary {
+export class Vocabulary {
   #ids = new Map(); // hex -> id
   #bytes; // of each id
 
@@ -450,16 +499,116 @@ function wellFormed(text, what) {
 
 // -- one text in the making
 
+/** The bytes of ids as they come -> characters. */
+class Utf8 {
+  /** pending: bytes of a character that is not whole yet. */
+  constructor(pending = []) {
+    this.pending = pending;
+  }
+
+  /** The characters that these bytes complete; U+FFFD for each beginning of one that is broken off, or other byte. */
+  push(bytes) {
+    const characters = [];
+    for (const byte of bytes) {
+      if (this.pending.length > 0 && !continues(this.pending, byte)) {
+        characters.push("\ufffd");
+        this.pending = [];
+      }
+      if (this.pending.length === 0 && promised(byte) === 0) {
+        characters.push("\ufffd");
+        continue;
+      }
+      this.pending = [...this.pending, byte];
+      if (this.pending.length < promised(this.pending[0])) continue;
+      characters.push(String.fromCodePoint(bitsOf(this.pending)));
+      this.pending = [];
+    }
+    return characters;
+  }
+}
+
+/** Bytes of a character that begins with this one; 0 if none does. */
+function promised(lead) {
+  if (lead < 0x80) return 1;
+  return lead < 0xc2 ? 0 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : lead < 0xf5 ? 4 : 0;
+}
+
+/** Whether a byte goes on with the character that these bytes begin: no overlong spellings, no surrogates. */
+function continues([lead, ...others], byte) {
+  if (byte < 0x80 || byte > 0xbf) return false;
+  if (others.length > 0) return true;
+  if (lead === 0xe0) return byte >= 0xa0;
+  if (lead === 0xed) return byte < 0xa0;
+  if (lead === 0xf0) return byte >= 0x90;
+  return lead !== 0xf4 || byte < 0x90;
+}
+
+/** The bits of a code point that the bytes of a character, or the first ones of it, have. */
+function bitsOf([lead, ...others]) {
+  return others.reduce((bits, byte) => (bits << 6) | (byte & 0x3f), lead < 0x80 ? lead : lead & (0x7f >> promised(lead)));
+}
+
+/** A set of characters, seen from the ids of a vocabulary: SAMPLING.md, "Permitted characters". */
+export class Permitted {
+  #vocabulary;
+  #characters = new Uint8Array(CODE_POINTS); // 1 = permitted
+  #found = new Map(); // bytes of an unfinished character -> for each id whether it may come after them
+
+  constructor(vocabulary, allowed, banned) {
+    this.#vocabulary = vocabulary;
+    this.#characters.fill(allowed === undefined ? 1 : 0);
+    for (const character of wellFormed(allowed ?? "", "allowed")) this.#characters[character.codePointAt(0)] = 1;
+    for (const character of wellFormed(banned, "banned")) this.#characters[character.codePointAt(0)] = 0;
+    this.#characters.fill(0, 0xd800, 0xe000); // surrogates: no text has them
+    if (!this.#characters.includes(1)) {
+      throw new Error("allowed and banned leave no character; allow one that is not banned");
+    }
+  }
+
+  /** Bytes of an unfinished character -> for each id (V,) whether it may come after them. */
+  after(pending) {
+    const key = pending.join();
+    if (!this.#found.has(key)) {
+      const ids = Array.from({ length: this.#vocabulary.size }, (_, id) => id);
+      this.#found.set(key, ids.map((id) => this.#fits(pending, id)));
+    }
+    return this.#found.get(key);
+  }
+
+  /** logits (V,) -> new ones, infinitely small for ids that may not come next; NaN for such as were infinite. */
+  only(logits, pending) {
+    const permitted = this.after(pending);
+    return logits.map((logit, id) => (permitted[id] ? logit : logit - Infinity));
+  }
+
+  #fits(pending, id) {
+    const utf8 = new Utf8(pending);
+    const completed = utf8.push(this.#vocabulary.bytes(id));
+    return completed.every((c) => this.#characters[c.codePointAt(0)]) && this.#canEndWell(utf8.pending);
+  }
+
+  #canEndWell(pending) {
+    if (pending.length === 0) return true;
+    const length = promised(pending[0]);
+    const ends = 64 ** (length - pending.length);
+    const from = bitsOf(pending) * ends;
+    return this.#characters.subarray(Math.max(from, LEAST_CODE[length]), from + ends).includes(1);
+  }
+}
+
 /** Takes logits, chooses ids, and hands out the characters that can no longer be part of a stop. */
 class Draft {
   ready = []; // pieces that are settled and not taken yet
   #held = []; // those after them, which may be the beginning of a stop
   #length = 0; // new characters in all
   #nats = 0; // of the ids of a character that is not complete
-  #utf8 = new TextDecoder("utf-8", { ignoreBOM: true });
+  #utf8 = new Utf8();
+  #permitted; // undefined = all are
 
   constructor(vocabulary, ids, blockSize, request) {
     Object.assign(this, { vocabulary, history: ids, blockSize, request });
+    const { allowed, banned } = request;
+    if (allowed !== undefined || banned !== "") this.#permitted = new Permitted(vocabulary, allowed, banned);
     this.rng = new Rng(request.rngSeed, request.streamNumber);
     this.searches = request.stops.map((word) => new Search(word));
     this.done = request.maxLength === 0;
@@ -475,12 +624,13 @@ class Draft {
   choose(logits) {
     const { repetitionPenalty, repetitionWindow, sampling } = this.request;
     const recent = repetitionPenalty === 1 ? [] : this.history.slice(-repetitionWindow);
-    const id = sample(penalise(logits, recent, repetitionPenalty), this.rng.uniform(), sampling);
+    const possible = this.#permitted?.only(logits, this.#utf8.pending) ?? logits;
+    const id = sample(penalise(possible, recent, repetitionPenalty), this.rng.uniform(), sampling);
     this.#nats += surprise(logits, id);
     this.history.push(id);
     if (this.history.length > 2 * this.blockSize) this.history = this.history.slice(-this.blockSize);
-    const text = this.#utf8.decode(this.vocabulary.bytes(id), { stream: true });
-    if (text) this.#add(Array.from(text).slice(0, this.request.maxLength - this.#length));
+    const characters = this.#utf8.push(this.vocabulary.bytes(id));
+    if (characters.length > 0) this.#add(characters.slice(0, this.request.maxLength - this.#length));
   }
 
   #add(characters) {
@@ -545,44 +695,59 @@ function breathe() {
 
 // -- from logits to an id: the definition that every host shares stands in smallm/sampling.py
 
-/** logits (V,) and u in [0, 1) -> the id taken. Sorts values alone, and then looks where the value taken stands. */
+/** logits (V,) and u in [0, 1) -> the id taken. */
 export function sample(logits, u, sampling) {
-  const descending = logits.slice().sort().reverse(); // NaN goes to the front
-  const cumulative = weightsOf(descending, sampling);
-  for (let rank = 1; rank < cumulative.length; rank++) cumulative[rank] += cumulative[rank - 1];
-  const wanted = u * cumulative.at(-1);
-  const rank = cumulative.findIndex((sum) => sum > wanted);
-  const value = descending[rank];
-  let id = logits.indexOf(value);
-  for (let earlier = descending.indexOf(value); earlier < rank; earlier++) id = logits.indexOf(value, id + 1);
-  return id;
+  const { temperature, minP = 0 } = sampling;
+  const likeliest = argmax(logits);
+  if (temperature === 0) return likeliest;
+  const largest = logits[likeliest];
+  const { least, count } = lastKept(logits, largest, sampling);
+  const cumulative = new Float64Array(logits.length);
+  let sum = 0;
+  let left = count; // ids with the least logit that may still be taken: the lower ones
+  for (let id = 0; id < logits.length; id++) {
+    const kept = logits[id] > least || (logits[id] === least && left-- > 0);
+    const weight = kept ? weigh(logits[id], largest, temperature) : 0;
+    sum += weight >= minP ? weight : 0;
+    cumulative[id] = sum;
+  }
+  return cumulative.findIndex((upTo) => upTo > u * sum);
+}
+
+/** The place of the largest logit, the first of equal ones. */
+function argmax(logits) {
+  let likeliest = 0;
+  for (let id = 0; id < logits.length; id++) {
+    if (Number.isNaN(logits[id])) throw new Error(NOT_FINITE);
+    if (logits[id] > logits[likeliest]) likeliest = id;
+  }
+  if (!Number.isFinite(logits[likeliest])) throw new Error(NOT_FINITE);
+  return likeliest;
+}
+
+/** The least logit that top-k and top-p keep, and how many ids that have it. Sorts values alone. */
+function lastKept(logits, largest, { temperature, topK = 0, topP = 1 }) {
+  if (topP === 1 && (topK === 0 || topK >= logits.length)) return { least: -Infinity, count: logits.length };
+  let descending = logits.slice().sort().reverse().subarray(0, topK || logits.length);
+  if (topP < 1) {
+    const weights = Float64Array.from(descending, (logit) => weigh(logit, largest, temperature));
+    const total = weights.reduce((sum, weight) => sum + weight, 0);
+    let sum = 0;
+    descending = descending.subarray(0, weights.findIndex((weight) => (sum += weight) >= topP * total) + 1);
+  }
+  const least = descending.at(-1);
+  return { least, count: descending.length - descending.indexOf(least) };
+}
+
+function weigh(logit, largest, temperature) {
+  return Math.exp((logit - largest) / Math.max(temperature, LEAST_TEMPERATURE));
 }
 
 /** logits (V,) -> all ids, likeliest first, of equal logits the lower one, and their weights at temperature 1. */
 function ranked(logits) {
+  const largest = logits[argmax(logits)];
   const order = Array.from(logits.keys()).sort((a, b) => logits[b] - logits[a] || a - b);
-  return [order, weightsOf(Float32Array.from(order, (id) => logits[id]), { temperature: 1 })];
-}
-
-/** Logits (V,), the largest first -> weights (K,) float64 of those that may be taken, the first 1. */
-function weightsOf(descending, { temperature, topK = 0, topP = 1, minP = 0 }) {
-  const first = descending[0];
-  if (!Number.isFinite(first) || Number.isNaN(descending.at(-1))) throw new Error(NOT_FINITE);
-  if (temperature === 0) return Float64Array.of(1);
-  const divisor = Math.max(temperature, LEAST_TEMPERATURE);
-  const weights = Float64Array.from(topK ? descending.subarray(0, topK) : descending);
-  for (let rank = 0; rank < weights.length; rank++) weights[rank] = Math.exp((weights[rank] - first) / divisor);
-  let keep = weights.length;
-  if (topP < 1) {
-    const total = weights.reduce((sum, weight) => sum + weight, 0);
-    let sum = 0;
-    keep = weights.findIndex((weight) => (sum += weight) >= topP * total) + 1;
-  }
-  if (minP > 0) {
-    const fewer = weights.findIndex((weight) => weight < minP);
-    if (fewer >= 0) keep = Math.min(keep, fewer);
-  }
-  return weights.subarray(0, keep);
+  return [order, order.map((id) => weigh(logits[id], largest, 1))];
 }
 
 /** logits (V,) -> such in which those of the ids are less likely, once however often they occur; single precision. */
@@ -664,9 +829,13 @@ function resolve(manifest, options) {
   if (o.minLength > o.maxLength) {
     throw new Error(`minLength = ${o.minLength} is more than maxLength = ${o.maxLength}; they leave no text`);
   }
-  check(["crop", "shift"].includes(o.overflow), "overflow", o.overflow, '"crop" or "shift"');
+  const overflow = o.overflow ?? (manifest.window ? "slide" : "crop");
+  check(["crop", "shift", "slide"].includes(overflow), "overflow", overflow, '"crop", "shift" or "slide"');
+  if (overflow === "slide" && !manifest.window) {
+    throw new Error('overflow = slide needs a model that was trained with model.window; use "crop" or "shift"');
+  }
   const stops = [o.stop].flat().filter((word) => wellFormed(word, "stop") !== "");
-  return { ...o, sampling, stops, rngSeed, repetitionWindow: o.repetitionWindow || size };
+  return { ...o, sampling, stops, rngSeed, overflow, repetitionWindow: o.repetitionWindow || size };
 }
 
 function isWhole(value) {

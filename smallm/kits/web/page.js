@@ -38,6 +38,7 @@ async function load() {
   at("about").textContent =
     `A language model of ${parameters ? `${count(parameters)} parameters in ` : ""}${precision}. It has read ${text}` +
     `${characters ? `, ${count(characters)} characters,` : ""} and goes on with what you begin.`;
+  if (lm.metadata.window) at("overflow").add(new Option("slide: fast and exact", "slide", true, true), 0);
   at("overflow-hint").textContent = `past ${count(lm.blockSize)} characters`;
   at("status").textContent = "Ready";
   at("progress").textContent = "";
