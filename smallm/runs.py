@@ -10,6 +10,7 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"
 VALIDATION = "validation.txt"
+OLD_VALIDATION = "old_validation.txt"  # of the run that this one was begun from
 
 
 def new_run(out: str | None, name: str) -> Path:

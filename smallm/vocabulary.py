@@ -29,9 +29,9 @@ _ADD_NOTHING = {  # what transformers 5 writes for "no post-processor"
 class Vocabulary:
     """An immutable mapping between text and ids; equal tokens make equal vocabularies.
 
-    ``tokens`` are the byte strings from id 256 up: non-ASCII characters in UTF-8, each right after those of its prefixes
-    (of 2 or more bytes) that no earlier character brought in. Anything else is a ``UserError``. The characters of one
-    text come by code point; those that a model learned later follow them.
+    ``tokens`` are the byte strings from id 256 up: non-ASCII characters in UTF-8, each right after those of its
+    prefixes (of 2 or more bytes) that no earlier character brought in. Anything else is a ``UserError``. The characters
+    of one text come by code point; those that a model learned later follow them.
     """
 
     def __init__(self, tokens: Sequence[bytes] = ()):
@@ -41,8 +41,8 @@ class Vocabulary:
         for id, (token, after) in enumerate(pairwise((*self.tokens, None)), 256):
             if not self._belongs(id, token, after):
                 raise UserError(
-                    f"vocabulary: {_show(token)} does not belong at id {id}; the tokens must be non-ASCII characters in "
-                    "UTF-8, each once and right after its prefixes: build it with from_characters"
+                    f"vocabulary: {_show(token)} does not belong at id {id}; the tokens must be non-ASCII characters "
+                    "in UTF-8, each once and right after its prefixes: build it with from_characters"
                 )
         self.size = 256 + len(self.tokens)
         self.dtype = np.dtype(np.uint16 if self.size <= 1 << 16 else np.uint32)
@@ -62,7 +62,7 @@ class Vocabulary:
     @classmethod
     def from_counts(cls, counts: np.ndarray, min_count: int) -> "Vocabulary":
         """The vocabulary of the characters that occur at least ``min_count`` >= 1 times, by count_characters."""
-        return cls().extended(frequent(counts, min_count))
+        return cls.from_characters(frequent(counts, min_count))
 
     def extended(self, characters: Iterable[str]) -> "Vocabulary":
         """With an id for each of these characters too. The ids that are there stay, and new ones follow them.

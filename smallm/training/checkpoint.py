@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,10 @@ class TrainingState:
     fingerprint: str = ""
     """sha256 of the text."""
     start_text: str = "\n"
+    base_vocab_size: int = 0
+    """Of a run begun with `train.init_from`: the ids that the model had before; 0 of any other."""
+    old_text_loss: float | None = None
+    """What the model had, before this run, on the text that it knew; in nats per character."""
     scaler: dict[str, float] = field(default_factory=dict)
     """State of the fp16 loss scaler; empty in other precisions."""
     skipped_steps: int = 0
@@ -193,11 +197,14 @@ def load_vocabulary(folder: Path) -> Vocabulary:
         raise UserError(f"{folder / 'tokenizer.json'} is broken; use another checkpoint") from None
 
 
-def load_weights(folder: Path, model: TransformerLanguageModel) -> None:
-    """Weights into the model; every name and shape must fit."""
+def load_weights(
+    folder: Path, model: TransformerLanguageModel, extend: Callable[[Tensor], Tensor] = lambda embedding: embedding
+) -> None:
+    """Weights into the model; every name and shape must fit. extend: what to make of the embedding (V, C) before."""
     tensors, parameters = _load_tensors(folder / "model.safetensors"), dict(model.named_parameters())
     try:
         weights = from_qwen3(tensors, model.config)
+        weights["wte.weight"] = extend(weights["wte.weight"])
         weights = {name: like(parameters.get(name), tensor) for name, tensor in weights.items()}
         model.load_state_dict(weights, strict=True)
     except (KeyError, RuntimeError) as error:
