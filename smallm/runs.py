@@ -7,6 +7,7 @@ from smallm.errors import UserError
 RUNS = Path("runs")
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
+LOCK = ".lock"  # held by who trains the run
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"
 VALIDATION = "validation.txt"

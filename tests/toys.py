@@ -89,4 +89,4 @@ def edit_state(folder: Path, edit: Callable[[dict], object] = lambda values: Non
     values["sha256"] = {other.name: checkpoint._sha256(other) for other in folder.iterdir() if other != file}
     edit(values)
     values.pop("seal", None)
-    file.write_text(json.dumps(values | {"seal": checkpoint._seal(values)}), encoding="utf-8")
+    file.write_text(json.dumps(values | {"seal": checkpoint.seal(values)}), encoding="utf-8")

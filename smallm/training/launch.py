@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from smallm.errors import UserError
+from smallm.runs import LOCK
 from smallm.training.budget import open_text, plan_run
 from smallm.training.checkpoint import folder_of
 from smallm.training.config import Config
@@ -21,8 +22,6 @@ from smallm.training.pace import Clock
 from smallm.training.safe_load import check_fits
 from smallm.training.shelf import newest_checkpoint, put_aside
 from smallm.training.trainer import Trainer
-
-LOCK = ".lock"
 
 
 def train(
