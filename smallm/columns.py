@@ -20,11 +20,14 @@ def shortened(text: str, most: int) -> str:
     """Cut in the middle to at most so many columns, so that beginning and ending can be told."""
     if columns_of(text) <= most:
         return text
-    head, tail = len(text), 0
-    while head + tail and columns_of(text[:head] + "…" + text[len(text) - tail :]) > most:
-        tail = tail if tail < head else tail - 1
-        head, tail = (head // 2, head // 2) if head == len(text) else (head - (head > tail), tail)
-    return text[:head] + "…" + text[len(text) - tail :]
+    half = min(most, -(-len(text) // 2))
+    head, tail = text[:half], text[max(half, len(text) - most) :]
+    while (head or tail) and columns_of(f"{head}…{tail}") > most:
+        if columns_of(head) > columns_of(tail):
+            head = head[:-1]
+        else:
+            tail = tail[1:]
+    return f"{head}…{tail}"
 
 
 def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:

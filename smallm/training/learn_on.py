@@ -22,7 +22,7 @@ from smallm.training.config import Config
 from smallm.training.corpus import BYTES
 from smallm.training.devices import of_first
 from smallm.training.evaluate import HeldOut, evaluate
-from smallm.training.model import TransformerLanguageModel
+from smallm.training.model import TransformerLanguageModel, init_embedding
 from smallm.training.safe_load import check_fits
 from smallm.training.shelf import best_checkpoint
 from smallm.vocabulary import Vocabulary
@@ -188,6 +188,11 @@ def base_vocabulary(place: Path | None) -> Vocabulary:
 
 
 def with_new_rows(old: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """Embedding (old size, C) -> (size, C): a new id is to begin with the mean of the bytes that it stands for."""
-    new = [old[list(token)].mean(0) for token in vocabulary.tokens[len(old) - 256 :]]
-    return torch.cat((old, torch.stack(new))) if new else old
+    """Embedding (old size, C) -> (size, C), the new rows being those of a model that knows nothing.
+
+    They beat the mean of the bytes that an id stands for: a model that has hardly met those bytes knows them only as
+    what never comes, and its first loss with them is nearly twice as high.
+    """
+    new = torch.empty(vocabulary.size - len(old), old.size(1))
+    init_embedding(new, torch.Generator().manual_seed(len(old)))
+    return torch.cat((old, new.to(old)))
