@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from toys import random_model, save_onnx
+from toys import LATER_VOCABULARY, random_model, save_onnx
 
 from smallm import LanguageModel, UserError, draft
 from smallm.export import kit_js
@@ -187,6 +187,13 @@ def test_bytes_that_are_not_utf8_become_the_same_characters(ask, noise):
     assert sum(text.count("\ufffd") for text in expected) > 500
 
 
+def test_ids_that_were_learned_later(ask, tmp_path):
+    path = save_onnx(random_model(LATER_VOCABULARY), tmp_path / MODEL_FILE, LATER_VOCABULARY)
+    seed = "aé中𝄞ñ€è₭"
+    expected = LanguageModel.load(path).generate(seed, 120, rng_seed=5)
+    assert values(ask("onnxruntime-node", path, [["generate", seed, {"rngSeed": 5, "maxLength": 120}]])) == [expected]
+
+
 def test_a_byte_order_mark_is_text(ask, noise):
     asked = [["score", "\ufeffa\ufeff"], ["generate", "\ufeff", {"maxLength": 1, "rngSeed": 1}]]
     nats, text = values(ask("onnxruntime-node", noise, asked))
@@ -330,6 +337,8 @@ def broken_models(exported, tmp_path_factory) -> dict[str, tuple[Path, str]]:
         "no size": ({"n_layer": None}, "has broken metadata"),
         "heads that do not divide": ({"n_kv_head": "3"}, "has broken metadata"),
         "half a character": ({"tokens": '"e282"'}, "has broken metadata"),
+        "a character twice": ({"tokens": '"c3a9 c3a9"'}, "has broken metadata"),
+        "a beginning too early": ({"tokens": '"e282 c3a9 e282ac"'}, "has broken metadata"),
         "no tokens": ({"tokens": "7"}, "has broken metadata"),
         "no start": ({"start_text": '""'}, "has broken metadata"),
         "lone surrogate": ({"start_text": '"\\ud800"'}, "has broken metadata"),

@@ -17,6 +17,8 @@ from smallm.training.model import TransformerLanguageModel
 from smallm.vocabulary import Vocabulary
 
 TOY_VOCABULARY = Vocabulary.from_characters("éñ€中")
+LATER_VOCABULARY = Vocabulary.from_characters("中é").extended("𝄞ñ").extended("€è")
+"""Of a model that has learned on twice: not in the order of the code points."""
 GREEDY = Sampling(temperature=0)
 
 
