@@ -161,9 +161,9 @@ def what_became_of_the_old_text(trainer: "Trainer") -> list[str]:
 
     Measured with the best checkpoint, which then is what `trainer.model` holds.
     """
-    s, run, name = trainer.state, trainer.run, name_of(Path(trainer.config.train.init_from))
     if not trainer.config.train.init_from:
         return []
+    s, run, name = trainer.state, trainer.run, name_of(Path(trainer.config.train.init_from))
     if s.old_text_loss is None or not (run / OLD_VALIDATION).is_file():
         return [f"the old text of {name} ({VALIDATION}) was not there, so what became of its loss is not known"]
     if s.best_step != s.step:
@@ -186,8 +186,8 @@ def base_vocabulary(place: Path | None) -> Vocabulary:
 def with_new_rows(old: Tensor, vocabulary: Vocabulary) -> Tensor:
     """Embedding (old size, C) -> (size, C), the new rows being those of a model that knows nothing.
 
-    They beat the mean of the bytes that an id stands for: a model that has hardly met those bytes knows them only as
-    what never comes, and its first loss with them is nearly twice as high.
+    They beat the mean of the rows of the bytes that an id stands for: a model that has hardly met those bytes knows
+    them as what never comes, and its first loss was nearly twice as high (13.4 nats instead of 7.5 on Russian).
     """
     new = torch.empty(vocabulary.size - len(old), old.size(1))
     init_embedding(new, torch.Generator().manual_seed(len(old)))
