@@ -14,12 +14,15 @@ usage: smallm COMMAND [options]
   smallm train    train a model on a text            (also: python train.py)
   smallm export   write a trained model as ONNX      (also: python export.py)
   smallm infer    generate text, measure perplexity  (also: python infer.py)
+  smallm runs     what is in runs/, newest first
+  smallm show     all about one run
 
 `smallm COMMAND --help` lists the options of a command."""
 
 LONGEST_LINE = 2000  # characters of a complaint
 
-COMMANDS = {"train": "smallm.training.cli", "export": "smallm.export.cli", "infer": "smallm.infer"}
+COMMANDS = {"train": "smallm.training.cli", "export": "smallm.export.cli", "infer": "smallm.infer",
+            "runs": "smallm.listing", "show": "smallm.training.show"}  # fmt: skip
 
 
 def train(argv: Sequence[str]) -> int | None:
@@ -35,6 +38,16 @@ def export(argv: Sequence[str]) -> int | None:
 def infer(argv: Sequence[str]) -> int | None:
     """`smallm infer`; the base install is enough."""
     return _call("infer", argv)
+
+
+def runs(argv: Sequence[str]) -> int | None:
+    """`smallm runs`; the base install is enough."""
+    return _call("runs", argv)
+
+
+def show(argv: Sequence[str]) -> int | None:
+    """`smallm show`; the base install is enough."""
+    return _call("show", argv)
 
 
 def main() -> int:
@@ -98,5 +111,5 @@ def _call(command: str, argv: Sequence[str]) -> int | None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "smallm":
             raise
-        extra = "smallm" if command == "infer" else "smallm[train]"
+        extra = "smallm[train]" if command in ("train", "export") else "smallm"
         raise UserError(f"{command} needs the package {error.name!r}; install it with: pip install '{extra}'") from None

@@ -7,9 +7,11 @@ from smallm.errors import UserError
 RUNS = Path("runs")
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
+LOCK = ".lock"  # held by who trains the run
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"
 VALIDATION = "validation.txt"
+OLD_VALIDATION = "old_validation.txt"  # of the run that this one was begun from
 
 
 def new_run(out: str | None, name: str) -> Path:

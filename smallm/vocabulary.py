@@ -6,14 +6,14 @@ only rebuild single characters, the same vocabulary gives the same ids in Huggin
 llama.cpp. A merge joins two pieces, so a 3- or 4-byte character needs helper tokens: its first 2 (and 3) bytes.
 """
 
-import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, cached_property
-from itertools import zip_longest
+from itertools import pairwise
 
 import numpy as np
 
 from .errors import UserError
+from .stream_decoder import StreamDecoder, check_id
 
 CODE_POINTS = 0x110000
 _CHUNK = 1 << 18  # characters handled at a time: the arrays stay in the processor's cache
@@ -29,41 +29,52 @@ _ADD_NOTHING = {  # what transformers 5 writes for "no post-processor"
 class Vocabulary:
     """An immutable mapping between text and ids; equal tokens make equal vocabularies.
 
-    ``tokens`` are the byte strings from id 256 up: non-ASCII characters in UTF-8, by code point, each right after those
-    of its prefixes (of 2 or more bytes) that no earlier character brought in. Anything else is a ``UserError``.
+    ``tokens`` are the byte strings from id 256 up: non-ASCII characters in UTF-8, each right after those of its
+    prefixes (of 2 or more bytes) that no earlier character brought in. Anything else is a ``UserError``. The characters
+    of one text come by code point; those that a model learned later follow them.
     """
 
     def __init__(self, tokens: Sequence[bytes] = ()):
         self.tokens = tuple(tokens)
-        due = _with_helpers(token for token in self.tokens if _is_character(token))
-        for i, (token, expected) in enumerate(zip_longest(self.tokens, due)):
-            if token != expected:
-                found, wanted = ("nothing" if t is None else _show(t) for t in (token, expected))
+        self._bytes = (*(bytes([b]) for b in range(256)), *self.tokens)  # what each id stands for
+        self._ids = {token: i for i, token in enumerate(self._bytes) if isinstance(token, bytes)}
+        for id, (token, after) in enumerate(pairwise((*self.tokens, None)), 256):
+            if not self._belongs(id, token, after):
                 raise UserError(
-                    f"vocabulary: found {found} at id {256 + i} where {wanted} belongs; the tokens must be non-ASCII "
-                    "characters in UTF-8 by code point, each right after its prefixes: build it with from_characters"
+                    f"vocabulary: {_show(token)} does not belong at id {id}; the tokens must be non-ASCII characters "
+                    "in UTF-8, each once and right after its prefixes: build it with from_characters"
                 )
         self.size = 256 + len(self.tokens)
         self.dtype = np.dtype(np.uint16 if self.size <= 1 << 16 else np.uint32)
-        self._bytes = (*(bytes([b]) for b in range(256)), *self.tokens)  # what each id stands for
-        self._ids = {token: i for i, token in enumerate(self._bytes)}
+
+    def _belongs(self, id: int, token: bytes, after: bytes | None) -> bool:
+        """Whether a token is new, its prefix is there before it, and it is a character or begins the token after it."""
+        if not isinstance(token, bytes) or self._ids[token] != id or len(token) < 2:
+            return False
+        prefixed = len(token) == 2 or 256 <= self._ids.get(token[:-1], 0) < id
+        return prefixed and (_is_character(token) or (isinstance(after, bytes) and after[:-1] == token))
 
     @classmethod
     def from_characters(cls, characters: Iterable[str]) -> "Vocabulary":
         """The vocabulary in which each of these characters has an id of its own (ASCII ones have one already)."""
-        chosen = set(characters)
-        for c in chosen:
-            if not isinstance(c, str) or len(c) != 1 or "\ud800" <= c <= "\udfff":
-                raise UserError(f"vocabulary: {_show(c)} is not a character; pass single characters, no surrogates")
-        return cls(_with_helpers(c.encode() for c in chosen if not c.isascii()))
+        return cls().extended(characters)
 
     @classmethod
     def from_counts(cls, counts: np.ndarray, min_count: int) -> "Vocabulary":
         """The vocabulary of the characters that occur at least ``min_count`` >= 1 times, by count_characters."""
-        if min_count < 1:
-            raise UserError(f"min_count is {min_count}: a character needs an id only if it occurs; use 1 or more")
-        frequent = np.flatnonzero(np.asarray(counts) >= min_count)
-        return cls.from_characters(chr(c) for c in frequent if not 0xD800 <= c <= 0xDFFF)
+        return cls.from_characters(frequent(counts, min_count))
+
+    def extended(self, characters: Iterable[str]) -> "Vocabulary":
+        """With an id for each of these characters too. The ids that are there stay, and new ones follow them.
+
+        A character without an id of its own may be spelled otherwise than before: with a prefix that is new.
+        """
+        chosen = set(characters)
+        for c in chosen:
+            if not isinstance(c, str) or len(c) != 1 or "\ud800" <= c <= "\udfff":
+                raise UserError(f"vocabulary: {_show(c)} is not a character; pass single characters, no surrogates")
+        due = _with_helpers(c.encode() for c in chosen if not c.isascii())
+        return Vocabulary((*self.tokens, *(token for token in due if token not in self._ids)))
 
     def __len__(self) -> int:
         return self.size
@@ -135,23 +146,19 @@ class Vocabulary:
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise UserError(f"ids must be a flat sequence of integers, not {ids.dtype} of shape {ids.shape}")
         for extreme in (ids.min(), ids.max()):
-            self._check(int(extreme))
+            check_id(int(extreme), self.size)
         pieces = self._padded[ids]
         used = pieces != 0
         used[:, 0] = True  # a zero that is not padding can only be id 0 itself
         return pieces[used].tobytes()
 
-    def _check(self, id: int) -> None:
-        if not 0 <= id < self.size:
-            raise UserError(f"id {id} is not in the vocabulary (0 to {self.size - 1}); is it from another model?")
-
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of the ids (N,); bytes that are not valid UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def decoder(self) -> "StreamDecoder":
+    def decoder(self) -> StreamDecoder:
         """A fresh decoder for ids that come one at a time."""
-        return StreamDecoder(self)
+        return StreamDecoder(self._bytes)
 
     @cached_property
     def _padded(self) -> np.ndarray:
@@ -225,34 +232,6 @@ class Vocabulary:
         return vocabulary
 
 
-class StreamDecoder:
-    """Decodes ids one at a time, holding back the bytes of a character until it is whole."""
-
-    def __init__(self, vocabulary: Vocabulary):
-        self._vocabulary = vocabulary
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, id: int) -> str:
-        """The characters that this id completes: '' while there are none. Invalid bytes become U+FFFD."""
-        self._vocabulary._check(id)
-        return self._utf8.decode(self._vocabulary._bytes[id])
-
-    @property
-    def pending(self) -> bytes:
-        """The bytes held back: the beginning of a character, or nothing."""
-        return self._utf8.getstate()[0]
-
-    def copy(self) -> "StreamDecoder":
-        """Another decoder in the same state."""
-        other = StreamDecoder(self._vocabulary)
-        other._utf8.setstate(self._utf8.getstate())
-        return other
-
-    def flush(self) -> str:
-        """What is left at the end: '' or U+FFFD for a character that was cut short. Starts afresh."""
-        return self._utf8.decode(b"", final=True)
-
-
 def count_characters(text: str) -> np.ndarray:
     """How often each code point occurs, up to the highest: (n,) int64. A lone surrogate is a UserError."""
     counts = np.zeros(0, np.int64)
@@ -264,6 +243,13 @@ def count_characters(text: str) -> np.ndarray:
     except UnicodeEncodeError:
         raise _surrogate_error(text) from None
     return counts
+
+
+def frequent(counts: np.ndarray, min_count: int) -> list[str]:
+    """The characters that occur at least ``min_count`` >= 1 times, by count_characters."""
+    if min_count < 1:
+        raise UserError(f"min_count is {min_count}: a character needs an id only if it occurs; use 1 or more")
+    return [chr(c) for c in np.flatnonzero(np.asarray(counts) >= min_count) if not 0xD800 <= c <= 0xDFFF]
 
 
 def _chunks(text: str) -> Iterator[str]:

@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import helper
-from toys import random_model, save_onnx
+from toys import LATER_VOCABULARY, random_model, save_onnx
 
 from smallm import LanguageModel, Vocabulary, cli
 from smallm.errors import UserError
@@ -357,6 +357,13 @@ def test_models_of_other_shapes(generate, tmp_path, config, overflow):
     assert succeed(generate, path, *flags) == expected + "\n"
 
 
+def test_ids_that_were_learned_later(generate, tmp_path):
+    path = save_onnx(random_model(LATER_VOCABULARY), tmp_path / "model.onnx", LATER_VOCABULARY)
+    seed = "aé中𝄞ñ€è₭"
+    expected = LanguageModel.load(path).generate(seed, 120, rng_seed=5)
+    assert succeed(generate, path, "--seed", seed, "--max-length", 120, "--rng-seed", 5) == expected + "\n"
+
+
 @pytest.mark.parametrize(
     "stops", [("\n", "the moon"), ("", "never found"), ("s the", "s"), ("é", "e "), ("ïve", "naïve f")]
 )
@@ -458,6 +465,7 @@ METADATA = {
     "n_kv_head": ["0", "3"],
     "vocab_size": ["256", "262.0", "null"],
     "tokens": ['""', '"c3"', '"zz"', '"c3a9"', '"c3a9 "', '"c3a9 c3a9"', "5", '"e282ac"', '"c3a9', '"41"',
+               '"e282ac e282"', '"e282 c3a9 e282ac"', '"f09f f09f9880"', '"e282 e282ac e282"',
                '"c3a9c3a9c3"'],
     "start_text": ['""', "5", '"\\ud83d"', '"\\q"', '"a', '"' + "a" * 2000 + '"'],
     "sampling": ["[]", '{"temperature": -1}', '{"temperature": NaN}', '{"temperature": 1' + "0" * 400 + "}", "{",

@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from toys import random_model, save_onnx
+from toys import LATER_VOCABULARY, random_model, save_onnx
 
 from smallm import LanguageModel, UserError, draft
 from smallm.export import kit_js
@@ -223,6 +223,13 @@ def test_permitted_characters_are_those_of_python(ask, noise):
         assert set(text[2:]) <= set(each.get("allowed", text)) - set(each.get("banned", ""))
 
 
+def test_ids_that_were_learned_later(ask, tmp_path):
+    path = save_onnx(random_model(LATER_VOCABULARY), tmp_path / MODEL_FILE, LATER_VOCABULARY)
+    seed = "aé中𝄞ñ€è₭"
+    expected = LanguageModel.load(path).generate(seed, 120, rng_seed=5)
+    assert values(ask("onnxruntime-node", path, [["generate", seed, {"rngSeed": 5, "maxLength": 120}]])) == [expected]
+
+
 def test_a_byte_order_mark_is_text(ask, noise):
     asked = [["score", "\ufeffa\ufeff"], ["generate", "\ufeff", {"maxLength": 1, "rngSeed": 1}]]
     nats, text = values(ask("onnxruntime-node", noise, asked))
@@ -375,6 +382,8 @@ def broken_models(exported, tmp_path_factory) -> dict[str, tuple[Path, str]]:
         "no angle": ({"rope_theta": "0"}, "has broken metadata"),
         "odd head_dim": ({"head_dim": "15"}, "has broken metadata"),
         "half a character": ({"tokens": '"e282"'}, "has broken metadata"),
+        "a character twice": ({"tokens": '"c3a9 c3a9"'}, "has broken metadata"),
+        "a beginning too early": ({"tokens": '"e282 c3a9 e282ac"'}, "has broken metadata"),
         "no tokens": ({"tokens": "7"}, "has broken metadata"),
         "no start": ({"start_text": '""'}, "has broken metadata"),
         "lone surrogate": ({"start_text": '"\\ud800"'}, "has broken metadata"),

@@ -18,6 +18,8 @@ PROGRAMS = {
     "train.py": cli.train,
     "export.py": cli.export,
     "infer.py": cli.infer,
+    "runs": cli.runs,
+    "show": cli.show,
     "smallm.training.plot": plot.main,
 }
 
@@ -35,6 +37,8 @@ def commands() -> list[str]:
 def arguments(command: str) -> tuple[str, list[str]] | None:
     """Program and arguments, shortened; None for what is no program of ours."""
     words = shlex.split(command, comments=True)
+    if words[0] == "smallm":
+        return words[1], words[2:]
     if words[0] != "python":
         return None
     name, *rest = words[2:] if words[1] == "-m" else words[1:]
@@ -51,7 +55,8 @@ def arguments(command: str) -> tuple[str, list[str]] | None:
 @pytest.fixture
 def home(tmp_path, monkeypatch, text_file):
     """A folder with a text, where a reader would try the commands."""
-    shutil.copy(text_file, tmp_path / "my.txt")
+    for name in ("my.txt", "new.txt"):
+        shutil.copy(text_file, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -24,12 +24,13 @@ from toys import random_model, save_onnx
 
 from smallm import LanguageModel, UserError, cli
 from smallm.onnx_file import MODEL, OPERATORS, fields, packed, read_message, read_onnx
+from smallm.state_file import read_json
 from smallm.stops import Stops
 from smallm.training.checks import check_types
 from smallm.training.config import Config, ModelConfig
 from smallm.training.model import TransformerLanguageModel
 from smallm.training.qwen3 import to_qwen3
-from smallm.training.safe_load import check_fits, read_json, weight_shapes
+from smallm.training.safe_load import check_fits, weight_shapes
 
 CASES = {
     "onnx": 120, "export folder": 40, "prompts": 40, "text": 24, "toml": 20, "tokenizer.json": 24,

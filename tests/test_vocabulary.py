@@ -22,6 +22,7 @@ VOCABULARIES = {
     "latin": Vocabulary.from_characters(LATIN),
     "mixed": Vocabulary.from_characters(MIXED),
     "dense": Vocabulary.from_characters(chr(c) for c in [*range(0x80, 0x600), *range(0x4E00, 0x5200), 0x1F600]),
+    "learned later": Vocabulary.from_characters("漢😂é").extended("字😀€").extended("è𝄞"),
     "last byte": Vocabulary.from_characters("\x80\u07ff\u0800\ud7ff\ue000\uffff\U00010000\U0010ffff"),
 }
 HANDMADE = [
@@ -161,6 +162,36 @@ def test_order_and_repetition_of_the_characters_do_not_matter(characters):
         assert again == vocabulary
 
 
+def test_new_characters_get_ids_after_the_old_ones():
+    old = Vocabulary.from_characters("ñ€😀")
+    new = old.extended("aé€\u20ad🎉漢")  # ASCII and those that are known get no other id
+    assert new.tokens[: len(old.tokens)] == old.tokens
+    added = [token.decode(errors="replace") for token in new.tokens[len(old.tokens) :]]
+    assert added == ["é", "\u20ad", "\ufffd", "漢", "\ufffd", "🎉"]  # by code point, with the helpers that are new
+    text = "El niño: 10 € 😀, ½ \u0159\n" * 9
+    assert new.encode(text).tolist() == old.encode(text).tolist()
+    assert len(new.encode("é€\u20ad🎉漢")) == 5
+    assert old.extended("ñ") == old.extended([]) == old == Vocabulary().extended("ñ€😀")
+    assert old.extended("é") != Vocabulary.from_characters("éñ€😀")  # the same characters, but older ids
+
+
+@quick
+@given(texts=st.lists(TEXTS, min_size=1, max_size=4))
+def test_whatever_is_added_the_ids_stay(texts):
+    vocabulary = Vocabulary()
+    for text in texts:
+        before, vocabulary = vocabulary, vocabulary.extended(text)
+        assert vocabulary.tokens[: len(before.tokens)] == before.tokens
+        assert len(vocabulary.encode(text)) == len(text)
+        assert vocabulary.decode(vocabulary.encode(text)) == text
+    for again in (
+        Vocabulary.from_hex_tokens(vocabulary.hex_tokens()),
+        Vocabulary.from_tokenizer_json(json.loads(hugging_face(vocabulary).to_str())),
+    ):
+        assert again == vocabulary
+    assert hugging_face(vocabulary).encode("".join(texts)).ids == vocabulary.encode("".join(texts)).tolist()
+
+
 def test_unequal_vocabularies():
     assert Vocabulary.from_characters("é") != Vocabulary()
     assert Vocabulary() != ()
@@ -252,12 +283,13 @@ def test_lone_surrogate(function, chunk):
         [257],
         [b"\xc3\xa9\xc3\xa9"],  # two characters
         [b"\xc3\xa9", b"\xc3\xa9"],  # twice
-        [b"\xc3\xa9", b"\xc3\xa8"],  # order
         [b"\xe2\x82\xac"],  # helper missing
         [b"\xe2\x82\xac", b"\xe2\x82"],  # helper late
         [b"\xe2\x82"],  # helper of nothing
         [b"\xe2\x82", b"\xc3\xa9", b"\xe2\x82\xac"],  # helper too early
         [b"\xf0\x9f", b"\xf0\x9f\x98\x80"],  # a helper left out
+        [b"\xe2\x82", b"\xe2\x82\xac", b"\xe2\x82"],  # a helper again
+        [b"\xe2\x82", [b"\xe2\x82\xac"]],  # not bytes, after a helper
         [b"\xed\xa0", b"\xed\xa0\x80"],  # surrogate
         [b"\xa9\xc3", b"\xa9\xc3\xa9"],  # a character after a stray byte
         [b"\xc0\x80"],  # overlong

@@ -17,6 +17,8 @@ from smallm.training.model import TransformerLanguageModel
 from smallm.vocabulary import Vocabulary
 
 TOY_VOCABULARY = Vocabulary.from_characters("éñ€中")
+LATER_VOCABULARY = Vocabulary.from_characters("中é").extended("𝄞ñ").extended("€è")
+"""Of a model that has learned on twice: not in the order of the code points."""
 GREEDY = Sampling(temperature=0)
 
 
@@ -89,4 +91,4 @@ def edit_state(folder: Path, edit: Callable[[dict], object] = lambda values: Non
     values["sha256"] = {other.name: checkpoint._sha256(other) for other in folder.iterdir() if other != file}
     edit(values)
     values.pop("seal", None)
-    file.write_text(json.dumps(values | {"seal": checkpoint._seal(values)}), encoding="utf-8")
+    file.write_text(json.dumps(values | {"seal": checkpoint.seal(values)}), encoding="utf-8")

@@ -11,12 +11,13 @@ from accelerate import Accelerator
 
 from smallm.training import plan
 from smallm.training.config import Config, DataConfig, ModelConfig, flatten
-from smallm.training.corpus import Corpus, corpus_of
+from smallm.training.corpus import BYTES, Corpus, corpus_of
 from smallm.training.devices import of_first
 from smallm.training.pace import Clock
 from smallm.training.plan import Plan
 from smallm.training.probe import flops_per_second
 from smallm.training.schedule import divide_batch
+from smallm.vocabulary import Vocabulary
 
 PROBES = {"cpu": (ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=128), 12)}  # shape, sequences of a process
 OTHER_PROBE = (ModelConfig(n_layer=8, n_head=6, n_embd=384, block_size=256), 64)
@@ -27,25 +28,26 @@ SAMPLE_IDS, SAMPLE_PIECES = 1 << 20, 4  # of the text, to estimate its informati
 LEAST_SECONDS = 1.0  # to plan for, however little is left
 
 
-def open_text(accelerator: Accelerator, data: DataConfig) -> Corpus:
-    """The text; on each machine one process encodes it, the others open what it wrote.
+def open_text(accelerator: Accelerator, data: DataConfig, base: Vocabulary = BYTES) -> Corpus:
+    """The text, with its characters added to `base`; on each machine one process encodes it, the others open that.
 
     Machines that share a cache find each other by its lock; on those with a cache of their own each has to encode.
     """
     with accelerator.local_main_process_first():
-        return corpus_of(data, progress=accelerator.is_main_process)
+        return corpus_of(data, base, progress=accelerator.is_main_process)
 
 
 def plan_run(
-    accelerator: Accelerator, config: Config, corpus: Corpus, explicit: Set[str], clock: Clock
+    accelerator: Accelerator, config: Config, corpus: Corpus, explicit: Set[str], clock: Clock,
+    base: Vocabulary = BYTES,
 ) -> tuple[Config, Corpus, int]:
     """The config for `config.train.minutes`, the text split for it, and about how many steps to expect.
 
-    explicit: the settings, as `section.field`, that are not to be chosen. Says in three lines on stderr
-    what it found and chose.
+    explicit: the settings, as `section.field`, that are not to be chosen; base: as of `open_text`. Says in three lines
+    on stderr what it found and chose.
     """
     minutes, kind = config.train.minutes, accelerator.device.type
-    config, corpus = _with_tail(accelerator, config, corpus, explicit)
+    config, corpus = _with_tail(accelerator, config, corpus, explicit, base)
     kept = {key: value for key, value in flatten(config.to_dict()).items() if key in explicit}
     text = {"train_ids": len(corpus.train_ids), "val_ids": len(corpus.val_ids), "information": information(corpus),
             "vocabulary": corpus.vocabulary.size, "ranks": accelerator.num_processes,
@@ -87,7 +89,9 @@ def compressed(corpus: Corpus) -> float:
     return information(corpus) * 8 * math.log(2) / corpus.train_characters
 
 
-def _with_tail(accelerator: Accelerator, config: Config, corpus: Corpus, explicit: Set[str]) -> tuple[Config, Corpus]:
+def _with_tail(
+    accelerator: Accelerator, config: Config, corpus: Corpus, explicit: Set[str], base: Vocabulary
+) -> tuple[Config, Corpus]:
     """With a validation part that can be measured on in the time, unless the user has set its share."""
     if "data.val_fraction" in explicit:
         return config, corpus
@@ -96,7 +100,7 @@ def _with_tail(accelerator: Accelerator, config: Config, corpus: Corpus, explici
     if share == config.data.val_fraction:
         return config, corpus
     config = replace(config, data=replace(config.data, val_fraction=share))
-    return config, open_text(accelerator, config.data)
+    return config, open_text(accelerator, config.data, base)
 
 
 def _words(chosen: Plan, config: Config, corpus: Corpus, information: float, speed: float) -> list[str]:

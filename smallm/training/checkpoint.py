@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,16 @@ from torch import Tensor, nn
 from smallm.errors import UserError
 from smallm.manifest import hugging_face_files
 from smallm.runs import CHECKPOINTS
+from smallm.state_file import FORMAT_VERSION, STATE_FILE, read_json, read_sealed, seal
 from smallm.training.checks import check_types
 from smallm.training.config import Config
 from smallm.training.functions import NORM_EPS
 from smallm.training.model import TransformerLanguageModel
 from smallm.training.optim import moments_of
 from smallm.training.qwen3 import from_qwen3, to_qwen3
-from smallm.training.safe_load import check_fits, read_json
+from smallm.training.safe_load import check_fits
 from smallm.training.spread import gathered, like
 from smallm.vocabulary import Vocabulary
-
-STATE_FILE = "training_state.json"
-FORMAT_VERSION = 2
 
 
 @dataclass
@@ -55,6 +53,10 @@ class TrainingState:
     fingerprint: str = ""
     """sha256 of the text."""
     start_text: str = "\n"
+    base_vocab_size: int = 0
+    """Of a run begun with `train.init_from`: the ids that the model had before; 0 of any other."""
+    old_text_loss: float | None = None
+    """What the model had, before this run, on the text that it knew; in nats per character."""
     scaler: dict[str, float] = field(default_factory=dict)
     """State of the fp16 loss scaler; empty in other precisions."""
     skipped_steps: int = 0
@@ -106,7 +108,7 @@ def save_checkpoint(
             _write_json(aside / name, content)
         values = {"format_version": FORMAT_VERSION, **asdict(state), "config": config.to_dict()}
         values["sha256"] = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
-        _write_json(aside / STATE_FILE, values | {"seal": _seal(values)})
+        _write_json(aside / STATE_FILE, values | {"seal": seal(values)})
         mode = (aside / STATE_FILE).stat().st_mode
         for file in aside.iterdir():
             file.chmod(mode)  # safetensors keeps its files from everyone else
@@ -145,7 +147,7 @@ def model_files(config: Config, vocabulary: Vocabulary) -> dict[str, dict[str, A
 
 def read_state(folder: Path) -> tuple[TrainingState, Config]:
     """`training_state.json` of a checkpoint. Raises `UserError` if it is broken."""
-    values = _read_sealed(folder)
+    values = read_sealed(folder)
     try:
         for key in ("format_version", "sha256", "seal"):
             del values[key]
@@ -162,7 +164,7 @@ def read_state(folder: Path) -> tuple[TrainingState, Config]:
 def damage(folder: Path) -> str:
     """What is wrong with the files of a checkpoint, in a few words; nothing, if they are as they were written."""
     try:
-        sums = _read_sealed(folder)["sha256"]
+        sums = read_sealed(folder)["sha256"]
         for name in sorted(sums):
             file = folder / Path(name).name
             if not file.is_file():
@@ -193,11 +195,14 @@ def load_vocabulary(folder: Path) -> Vocabulary:
         raise UserError(f"{folder / 'tokenizer.json'} is broken; use another checkpoint") from None
 
 
-def load_weights(folder: Path, model: TransformerLanguageModel) -> None:
-    """Weights into the model; every name and shape must fit."""
+def load_weights(
+    folder: Path, model: TransformerLanguageModel, extend: Callable[[Tensor], Tensor] = lambda embedding: embedding
+) -> None:
+    """Weights into the model; every name and shape must fit. extend: what to make of the embedding (V, C) before."""
     tensors, parameters = _load_tensors(folder / "model.safetensors"), dict(model.named_parameters())
     try:
         weights = from_qwen3(tensors, model.config)
+        weights["wte.weight"] = extend(weights["wte.weight"])
         weights = {name: like(parameters.get(name), tensor) for name, tensor in weights.items()}
         model.load_state_dict(weights, strict=True)
     except (KeyError, RuntimeError) as error:
@@ -217,26 +222,6 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
             optimizer.state[parameter][key] = like(None if key == "step" else parameter, tensor.to(parameter.device))
     if tensors:
         raise UserError(f"{file} does not fit the optimiser of this run: {next(iter(tensors))} is left over")
-
-
-def _read_sealed(folder: Path) -> dict[str, Any]:
-    """What `training_state.json` holds, if it is as it was written. Raises `UserError`."""
-    file = folder / STATE_FILE
-    try:
-        values = read_json(file)
-        version, seal = values["format_version"], values["seal"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{file} is missing or broken; use another checkpoint") from None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{file} was written by another version of smallm; train anew, or use that version")
-    if seal != _seal({key: value for key, value in values.items() if key != "seal"}):
-        raise UserError(f"{file} is not as it was written; use another checkpoint")
-    return values
-
-
-def _seal(values: Mapping[str, Any]) -> str:
-    """sha256 of what the state file says, however it is set out."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:

@@ -28,11 +28,13 @@ Trains a character-level language model on a text and leaves everything in a run
   python train.py --data my.txt --minutes 5      size, batch and schedule chosen for this text, machine and time
   python train.py --config configs/shakespeare-cpu.toml --data shakespeare --out runs/shakespeare
   python train.py --resume runs/shakespeare      goes on exactly where it stopped
+  python train.py --init-from runs/shakespeare --data my.txt    goes on from its model with another text, in a new run
   python train.py --check my.txt                 trains nothing: what is in the text, what is wrong with it, what to do
 
 Every line of a TOML file is also a flag: [model] n_layer = 6 is --model.n_layer 6; flags win."""
 
-SHORT = {"--data": "--data.source", "--encoding": "--data.encoding", "--minutes": "--train.minutes"}
+SHORT = {"--data": "--data.source", "--encoding": "--data.encoding", "--minutes": "--train.minutes",
+         "--init-from": "--train.init_from"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def parse(argv: Sequence[str]) -> Request:
         run = Path(values["resume"])
         if values["config"] or values["out"]:
             raise UserError("--resume takes its settings and its folder from the run; leave out --config and --out")
+        if "train.init_from" in flags:
+            raise UserError("--resume goes on with a run and --init-from begins one; leave out one of them")
         from smallm.training.shelf import saved_config
 
         parser.set_defaults(flatten(saved_config(run).to_dict()))
@@ -104,6 +108,10 @@ def parse(argv: Sequence[str]) -> Request:
         return Request(_config(values, flags), run, resume=True, explicit=frozenset(KEYS))
     name = Path(values["config"][-1]).stem if values["config"] else "quickstart"
     explicit = frozenset(key for key, _ in _keys(argv))
+    if values["train"]["init_from"]:
+        from smallm.training.learn_on import begin_with
+
+        explicit = begin_with(values, explicit)
     if values["train"]["minutes"]:
         values["model"] |= _fitting(values["model"], explicit)
     return Request(_config(values, flags), new_run(values["out"], name), resume=False, explicit=explicit)

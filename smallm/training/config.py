@@ -177,6 +177,8 @@ class TrainConfig:
     """Steps between lines in metrics.jsonl."""
     sample_length: int = 120
     """Characters generated at each evaluation; 0 = none."""
+    init_from: str = ""
+    """Run or checkpoint whose model to go on from with another text, in a new run; empty = from nothing."""
     seed: int = 1
     """Random seed of initialisation, batches and dropout."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"

@@ -21,10 +21,11 @@ from smallm.training.ids import MappedIds
 from smallm.training.source import Source, find_source
 from smallm.training.store import Stored
 from smallm.training.tidy import Tidy
-from smallm.vocabulary import Vocabulary
+from smallm.vocabulary import Vocabulary, frequent
 
 CACHE_FORMAT = 1  # to be raised when the cached files, or the ids that a Vocabulary gives, change their meaning
 CHARACTERS_PER_PIECE = 1 << 18
+BYTES = Vocabulary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +67,7 @@ def open_corpus(
     val_fraction: float,
     normalise: str = "none",
     newlines: str = "keep",
+    base: Vocabulary = BYTES,
     cache: Path | None = None,
     progress: bool = True,
 ) -> Corpus:
@@ -73,9 +75,10 @@ def open_corpus(
 
     encoding: that of the files (built-in texts know their own); min_count: how often the training part must have a
     character for it to get an id of its own; val_fraction: the share of the characters, in (0, 1), kept for validation;
-    normalise: "nfc" joins accents with their letters; newlines: "lf" makes CR LF and CR one LF; cache: where encoded
-    texts are kept, by default $SMALLM_CACHE or the user's cache folder; progress: show a bar on stderr while a long
-    text is read. Raises UserError for all that the caller can mend.
+    normalise: "nfc" joins accents with their letters; newlines: "lf" makes CR LF and CR one LF; base: the vocabulary to
+    which the text's characters are added; cache: where encoded texts are kept, by default $SMALLM_CACHE or the user's
+    cache folder; progress: show a bar on stderr while a long text is read. Raises UserError for all that the caller can
+    mend.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"--data.val_fraction must lie between 0 and 1, not {val_fraction}; try 0.1")
@@ -87,7 +90,7 @@ def open_corpus(
     cache = cache or cache_folder()
     text = replace(find_source(source, encoding, cache), tidy=Tidy(normalise, newlines))
     try:
-        stored = _open(text, min_count, val_fraction, cache, progress)
+        stored = _open(text, min_count, val_fraction, base, cache, progress)
     except OSError as error:
         raise UserError(f"cannot write to {cache}: {error.strerror or error}; set SMALLM_CACHE elsewhere") from None
     if stored is None:
@@ -97,21 +100,24 @@ def open_corpus(
     return Corpus(text.name, Vocabulary.from_hex_tokens(facts["tokens"]), *files, *scalars)
 
 
-def corpus_of(data: DataConfig, progress: bool = True) -> Corpus:
+def corpus_of(data: DataConfig, base: Vocabulary = BYTES, progress: bool = True) -> Corpus:
     """The text that the settings name."""
     settings = {key: value for key, value in asdict(data).items() if key != "source"}
-    return open_corpus(data.source, **settings, progress=progress)
+    return open_corpus(data.source, **settings, base=base, progress=progress)
 
 
-def _open(text: Source, min_count: int, val_fraction: float, cache: Path, progress: bool) -> Stored | None:
+def _open(
+    text: Source, min_count: int, val_fraction: float, base: Vocabulary, cache: Path, progress: bool
+) -> Stored | None:
     """What is stored of the text; it is read only if its files are not known, and encoded only if nothing is stored."""
 
     def folder(fingerprint: str) -> Path:
-        key = json.dumps([CACHE_FORMAT, fingerprint, float(val_fraction), int(min_count)])
+        key = json.dumps([CACHE_FORMAT, fingerprint, float(val_fraction), int(min_count), *base.hex_tokens().split()])
         return cache / "corpora" / hashlib.sha256(key.encode()).hexdigest()
 
     def write(folder: Path) -> dict:
-        vocabulary = Vocabulary.from_counts(training_counts(text, known, train_characters, progress), min_count)
+        counts = training_counts(text, known, train_characters, progress)
+        vocabulary = base.extended(frequent(counts, min_count))
         about_ids = encode(text, vocabulary, known.fingerprint, train_characters, folder, progress)
         val_characters = known.characters - train_characters
         about_text = {"fingerprint": known.fingerprint, "tokens": vocabulary.hex_tokens()}

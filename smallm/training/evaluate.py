@@ -1,6 +1,7 @@
 """How good the model is by now: its loss on the validation text, by the protocol of `infer.py`, and a sample."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +18,17 @@ from smallm.vocabulary import Vocabulary
 IDS_PER_PIECE = 1 << 20  # read from the memory map at a time
 
 
+class HeldOut(NamedTuple):
+    """A text to measure on, besides the validation part of a corpus."""
+
+    val_ids: np.ndarray  # (N,)
+    val_characters: int
+
+
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model: nn.Module, corpus: Corpus, block_size: int, asked: Callable[[], int] = lambda: 0
+    accelerator: Accelerator, model: nn.Module, corpus: Corpus | HeldOut, block_size: int,
+    asked: Callable[[], int] = lambda: 0,
 ) -> float | None:
     """Nats per character of the validation text, in windows of `block_size` ids side by side.
 

@@ -4,23 +4,24 @@ import sys
 import time
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from smallm.errors import UserError
+from smallm.runs import LOCK
 from smallm.training.budget import open_text, plan_run
 from smallm.training.checkpoint import folder_of
 from smallm.training.config import Config
 from smallm.training.devices import build_accelerator, of_first
 from smallm.training.failure import one_voice
+from smallm.training.learn_on import base_vocabulary, origin_of
 from smallm.training.pace import Clock
 from smallm.training.safe_load import check_fits
 from smallm.training.shelf import newest_checkpoint, put_aside
 from smallm.training.trainer import Trainer
-
-LOCK = ".lock"
 
 
 def train(
@@ -34,16 +35,24 @@ def train(
     clock, planned_steps = Clock.after_imports(time.perf_counter() if started is None else started), 0
     accelerator = build_accelerator(config.train)
     with one_voice(accelerator), _locked(accelerator, out):
-        corpus = open_text(accelerator, config.data)
         place = _newest(accelerator, out) if resume else None
+        origin = origin_of(accelerator, config, out) if config.train.init_from and place is None else None
+        base = origin.vocabulary if origin else base_vocabulary(place)
+        corpus = open_text(accelerator, config.data, base)
+        if origin:
+            clock = replace(clock, end_seconds=clock.end_seconds + origin.seconds)
         if config.train.minutes and place is None:
-            config, corpus, planned_steps = plan_run(accelerator, config, corpus, explicit, clock)
+            config, corpus, planned_steps = plan_run(accelerator, config, corpus, explicit, clock, base)
+        if origin:
+            config = origin.gentle(config, explicit)
         try:
             if place is not None:
                 check_fits(place / "model.safetensors", config.model, corpus.vocabulary.size)
             trainer = Trainer(accelerator, config, corpus, out, clock, planned_steps)
             if place is not None:
                 trainer.resume(place)
+            elif origin:
+                origin.hand_over(trainer)
             code = trainer.train()
         except OSError as error:
             reason = error.strerror or error

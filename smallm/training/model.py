@@ -101,6 +101,11 @@ class TransformerBlock(nn.Module):
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
+def init_embedding(rows: Tensor, generator: torch.Generator | None = None) -> None:
+    """Fills rows (n, C): a character's logit for itself starts at 2 at any width, so the first loss is near ln V."""
+    rows.normal_(0, 2 / rows.size(1), generator=generator)
+
+
 class TransformerLanguageModel(nn.Module):
     """ids -> logits of the next id, at every position."""
 
@@ -129,8 +134,7 @@ class TransformerLanguageModel(nn.Module):
             if name.endswith("c_proj.weight"):
                 parameter.zero_()
             elif name == "wte.weight":
-                # A character's logit for itself starts at 2 at any width, so the first loss is close to ln V.
-                parameter.normal_(0, 2 / parameter.size(1), generator=generator)
+                init_embedding(parameter, generator)
             elif parameter.ndim == 2:
                 parameter.normal_(0, 0.5 * parameter.size(1) ** -0.5, generator=generator)
             else:  # gains of the norms

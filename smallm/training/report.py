@@ -60,6 +60,10 @@ class Report:
             self.say("    " + values["sample"].strip("\n").replace("\n", "\n    "))
         self._write({"kind": "eval", **values})
 
+    def old_text(self, **values) -> None:
+        """How the loss on the text of the model that the run began with moved."""
+        self._write({"kind": "old_text", **values})
+
     def close(self) -> None:
         """Ends the bar and the file; messages may still follow."""
         self._bar.close()

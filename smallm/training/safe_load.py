@@ -3,11 +3,9 @@
 Checkpoints come from strangers too, and a slip of the finger is soon a model of terabytes.
 """
 
-import json
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -15,21 +13,7 @@ from smallm.errors import UserError
 from smallm.training.config import ModelConfig
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-DEEPEST = 32  # levels of JSON; ours have four
 ROTARY_ROOM = 1 << 18  # positions times head_dim that any model may have, however small its file
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises `ValueError` for anything else, `OSError` if there is no such file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        json.dumps(content, ensure_ascii=False).encode()  # halves of characters, which JSON can spell, are no text
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    if not isinstance(content, dict) or _deeper(content, DEEPEST):
-        raise ValueError("it is no JSON object, or one that is nested too deep")
-    json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate is a ValueError: it could not be written again
-    return content
 
 
 def check_fits(file: Path, config: ModelConfig, vocab_size: int) -> None:
@@ -83,8 +67,3 @@ def weight_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, 
     }  # fmt: skip
     layers = {f"layers.{i}.{name}": shape for i in range(config.n_layer) for name, shape in layer.items()}
     return {f"model.{name}.weight": s for name, s in ({"embed_tokens": (vocab_size, C), "norm": (C,)} | layers).items()}
-
-
-def _deeper(content: Any, levels: int) -> bool:
-    values = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
-    return not levels or any(_deeper(value, levels - 1) for value in values)

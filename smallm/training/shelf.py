@@ -7,13 +7,26 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import tomli_w
+
 from smallm.errors import UserError
-from smallm.runs import CHECKPOINTS, CONFIG, is_run
+from smallm.runs import CHECKPOINTS, CONFIG, VALIDATION, is_run
 from smallm.training.checkpoint import damage, folder_of, read_state
 from smallm.training.config import Config
 
 _NAME = re.compile(r"step-\d{6,}")
 _DAMAGED = ".damaged"  # the ending of the name of a checkpoint that was put aside
+
+
+def begin(run: Path, config: Config, val_file: Path) -> None:
+    """Puts into a run what is to stand there before its first checkpoint. Raises `UserError`."""
+    try:
+        shutil.copyfile(val_file, run / VALIDATION)
+        aside = run / f".{CONFIG}"
+        aside.write_text(tomli_w.dumps(config.to_dict()), encoding="utf-8")
+        aside.replace(run / CONFIG)
+    except OSError as error:
+        raise UserError(f"cannot write to {run}: {error.strerror}; choose another --out") from None
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -1,21 +1,19 @@
 """The training loop: the same for a CPU, one GPU and several processes, through Accelerate."""
 
 import math
-import shutil
 import signal
 import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import tomli_w
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from smallm.errors import UserError
-from smallm.runs import CONFIG, METRICS, VALIDATION
+from smallm.runs import METRICS
 from smallm.scoring import perplexity
 from smallm.training import checkpoint, shelf
 from smallm.training.budget import compressed
@@ -30,6 +28,7 @@ from smallm.training.feed import Feed
 from smallm.training.functions import cross_entropy
 from smallm.training.guard import StepGuard
 from smallm.training.interrupt import Interrupt
+from smallm.training.learn_on import name_of, what_became_of_the_old_text
 from smallm.training.meter import Meter
 from smallm.training.model import TransformerLanguageModel
 from smallm.training.optim import build_optimizer, set_lr
@@ -77,6 +76,8 @@ class Trainer:
         characters = corpus.train_characters + corpus.val_characters
         facts = {"text": corpus.name, "characters": characters, "parameters": self.model.parameter_count()}
         facts |= machine(accelerator)
+        if c.init_from:
+            facts["init_from"] = name_of(Path(c.init_from))
         self.state = TrainingState(fingerprint=corpus.fingerprint, start_text=corpus.start_text, facts=facts)
         self.saved = False  # whether the newest checkpoint is of this very state
 
@@ -104,7 +105,10 @@ class Trainer:
                 self.state.step, self.state.val_loss, self.saved = step + 1, None, False
                 self._log(loss, norm, factor)
                 number = self._take_stock()
-        return self._break_off(number) if number else self._finish()
+            if not number:
+                self._save()
+                old_text = what_became_of_the_old_text(self)
+        return self._break_off(number) if number else self._finish(old_text)
 
     def train_step(self, step: int) -> tuple[Tensor, Tensor]:
         """One update on the batch of `step`: forward, backward, clip, optimise.
@@ -153,13 +157,7 @@ class Trainer:
         """Makes the run folder and says what is about to happen."""
         main = self.accelerator.is_main_process
         if main:
-            try:
-                shutil.copyfile(self.corpus.val_file, self.run / VALIDATION)
-                aside = self.run / f".{CONFIG}"
-                aside.write_text(tomli_w.dumps(self.config.to_dict()), encoding="utf-8")
-                aside.replace(self.run / CONFIG)
-            except OSError as error:
-                raise UserError(f"cannot write to {self.run}: {error.strerror}; choose another --out") from None
+            shelf.begin(self.run, self.config, self.corpus.val_file)
         self.report = Report(self.run / METRICS, self.state, self.total_steps, enabled=main)
         started = time.perf_counter() if self.state.step else self.clock.started  # a start is paid for once
         self.meter = Meter(self.accelerator, self.state.seconds, started)
@@ -289,13 +287,12 @@ class Trainer:
         self.report.say(f"{why} at step {self.state.step:,}; go on with: python train.py --resume {self.run}")
         return 128 + number
 
-    def _finish(self) -> int:
+    def _finish(self, old_text: list[str]) -> int:
         """The last words: how good it is, where everything lies and what to type next."""
-        self._save()
         self.report.close()
         if self._out_of_patience():
             self.report.say(f"stopped: no better validation loss in {self.config.train.patience} evaluations")
         if self.accelerator.is_main_process:
-            for line in closing(self):
+            for line in closing(self, old_text):
                 print(line, flush=True)
         return 0

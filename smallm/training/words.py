@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from smallm.errors import UserError
 from smallm.runs import METRICS
 from smallm.scoring import perplexity
+from smallm.training import learn_on
 from smallm.training.advice import opening_lines
 from smallm.training.copies import copies
 from smallm.training.doctor import examine
@@ -28,6 +29,7 @@ def opening(trainer: "Trainer") -> str:
     return (
         f"text   {corpus.name}: {corpus.train_characters:,} characters to learn, "
         f"{corpus.val_characters:,} to validate; vocabulary of {corpus.vocabulary.size}\n"
+        f"{learn_on.opening(trainer)}"
         f"model  {c.model.n_layer} layers x {c.model.n_embd}, {facts['parameters']:,} parameters, "
         f"context {c.model.block_size}, {trainer.model.flops_per_id() / 1e6:.1f} MFLOP per id\n"
         f"run    {trainer.run}: {about}{trainer.total_steps:,} steps of {trainer.characters_per_step:,.0f} characters "
@@ -42,13 +44,14 @@ def findings(trainer: "Trainer") -> str:
     return "\n".join(opening_lines(examine(trainer.corpus)))
 
 
-def closing(trainer: "Trainer") -> Iterator[str]:
-    """How good the model is, where everything lies and what to type next."""
+def closing(trainer: "Trainer", more: Iterable[str] = ()) -> Iterator[str]:
+    """How good the model is, `more`, where everything lies and what to type next."""
     best = trainer.state.best_val_loss
     yield (
         f"best validation loss {best:.4f} nats per character ({best / math.log(2):.3f} bits, perplexity "
         f"{perplexity(best):.2f}) at step {trainer.state.best_step:,}{_plot(trainer)}"
     )
+    yield from more
     yield from comparison(trainer)
     yield from copied(trainer)
     yield f"next: python export.py {trainer.run}"

@@ -50,9 +50,10 @@ typedef struct {
     const uint8_t *at, *end;
 } span;
 
-/* The bytes of an id from 256 up. */
+/* An id from 256 up, and its bytes. */
 typedef struct {
     uint8_t length, bytes[4];
+    int32_t id;
 } token;
 
 /* Bytes of a character that is not whole yet. */
@@ -96,7 +97,7 @@ struct smallm {
     int32_t block_size, n_layer, n_head, n_kv_head, n_embd, head_dim, vocab_size, window;
     double rope_theta, temperature, top_p, min_p;
     int64_t top_k;
-    token *tokens;
+    token *tokens, *sorted; /* by id; by bytes */
     size_t token_count;
     uint8_t *start_text;
     size_t start_bytes;
@@ -253,9 +254,11 @@ static int compare_tokens(const token *a, const token *b)
     return order != 0 ? order : a->length - b->length;
 }
 
+static int compare_sorted(const void *a, const void *b) { return compare_tokens(a, b); }
+
 static token token_of(const uint8_t *bytes, int length)
 {
-    token t = {(uint8_t)length, {0, 0, 0, 0}};
+    token t = {(uint8_t)length, {0, 0, 0, 0}, 0};
     memcpy(t.bytes, bytes, (size_t)length);
     return t;
 }
@@ -268,8 +271,8 @@ static int64_t find_id(const smallm *model, const uint8_t *bytes, int length)
     size_t low = 0, high = model->token_count;
     while (low < high) {
         size_t middle = low + (high - low) / 2;
-        int order = compare_tokens(&model->tokens[middle], &wanted);
-        if (order == 0) return (int64_t)(256 + middle);
+        int order = compare_tokens(&model->sorted[middle], &wanted);
+        if (order == 0) return model->sorted[middle].id;
         if (order < 0) low = middle + 1;
         else high = middle;
     }
@@ -306,25 +309,38 @@ static bool read_tokens(span text, token *tokens, size_t *count)
             t->bytes[t->length++] = (uint8_t)(high << 4 | low);
         }
         if (t->length < 2) return false;
-        (*count)++;
+        t->id = 256 + (int32_t)(*count)++;
     }
     return true;
 }
 
-/* Whether they are characters that are not ASCII, in order, each right after its beginnings of two bytes and more. */
+/* Whether each is there once, and is a character that is not ASCII or the beginning of the token after it, and its own
+   beginning of two bytes and more is there before it. */
 static bool is_vocabulary(const smallm *model)
 {
     for (size_t i = 0; i < model->token_count; i++) {
         const token *t = &model->tokens[i], *next = t + 1;
-        if (i > 0 && compare_tokens(t - 1, t) >= 0) return false;
-        if (character_length(span_of(t->bytes, t->length)) == t->length) {
-            for (int length = 2; length < t->length; length++)
-                if (find_id(model, t->bytes, length) < 0) return false;
-        } else if (i + 1 == model->token_count || next->length <= t->length ||
-                   memcmp(next->bytes, t->bytes, t->length) != 0) {
-            return false; /* the beginning of nothing */
+        if (i > 0 && compare_tokens(&model->sorted[i - 1], &model->sorted[i]) == 0) return false;
+        if (t->length > 2) {
+            int64_t prefix = find_id(model, t->bytes, t->length - 1);
+            if (prefix < 0 || prefix > t->id) return false;
         }
+        if (character_length(span_of(t->bytes, t->length)) != t->length &&
+            (i + 1 == model->token_count || next->length != t->length + 1 ||
+             memcmp(next->bytes, t->bytes, t->length) != 0))
+            return false; /* the beginning of nothing */
     }
+    return true;
+}
+
+/* The tokens once more in the order of their bytes, by which they are found. */
+static bool sort_tokens(smallm *model)
+{
+    size_t size = (model->token_count + 1) * sizeof *model->sorted;
+    model->sorted = malloc(size);
+    if (model->sorted == NULL) return false;
+    memcpy(model->sorted, model->tokens, size); /* tokens has room for one more */
+    qsort(model->sorted, model->token_count, sizeof *model->sorted, compare_sorted);
     return true;
 }
 
@@ -793,10 +809,10 @@ static smallm_status read_vocabulary(smallm *model, span file)
     bool sane = read_text(file, "smallm.tokens", &text, &bytes);
     if (sane && text != NULL) {
         model->tokens = calloc(bytes / 3 + 2, sizeof *model->tokens);
-        sane = model->tokens == NULL || (read_tokens(span_of(text, bytes), model->tokens, &model->token_count) &&
-                                         is_vocabulary(model));
+        sane = model->tokens == NULL || read_tokens(span_of(text, bytes), model->tokens, &model->token_count);
     }
-    bool enough = text != NULL && model->tokens != NULL;
+    bool enough = text != NULL && model->tokens != NULL && (!sane || sort_tokens(model));
+    sane = sane && (!enough || is_vocabulary(model));
     free(text);
     if (!sane || (enough && model->token_count + 256 != (size_t)model->vocab_size)) return broken_metadata(model);
     return enough ? SMALLM_OK : no_memory(model);
@@ -1856,9 +1872,10 @@ void smallm_close(smallm *model)
     if (model == NULL) return;
     close_session(model);
     end_draft(&model->draft);
-    void *memory[] = {model->tokens, model->start_text, model->past, model->past_names, (void *)model->names,
-                      (void *)model->values, model->cache, model->turn, model->mask, model->ids, model->history, model->logits,
-                      model->wanted, model->keys, model->order, model->spare, model->weights};
+    void *memory[] = {model->tokens, model->sorted, model->start_text, model->past, model->past_names,
+                      (void *)model->names, (void *)model->values, model->cache, model->turn, model->mask,
+                      model->ids, model->history, model->logits, model->wanted, model->keys, model->order,
+                      model->spare, model->weights};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free(memory[i]);
     free(model);
 }

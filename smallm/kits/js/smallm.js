@@ -422,7 +422,7 @@ export class Vocabulary {
   #ids = new Map(); // hex -> id
   #bytes; // of each id
 
-  /** tokens: each in hex, separated by spaces; those of a character's beginnings precede it. */
+  /** tokens: each in hex, separated by spaces, and once; those of a character's beginnings come right before it. */
   constructor(tokens) {
     const hex = tokens.split(" ").filter(Boolean);
     if (!hex.every((token) => /^([0-9a-f]{2})+$/.test(token))) throw new Error("tokens are not hexadecimal");
@@ -430,14 +430,14 @@ export class Vocabulary {
       ...Array.from({ length: 256 }, (_, byte) => Uint8Array.of(byte)),
       ...hex.map((token) => Uint8Array.from(token.match(/../g), (byte) => parseInt(byte, 16))),
     ];
-    hex.forEach((token, i) => this.#ids.set(token, 256 + i));
-    const due = new Set();
-    for (const token of hex) {
-      const bytes = this.#bytes[this.#ids.get(token)];
-      if (bytes.length < 2 || !decodeCharacter(bytes)) continue;
-      for (let length = 4; length <= token.length; length += 2) due.add(token.slice(0, length));
-    }
-    if ([...due].sort().join(" ") !== hex.join(" ")) throw new Error("tokens are not characters by code point");
+    hex.forEach((token, i) => {
+      const prefixed = token.length === 4 || (token.length > 4 && this.#ids.has(token.slice(0, -2)));
+      const begins = hex[i + 1]?.slice(0, -2) === token; // the token after it
+      if (!prefixed || this.#ids.has(token) || !(begins || decodeCharacter(this.#bytes[256 + i]))) {
+        throw new Error("tokens are not characters and their beginnings");
+      }
+      this.#ids.set(token, 256 + i);
+    });
     this.size = this.#bytes.length;
   }
 
