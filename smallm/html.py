@@ -1,0 +1,177 @@
+"""Self-contained HTML pages: one file, nothing from elsewhere, light and dark, on a phone and on paper.
+
+`page` makes the document, `table` and `escape` its parts, and `characters` a text that is coloured by how little of it
+a model expected, with the details of each character under the pointer. The style and the script lie in smallm/pages.
+"""
+
+import base64
+import html
+import json
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from unicodedata import category
+
+import numpy as np
+
+from smallm.errors import UserError
+
+PAGES = Path(__file__).parent / "pages"
+LEVELS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+"""From how many nats on a character has colour 1, 2, …; below the first it has none."""
+SPAN = 500  # characters in an element that says where in the text it begins
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+
+
+def page(title: str, body: str, style: str = "", script: str = "") -> str:
+    """A whole document: `title` is text, `body` HTML, `style` and `script` come after what all pages share."""
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>
+{source("page.css")}{style}</style>
+</head>
+<body>
+{body}
+{f"<script>{script}</script>" if script else ""}
+</body>
+</html>
+"""
+
+
+def save(path: Path, document: str) -> None:
+    """Writes a page, whole or not at all. Raises `UserError`."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        beside.write_text(document, encoding="utf-8", newline="\n")
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; name another file") from None
+
+
+def source(name: str) -> str:
+    """The content of a file in smallm/pages."""
+    return (PAGES / name).read_text(encoding="utf-8")
+
+
+def escape(text: object) -> str:
+    """Text as HTML, for content and for quoted attributes; characters that cannot be seen become stand-ins."""
+    return html.escape(visible(str(text)))
+
+
+def visible(text: str, keep: str = "\n\t") -> str:
+    """The same number of characters, without commands to a terminal or a browser.
+
+    Control characters become their pictures (U+241B for escape), those of the direction of writing and other invisible
+    ones U+FFFD, but for `keep` and the joiners that some scripts and emoji need.
+    """
+    return text.translate({code: shown for code, shown in _stand_ins().items() if chr(code) not in keep})
+
+
+@cache
+def _stand_ins() -> dict[int, str]:
+    codes = [*range(0x3000), *range(0xD800, 0xE000), *range(0xFE00, 0x10000), *range(0x110BD, 0x110CE),
+             *range(0x13430, 0x13460), *range(0x1BCA0, 0x1BCA4), *range(0x1D173, 0x1D17B),
+             *range(0xE0000, 0xE0080)]  # fmt: skip
+    hidden = [c for c in codes if category(chr(c)) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in (0x200C, 0x200D)]
+    table = {c: chr(0x2400 + c) if c < 32 else "\N{REPLACEMENT CHARACTER}" for c in hidden}
+    return table | {127: "\N{SYMBOL FOR DELETE}", 10: "↵", 9: "⇥"}
+
+
+def table(heads: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A table of texts and numbers; the numbers stand to the right."""
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in heads)
+    body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+
+
+def _cell(value: object) -> str:
+    return f'<td class="number">{value:,}</td>' if isinstance(value, (int, float)) else f"<td>{escape(value)}</td>"
+
+
+# -- a text with the surprise of its characters
+
+
+def level(nats: np.ndarray) -> np.ndarray:
+    """nats (n,) -> the colours (n,) from 0 to len(LEVELS); 0 for NaN, where nothing was predicted."""
+    return np.searchsorted(LEVELS, np.nan_to_num(nats), side="right")
+
+
+def legend() -> str:
+    """What the colours mean."""
+    steps = "".join(
+        f'<li><i class="s{number}">{nats:g}</i> {np.exp(-nats):.2g}</li>'
+        for number, nats in enumerate(LEVELS, start=1)
+    )  # fmt: skip
+    return f'<p class="legend-title">nats and probability, from</p>\n<ul class="legend">{steps}</ul>'
+
+
+def characters(
+    text: str,
+    nats: np.ndarray,
+    expected: np.ndarray,
+    probabilities: np.ndarray,
+    name: Callable[[int], str],
+    places: Sequence[tuple[int, int, str]] = (),
+) -> str:
+    """The text as a coloured fragment; wants `CHARACTERS_STYLE` and `CHARACTERS_SCRIPT` on its page.
+
+    nats (n,), NaN where nothing was predicted; expected (n, K) ids, -1 where there are none, and their probabilities
+    (n, K); `name` says what to show for an id. `places` are (start, end, anchor) in the text, disjoint and in order.
+    """
+    shown, levels = visible(text), level(nats)
+    edges = {0, len(text), *range(0, len(text), SPAN)} | {edge for start, end, _ in places for edge in (start, end)}
+    anchors = {start: anchor for start, _, anchor in places}
+    inside = np.zeros(len(text) + 1, bool)
+    for start, end, _ in places:
+        inside[start:end] = True
+    spans = []
+    for start, end in pairwise(sorted(edges)):
+        id = f' id="{escape(anchors[start])}"' if start in anchors else ""
+        place = ' class="place"' if inside[start] else ""
+        spans.append(f'<span data-at="{start}"{id}{place}>{_runs(shown[start:end], levels[start:end])}</span>')
+    return (
+        '<div class="characters"><div class="text" tabindex="0" role="group" aria-label="The text: arrow keys go from '
+        'character to character, n and p to the next place and the one before">' + "".join(spans) + "</div>\n"
+        f'<script type="application/json">{_details(nats, expected, probabilities, name)}</script>\n'
+        '<div class="detail" role="status" hidden></div></div>'
+    )
+
+
+def _runs(text: str, levels: np.ndarray) -> str:
+    """Neighbours of one colour share an element; a line's end that has a colour is one that can be seen."""
+    changes = np.flatnonzero(np.diff(levels)) + 1
+    parts = []
+    for start, end in pairwise([0, *changes.tolist(), len(text)]):
+        run, number = html.escape(text[start:end], quote=False), levels[start]
+        run = run.replace("\n", '<b class="end">\n</b>') if number else run
+        parts.append(f'<i class="s{number}">{run}</i>' if number else run)
+    return "".join(parts)
+
+
+def _details(nats: np.ndarray, expected: np.ndarray, probabilities: np.ndarray, name: Callable[[int], str]) -> str:
+    """As JSON; numbers in planes, which compress well: nats in hundredths, places in `names`, roots of probabilities.
+
+    Per character 2 bytes of nats (0xFFFF: none) and K times 2 of a name and 1 of 255 * sqrt(p), before compression.
+    """
+    ids, places = np.unique(expected, return_inverse=True)
+    hundredths = np.where(np.isnan(nats), 0xFFFF, np.minimum(np.round(100 * np.nan_to_num(nats)), 0xFFFE))
+    planes = [
+        hundredths.astype("<u2").tobytes(),
+        places.reshape(expected.shape).T.astype("<u2").tobytes(),
+        np.round(255 * np.sqrt(probabilities)).T.astype(np.uint8).tobytes(),
+    ]
+    data = base64.b64encode(zlib.compress(b"".join(planes), 9)).decode("ascii")
+    names = [visible(name(id), keep="") if id >= 0 else "" for id in ids.tolist()]
+    values = {"characters": len(nats), "expected": expected.shape[1], "names": names, "data": data}
+    return json.dumps(values, ensure_ascii=False).replace("<", "\\u003c")
+
+
+CHARACTERS_STYLE = source("characters.css")
+CHARACTERS_SCRIPT = source("characters.js")
