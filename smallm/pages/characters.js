@@ -4,6 +4,8 @@
 
 const points = (text) => Array.from(text).length; // characters, as Python counts them
 
+const seen = (character) => ({ "\n": "↵", "\t": "⇥", " ": "␣" })[character] ?? character;
+
 async function readDetails(element) {
   const { characters: n, expected: K, names, data } = JSON.parse(element.textContent);
   const packed = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
@@ -22,6 +24,17 @@ async function readDetails(element) {
   };
 }
 
+/** The place of the last of ascending numbers, the first of which is 0, that is not above a value. */
+function lastUpTo(numbers, value) {
+  let low = 0;
+  for (let high = numbers.length; high - low > 1; ) {
+    const middle = (low + high) >> 1;
+    if (numbers[middle] <= value) low = middle;
+    else high = middle;
+  }
+  return low;
+}
+
 /** The text of a container as positions: from an index to its place in the document and back. */
 function readPositions(text) {
   const spans = [...text.querySelectorAll("[data-at]")];
@@ -34,14 +47,9 @@ function readPositions(text) {
   }
 
   function rangeOf(index) {
-    let low = 0;
-    for (let high = starts.length; high - low > 1; ) {
-      const middle = (low + high) >> 1;
-      if (starts[middle] <= index) low = middle;
-      else high = middle;
-    }
-    let left = index - starts[low];
-    for (const node of nodes(spans[low])) {
+    const number = lastUpTo(starts, index);
+    let left = index - starts[number];
+    for (const node of nodes(spans[number])) {
       const characters = Array.from(node.data);
       if (left < characters.length) {
         const offset = characters.slice(0, left).join("").length;
@@ -82,16 +90,20 @@ function readPositions(text) {
     return null;
   }
 
-  /** Line and column of an index, both from 1, in the text that is shown. */
+  const lines = [0]; // where each begins
+  Array.from(text.textContent).forEach((character, index) => character === "\n" && lines.push(index + 1));
+
+  /** Line and column of an index, both from 1. */
   function lineAndColumn(index) {
-    const before = Array.from(text.textContent).slice(0, index).join("");
-    return [before.split("\n").length, points(before.slice(before.lastIndexOf("\n") + 1)) + 1];
+    const line = lastUpTo(lines, index);
+    return [line + 1, index - lines[line] + 1];
   }
 
   return { total, rangeOf, indexAt, lineAndColumn, places: spans.filter((span) => span.id) };
 }
 
 function percent(p) {
+  if (p < 1e-5) return "less than 0.001 %";
   return `${Number((100 * p).toPrecision(p < 0.1 ? 1 : 2))} %`;
 }
 
@@ -116,14 +128,14 @@ async function explain(container) {
     current = index;
     const { nats, five } = details(index);
     const character = range.toString();
-    const shown = { "\n": "↵", "\t": "⇥" }[character] ?? character;
+    const shown = seen(character);
     const [line, column] = lineAndColumn(index);
     const surprise =
       nats === null ? "nothing comes before it" : `${nats.toFixed(2)} nats, probability ${percent(Math.exp(-nats))}`;
     const list = element("ol", "");
     for (const { name, p } of five) {
-      const item = element("li", name === shown ? "actual" : "", element("code", "", name), ` ${percent(p)}`);
-      item.style.setProperty("--share", percent(p).replace(" ", ""));
+      const item = element("li", seen(name) === shown ? "actual" : "", element("code", "", seen(name)), ` ${percent(p)}`);
+      item.style.setProperty("--share", `${100 * p}%`);
       list.append(item);
     }
     const place = element("p", "", element("code", "actual", shown), ` line ${line}, column ${column}: ${surprise}`);
