@@ -110,7 +110,7 @@ def _item(line: int, column: int, value: str, anchor: str | None, text: str, ins
 
 def _instead(place: Place) -> str:
     """What stands there, and what was expected."""
-    names = (f"{_code(name)}\u00a0{percent(p)}" for name, p in place.peak.expected)
+    names = (f"{_code(name)} {percent(p)}".replace(" ", "\u00a0") for name, p in place.peak.expected)
     return f"{_code(place.peak.character)}; expected: {', '.join(names)}"
 
 
