@@ -131,14 +131,19 @@ class PlaceFinder:
         def place(start: int, end: int, peak: int) -> Place:
             return self._place(chapter, nats, usual, positions, start, end, peak)
 
-        best = [place(*bounds) for _, *bounds in sorted(passages)[: self._most]]
-        self._passages = sorted(self._passages + best, key=lambda found: (-found.excess, found.offset))[: self._most]
+        taken: list[tuple[int, int]] = []  # so that no two places share a word
+        for _, start, end, peak in sorted(passages):
+            if len(taken) < self._most and _apart(start, end, taken):
+                taken.append((start, end))
+                self._passages.append(place(start, end, peak))
+        self._passages = sorted(self._passages, key=lambda found: (-found.excess, found.offset))[: self._most]
         found: dict[str, Place] = {}
         for _, peak in sorted(words):
             start, end = _whole_words(chapter.text, peak, peak + 1)
             word = _bare(chapter.text[start:end])
-            if word not in found and not any(first < end and start < last for _, first, last, _ in passages):
+            if word not in found and _apart(start, end, taken):
                 found[word] = place(start, end, peak)
+                taken.append((start, end))
             if len(found) == self._most:
                 break
         self._words = self._merged(found)
@@ -199,6 +204,10 @@ def _stretches(gains: np.ndarray, parted: float) -> Iterator[tuple[int, int]]:
             break
         highest = max(highest, after)
     yield from (stretch[:2] for stretch in open_)
+
+
+def _apart(start: int, end: int, others: list[tuple[int, int]]) -> bool:
+    return all(end <= first or last <= start for first, last in others)
 
 
 def _whole_words(text: str, start: int, end: int) -> tuple[int, int]:

@@ -126,15 +126,16 @@ def _of_batch(
     logits, targets, counts = model.logits(inputs)[:, unused:], targets[:, unused:], counts[:, unused:]
     found = nats(logits.copy(), targets)
     wanted = counts if partial is None else counts & ((found >= NOTABLE) | partial[targets])
-    rows = logits[wanted].astype(np.float64)  # (k, V)
+    rows, values = logits[wanted], found[wanted]  # (k, V), (k,)
     most = min(EXPECTED, rows.shape[1])
     best = np.argpartition(rows, -most, axis=1)[:, -most:]
-    best = np.take_along_axis(best, np.take_along_axis(-rows, best, 1).argsort(axis=1, kind="stable"), 1)
-    own = rows[np.arange(len(rows)), targets[wanted]] + found[wanted]  # the logarithm of the sum of all exponentials
+    order = np.take_along_axis(rows, best, 1).argsort(axis=1)[:, ::-1]
+    best = np.take_along_axis(best, order, 1)
+    own = rows[np.arange(len(rows)), targets[wanted]].astype(np.float64)
     expected = np.full((*targets.shape, EXPECTED), NONE, np.int32)
     probabilities = np.zeros(expected.shape, np.float32)
     expected[wanted, :most] = best
-    probabilities[wanted, :most] = np.exp(np.take_along_axis(rows, best, 1) - own[:, None])
+    probabilities[wanted, :most] = np.exp(np.take_along_axis(rows, best, 1) - own[:, None] - values[:, None])
     return targets[counts], found[counts], expected[counts], probabilities[counts]
 
 

@@ -204,6 +204,16 @@ def test_a_passage_by_hand():
     assert passage.excess == pytest.approx(passage.nats - len(passage.text) * 1.386 * 1.13, rel=0.05)
 
 
+def test_no_two_places_share_a_word():
+    text = "usual words in a row, " * 200
+    start = text.index("usual", 1000)
+    high = [*range(start + 2, start + 40), *range(start + 200, start + 240), start + 246]
+    passages, words = find_places([of(dict.fromkeys(high, 6.0) | {start: 9.0}, text)], VOCABULARY)
+    bounds = sorted((place.offset, place.end) for place in [*passages, *words])
+    assert len(passages) == 2
+    assert all(end <= first for (_, end), (first, _) in pairwise(bounds))
+
+
 def test_long_passages_are_cut_where_they_are_kept():
     text = "usual words in a row, " * 200 + "中" * 1000
     start = text.index("中")
@@ -223,6 +233,8 @@ def test_pieces_of_any_size_give_the_same_places(cuts, chapter):
         patch.setattr(places, "CHAPTER", chapter)
         whole = find_places([measured], VOCABULARY, most=7)
         assert find_places([measured[a:b] for a, b in pairwise(edges)], VOCABULARY, most=7) == whole
+    found = sorted((place.offset, place.end) for place in [*whole[0], *whole[1]])
+    assert len(set(found)) == len(found)
     lines = text.split("\n")
     for place in [*whole[0], *whole[1]]:
         assert text[place.offset : place.end] == place.text
