@@ -2,6 +2,8 @@
 
     python -m smallm.training.plot runs/shakespeare                       writes runs/shakespeare/loss.png
     python -m smallm.training.plot runs/decay runs/constant --out lr.png  lays the runs over each other
+    python -m smallm.training.plot runs/shakespeare --html report.html    writes the report of the run anew
+    python -m smallm.training.plot runs/decay runs/constant --html c.html the runs side by side on a page
 
 Reads each run's ``metrics.jsonl``. Losses are nats per character.
 """
@@ -107,17 +109,23 @@ def summary(run: Curves) -> str:
             f"final {final:.3f} ({final / np.log(2):.3f})")
 
 
+def distinct_names(runs: Sequence[Path]) -> list[str]:
+    """What to call the runs: their folders' names, with those of the folders above where two are the same."""
+    paths = [Path(run).resolve() for run in runs]
+    names = [path.name for path in paths]
+    names = [path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in paths]
+    return [name if len(name) <= 54 else f"{name[:26]}…{name[-27:]}" for name in names]  # the ends tell runs apart
+
+
 def plot_runs(runs: Sequence[Path], out: Path) -> Path:
     """Draw the runs over each other into ``out`` (.png, .svg or .pdf; an older one is replaced); returns ``out``.
 
     Raises UserError as ``read_metrics`` does, and when matplotlib is missing or ``out`` cannot be written.
     """
-    out, paths = Path(out), [Path(run).resolve() for run in runs]
+    out = Path(out)
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UserError(f"cannot draw into {out}: give a file name that ends in .png, .svg or .pdf")
-    names = [path.name for path in paths]
-    names = [path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in paths]
-    names = [name if len(name) <= 54 else f"{name[:26]}…{name[-27:]}" for name in names]  # the ends tell runs apart
+    names = distinct_names(runs)
     figure = _figure([curves(name, read_metrics(run)) for name, run in zip(names, runs, strict=True)])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -188,9 +196,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m smallm.training.plot", description=__doc__.splitlines()[0])
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a training run")
     parser.add_argument("--out", type=Path, help="picture to write (default: RUN/loss.png; compare.png for several)")
+    parser.add_argument("--html", type=Path, help="page to write instead: a run's report, or several runs compared")
     args = parser.parse_args(argv)
-    out = args.runs[0] / "loss.png" if len(args.runs) == 1 else Path("compare.png")
-    print(plot_runs(args.runs, args.out or out))
+    if args.html:
+        from smallm.training.compare import write_comparison
+        from smallm.training.page import write_report
+
+        several = len(args.runs) > 1
+        print(write_comparison(args.runs, args.html) if several else write_report(args.runs[0], args.html))
+    if args.out or not args.html:
+        out = args.runs[0] / "loss.png" if len(args.runs) == 1 else Path("compare.png")
+        print(plot_runs(args.runs, args.out or out))
     return 0
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -9,9 +11,10 @@ from typing import TYPE_CHECKING
 from smallm.errors import UserError
 from smallm.runs import METRICS
 from smallm.scoring import perplexity
-from smallm.training.advice import opening_lines
+from smallm.training.advice import full_report, opening_lines
 from smallm.training.copies import copies
 from smallm.training.doctor import examine
+from smallm.training.record import Keeper, machine_facts
 from smallm.training.yardsticks import in_words, known_yardsticks, seconds_needed, write_yardsticks, yardsticks
 
 if TYPE_CHECKING:
@@ -42,8 +45,33 @@ def findings(trainer: "Trainer") -> str:
     return "\n".join(opening_lines(examine(trainer.corpus)))
 
 
-def closing(trainer: "Trainer") -> Iterator[str]:
-    """How good the model is, where everything lies and what to type next."""
+def beginning(trainer: "Trainer") -> Keeper:
+    """What the run keeps for its report, with what there is to say of text and machine by now."""
+    corpus, main = trainer.corpus, trainer.accelerator.is_main_process
+    keeper = Keeper(trainer.run, trainer.report.say, going_on=trainer.state.step > 0, enabled=main)
+    if main:
+        keeper.keep(
+            state="training",
+            planned_steps=trainer.total_steps,
+            began=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+            facts=trainer.state.facts | machine_facts(),
+            train_characters=corpus.train_characters,
+            val_characters=corpus.val_characters,
+            findings=full_report(corpus, examine(corpus)),
+        )
+    return keeper
+
+
+def broken_off(trainer: "Trainer", number: int) -> Iterator[str]:
+    """What a signal has ended, and how to go on."""
+    if trainer.accelerator.is_main_process:
+        yield from page_of(trainer, "interrupted")
+    why = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+    yield f"{why} at step {trainer.state.step:,}; go on with: python train.py --resume {trainer.run}"
+
+
+def closing(trainer: "Trainer", state: str) -> Iterator[str]:
+    """How good the model is, where everything lies and what to type next; state: how the run ended."""
     best = trainer.state.best_val_loss
     yield (
         f"best validation loss {best:.4f} nats per character ({best / math.log(2):.3f} bits, perplexity "
@@ -51,6 +79,7 @@ def closing(trainer: "Trainer") -> Iterator[str]:
     )
     yield from comparison(trainer)
     yield from copied(trainer)
+    yield from page_of(trainer, state)
     yield f"next: python export.py {trainer.run}"
 
 
@@ -79,8 +108,20 @@ def copied(trainer: "Trainer") -> Iterator[str]:
         lines = (trainer.run / METRICS).read_bytes().splitlines()
         samples = [values["sample"] for values in map(json.loads, lines) if values["kind"] == "eval"][-LAST_SAMPLES:]
         report = copies([sample for sample in samples if sample], trainer.corpus)
+        trainer.record.keep(copies=report.rows())
         if report.is_remarkable:
             yield f"its samples are copies: {report.lines()[0]}; more text, --model.dropout 0.2 or fewer steps help"
+
+
+def page_of(trainer: "Trainer", state: str) -> Iterator[str]:
+    """Writes the report, and says where it is; one that cannot be written spoils no run."""
+    from smallm.training.page import write_report
+
+    trainer.record.keep(state=state, planned_steps=trainer.total_steps)
+    try:
+        yield f"report: {write_report(trainer.run)}"
+    except UserError as error:
+        trainer.report.say(f"warning: no report: {error}")
 
 
 def _plot(trainer: "Trainer") -> str:
