@@ -71,17 +71,18 @@ def visible(text: str, keep: str = "\n\t") -> str:
     Control characters become their pictures (U+241B for escape), those of the direction of writing and other invisible
     ones U+FFFD, but for `keep` and the joiners that some scripts and emoji need.
     """
-    return text.translate({code: shown for code, shown in _stand_ins().items() if chr(code) not in keep})
+    return text.translate(_stand_ins(keep))
 
 
 @cache
-def _stand_ins() -> dict[int, str]:
+def _stand_ins(keep: str) -> dict[int, str]:
     codes = [*range(0x3000), *range(0xD800, 0xE000), *range(0xFE00, 0x10000), *range(0x110BD, 0x110CE),
              *range(0x13430, 0x13460), *range(0x1BCA0, 0x1BCA4), *range(0x1D173, 0x1D17B),
              *range(0xE0000, 0xE0080)]  # fmt: skip
     hidden = [c for c in codes if category(chr(c)) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in (0x200C, 0x200D)]
     table = {c: chr(0x2400 + c) if c < 32 else "\N{REPLACEMENT CHARACTER}" for c in hidden}
-    return table | {127: "\N{SYMBOL FOR DELETE}", 10: "↵", 9: "⇥"}
+    table |= {127: "\N{SYMBOL FOR DELETE}", 10: "↵", 9: "⇥"}
+    return {c: shown for c, shown in table.items() if chr(c) not in keep}
 
 
 def table(heads: Sequence[object], rows: Iterable[Sequence[object]]) -> str:

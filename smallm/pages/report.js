@@ -24,10 +24,10 @@ for (const svg of document.querySelectorAll("[data-chart]")) {
     const parts = found.map(({ line, point }) => {
       const part = document.createElement("span");
       part.className = `c${line.colour % 8}`;
-      part.textContent = `${line.name} ${shown(point[3])}`;
+      part.textContent = `${line.name} ${shown(point[3])}${point[2] === at ? "" : ` at ${shown(point[2])}`}`;
       return part;
     });
-    values.replaceChildren(`${shown(at)} ${x}: `, ...parts);
+    values.replaceChildren(`${x} ${shown(at)}: `, ...parts);
   }
 
   function point(event) {

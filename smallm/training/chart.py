@@ -14,7 +14,7 @@ import numpy as np
 from smallm.html import escape
 
 WIDTH, HEIGHT = 440, 280  # in units of which a letter has about 12
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40  # room for the labels
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 42  # room for the labels
 MOST_POINTS = 240  # of a line; more are no wider than a pixel
 
 

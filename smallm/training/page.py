@@ -50,7 +50,7 @@ def run_page(outcome: Outcome) -> str:
         section("Samples", _samples(outcome)),
         section("Copies", _copies(outcome)),
         section("Surprise", _passage(outcome)),
-        section("Text", "".join(f"<p class=finding>{escape(line)}</p>" for line in outcome.record.findings)),
+        section("Text", _findings(outcome)),
         section("Configuration", _configuration(outcome)),
         section("Speed, machine, versions", _machine(outcome)),
         section("Evaluations", _evaluations(outcome)),
@@ -142,7 +142,8 @@ def _figures(outcome: Outcome) -> Iterator[tuple[str, str]]:
     if isinstance(parameters := record.facts.get("parameters"), int):
         yield "parameters", f"{parameters:,}"
     yield "time", duration(outcome.seconds)
-    yield "speed", speed(outcome)
+    if math.isfinite(outcome.characters_per_second):
+        yield "characters per second", f"{outcome.characters_per_second:,.0f}"
 
 
 def _verdict(yardsticks: Sequence[Yardstick]) -> str:
@@ -200,6 +201,12 @@ def _passage(outcome: Outcome) -> str:
         "the less a character was expected. Point at one, or tap it, for the five that were expected most."
     )
     return f'<p class="soft">{what}</p>{legend()}{text}'
+
+
+def _findings(outcome: Outcome) -> str:
+    """What the text doctor says: each of its lines begins with what it is about."""
+    rows = [line.partition(" ")[::2] for line in outcome.record.findings]
+    return table(["", ""], [(about, finding.strip()) for about, finding in rows]) if rows else ""
 
 
 def _configuration(outcome: Outcome) -> str:

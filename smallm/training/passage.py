@@ -16,16 +16,15 @@ EXPECTED = 5  # characters that are told for each place
 
 
 def read_passage(model: nn.Module, corpus: Corpus, step: int) -> Passage:
-    """LENGTH ids of the validation text from the beginning of a line, or all but the first character of a shorter one.
+    """Whole lines of the validation text, about LENGTH ids, or all but the first character of a shorter text.
 
     Each is predicted from half a context at least, where there is one. On several processes all must call this: they
     may hold the weights together (FSDP).
     """
     ids, block_size = np.asarray(corpus.val_ids[: LOOKED_THROUGH + LENGTH]), model.config.block_size
-    ends = np.flatnonzero(ids[:LOOKED_THROUGH] == ord("\n"))
-    first = int(ends[0]) + 1 if len(ends) and len(ids) >= ends[0] + LENGTH else 0
+    first, last = _whole_lines(ids)
     before = max(0, first - block_size)
-    ids = ids[before : first + LENGTH]
+    ids = ids[before:last]
     nats, likeliest, probabilities = _look(model, ids, corpus.vocabulary)
     known = len(ids) - len(nats)  # the ids of the first character, which nothing comes before
     starts = np.flatnonzero(begins_character(ids))
@@ -40,6 +39,15 @@ def read_passage(model: nn.Module, corpus: Corpus, step: int) -> Passage:
         expected=[corpus.vocabulary.decode(row) for row in likeliest[at]],
         probabilities=probabilities[at].round(4).tolist(),
     )
+
+
+def _whole_lines(ids: np.ndarray) -> tuple[int, int]:
+    """Where the passage begins and ends: at lines, but where these are long or the text is short."""
+    is_end = ids == ord("\n")
+    begins = np.flatnonzero(is_end[:-1] & ~is_end[1:]) + 1
+    first = int(begins[0]) if len(begins) and begins[0] + LENGTH <= len(ids) else 0
+    ends = np.flatnonzero(is_end[first + LENGTH // 2 : first + LENGTH])
+    return first, first + LENGTH // 2 + int(ends[-1]) if len(ends) else first + LENGTH
 
 
 @torch.no_grad()

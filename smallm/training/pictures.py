@@ -37,7 +37,11 @@ def _charts(outcomes: Sequence[Outcome]) -> Iterator[str]:
         lines = [Line(one.name, one.curves.train["step"], rate, number, "plain")
                  for number, (one, rate) in enumerate(zip(outcomes, rates, strict=True))]  # fmt: skip
         x = Axis.over("step", [line.x for line in lines], zero=True)
-        yield chart("Learning rate", x, Axis.over("learning rate", rates, zero=True), lines)
+        yield chart("Learning rate", x, Axis.over("", rates, zero=True), lines)
+    if len(outcomes) == 1 and outcomes[0].steps:
+        x, speeds = (column(outcomes[0].steps, key) for key in ("step", "characters_per_second"))
+        axes = Axis.over("step", [x], zero=True), Axis.over("", [speeds], zero=True)
+        yield chart("Characters per second", *axes, [Line("speed", x, speeds, 0, "plain")])
 
 
 def _losses(title: str, label: str, y: Axis, outcomes: Sequence[Outcome], across: Across, log: bool = False) -> str:
