@@ -9,18 +9,15 @@ import html
 import json
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from unicodedata import category
 
 import numpy as np
 
 from smallm.errors import UserError
+from smallm.shown import LEVELS, level, percent, runs, visible
 
 PAGES = Path(__file__).parent / "pages"
-LEVELS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
-"""From how many nats on a character has colour 1, 2, …; below the first it has none."""
 SPAN = 500  # characters in an element that says where in the text it begins
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
@@ -65,26 +62,6 @@ def escape(text: object) -> str:
     return html.escape(visible(str(text)))
 
 
-def visible(text: str, keep: str = "\n\t") -> str:
-    """The same number of characters, without commands to a terminal or a browser.
-
-    Control characters become their pictures (U+241B for escape), those of the direction of writing and other invisible
-    ones U+FFFD, but for `keep` and the joiners that some scripts and emoji need.
-    """
-    return text.translate(_stand_ins(keep))
-
-
-@cache
-def _stand_ins(keep: str) -> dict[int, str]:
-    codes = [*range(0x3000), *range(0xD800, 0xE000), *range(0xFE00, 0x10000), *range(0x110BD, 0x110CE),
-             *range(0x13430, 0x13460), *range(0x1BCA0, 0x1BCA4), *range(0x1D173, 0x1D17B),
-             *range(0xE0000, 0xE0080)]  # fmt: skip
-    hidden = [c for c in codes if category(chr(c)) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in (0x200C, 0x200D)]
-    table = {c: chr(0x2400 + c) if c < 32 else "\N{REPLACEMENT CHARACTER}" for c in hidden}
-    table |= {127: "\N{SYMBOL FOR DELETE}", 10: "↵", 9: "⇥"}
-    return {c: shown for c, shown in table.items() if chr(c) not in keep}
-
-
 def table(heads: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """A table of texts and numbers; the numbers stand to the right."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in heads)
@@ -99,15 +76,10 @@ def _cell(value: object) -> str:
 # -- a text with the surprise of its characters
 
 
-def level(nats: np.ndarray) -> np.ndarray:
-    """nats (n,) -> the colours (n,) from 0 to len(LEVELS); 0 for NaN, where nothing was predicted."""
-    return np.searchsorted(LEVELS, np.nan_to_num(nats), side="right")
-
-
 def legend() -> str:
     """What the colours mean."""
     steps = "".join(
-        f'<li><i class="s{number}">{nats:g}</i> {np.exp(-nats):.2g}</li>'
+        f'<li><i class="s{number}">{nats:g}</i> {percent(np.exp(-nats))}</li>'
         for number, nats in enumerate(LEVELS, start=1)
     )  # fmt: skip
     return f'<p class="legend-title">nats and probability, from</p>\n<ul class="legend">{steps}</ul>'
@@ -136,7 +108,7 @@ def characters(
     for start, end in pairwise(sorted(edges)):
         id = f' id="{escape(anchors[start])}"' if start in anchors else ""
         place = ' class="place"' if inside[start] else ""
-        spans.append(f'<span data-at="{start}"{id}{place}>{_runs(shown[start:end], levels[start:end])}</span>')
+        spans.append(f'<span data-at="{start}"{id}{place}>{_coloured(shown[start:end], levels[start:end])}</span>')
     return (
         '<div class="characters"><div class="text" tabindex="0" role="group" aria-label="The text: arrow keys go from '
         'character to character, n and p to the next place and the one before">' + "".join(spans) + "</div>\n"
@@ -145,14 +117,13 @@ def characters(
     )
 
 
-def _runs(text: str, levels: np.ndarray) -> str:
-    """Neighbours of one colour share an element; a line's end that has a colour is one that can be seen."""
-    changes = np.flatnonzero(np.diff(levels)) + 1
+def _coloured(text: str, levels: np.ndarray) -> str:
+    """Each run in an element; the end of a line is one that can be seen if it has a colour."""
     parts = []
-    for start, end in pairwise([0, *changes.tolist(), len(text)]):
-        run, number = html.escape(text[start:end], quote=False), levels[start]
-        run = run.replace("\n", '<b class="end">\n</b>') if number else run
-        parts.append(f'<i class="s{number}">{run}</i>' if number else run)
+    for run, number in runs(text, levels):
+        content = html.escape(run, quote=False)
+        marked = content.replace("\n", '<b class="end">\n</b>')
+        parts.append(f'<i class="s{number}">{marked}</i>' if number else content)
     return "".join(parts)
 
 

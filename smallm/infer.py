@@ -1,7 +1,6 @@
 """`infer.py`: generate text from a seed, or measure a model on a text. Starts fast: argparse, numpy, onnxruntime."""
 
 import argparse
-import codecs
 import io
 import json
 import re
@@ -12,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from smallm import text_file
 from smallm.errors import UserError
 from smallm.runs import newest_run, validation_text
 
@@ -20,8 +20,8 @@ examples:
   python infer.py --seed "O God, O God!"
   python infer.py --model runs/shakespeare --seed "ROMEO:" --max-length 500 --temperature 0.8 --top-k 40
   python infer.py --seed "Anna" --stop "\\n" --num-samples 5
-  python infer.py --perplexity my.txt    (without a file: on the run's own validation text)"""
-PIECE_BYTES = 1 << 16  # read at a time: the progress bar moves every few seconds
+  python infer.py --perplexity my.txt    (without a file: on the run's own validation text)
+  python infer.py --surprise my.txt --html surprise.html"""
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}  # what may be written in --stop, --allow and --ban
 
 
@@ -30,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # the model's characters need not be in the locale's encoding
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if options.html is not None and options.surprise is None:
+        raise UserError("--html goes with --surprise FILE")
     from smallm.runtime import LanguageModel  # after argparse, so that --help and mistakes are instant
 
     path = options.model
@@ -39,6 +41,11 @@ def main(argv: Sequence[str]) -> int:
     model = LanguageModel.load(path, threads=options.threads)
     if options.perplexity is not None:
         _perplexity(model, Path(options.perplexity) if options.perplexity else validation_text(Path(path)), options)
+    elif options.surprise is not None:
+        from smallm.surprise_text import surprise
+
+        page = Path(options.html) if options.html else None
+        surprise(model, Path(options.surprise), options.encoding, options.places, page, options.json)
     elif options.next is not None:
         _next_characters(model, options)
     else:
@@ -110,7 +117,7 @@ def _unescaped(text: str | None) -> str | None:
 
 
 def _perplexity(model, path: Path, options: argparse.Namespace) -> None:
-    result = asdict(model.perplexity(_pieces(path, options.encoding), stride=options.stride))
+    result = asdict(model.perplexity(text_file.pieces(path, options.encoding), stride=options.stride))
     if options.json:
         print(json.dumps({"file": str(path), **result}))
     else:
@@ -118,37 +125,6 @@ def _perplexity(model, path: Path, options: argparse.Namespace) -> None:
             f"{result['nats_per_char']:.4f} nats per character (cross-entropy), {result['bits_per_char']:.4f} bits per "
             f"character, perplexity {result['perplexity']:.4f}, over {result['characters']:,} characters"
         )
-
-
-def _pieces(path: Path, encoding: str) -> Iterator[str]:
-    """The text of a file, piece by piece, with a progress bar. Raises `UserError`."""
-    from tqdm import tqdm
-
-    try:
-        "a".encode(encoding)  # refuses codecs such as hex, which do not give text
-        decoder = codecs.getincrementaldecoder(encoding)()
-    except (LookupError, ValueError):
-        raise UserError(f"there is no encoding {encoding!r}; pass for example --encoding latin-1") from None
-    read, data = 0, b"?"
-    try:
-        with path.open("rb") as file, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, leave=False,
-                                           disable=None) as bar:  # fmt: skip
-            while data:
-                data = file.read(PIECE_BYTES)
-                read += len(data)
-                yield decoder.decode(data, final=not data)
-                bar.update(len(data))
-    except UnicodeError as error:
-        what = str(error)
-        if isinstance(error, UnicodeDecodeError):
-            offset = read - len(error.object) + error.start  # object: bytes kept from the piece before, and this one
-            what = f"byte 0x{error.object[error.start]:02x} at offset {offset}"
-        example = "latin-1" if codecs.lookup(encoding).name == "utf-8" else "utf-8"
-        raise UserError(
-            f"{path} is not valid {encoding}: {what}; pass --encoding NAME, for example --encoding {example}"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -190,7 +166,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--perplexity", nargs="?", const="", metavar="FILE",
         help="measure the model on this text, or without FILE on the run's validation text")  # fmt: skip
     add("--stride", type=int, metavar="N", help="for --perplexity: overlapping windows N ids apart")
-    add("--encoding", default="utf-8", metavar="NAME", help="for --perplexity: encoding of the file")
+    add("--surprise", metavar="FILE", help="show what the model did not expect in this text, character by character")
+    add("--html", metavar="PAGE", help="for --surprise: write it as a page with all details")
+    add("--places", type=int, default=10, metavar="N", help="for --surprise: passages and words to list (default: 10)")
+    add("--encoding", default="utf-8", metavar="NAME", help="for --perplexity and --surprise: encoding of the file")
     add("--threads", type=int, metavar="N", help="threads of ONNX Runtime; default: by the size of the model")
     add("--json", action="store_true", help="print one JSON object, texts with the log-probability of each character")
     return parser

@@ -141,6 +141,10 @@ class LanguageModel:
 
         return after
 
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """ids (B, T) -> logits (B, T, V) of what follows each of them; T up to block_size. Raises `UserError`."""
+        return self._session.logits(ids)
+
     def score(self, text: str) -> np.ndarray:
         """Nats of each character (len(text),) float64; the first is NaN, since nothing comes before it."""
         ids = self.vocabulary.encode(text)

@@ -191,7 +191,7 @@ def test_perplexity(infer, lm, tiny_run):
 
 
 def test_perplexity_of_a_file_in_pieces(infer, lm, tmp_path, monkeypatch):
-    monkeypatch.setattr("smallm.infer.PIECE_BYTES", 7)
+    monkeypatch.setattr("smallm.text_file.PIECE_BYTES", 7)
     path, text = tmp_path / "größer.txt", "Zoë: 10 € 中🎉\r\n" * 20
     expected = lm.perplexity(text).nats_per_char
     for encoding in ("utf-8", "utf-16", "utf-32-le", "gb18030"):
@@ -225,7 +225,7 @@ def test_perplexity_of_a_file_in_pieces(infer, lm, tmp_path, monkeypatch):
 )  # fmt: skip
 @pytest.mark.parametrize("piece_bytes", [1 << 20, 4])
 def test_files_that_cannot_be_measured(infer, tmp_path, monkeypatch, content, flags, message, piece_bytes):
-    monkeypatch.setattr("smallm.infer.PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("smallm.text_file.PIECE_BYTES", piece_bytes)
     path = tmp_path / "file.txt"
     if content is not None:
         path.write_bytes(content)
