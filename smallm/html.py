@@ -9,6 +9,7 @@ import html
 import json
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def save(path: Path, document: str) -> None:
         beside.write_text(document, encoding="utf-8", newline="\n")
         beside.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}; name another file") from None
 
 

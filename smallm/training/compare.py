@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from smallm.html import escape, save
+from smallm.html import escape
 from smallm.scoring import perplexity
 from smallm.training.config import Config, flatten
 from smallm.training.outcome import Outcome, number, read_outcomes
-from smallm.training.page import bits, duration, figure_of, section, setting, speed, whole_page
+from smallm.training.page import bits, duration, figure_of, section, setting, speed, whole_page, write_page
 from smallm.training.pictures import pictures
 
 
@@ -17,8 +17,7 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
 
     Raises `UserError` for a run without losses, and if the file cannot be written.
     """
-    save(out, comparison_page(read_outcomes(runs)))
-    return out
+    return write_page(comparison_page(read_outcomes(runs)), out)
 
 
 def comparison_page(outcomes: Sequence[Outcome]) -> str:

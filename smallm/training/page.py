@@ -5,6 +5,7 @@ The same folder gives the same page. What is not known of a run, an old one say,
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,14 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
     Raises `UserError` for a run without losses, and if the file cannot be written.
     """
-    out = out or run / REPORT
-    save(out, run_page(*read_outcomes([run])))
+    return write_page(run_page(*read_outcomes([run])), out or run / REPORT)
+
+
+def write_page(text: str, out: Path) -> Path:
+    """Writes a page, into a new folder if need be, and returns where. Raises `UserError`."""
+    with suppress(OSError):  # then it cannot be saved either
+        out.parent.mkdir(parents=True, exist_ok=True)
+    save(out, text)
     return out
 
 

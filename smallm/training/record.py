@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -93,6 +94,8 @@ class Keeper:
             aside.replace(self._file)
         except OSError as error:
             self._enabled = False
+            with suppress(OSError):
+                aside.unlink()
             self._say(f"warning: cannot write {self._file} ({error.strerror}); the report will lack what it would hold")
 
 
@@ -103,7 +106,7 @@ def read_record(run: Path) -> Record:
         if values.pop("version") != VERSION:
             return Record()
         return Record(**values | {"passage": Passage(**values.get("passage", {}))})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, UserError):
         return Record()
 
 
