@@ -457,16 +457,16 @@ def whole_ids() -> list[int]:
     return [id for id, text in texts.items() if text != "\N{REPLACEMENT CHARACTER}"]
 
 
-def test_passage_in_windows_sees_half_a_context():
+def test_passage_in_windows_sees_a_quarter_of_a_context():
     model = random_model(block_size=16)
     ids = TOY_VOCABULARY.encode("\nabc def ghi\n" * 200)
     passage = read_passage(model, SimpleNamespace(val_ids=ids, vocabulary=TOY_VOCABULARY), 1)
     start = 1
-    place = 700  # the windows begin at multiples of 8, and count from their ninth target on
-    first = (start + place - 1) // 8 * 8 - 8
+    place = 700  # the windows begin at multiples of 12, and count from their fifth target on
+    first = (start + place - 5) // 12 * 12
     with torch.no_grad():
         logs = model(torch.from_numpy(ids[first : start + place].astype(np.int64))[None])[0, -1].log_softmax(-1)
-    assert 8 <= start + place - first <= 16
+    assert 5 <= start + place - first <= 16
     assert passage.nats[place] == pytest.approx(-float(logs[ids[start + place]]), abs=2e-3)
 
 
@@ -484,7 +484,7 @@ def test_ticks():
 
 
 @pytest.mark.parametrize(("value", "shown"), [
-    (0, "0"), (0.02, "0.02"), (2e-5, "2e-5"), (2.5e-5, "2.5e-5"), (1.5, "1.5"), (150, "150"), (1500, "1,500"),
+    (0, "0"), (0.02, "0.02"), (2e-5, "2e-5"), (2.5e-5, "2.5e-5"), (1.5, "1.5"), (150, "150"), (1500, "1.5 k"),
     (25_000, "25 k"), (2.5e6, "2.5 M"), (3e9, "3 G"),
 ])  # fmt: skip
 def test_short_numbers(value, shown):
@@ -492,16 +492,27 @@ def test_short_numbers(value, shown):
 
 
 def test_a_long_line_is_thinned_and_a_gap_is_left_out():
-    chosen = thinned(10_000)
-    assert len(chosen) <= 240
+    shares = np.linspace(0, 1, 10_000)
+    chosen = thinned(shares)
+    assert 239 <= len(chosen) <= 241
     assert (chosen[0], chosen[-1]) == (0, 9999)
-    assert len(thinned(0)) == 0
+    assert np.diff(shares[chosen]).max() < 1 / 200
+    assert thinned(np.array([])).tolist() == []
+    assert thinned(np.array([np.nan, 0.1, 0.2, 1.0])).tolist() == [1, 2, 3]
     drawn = Line("a", np.arange(3.0), np.array([1.0, np.nan, 2.0]))
     found = Page(chart("t", Axis("x", 0, 2), Axis("y", 1, 2), [drawn]))
     points = next(value for name, value in found.attributes if name == "points")
-    assert points == "58,238 426,10"
+    assert points == "58,238 422,10"
 
 
 def test_a_passage_is_whole_or_none():
     with pytest.raises(UserError):
         Passage(1, "ab", [1.0, 1.0], ["x", "xy"], [[0.1], [0.1]])
+
+
+def test_a_loss_that_has_risen_is_said(run):
+    assert "has risen" not in page_of(run).text
+    values = metrics(run, "eval")[-1]
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values | {"step": 80, "val_loss": 1.2 * values["val_loss"]}) + "\n")
+    assert "Since step 60 the validation loss has risen" in page_of(run).text

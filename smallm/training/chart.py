@@ -14,7 +14,7 @@ import numpy as np
 from smallm.html import escape
 
 WIDTH, HEIGHT = 440, 280  # in units of which a letter has about 12
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 42  # room for the labels
+LEFT, RIGHT, TOP, BOTTOM = 58, 18, 10, 42  # room for the labels
 MOST_POINTS = 240  # of a line; more are no wider than a pixel
 
 
@@ -103,24 +103,26 @@ def key(items: Sequence[tuple[str, str]]) -> str:
 
 
 def short(value: float) -> str:
-    """A figure for an axis or a table: 0.02, 1,500, 2.5 M."""
+    """A figure for an axis or a table: 0.02, 150, 2.5 M."""
     if value and abs(value) < 1e-3:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    for unit, name in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
+    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= unit:
-            return f"{value / (1e3 if unit == 1e4 else unit):.3g}{name}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+            return f"{value / unit:.3g}{name}"
+    return f"{value:.4g}"
 
 
-def thinned(count: int) -> np.ndarray:
-    """Which of so many points to draw: all of a few, else MOST_POINTS with the first and the last."""
-    return np.unique(np.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(int))
+def thinned(shares: np.ndarray) -> np.ndarray:
+    """Which points at these rising shares of the axis, (n,), to draw: MOST_POINTS evenly spread, and the last."""
+    known = np.flatnonzero(np.isfinite(shares))
+    _, first = np.unique((shares[known] * MOST_POINTS).astype(int), return_index=True)
+    return np.union1d(known[first], known[-1:])
 
 
 def _places(x: Axis, y: Axis, line: Line, told: bool = False) -> list[list[float]]:
     """Points in units of the picture; told: with the two values behind each."""
-    chosen = thinned(len(line.x))
+    chosen = thinned(x.share(line.x))
     xs, ys = line.x[chosen], line.y[chosen]
     across = LEFT + x.share(xs) * (WIDTH - LEFT - RIGHT)
     down = HEIGHT - BOTTOM - y.share(ys) * (HEIGHT - TOP - BOTTOM)

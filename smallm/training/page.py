@@ -134,7 +134,7 @@ def _header(outcome: Outcome) -> str:
     about = " · ".join(filter(None, [text, STATES.get(record.state, ""), record.began]))
     return (
         f'<header>\n<h1>{escape(outcome.name)}</h1>\n<p class="soft">{escape(about)}</p>\n{tiles(_figures(outcome))}\n'
-        f"{_verdict(outcome.yardsticks)}</header>"
+        f"{_verdict(outcome.yardsticks)}{_risen(outcome)}</header>"
     )
 
 
@@ -165,6 +165,18 @@ def _verdict(yardsticks: Sequence[Yardstick]) -> str:
     else:
         words = f"{best.name} still needs fewer bits; train longer, or a larger model."
     return f'<p class="verdict">{escape(words)}</p>\n'
+
+
+def _risen(outcome: Outcome) -> str:
+    """A word on a validation loss that is by now well above its best."""
+    best, last = outcome.best, outcome.curves.val["loss"][-1:]
+    if not len(last) or not last[0] > 1.01 * best:
+        return ""
+    words = (
+        f"Since step {outcome.best_step:,} the validation loss has risen to {last[0]:.4f}: the model begins to know "
+        "its text by heart. More text, --model.dropout 0.2 or fewer steps help; the best checkpoint is kept."
+    )
+    return f"<p>{escape(words)}</p>\n"
 
 
 def _samples(outcome: Outcome) -> str:

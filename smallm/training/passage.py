@@ -18,8 +18,8 @@ EXPECTED = 5  # characters that are told for each place
 def read_passage(model: nn.Module, corpus: Corpus, step: int) -> Passage:
     """Whole lines of the validation text, about LENGTH ids, or all but the first character of a shorter text.
 
-    Each is predicted from half a context at least, where there is one. On several processes all must call this: they
-    may hold the weights together (FSDP).
+    Each character is predicted from a quarter of a context at least, where there is one. On several processes all must
+    call this: they may hold the weights together (FSDP).
     """
     ids, block_size = np.asarray(corpus.val_ids[: LOOKED_THROUGH + LENGTH]), model.config.block_size
     first, last = _whole_lines(ids)
@@ -60,7 +60,7 @@ def _look(model: nn.Module, ids: np.ndarray, vocabulary: Vocabulary) -> tuple[np
     whole = torch.from_numpy(_whole_characters(vocabulary)).to(device)
     found = [np.empty(0), np.empty((0, EXPECTED), np.int64), np.empty((0, EXPECTED))]
     model.eval()
-    for inputs, targets in windows([ids], block_size, max(1, block_size // 2)):
+    for inputs, targets in windows([ids], block_size, block_size - block_size // 4):
         logits, goals = model(to_device(inputs, device)), to_device(targets, device)
         counts = goals != IGNORED
         logs = logits[counts].float().log_softmax(-1)  # (n, V)

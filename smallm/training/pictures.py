@@ -45,18 +45,29 @@ def _charts(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 
 def _losses(title: str, label: str, y: Axis, outcomes: Sequence[Outcome], across: Across, log: bool = False) -> str:
-    """Training thin over its faint raw values, validation strong."""
+    """Training thin over its faint raw values, validation strong; log: over a logarithm of what the axis shows."""
     lines = []
     for number, one in enumerate(outcomes):
         alone = len(outcomes) == 1
         names = ("training", "validation") if alone else (f"{one.name}, training", one.name)
         colour = 1 if alone else number
         x, loss = across(one, "train"), one.curves.train["loss"]
-        lines += [Line(names[0], x, loss, colour, "faint")] if len(loss) >= 100 else []
-        lines.append(Line(names[0], x, smooth(loss), colour, "thin"))
+        if log:
+            lines.append(Line(names[0], *_averaged(x, loss), colour, "thin"))
+        else:
+            lines += [Line(names[0], x, loss, colour, "faint")] if len(loss) >= 100 else []
+            lines.append(Line(names[0], x, smooth(loss), colour, "thin"))
         lines.append(Line(names[1], across(one, "val"), one.curves.val["loss"], number, "strong"))
     lines.sort(key=lambda line: line.kind == "strong")  # over the others
     return chart(title, Axis.over(label, [line.x for line in lines], log=log, zero=not log), y, lines)
+
+
+def _averaged(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Points (n,) -> means over twentieths of a decade of x, (m,) each: where a logarithm crowds the points."""
+    known = np.isfinite(x) & np.isfinite(y) & (x > 0)
+    x, y = x[known], y[known]
+    _, place, count = np.unique(np.floor(20 * np.log10(x)), return_inverse=True, return_counts=True)
+    return np.bincount(place, x) / count, np.bincount(place, y) / count
 
 
 def _points(curves: Curves, part: str) -> dict[str, np.ndarray]:

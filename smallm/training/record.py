@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,8 @@ class Keeper:
         self._record = replace(self._record, **parts)
         aside = self._file.with_name(f".{FILE}")
         try:
-            text = json.dumps({"version": VERSION, **asdict(self._record)})
+            values = {"version": VERSION, **vars(self._record), "passage": vars(self._record.passage)}
+            text = json.dumps(values)
             aside.write_text(text + "\n", encoding="utf-8")
             aside.replace(self._file)
         except OSError as error:
