@@ -51,7 +51,7 @@ def save(path: Path, document: str) -> None:
         beside.replace(path)
     except OSError as error:
         with suppress(OSError):
-            beside.unlink()
+            beside.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}; name another file") from None
 
 

@@ -20,15 +20,16 @@ USUAL = 1.386  # 2 ln 2
 PARTED = 40.0  # times the mean: what a stretch may lose before it is at its end; a hundred characters lose that much
 CHAPTER = 1 << 18  # characters among which places are looked for at a time; none goes beyond
 LONGEST_WORD = 30  # characters; a longer stretch is a passage
-LEAST_PEAK = 4.6  # nats, 1 in 100: what a word has to have
-LEAST_EXCESS = 10.0  # nats that a passage has to have
+LEAST_EXCESS = 10.0  # nats that a passage has to have above the usual
+THROWN_OFF = 0.75  # the first with that share of the highest nats counts: what follows an error is thrown off by it
+LEAST_PEAK = NOTABLE / THROWN_OFF  # nats that some character of a place has to have
 CONTEXT = 30  # characters that are kept of what stands before and after a place
 MOST_TEXT = 300  # and of itself
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The most surprising character of a place."""
+    """The most surprising character of a place: the first of those that have nearly the highest nats in it."""
 
     line: int
     column: int
@@ -114,14 +115,17 @@ class PlaceFinder:
         self.characters += len(nats)
         usual = self.nats / max(1, self.characters - 1) * USUAL
         positions = _Positions(chapter.text, *self._begins)
-        passages, words = [], []
+        passages, words = [], []  # what orders them, negative, then start, end and the peak, or the peak alone
         for start, end in _stretches(nats - usual, usual * PARTED / USUAL):
-            peak = start + int(nats[start:end].argmax())
+            highest = nats[start:end].max()
+            if highest < LEAST_PEAK:
+                continue
+            peak = start + int(np.argmax(nats[start:end] >= THROWN_OFF * highest))
             if end - start > LONGEST_WORD:
                 excess = float((nats[start:end] - usual).sum())
-                if excess >= LEAST_EXCESS and nats[peak] >= NOTABLE:
+                if excess >= LEAST_EXCESS:
                     passages.append((-excess, *_whole_words(chapter.text, start, end), peak))
-            elif nats[peak] >= LEAST_PEAK:
+            else:
                 words.append((-nats[peak], peak))
 
         def place(start: int, end: int, peak: int) -> Place:

@@ -47,4 +47,4 @@ def runs(text: str, levels: np.ndarray) -> Iterator[tuple[str, int]]:
 
 def percent(p: float) -> str:
     """A probability, with two digits, or one if it is small."""
-    return f"{float(f'{100 * p:.{2 if p >= 0.1 else 1}g}'):.10g} %"
+    return f"{float(f'{100 * p:.{2 if p >= 0.1 else 1}g}'):g} %" if p >= 1e-5 else "less than 0.001 %"

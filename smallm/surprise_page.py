@@ -110,8 +110,12 @@ def _item(line: int, column: int, value: str, anchor: str | None, text: str, ins
 
 def _instead(place: Place) -> str:
     """What stands there, and what was expected."""
-    names = (f"<code>{_line(name)}</code>\u00a0{percent(p)}" for name, p in place.peak.expected)
-    return f"<code>{_line(place.peak.character)}</code>; expected: {', '.join(names)}"
+    names = (f"{_code(name)}\u00a0{percent(p)}" for name, p in place.peak.expected)
+    return f"{_code(place.peak.character)}; expected: {', '.join(names)}"
+
+
+def _code(character: str) -> str:
+    return f"<code>{'␣' if character == ' ' else _line(character)}</code>"
 
 
 def _line(text: str) -> str:

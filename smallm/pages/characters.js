@@ -1,187 +1,202 @@
 // The details of the character under the pointer, the finger or the keyboard's cursor, for each text of the page.
 
-"use strict";
+(() => {
+  "use strict";
 
-const points = (text) => Array.from(text).length; // characters, as Python counts them
+  const points = (text) => Array.from(text).length; // characters, as Python counts them
 
-async function readDetails(element) {
-  const { characters: n, expected: K, names, data } = JSON.parse(element.textContent);
-  const packed = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
-  const bytes = await new Response(stream).arrayBuffer();
-  const view = new DataView(bytes);
-  return (index) => {
-    const hundredths = view.getUint16(2 * index, true);
-    const five = [];
-    for (let k = 0; k < K; k++) {
-      const name = names[view.getUint16(2 * (n + k * n + index), true)];
-      const p = (view.getUint8(2 * (n + K * n) + k * n + index) / 255) ** 2;
-      if (name) five.push({ name, p });
-    }
-    return { nats: hundredths === 0xffff ? null : hundredths / 100, five };
-  };
-}
+  const seen = (character) => ({ "\n": "↵", "\t": "⇥", " ": "␣" })[character] ?? character;
 
-/** The text of a container as positions: from an index to its place in the document and back. */
-function readPositions(text) {
-  const spans = [...text.querySelectorAll("[data-at]")];
-  const starts = spans.map((span) => Number(span.dataset.at));
-  const total = starts.length ? starts.at(-1) + points(spans.at(-1).textContent) : 0;
-
-  function* nodes(span) {
-    const walker = document.createTreeWalker(span, NodeFilter.SHOW_TEXT);
-    while (walker.nextNode()) yield walker.currentNode;
+  async function readDetails(element) {
+    const { characters: n, expected: K, names, data } = JSON.parse(element.textContent);
+    const packed = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+    const bytes = await new Response(stream).arrayBuffer();
+    const view = new DataView(bytes);
+    return (index) => {
+      const hundredths = view.getUint16(2 * index, true);
+      const five = [];
+      for (let k = 0; k < K; k++) {
+        const name = names[view.getUint16(2 * (n + k * n + index), true)];
+        const p = (view.getUint8(2 * (n + K * n) + k * n + index) / 255) ** 2;
+        if (name) five.push({ name, p });
+      }
+      return { nats: hundredths === 0xffff ? null : hundredths / 100, five };
+    };
   }
 
-  function rangeOf(index) {
+  /** The place of the last of ascending numbers, the first of which is 0, that is not above a value. */
+  function lastUpTo(numbers, value) {
     let low = 0;
-    for (let high = starts.length; high - low > 1; ) {
+    for (let high = numbers.length; high - low > 1; ) {
       const middle = (low + high) >> 1;
-      if (starts[middle] <= index) low = middle;
+      if (numbers[middle] <= value) low = middle;
       else high = middle;
     }
-    let left = index - starts[low];
-    for (const node of nodes(spans[low])) {
-      const characters = Array.from(node.data);
-      if (left < characters.length) {
-        const offset = characters.slice(0, left).join("").length;
-        const range = document.createRange();
-        range.setStart(node, offset);
-        range.setEnd(node, offset + characters[left].length);
-        return range;
+    return low;
+  }
+
+  /** The text of a container as positions: from an index to its place in the document and back. */
+  function readPositions(text) {
+    const spans = [...text.querySelectorAll("[data-at]")];
+    const starts = spans.map((span) => Number(span.dataset.at));
+    const total = starts.length ? starts.at(-1) + points(spans.at(-1).textContent) : 0;
+
+    function* nodes(span) {
+      const walker = document.createTreeWalker(span, NodeFilter.SHOW_TEXT);
+      while (walker.nextNode()) yield walker.currentNode;
+    }
+
+    function rangeOf(index) {
+      const number = lastUpTo(starts, index);
+      let left = index - starts[number];
+      for (const node of nodes(spans[number])) {
+        const characters = Array.from(node.data);
+        if (left < characters.length) {
+          const offset = characters.slice(0, left).join("").length;
+          const range = document.createRange();
+          range.setStart(node, offset);
+          range.setEnd(node, offset + characters[left].length);
+          return range;
+        }
+        left -= characters.length;
       }
-      left -= characters.length;
+      return null;
     }
-    return null;
+
+    function indexOf(node, offset) {
+      const span = node.parentElement?.closest("[data-at]");
+      if (!span || node.nodeType !== Node.TEXT_NODE) return null;
+      let index = Number(span.dataset.at);
+      for (const other of nodes(span)) {
+        if (other === node) return index + points(node.data.slice(0, offset));
+        index += points(other.data);
+      }
+      return null;
+    }
+
+    const within = ({ left, right, top, bottom }, x, y) => left <= x && x <= right && top <= y && y <= bottom;
+
+    /** The caret stands between two characters: which of them is under the point? */
+    function indexAt(x, y) {
+      const caret = document.caretPositionFromPoint?.(x, y);
+      const range = caret ? null : document.caretRangeFromPoint?.(x, y);
+      const [node, offset] = caret ? [caret.offsetNode, caret.offset] : [range?.startContainer, range?.startOffset];
+      const near = node && text.contains(node) ? indexOf(node, offset) : null;
+      if (near === null) return null;
+      for (const index of [near, near - 1]) {
+        const rects = index >= 0 && index < total ? rangeOf(index)?.getClientRects() : null;
+        if (rects && [...rects].some((rect) => within(rect, x, y))) return index;
+      }
+      return null;
+    }
+
+    const lines = [0]; // where each begins
+    Array.from(text.textContent).forEach((character, index) => character === "\n" && lines.push(index + 1));
+
+    /** Line and column of an index, both from 1. */
+    function lineAndColumn(index) {
+      const line = lastUpTo(lines, index);
+      return [line + 1, index - lines[line] + 1];
+    }
+
+    return { total, rangeOf, indexAt, lineAndColumn, places: spans.filter((span) => span.id) };
   }
 
-  function indexOf(node, offset) {
-    const span = node.parentElement?.closest("[data-at]");
-    if (!span || node.nodeType !== Node.TEXT_NODE) return null;
-    let index = Number(span.dataset.at);
-    for (const other of nodes(span)) {
-      if (other === node) return index + points(node.data.slice(0, offset));
-      index += points(other.data);
-    }
-    return null;
+  function percent(p) {
+    if (p < 1e-5) return "less than 0.001 %";
+    return `${Number((100 * p).toPrecision(p < 0.1 ? 1 : 2))} %`;
   }
 
-  const within = ({ left, right, top, bottom }, x, y) => left <= x && x <= right && top <= y && y <= bottom;
-
-  /** The caret stands between two characters: which of them is under the point? */
-  function indexAt(x, y) {
-    const caret = document.caretPositionFromPoint?.(x, y);
-    const range = caret ? null : document.caretRangeFromPoint?.(x, y);
-    const [node, offset] = caret ? [caret.offsetNode, caret.offset] : [range?.startContainer, range?.startOffset];
-    const near = node && text.contains(node) ? indexOf(node, offset) : null;
-    if (near === null) return null;
-    for (const index of [near, near - 1]) {
-      const rects = index >= 0 && index < total ? rangeOf(index)?.getClientRects() : null;
-      if (rects && [...rects].some((rect) => within(rect, x, y))) return index;
-    }
-    return null;
+  function element(tag, className, ...content) {
+    const made = document.createElement(tag);
+    if (className) made.className = className;
+    made.append(...content);
+    return made;
   }
 
-  /** Line and column of an index, both from 1, in the text that is shown. */
-  function lineAndColumn(index) {
-    const before = Array.from(text.textContent).slice(0, index).join("");
-    return [before.split("\n").length, points(before.slice(before.lastIndexOf("\n") + 1)) + 1];
-  }
+  async function explain(container) {
+    const text = container.querySelector(".text");
+    const panel = container.querySelector(".detail");
+    const details = await readDetails(container.querySelector("script"));
+    const { total, rangeOf, indexAt, lineAndColumn, places } = readPositions(text);
+    const cursor = element("span", "cursor");
+    let current = null;
 
-  return { total, rangeOf, indexAt, lineAndColumn, places: spans.filter((span) => span.id) };
-}
-
-function percent(p) {
-  return `${Number((100 * p).toPrecision(p < 0.1 ? 1 : 2))} %`;
-}
-
-function element(tag, className, ...content) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  made.append(...content);
-  return made;
-}
-
-async function explain(container) {
-  const text = container.querySelector(".text");
-  const panel = container.querySelector(".detail");
-  const details = await readDetails(container.querySelector("script"));
-  const { total, rangeOf, indexAt, lineAndColumn, places } = readPositions(text);
-  const cursor = element("span", "cursor");
-  let current = null;
-
-  function show(index) {
-    const range = rangeOf(index);
-    if (!range) return;
-    current = index;
-    const { nats, five } = details(index);
-    const character = range.toString();
-    const shown = { "\n": "↵", "\t": "⇥" }[character] ?? character;
-    const [line, column] = lineAndColumn(index);
-    const surprise =
-      nats === null ? "nothing comes before it" : `${nats.toFixed(2)} nats, probability ${percent(Math.exp(-nats))}`;
-    const list = element("ol", "");
-    for (const { name, p } of five) {
-      const item = element("li", name === shown ? "actual" : "", element("code", "", name), ` ${percent(p)}`);
-      item.style.setProperty("--share", percent(p).replace(" ", ""));
-      list.append(item);
+    function show(index) {
+      const range = rangeOf(index);
+      if (!range) return;
+      current = index;
+      const { nats, five } = details(index);
+      const character = range.toString();
+      const shown = seen(character);
+      const [line, column] = lineAndColumn(index);
+      const surprise =
+        nats === null ? "nothing comes before it" : `${nats.toFixed(2)} nats, probability ${percent(Math.exp(-nats))}`;
+      const list = element("ol", "");
+      for (const { name, p } of five) {
+        const content = [element("code", "", seen(name)), ` ${percent(p)}`];
+        const item = element("li", seen(name) === shown ? "actual" : "", ...content);
+        item.style.setProperty("--share", `${100 * p}%`);
+        list.append(item);
+      }
+      const place = element("p", "", element("code", "actual", shown), ` line ${line}, column ${column}: ${surprise}`);
+      panel.replaceChildren(place, ...(five.length ? [list] : []));
+      panel.hidden = false;
+      const box = range.getClientRects()[0] ?? range.getBoundingClientRect();
+      const base = text.getBoundingClientRect();
+      Object.assign(cursor.style, {
+        left: `${box.left - base.left - text.clientLeft}px`,
+        top: `${box.top - base.top - text.clientTop}px`,
+        width: `${box.width}px`,
+        height: `${box.height}px`,
+      });
+      if (!cursor.isConnected) text.append(cursor);
     }
-    const place = element("p", "", element("code", "actual", shown), ` line ${line}, column ${column}: ${surprise}`);
-    panel.replaceChildren(place, ...(five.length ? [list] : []));
-    panel.hidden = false;
-    const box = range.getClientRects()[0] ?? range.getBoundingClientRect();
-    const base = text.getBoundingClientRect();
-    Object.assign(cursor.style, {
-      left: `${box.left - base.left - text.clientLeft}px`,
-      top: `${box.top - base.top - text.clientTop}px`,
-      width: `${box.width}px`,
-      height: `${box.height}px`,
+
+    function hide() {
+      panel.hidden = true;
+      cursor.remove();
+      current = null;
+    }
+
+    function go(index) {
+      show(Math.max(0, Math.min(total - 1, index)));
+      cursor.scrollIntoView({ block: "nearest" });
+    }
+
+    function goToPlace(step) {
+      const starts = places.map((place) => Number(place.dataset.at));
+      const at = current ?? -1;
+      const next = step > 0 ? starts.find((start) => start > at) : starts.findLast((start) => start < at);
+      if (next !== undefined) go(next);
+    }
+
+    const keys = {
+      ArrowRight: () => go((current ?? -1) + 1),
+      ArrowLeft: () => go((current ?? 1) - 1),
+      n: () => goToPlace(1),
+      p: () => goToPlace(-1),
+      Escape: hide,
+    };
+    const point = (event) => {
+      const index = indexAt(event.clientX, event.clientY);
+      if (index !== null && index !== current) show(index);
+    };
+    text.addEventListener("pointermove", point);
+    text.addEventListener("click", point);
+    text.addEventListener("focus", () => current === null && text.matches(":focus-visible") && go(0));
+    text.addEventListener("keydown", (event) => {
+      if (event.ctrlKey || event.metaKey || event.altKey || !keys[event.key]) return;
+      event.preventDefault();
+      keys[event.key]();
     });
-    if (!cursor.isConnected) text.append(cursor);
+    addEventListener("resize", () => current !== null && show(current));
+    addEventListener("hashchange", () => {
+      const place = places.find((span) => `#${span.id}` === location.hash);
+      if (place) show(Number(place.dataset.at));
+    });
   }
 
-  function hide() {
-    panel.hidden = true;
-    cursor.remove();
-    current = null;
-  }
-
-  function go(index) {
-    show(Math.max(0, Math.min(total - 1, index)));
-    cursor.scrollIntoView({ block: "nearest" });
-  }
-
-  function goToPlace(step) {
-    const starts = places.map((place) => Number(place.dataset.at));
-    const at = current ?? -1;
-    const next = step > 0 ? starts.find((start) => start > at) : starts.findLast((start) => start < at);
-    if (next !== undefined) go(next);
-  }
-
-  const keys = {
-    ArrowRight: () => go((current ?? -1) + 1),
-    ArrowLeft: () => go((current ?? 1) - 1),
-    n: () => goToPlace(1),
-    p: () => goToPlace(-1),
-    Escape: hide,
-  };
-  const point = (event) => {
-    const index = indexAt(event.clientX, event.clientY);
-    if (index !== null && index !== current) show(index);
-  };
-  text.addEventListener("pointermove", point);
-  text.addEventListener("click", point);
-  text.addEventListener("focus", () => current === null && text.matches(":focus-visible") && go(0));
-  text.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || !keys[event.key]) return;
-    event.preventDefault();
-    keys[event.key]();
-  });
-  addEventListener("resize", () => current !== null && show(current));
-  addEventListener("hashchange", () => {
-    const place = places.find((span) => `#${span.id}` === location.hash);
-    if (place) show(Number(place.dataset.at));
-  });
-}
-
-for (const container of document.querySelectorAll(".characters")) explain(container);
+  for (const container of document.querySelectorAll(".characters")) explain(container);
+})();
