@@ -322,11 +322,19 @@ def page_of_tags(tmp_path: Path, run: Path) -> Page:
     b'{"version": 1, "passage": {"text": "a", "nats": [NaN], "expected": ["a"], "probabilities": [[0.5]]}}',
     b'{"version": 1, "passage": {"text": "a", "nats": ["x"], "expected": ["a"], "probabilities": [[0.5]]}}',
     b'{"version": 1, "passage": {"text": "a", "nats": [1.0], "expected": [1], "probabilities": [[0.5]]}}',
+    b'{"version": 1, "passage": {"text": "a", "nats": [1e999], "expected": ["a"], "probabilities": [[0.5]]}}',
+    b'{"version": 1, "passage": {"text": "a", "nats": [1.0], "expected": ["a"], "probabilities": [[2.0]]}}',
+    b'{"version": 1, "planned_steps": 1' + b"0" * 500 + b"}",
 ])  # fmt: skip
 def test_a_broken_record_is_as_none(run, content):
     (run / FILE).write_bytes(content)
     assert read_record(run) == Record()
     assert "Surprise" not in page_of(run).headings
+
+
+def test_a_passage_without_expected_characters(run):
+    edit(run, passage={"step": 1, "text": "ab", "nats": [1, 2.5], "expected": ["", ""], "probabilities": [[], []]})
+    assert "Surprise" in page_of(run).headings
 
 
 @pytest.mark.parametrize("name", ["config.toml", "yardsticks.json"])

@@ -115,7 +115,7 @@ def _copies(outcomes: Sequence[Outcome]) -> str:
 def _samples(outcomes: Sequence[Outcome]) -> str:
     """The last of each, side by side."""
     shown = "".join(
-        figure_of(f"{one.name}, step {row['step']:,.0f}, {number(row, 'val_loss'):.3f} nats", text)
+        figure_of(f"{one.name}, step {number(row, 'step'):,.0f}, {number(row, 'val_loss'):.3f} nats", text)
         for one in outcomes
         for row, text in one.samples[-1:]
     )

@@ -13,7 +13,7 @@ import numpy as np
 
 from smallm.errors import UserError
 from smallm.runs import CONFIG
-from smallm.training.checks import check_types
+from smallm.training.checks import MOST, check_types
 from smallm.training.config import flatten
 from smallm.training.plot import Curves, curves, distinct_names, read_metrics
 from smallm.training.record import Record, read_record
@@ -79,7 +79,7 @@ def read_outcomes(runs: Sequence[Path]) -> list[Outcome]:
 def number(row: dict[str, Any], key: str) -> float:
     """A figure of a record; NaN if there is none."""
     value = row.get(key)
-    return float(value) if isinstance(value, int | float) else math.nan
+    return float(value) if isinstance(value, int | float) and -MOST <= value <= MOST else math.nan
 
 
 def column(rows: Sequence[dict[str, Any]], key: str) -> np.ndarray:

@@ -131,7 +131,8 @@ def speed(outcome: Outcome) -> str:
 def _header(outcome: Outcome) -> str:
     record = outcome.record
     text = f"trained on {record.facts['text']}" if "text" in record.facts else ""
-    about = " · ".join(filter(None, [text, STATES.get(record.state, ""), record.began]))
+    began = f"begun {record.began}" if record.began else ""
+    about = " · ".join(filter(None, [text, STATES.get(record.state, ""), began]))
     return (
         f'<header>\n<h1>{escape(outcome.name)}</h1>\n<p class="soft">{escape(about)}</p>\n{tiles(_figures(outcome))}\n'
         f"{_verdict(outcome.yardsticks)}{_risen(outcome)}</header>"
@@ -184,7 +185,7 @@ def _samples(outcome: Outcome) -> str:
     if not found:
         return ""
     shown = "".join(
-        figure_of(f"step {row['step']:,.0f}, {number(row, 'val_loss'):.3f} nats", text)
+        figure_of(f"step {number(row, 'step'):,.0f}, {number(row, 'val_loss'):.3f} nats", text)
         for row, text in some(found, SAMPLES)
     )
     more = f'<p class="soft">{min(SAMPLES, len(found))} of {len(found)}; all are in metrics.jsonl.</p>'
@@ -267,7 +268,7 @@ def _evaluations(outcome: Outcome) -> str:
     def cells(row: dict[str, Any]) -> list[object]:
         val, train = number(row, "val_loss"), number(row, "train_loss")
         seen = number(row, "epoch") * outcome.record.train_characters
-        counts = [f"{row['step']:,.0f}", f"{number(row, 'epoch'):.2f}", short(seen) if seen else ""]
+        counts = [f"{number(row, 'step'):,.0f}", f"{number(row, 'epoch'):.2f}", short(seen) if seen else ""]
         losses = [f"{loss:.4f}" if math.isfinite(loss) else "" for loss in (train, val)]
         return [*counts, *losses, bits(val), f"{perplexity(val):.2f}", duration(number(row, "seconds"))]
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from smallm.errors import UserError
+from smallm.training.checks import MOST
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5195", "#8c6d1f", "#56a3d9", "#4d4d4d")
 
@@ -49,15 +50,22 @@ def read_metrics(run: Path) -> list[dict]:
         try:
             record = json.loads(line)
             if record["kind"] in ("train", "eval"):
-                curves("", [record])  # raises where a number is missing or is none
+                _check(curves("", [record]))  # raises where a number is missing or is none
                 records.append(record)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             if number == len(lines) and isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
                 break
             raise UserError(f"{path}: line {number} is broken; delete that line and draw again") from error
     if not any(np.isfinite(points["loss"]).any() for points in curves("", records)[1:3]):
         raise UserError(f"{path} holds no loss yet: wait for the run's first steps, or train longer")
     return records
+
+
+def _check(point: Curves) -> None:
+    """Raises ValueError unless the one point has a step, and no figure that is too large for a picture."""
+    numbers = np.concatenate([value for part in (point.train, point.val) for value in part.values()])
+    if (np.abs(numbers[np.isfinite(numbers)]) > MOST).any() or not np.isfinite([*point.train["step"], *point.val["step"]]).all():
+        raise ValueError("a number is none")
 
 
 def curves(name: str, records: Sequence[dict]) -> Curves:

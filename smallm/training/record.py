@@ -13,10 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from smallm.errors import UserError
-from smallm.training.checks import check_types
+from smallm.training.checks import MOST, check_types
 
 FILE = "report.json"
 VERSION = 1
@@ -42,8 +40,8 @@ class Passage:
         widths = {len(row) for row in [*self.expected, *self.probabilities]}
         if len(lengths) > 1 or len(widths) > 1 or not all(isinstance(row, str) for row in self.expected):
             raise UserError("a passage is not whole")
-        values = np.array([*self.nats, *chain(*self.probabilities), 0.0], dtype=float)
-        if not (np.isfinite(values).all() and (values >= 0).all()):
+        shares = chain(*self.probabilities)
+        if not all(0 <= value <= MOST for value in self.nats) or not all(0 <= share <= 1 for share in shares):
             raise UserError("a passage has a figure that is none")
 
 
@@ -55,7 +53,7 @@ class Record:
     """`training`, until the run says how it ended: `finished`, `out of patience` or `interrupted`."""
     planned_steps: int = 0
     began: str = ""
-    """When it was begun, or gone on with."""
+    """When."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Text, parameters, device, versions."""
     train_characters: int = 0

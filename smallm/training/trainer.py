@@ -37,7 +37,7 @@ from smallm.training.passage import read_passage
 from smallm.training.report import Report
 from smallm.training.schedule import divide_batch, lr_factor, window_length
 from smallm.training.spread import gathered
-from smallm.training.words import beginning, broken_off, closing, findings, opening
+from smallm.training.words import beginning, broken_off, closing, opening
 
 
 class Trainer:
@@ -170,8 +170,6 @@ class Trainer:
         self.record = beginning(self)
         if self.state.step:
             self.report.say(f"going on from step {self.state.step:,}")
-        elif main:
-            self.report.say(findings(self))
 
     def _compile(self) -> None:
         """Compiles the model for the steps to come, if that is wanted."""

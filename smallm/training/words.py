@@ -40,25 +40,24 @@ def opening(trainer: "Trainer") -> str:
     )
 
 
-def findings(trainer: "Trainer") -> str:
-    """What the text doctor has to say."""
-    return "\n".join(opening_lines(examine(trainer.corpus)))
-
-
 def beginning(trainer: "Trainer") -> Keeper:
-    """What the run keeps for its report, with what there is to say of text and machine by now."""
-    corpus, main = trainer.corpus, trainer.accelerator.is_main_process
-    keeper = Keeper(trainer.run, trainer.report.say, going_on=trainer.state.step > 0, enabled=main)
-    if main:
-        keeper.keep(
-            state="training",
-            planned_steps=trainer.total_steps,
-            began=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-            facts=trainer.state.facts | machine_facts(),
-            train_characters=corpus.train_characters,
-            val_characters=corpus.val_characters,
-            findings=full_report(corpus, examine(corpus)),
-        )
+    """Where the run keeps what its report will say, with text and machine in it; of a new run, says the findings."""
+    corpus, step, main = trainer.corpus, trainer.state.step, trainer.accelerator.is_main_process
+    keeper = Keeper(trainer.run, trainer.report.say, going_on=step > 0, enabled=main)
+    if not main:
+        return keeper
+    checkup = examine(corpus)
+    keeper.keep(
+        state="training",
+        planned_steps=trainer.total_steps,
+        facts=trainer.state.facts | machine_facts(),
+        train_characters=corpus.train_characters,
+        val_characters=corpus.val_characters,
+        findings=full_report(corpus, checkup),
+    )
+    if not step:
+        keeper.keep(began=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
+        trainer.report.say("\n".join(opening_lines(checkup)))
     return keeper
 
 
