@@ -392,6 +392,25 @@ def test_comparison_of_the_same_and_of_old_ones(run):
     assert Page(comparison_page(read_outcomes([run, run]))).headings == ["Results", "Loss", "Samples"]
 
 
+def test_the_benchmark_adds_up(monkeypatch, text_file, tmp_path, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import report_cost
+
+    from smallm.training import record, trainer, words
+
+    monkeypatch.chdir(tmp_path)
+    for place, name in ((trainer, "beginning"), (trainer, "read_passage"), (record.Keeper, "keep"), (words, "page_of")):
+        monkeypatch.setattr(place, name, getattr(place, name))  # put back at the end
+    argv = ["--data", str(text_file), "--train.max_steps=4", "--train.eval_every=2", "--train.sample_length=0"]
+    assert report_cost.main(argv) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {name: part["calls"] for name, part in figures["parts"].items()} == {
+        "beginning": 1, "passage": 2, "keep": 6, "page": 1,
+    }  # fmt: skip
+    assert 0 < figures["parts"]["passage"]["wall_s"] < figures["whole"]["wall_s"]
+    assert not (tmp_path / "runs").exists()
+
+
 # The lines to type.
 
 

@@ -64,7 +64,8 @@ def read_metrics(run: Path) -> list[dict]:
 def _check(point: Curves) -> None:
     """Raises ValueError unless the one point has a step, and no figure that is too large for a picture."""
     numbers = np.concatenate([value for part in (point.train, point.val) for value in part.values()])
-    if (np.abs(numbers[np.isfinite(numbers)]) > MOST).any() or not np.isfinite([*point.train["step"], *point.val["step"]]).all():
+    steps = [*point.train["step"], *point.val["step"]]
+    if (np.abs(numbers[np.isfinite(numbers)]) > MOST).any() or not np.isfinite(steps).all():
         raise ValueError("a number is none")
 
 
