@@ -21,7 +21,7 @@ PARTED = 40.0  # times the mean: what a stretch may lose before it is at its end
 CHAPTER = 1 << 18  # characters among which places are looked for at a time; none goes beyond
 LONGEST_WORD = 30  # characters; a longer stretch is a passage
 LEAST_EXCESS = 10.0  # nats that a passage has to have above the usual
-THROWN_OFF = 0.75  # the first with that share of the highest nats counts: what follows an error is thrown off by it
+THROWN_OFF = 0.75  # in a word, the first with that share of the highest nats counts: it throws off what follows
 LEAST_PEAK = NOTABLE / THROWN_OFF  # nats that some character of a place has to have
 CONTEXT = 30  # characters that are kept of what stands before and after a place
 MOST_TEXT = 300  # and of itself
@@ -29,7 +29,7 @@ MOST_TEXT = 300  # and of itself
 
 @dataclass(frozen=True)
 class Peak:
-    """The most surprising character of a place: the first of those that have nearly the highest nats in it."""
+    """The most surprising character of a passage; in a word, the first of those that have nearly the highest nats."""
 
     line: int
     column: int
@@ -118,14 +118,14 @@ class PlaceFinder:
         passages, words = [], []  # what orders them, negative, then start, end and the peak, or the peak alone
         for start, end in _stretches(nats - usual, usual * PARTED / USUAL):
             highest = nats[start:end].max()
-            if highest < LEAST_PEAK:
-                continue
-            peak = start + int(np.argmax(nats[start:end] >= THROWN_OFF * highest))
-            if end - start > LONGEST_WORD:
-                excess = float((nats[start:end] - usual).sum())
+            if highest >= LEAST_PEAK and end - start > LONGEST_WORD:
+                peak = start + int(nats[start:end].argmax())
+                start, end = _whole_words(chapter.text, start, end)
+                excess = float(nats[start:end].sum() - usual * (end - start))
                 if excess >= LEAST_EXCESS:
-                    passages.append((-excess, *_whole_words(chapter.text, start, end), peak))
-            else:
+                    passages.append((-excess, start, end, peak))
+            elif highest >= LEAST_PEAK:
+                peak = start + int(np.argmax(nats[start:end] >= THROWN_OFF * highest))
                 words.append((-nats[peak], peak))
 
         def place(start: int, end: int, peak: int) -> Place:

@@ -70,11 +70,11 @@ def test_shell_commands_run_in_their_order(home, capsys):
     assert (home / "compare.png").is_file()
 
 
-def test_python_block_runs(home, exported):
-    (block,) = blocks("python")
+def test_python_blocks_run(home, exported):
     (home / "runs").mkdir()
     shutil.copytree(exported, home / "runs" / "shakespeare")
-    exec(compile(block, "README.md", "exec"), {})
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
 
 
 def test_files_it_names_exist():

@@ -436,5 +436,5 @@ def test_details_in_a_browser(tmp_path):
     assert second == f"a line 1, column 2: 0.50 nats, probability 61 %{five}"
     assert place == pointed == f"< line 2, column 1: 9.25 nats, probability 0.01 %{five}"
     assert back == place
-    assert last.startswith("␣ line 2, column 5: 0.10 nats, probability 90 %")
+    assert last.startswith("x line 2, column 5: 0.10 nats, probability 90 %")
     assert hidden == "true"

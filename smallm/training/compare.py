@@ -72,7 +72,7 @@ def _results(outcomes: Sequence[Outcome]) -> str:
         row("parameters", lambda one: _fact(one, "parameters")),
         row("text", lambda one: _fact(one, "text")),
         row("time", lambda one: duration(one.seconds)),
-        row("speed", speed),
+        row("characters per second", speed),
         row("device", lambda one: _fact(one, "device")),
     ]
     texts = {_fact(one, "text") for one in outcomes}

@@ -124,8 +124,7 @@ def some(rows: Sequence[Any], most: int) -> list[Any]:
 
 def speed(outcome: Outcome) -> str:
     """Characters per second, to be read."""
-    found = outcome.characters_per_second
-    return f"{found:,.0f} characters/s" if math.isfinite(found) else "unknown"
+    return f"{outcome.characters_per_second:,.0f}" if math.isfinite(outcome.characters_per_second) else "unknown"
 
 
 def _header(outcome: Outcome) -> str:
@@ -150,8 +149,7 @@ def _figures(outcome: Outcome) -> Iterator[tuple[str, str]]:
     if isinstance(parameters := record.facts.get("parameters"), int):
         yield "parameters", f"{parameters:,}"
     yield "time", duration(outcome.seconds)
-    if math.isfinite(outcome.characters_per_second):
-        yield "characters per second", f"{outcome.characters_per_second:,.0f}"
+    yield "characters per second", speed(outcome)
 
 
 def _verdict(yardsticks: Sequence[Yardstick]) -> str:
@@ -173,11 +171,11 @@ def _risen(outcome: Outcome) -> str:
     best, last = outcome.best, outcome.curves.val["loss"][-1:]
     if not len(last) or not last[0] > 1.01 * best:
         return ""
-    words = (
-        f"Since step {outcome.best_step:,} the validation loss has risen to {last[0]:.4f}: the model begins to know "
-        "its text by heart. More text, --model.dropout 0.2 or fewer steps help; the best checkpoint is kept."
+    return (
+        f"<p>Since step {outcome.best_step:,} the validation loss has risen to {last[0]:.4f}: the model begins to know "
+        "its text by heart. More text, <code>--model.dropout 0.2</code> or fewer steps help; the best checkpoint is "
+        "kept.</p>\n"
     )
-    return f"<p>{escape(words)}</p>\n"
 
 
 def _samples(outcome: Outcome) -> str:
@@ -257,7 +255,7 @@ def setting(value: object) -> str:
 
 def _machine(outcome: Outcome) -> str:
     facts = outcome.record.facts
-    rows = [("training", speed(outcome)), ("whole run", duration(outcome.seconds))]
+    rows = [("characters per second", speed(outcome)), ("whole run", duration(outcome.seconds))]
     rows += [(name, str(facts[name])) for name in MACHINE if name in facts]
     apart = {*MACHINE, "text", "characters", "parameters"}
     rows += [(name, str(value)) for name, value in facts.items() if name not in apart]
