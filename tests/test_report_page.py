@@ -245,16 +245,16 @@ def test_an_old_run_has_one_without_what_it_did_not_keep(run):
     assert "nan" not in found.text.lower().split()
 
 
-@pytest.mark.parametrize("name", ["report.html", FILE])
+@pytest.mark.parametrize("name", ["report.html", FILE, "yardsticks.json"])
 def test_a_report_that_cannot_be_written_spoils_no_run(train, tmp_path, capsys, name):
     (tmp_path / "run" / name).mkdir(parents=True)
     train()
     out, err = capsys.readouterr()
     assert "best validation loss" in out
     assert "next: python export.py run" in out
-    assert [text for text in err.splitlines() if name in text and "warning: " in text]
+    assert [text for text in err.splitlines() if name.split(".")[0] in text and "warning: " in text]
     assert err.count("warning") == 1
-    assert ("report: " in out) == (name == FILE)
+    assert ("report: " in out) == (name != "report.html")
     assert [file.name for file in (tmp_path / "run").glob("*report.*") if file.name not in ("report.html", FILE)] == []
 
 
@@ -535,6 +535,13 @@ def test_a_long_line_is_thinned_and_a_gap_is_left_out():
 def test_a_passage_is_whole_or_none():
     with pytest.raises(UserError):
         Passage(1, "ab", [1.0, 1.0], ["x", "xy"], [[0.1], [0.1]])
+
+
+def test_the_models_yardstick_is_of_the_whole_run(run):
+    values = metrics(run, "eval")[-1]
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values | {"step": 80, "val_loss": 0.5}) + "\n")
+    assert read_outcomes([run])[0].yardsticks[0].bits_per_char == pytest.approx(0.5 / math.log(2))
 
 
 def test_a_loss_that_has_risen_is_said(run):

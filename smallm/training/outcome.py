@@ -4,7 +4,7 @@ import json
 import math
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -92,8 +92,11 @@ def _read(run: Path, name: str) -> Outcome:
     latest = {(row["kind"], float(row["step"])): row for row in records}  # a resumed run logs some steps again
     rows = [latest[place] for place in sorted(latest)]
     steps, evaluations = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
-    known = curves(name, records)
-    return Outcome(run, name, known, steps, evaluations, _config(run), _yardsticks(run), read_record(run))
+    known, yardsticks = curves(name, records), _yardsticks(run)
+    if known.best is not None:  # since the file was written the run may have gone on
+        bits = float(known.val["loss"][known.best]) / math.log(2)
+        yardsticks = [replace(one, bits_per_char=bits) if one.name == "model" else one for one in yardsticks]
+    return Outcome(run, name, known, steps, evaluations, _config(run), yardsticks, read_record(run))
 
 
 def _config(run: Path) -> dict[str, Any]:

@@ -95,7 +95,10 @@ def comparison(trainer: "Trainer") -> Iterator[str]:
         yield "for yardsticks (gzip, bz2, xz, n-grams) beside it: python train.py --check TEXT"
         return
     bits = trainer.state.best_val_loss / math.log(2)
-    write_yardsticks(trainer.run, measured, bits, trainer.corpus.val_characters)
+    try:
+        write_yardsticks(trainer.run, measured, bits, trainer.corpus.val_characters)
+    except OSError as error:
+        trainer.report.say(f"warning: cannot write the yardsticks into {trainer.run} ({error.strerror})")
     yield in_words(measured, bits)
 
 
