@@ -19,17 +19,17 @@ def visible(text: str, keep: str = "\n\t") -> str:
     Control characters become their pictures (U+241B for escape), line ends and tabs arrows, those of the direction of
     writing and other invisible ones U+FFFD; `keep` stays, and so do joiners.
     """
-    table = _stand_ins()
-    return text.translate({code: shown for code, shown in table.items() if chr(code) not in keep} if keep else table)
+    return text.translate(_stand_ins(keep))
 
 
 @cache
-def _stand_ins() -> dict[int, str]:
+def _stand_ins(keep: str) -> dict[int, str]:
     blocks = (range(0x3000), range(0xD800, 0xE000), range(0xFE00, 0x12000), range(0x13000, 0x14000),
               range(0x1BC00, 0x1BD00), range(0x1D100, 0x1D200), range(0xE0000, 0xE0100))  # fmt: skip
     hidden = (code for block in blocks for code in block if category(chr(code)) in HIDDEN and code not in JOINERS)
     table = {code: chr(0x2400 + code) if code < 32 else "\N{REPLACEMENT CHARACTER}" for code in hidden}
-    return table | {ord("\n"): "↵", ord("\t"): "⇥", 127: "\N{SYMBOL FOR DELETE}"}
+    table |= {ord("\n"): "↵", ord("\t"): "⇥", 127: "\N{SYMBOL FOR DELETE}"}
+    return {code: shown for code, shown in table.items() if chr(code) not in keep}
 
 
 def level(nats: np.ndarray) -> np.ndarray:

@@ -58,6 +58,9 @@ class TestReadMetrics:
         b'{"kind": "tr\n', b"[1]\n", b"\n", b'"kind"\n', b"{}\n", b'{"kind": "train", "step": 3}\n', b"\xff\n",
         json.dumps(train(20) | {"step": None}).encode() + b"\n",
         json.dumps(train(20) | {"loss": "low"}).encode() + b"\n",
+        json.dumps(train(20) | {"step": math.nan}).encode() + b"\n",
+        json.dumps(train(20) | {"loss": 10**400}).encode() + b"\n",
+        json.dumps(train(20) | {"epoch": 1e300}).encode() + b"\n",
         json.dumps(evaluation(20) | {"val_loss": [2.1]}).encode() + b"\n",
     ])  # fmt: skip
     def test_a_broken_line_is_named(self, tmp_path, bad):

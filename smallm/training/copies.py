@@ -49,6 +49,15 @@ class CopyReport:
             self.generated.shares[width] > 0.1 + REMARKABLE * self.validation.shares[width]
         )
 
+    def rows(self) -> list[list[str]]:
+        """The figures as a table: what, generated, validation text."""
+        both = self.generated, self.validation
+        return [
+            ["characters looked at", *(f"{one.characters:,}" for one in both)],
+            ["longest run", *map(_length, both)],
+            *([f"windows of {w} characters", *(f"{100 * one.shares[w]:.1f} %" for one in both)] for w in WIDTHS),
+        ]
+
     def lines(self) -> list[str]:
         """The figures in words."""
         ours, theirs = self.generated, self.validation

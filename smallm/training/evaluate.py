@@ -10,6 +10,7 @@ from torch import nn
 
 from smallm.sampling import Rng, Sampling, sample
 from smallm.scoring import windows
+from smallm.training.config import Config
 from smallm.training.corpus import Corpus
 from smallm.training.devices import to_device
 from smallm.training.functions import cross_entropy
@@ -50,6 +51,14 @@ def evaluate(
             _sum_of_nats(model, inputs[:1], targets[:1], accelerator.device)
     model.train()
     return accelerator.reduce(nats, "sum").item() / (corpus.val_characters - 1)
+
+
+def a_sample(model: nn.Module, corpus: Corpus, config: Config) -> str:
+    """What the model writes by the settings of the run, their seed text included."""
+    c, vocabulary = config, corpus.vocabulary
+    ids = vocabulary.encode(c.sample.seed or corpus.start_text).tolist()
+    text = write_sample(model, vocabulary, ids, c.train.sample_length, c.model.block_size, c.sample.sampling)
+    return c.sample.seed + text
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
     python -m smallm.training.plot runs/shakespeare                       writes runs/shakespeare/loss.png
     python -m smallm.training.plot runs/decay runs/constant --out lr.png  lays the runs over each other
+    python -m smallm.training.plot runs/shakespeare --html report.html    writes the report of the run anew
+    python -m smallm.training.plot runs/decay runs/constant --html c.html the runs side by side on a page
 
 Reads each run's ``metrics.jsonl``. Losses are nats per character.
 """
@@ -17,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from smallm.errors import UserError
+from smallm.training.checks import MOST
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5195", "#8c6d1f", "#56a3d9", "#4d4d4d")
 
@@ -47,15 +50,23 @@ def read_metrics(run: Path) -> list[dict]:
         try:
             record = json.loads(line)
             if record["kind"] in ("train", "eval"):
-                curves("", [record])  # raises where a number is missing or is none
+                _check(curves("", [record]))  # raises where a number is missing or is none
                 records.append(record)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             if number == len(lines) and isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
                 break
             raise UserError(f"{path}: line {number} is broken; delete that line and draw again") from error
     if not any(np.isfinite(points["loss"]).any() for points in curves("", records)[1:3]):
         raise UserError(f"{path} holds no loss yet: wait for the run's first steps, or train longer")
     return records
+
+
+def _check(point: Curves) -> None:
+    """Raises ValueError unless the one point has a step, and no figure that is too large for a picture."""
+    numbers = np.concatenate([value for part in (point.train, point.val) for value in part.values()])
+    steps = [*point.train["step"], *point.val["step"]]
+    if (np.abs(numbers[np.isfinite(numbers)]) > MOST).any() or not np.isfinite(steps).all():
+        raise ValueError("a number is none")
 
 
 def curves(name: str, records: Sequence[dict]) -> Curves:
@@ -107,17 +118,23 @@ def summary(run: Curves) -> str:
             f"final {final:.3f} ({final / np.log(2):.3f})")
 
 
+def distinct_names(runs: Sequence[Path]) -> list[str]:
+    """What to call the runs: their folders' names, with those of the folders above where two are the same."""
+    paths = [Path(run).resolve() for run in runs]
+    names = [path.name for path in paths]
+    names = [path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in paths]
+    return [name if len(name) <= 54 else f"{name[:26]}…{name[-27:]}" for name in names]  # the ends tell runs apart
+
+
 def plot_runs(runs: Sequence[Path], out: Path) -> Path:
     """Draw the runs over each other into ``out`` (.png, .svg or .pdf; an older one is replaced); returns ``out``.
 
     Raises UserError as ``read_metrics`` does, and when matplotlib is missing or ``out`` cannot be written.
     """
-    out, paths = Path(out), [Path(run).resolve() for run in runs]
+    out = Path(out)
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UserError(f"cannot draw into {out}: give a file name that ends in .png, .svg or .pdf")
-    names = [path.name for path in paths]
-    names = [path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in paths]
-    names = [name if len(name) <= 54 else f"{name[:26]}…{name[-27:]}" for name in names]  # the ends tell runs apart
+    names = distinct_names(runs)
     figure = _figure([curves(name, read_metrics(run)) for name, run in zip(names, runs, strict=True)])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -188,9 +205,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m smallm.training.plot", description=__doc__.splitlines()[0])
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a training run")
     parser.add_argument("--out", type=Path, help="picture to write (default: RUN/loss.png; compare.png for several)")
+    parser.add_argument("--html", type=Path, help="page to write instead: a run's report, or several runs compared")
     args = parser.parse_args(argv)
-    out = args.runs[0] / "loss.png" if len(args.runs) == 1 else Path("compare.png")
-    print(plot_runs(args.runs, args.out or out))
+    if args.html:
+        from smallm.training.compare import write_comparison
+        from smallm.training.page import write_report
+
+        several = len(args.runs) > 1
+        print(write_comparison(args.runs, args.html) if several else write_report(args.runs[0], args.html))
+    if args.out or not args.html:
+        out = args.runs[0] / "loss.png" if len(args.runs) == 1 else Path("compare.png")
+        print(plot_runs(args.runs, args.out or out))
     return 0
 
 

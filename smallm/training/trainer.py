@@ -1,7 +1,6 @@
 """The training loop: the same for a CPU, one GPU and several processes, through Accelerate."""
 
 import math
-import signal
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -23,7 +22,7 @@ from smallm.training.config import Config
 from smallm.training.corpus import Corpus
 from smallm.training.dataset import CharDataset
 from smallm.training.devices import machine, of_first, prepare, warnings
-from smallm.training.evaluate import evaluate, write_sample
+from smallm.training.evaluate import a_sample, evaluate
 from smallm.training.feed import Feed
 from smallm.training.functions import cross_entropy
 from smallm.training.guard import StepGuard
@@ -33,10 +32,11 @@ from smallm.training.meter import Meter
 from smallm.training.model import TransformerLanguageModel
 from smallm.training.optim import build_optimizer, set_lr
 from smallm.training.pace import Clock, Forecast, pace_of
+from smallm.training.passage import read_passage
 from smallm.training.report import Report
 from smallm.training.schedule import divide_batch, lr_factor, window_length
 from smallm.training.spread import gathered
-from smallm.training.words import closing, findings, opening
+from smallm.training.words import beginning, broken_off, closing, opening
 
 
 class Trainer:
@@ -165,10 +165,9 @@ class Trainer:
         for line in warnings(self.accelerator):
             self.report.say(line)
         self.report.say(opening(self))
+        self.record = beginning(self)
         if self.state.step:
             self.report.say(f"going on from step {self.state.step:,}")
-        elif main:
-            self.report.say(findings(self))
 
     def _compile(self) -> None:
         """Compiles the model for the steps to come, if that is wanted."""
@@ -239,10 +238,13 @@ class Trainer:
                 return asked()
             if not math.isfinite(loss):
                 raise UserError(f"the validation loss is {loss} at step {self.state.step}; lower optim.learning_rate")
-            text = self._sample()  # by every process, for what they have to do together
+            better = self.state.best_val_loss is None or loss < self.state.best_val_loss
+            if better:
+                self.record.keep(passage=read_passage(self.model, self.corpus, self.state.step))
+            text = a_sample(self.model, self.corpus, self.config)  # by every process, for what they have to do together
         s = self.state
         s.val_loss, self.saved = loss, False
-        if s.best_val_loss is None or loss < s.best_val_loss:
+        if better:
             s.best_val_loss, s.best_step, s.evaluations_since_best = loss, s.step, 0
         else:
             s.evaluations_since_best += 1
@@ -253,12 +255,6 @@ class Trainer:
             bits_per_character=loss / math.log(2), perplexity=perplexity(loss), seconds=self.meter.seconds, sample=text,
         )  # fmt: skip
         return 0
-
-    def _sample(self) -> str:
-        c, start_text = self.config, self.corpus.start_text
-        vocabulary, length, block_size = self.corpus.vocabulary, c.train.sample_length, c.model.block_size
-        ids = vocabulary.encode(c.sample.seed or start_text).tolist()
-        return c.sample.seed + write_sample(self.model, vocabulary, ids, length, block_size, c.sample.sampling)
 
     def _save(self) -> None:
         """A checkpoint of this step, unless it is the newest; the first process writes, the others wait."""
@@ -283,8 +279,8 @@ class Trainer:
         """A signal: keeps what there is."""
         self._save()
         self.report.close()
-        why = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
-        self.report.say(f"{why} at step {self.state.step:,}; go on with: python train.py --resume {self.run}")
+        for line in broken_off(self, number):
+            self.report.say(line)
         return 128 + number
 
     def _finish(self, old_text: list[str]) -> int:
@@ -293,6 +289,6 @@ class Trainer:
         if self._out_of_patience():
             self.report.say(f"stopped: no better validation loss in {self.config.train.patience} evaluations")
         if self.accelerator.is_main_process:
-            for line in closing(self, old_text):
+            for line in closing(self, "out of patience" if self._out_of_patience() else "finished", old_text):
                 print(line, flush=True)
         return 0

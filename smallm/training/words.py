@@ -2,6 +2,8 @@
 
 import json
 import math
+import signal
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -10,9 +12,10 @@ from smallm.errors import UserError
 from smallm.runs import METRICS
 from smallm.scoring import perplexity
 from smallm.training import learn_on
-from smallm.training.advice import opening_lines
+from smallm.training.advice import full_report, opening_lines
 from smallm.training.copies import copies
 from smallm.training.doctor import examine
+from smallm.training.record import Keeper, machine_facts
 from smallm.training.yardsticks import in_words, known_yardsticks, seconds_needed, write_yardsticks, yardsticks
 
 if TYPE_CHECKING:
@@ -39,13 +42,37 @@ def opening(trainer: "Trainer") -> str:
     )
 
 
-def findings(trainer: "Trainer") -> str:
-    """What the text doctor has to say."""
-    return "\n".join(opening_lines(examine(trainer.corpus)))
+def beginning(trainer: "Trainer") -> Keeper:
+    """Where the run keeps what its report will say, with text and machine in it; of a new run, says the findings."""
+    corpus, step, main = trainer.corpus, trainer.state.step, trainer.accelerator.is_main_process
+    keeper = Keeper(trainer.run, trainer.report.say, going_on=step > 0, enabled=main)
+    if not main:
+        return keeper
+    checkup = examine(corpus)
+    keeper.keep(
+        state="training",
+        planned_steps=trainer.total_steps,
+        facts=trainer.state.facts | machine_facts(),
+        train_characters=corpus.train_characters,
+        val_characters=corpus.val_characters,
+        findings=full_report(corpus, checkup),
+    )
+    if not step:
+        keeper.keep(began=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
+        trainer.report.say("\n".join(opening_lines(checkup)))
+    return keeper
 
 
-def closing(trainer: "Trainer", more: Iterable[str] = ()) -> Iterator[str]:
-    """How good the model is, `more`, where everything lies and what to type next."""
+def broken_off(trainer: "Trainer", number: int) -> Iterator[str]:
+    """What a signal has ended, and how to go on."""
+    if trainer.accelerator.is_main_process:
+        yield from page_of(trainer, "interrupted")
+    why = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+    yield f"{why} at step {trainer.state.step:,}; go on with: python train.py --resume {trainer.run}"
+
+
+def closing(trainer: "Trainer", state: str, more: Iterable[str] = ()) -> Iterator[str]:
+    """How good the model is, `more`, where everything lies and what to type next; state: how the run ended."""
     best = trainer.state.best_val_loss
     yield (
         f"best validation loss {best:.4f} nats per character ({best / math.log(2):.3f} bits, perplexity "
@@ -54,6 +81,7 @@ def closing(trainer: "Trainer", more: Iterable[str] = ()) -> Iterator[str]:
     yield from more
     yield from comparison(trainer)
     yield from copied(trainer)
+    yield from page_of(trainer, state)
     yield f"next: python export.py {trainer.run}"
 
 
@@ -70,7 +98,10 @@ def comparison(trainer: "Trainer") -> Iterator[str]:
         yield "for yardsticks (gzip, bz2, xz, n-grams) beside it: python train.py --check TEXT"
         return
     bits = trainer.state.best_val_loss / math.log(2)
-    write_yardsticks(trainer.run, measured, bits, trainer.corpus.val_characters)
+    try:
+        write_yardsticks(trainer.run, measured, bits, trainer.corpus.val_characters)
+    except OSError as error:
+        trainer.report.say(f"warning: cannot write the yardsticks into {trainer.run} ({error.strerror})")
     yield in_words(measured, bits)
 
 
@@ -82,8 +113,20 @@ def copied(trainer: "Trainer") -> Iterator[str]:
         lines = (trainer.run / METRICS).read_bytes().splitlines()
         samples = [values["sample"] for values in map(json.loads, lines) if values["kind"] == "eval"][-LAST_SAMPLES:]
         report = copies([sample for sample in samples if sample], trainer.corpus)
+        trainer.record.keep(copies=report.rows())
         if report.is_remarkable:
             yield f"its samples are copies: {report.lines()[0]}; more text, --model.dropout 0.2 or fewer steps help"
+
+
+def page_of(trainer: "Trainer", state: str) -> Iterator[str]:
+    """Writes the report, and says where it is; one that cannot be written spoils no run."""
+    from smallm.training.page import write_report
+
+    trainer.record.keep(state=state, planned_steps=trainer.total_steps)
+    try:
+        yield f"report: {write_report(trainer.run)}"
+    except UserError as error:
+        trainer.report.say(f"warning: no report: {error}")
 
 
 def _plot(trainer: "Trainer") -> str:

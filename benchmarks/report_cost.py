@@ -1,0 +1,70 @@
+"""What the report costs a training: the share of a run's time that goes into what is kept for it and into the page.
+
+    python benchmarks/report_cost.py [--out DIR] [any flag of train.py]
+
+Trains as train.py does, by default the quick start, in this process, and adds up the time spent in the report's parts:
+`beginning` (text and machine), `passage` at each best evaluation, `keep` (report.json, within and beside the others),
+`page` (its imports included). Shares are of the whole process, from before PyTorch is imported, in wall time and in
+processor time, so they hold on a busy machine too. Prints a table, then all figures as one line of JSON.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
+
+class Stopwatch:
+    """Adds up the time of some functions."""
+
+    def __init__(self):
+        self.parts: dict[str, list[float]] = {}
+
+    def __call__(self, name: str, function: Callable) -> Callable:
+        total = self.parts.setdefault(name, [0, 0.0, 0.0])
+
+        @wraps(function)
+        def timed(*args, **options):
+            wall, processor = time.perf_counter(), time.process_time()
+            result = function(*args, **options)
+            total[0] += 1
+            total[1] += time.perf_counter() - wall
+            total[2] += time.process_time() - processor
+            return result
+
+        return timed
+
+
+def main(argv: list[str]) -> int:
+    wall, processor, watch = time.perf_counter(), time.process_time(), Stopwatch()
+    from smallm.training import cli, record, trainer, words
+
+    page = words.page_of
+    trainer.beginning = watch("beginning", trainer.beginning)
+    trainer.read_passage = watch("passage", trainer.read_passage)
+    record.Keeper.keep = watch("keep", record.Keeper.keep)
+    words.page_of = watch("page", lambda *args: iter(list(page(*args))))  # its lines at once: it is a generator
+    with tempfile.TemporaryDirectory() as folder:
+        given = argv if "--out" in argv else ["--out", f"{folder}/run", *argv]
+        code = cli.main(given)
+    whole = time.perf_counter() - wall, time.process_time() - processor
+    rows = {name: {"calls": calls, "wall_s": w, "cpu_s": c} for name, (calls, w, c) in watch.parts.items()}
+    print("| part | calls | wall, s | processor, s | of the wall time | of the processor's |")
+    print("|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        shares = f"{100 * row['wall_s'] / whole[0]:.2f} % | {100 * row['cpu_s'] / whole[1]:.2f} %"
+        print(f"| {name} | {row['calls']} | {row['wall_s']:.3f} | {row['cpu_s']:.3f} | {shares} |")
+    print(f"| all of the run | | {whole[0]:.1f} | {whole[1]:.1f} | | |")
+    print(json.dumps({"parts": rows, "whole": {"wall_s": whole[0], "cpu_s": whole[1]}}))
+    return code
+
+
+if __name__ == "__main__":
+    from smallm.cli import run
+
+    raise SystemExit(run(main))
