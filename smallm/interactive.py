@@ -20,7 +20,7 @@ from smallm.terminal import bold, ctrl_c, harmless, line_editing, on_one_line
 WELCOME = "type a beginning and the model goes on; an empty line asks for more; /help lists the commands"
 LEAVING = "Ctrl-D or /quit leaves"
 HELP = r"""TEXT             goes at the end of the text, and the model goes on; \n is a
-                 newline, \t a tab, \\ a backslash; to begin with a slash type two
+                 newline, \t a tab, \\ a backslash; two slashes begin with one
 (empty line)     as /more
 /more            the model goes on
 /again [N]       its last piece once more, from another rng seed, or from N
@@ -48,7 +48,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {  # as typed: name 
     "ban": ("banned", unescaped, "CHARS: write none of these characters"),
     "repetition-penalty": ("repetition_penalty", float, "R: above 1, what came up lately gets less likely"),
     "repetition-window": ("repetition_window", int, "N: how many of the last ids that looks at; 0 = block_size"),
-    "overflow": ("overflow", str, "crop, shift or slide: what becomes of a text past block_size"),
+    "overflow": ("overflow", str, "crop, shift or slide: what happens past block_size"),
     "rng-seed": ("rng_seed", int, "N: the same N gives the same text"),
 }
 PROMPT = "> "

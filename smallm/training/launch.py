@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from smallm.errors import UserError
+from smallm.training import trackers
 from smallm.training.budget import open_text, plan_run
 from smallm.training.checkpoint import folder_of
 from smallm.training.config import Config
@@ -32,6 +33,7 @@ def train(
     program began, by default now.
     """
     clock, planned_steps = Clock.after_imports(time.perf_counter() if started is None else started), 0
+    trackers.check(config.train.trackers, out)
     accelerator = build_accelerator(config.train)
     with one_voice(accelerator), _locked(accelerator, out):
         corpus = open_text(accelerator, config.data)
@@ -44,7 +46,8 @@ def train(
             trainer = Trainer(accelerator, config, corpus, out, clock, planned_steps)
             if place is not None:
                 trainer.resume(place)
-            code = trainer.train()
+            with trackers.started(accelerator, config, out, trainer.state.step):
+                code = trainer.train()
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"cannot write to {out}: {reason}; make room, then go on with --resume {out}") from None

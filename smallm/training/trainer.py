@@ -160,7 +160,7 @@ class Trainer:
                 aside.replace(self.run / CONFIG)
             except OSError as error:
                 raise UserError(f"cannot write to {self.run}: {error.strerror}; choose another --out") from None
-        self.report = Report(self.run / METRICS, self.state, self.total_steps, enabled=main)
+        self.report = Report(self.run / METRICS, self.state, self.total_steps, main, self.accelerator.trackers)
         started = time.perf_counter() if self.state.step else self.clock.started  # a start is paid for once
         self.meter = Meter(self.accelerator, self.state.seconds, started)
         self.forecast = Forecast(self._share, compressed(self.corpus)) if self.config.train.minutes else None
