@@ -54,7 +54,7 @@ class Story:
     """The text so far with its branches, and the options for what comes next.
 
     The texts that share a beginning are a tree of parts: to take back is to step to the part before, a branch is a name
-    for a part, and nothing is ever computed again to go on from where the model has just been.
+    for a part, and the model goes on from where it has been without reading the text again.
     """
 
     def __init__(self, model: LanguageModel, **options: Any):
@@ -67,7 +67,8 @@ class Story:
         """Those that were set; `FRESH` and the model have the others."""
         self.rng_seed: int | None = None
         """What was drawn from last."""
-        self._anew = False  # whether what comes next is drawn from another rng_seed than what came before
+        self._anew = False  # whether the draws begin anew, whatever the text ends with
+        self._unused = False  # whether nothing was drawn yet from the rng_seed that was set
         self._paused: dict[tuple, _Paused] = {}  # the longest unused first
         for name, value in options.items():
             self.set(name, value)
@@ -87,7 +88,8 @@ class Story:
         wanted = self.options | {name: value}
         resolve(self.model.metadata, **FRESH | wanted).rng()
         self.options = wanted
-        self._anew |= name == "rng_seed"
+        if name == "rng_seed":
+            self._anew = self._unused = True
 
     def value(self, name: str) -> Any:
         """What holds for an option now; of rng_seed None if it is random, of allowed if it is all characters."""
@@ -108,8 +110,9 @@ class Story:
     def write(self, rng_seed: int | None = None) -> Iterator[str]:
         """Has the model go on: the new text in pieces, up to max_length characters or a stop text.
 
-        It may be left at any time; what came is part of the text. rng_seed: by default the draws go on where the part
-        before ended, or begin anew if something else was typed or set since. Raises `UserError`.
+        It may be left at any time; what came is part of the text. Right after another go of the model it is what that
+        would have given if it had been longer. Else the draws begin anew, from `rng_seed`, the option or a random one,
+        and it is what `LanguageModel.stream` gives for the text so far. Raises `UserError`.
         """
         options = FRESH | self.options
         left, paused = options["max_length"], self._begin(options, rng_seed)
@@ -138,7 +141,7 @@ class Story:
             raise UserError("the model wrote nothing since you typed; an empty line has it go on")
         known = self.options.get("rng_seed")
         if rng_seed is None:
-            rng_seed = secrets.randbits(32) if known is None else (known + (not self._anew)) % (1 << 32)
+            rng_seed = secrets.randbits(32) if known is None else (known + (not self._unused)) % (1 << 32)
         Rng(rng_seed)  # refuses what is out of range before anything is taken back
         if known is not None:
             self.set("rng_seed", rng_seed)
@@ -150,6 +153,7 @@ class Story:
         if self.here is None:
             raise UserError("there is no text to take back")
         undone, self.here = self.here, self.here.before
+        self._anew = True
         return undone
 
     def branch(self, name: str = "") -> str:
@@ -173,7 +177,7 @@ class Story:
             raise UserError(f"there is no branch {name}; {known}")
         lost = self.here is not None and self.here not in self.branches.values()
         kept = self.branch() if lost else ""
-        self.here = None if name is None else self.branches[name]
+        self.here, self._anew = None if name is None else self.branches[name], True
         return kept
 
     def next_characters(self, n: int) -> list[tuple[str, float]]:
@@ -190,7 +194,7 @@ class Story:
             self.rng_seed = secrets.randbits(32) if rng_seed is None else rng_seed
         key = on if goes_on else (*on, "anew")
         waiting = self._paused.get(key) or _Paused(self._writer(options))
-        self._anew = False
+        self._anew = self._unused = False
         self._paused.pop(key, None)  # whoever is interrupted in the next line leaves nothing half done behind
         branch = _Paused(waiting.writer.branch(None if goes_on else self.rng_seed), waiting.rest)
         self._keep(key, waiting)

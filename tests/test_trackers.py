@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -176,7 +177,7 @@ def test_one_that_cannot_start_is_said_before_training(refused, notebook, text_f
 
 def test_a_failed_training_ends_its_trackers_too(notebook, text_file, monkeypatch):
     monkeypatch.setattr("smallm.training.trainer.evaluate", lambda *_: float("nan"))
-    with pytest.raises(UserError, match="lower optim.learning_rate"):
+    with pytest.raises(UserError, match=r"lower optim\.learning_rate"):
         cli.main(["--data", str(text_file), "--out", "run", *flags(TOY), "--train.log_with=diary"])
     assert notebook()["diary"].finished == 1
 
@@ -206,6 +207,14 @@ def test_names(value, names):
     assert Config.from_dict(whole.to_dict()) == whole
 
 
+def test_what_readme_shows():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("### Trackers")[1].split("\n### ")[0]
+    (command,) = re.findall(r"^python train.py (.*)$", readme, re.MULTILINE)
+    assert cli.parse(command.split()).config.train.trackers == ("tensorboard",)
+    for name in tracking.LOGGER_TYPE_TO_CLASS:
+        assert re.search(rf"\b{name}\b", readme), name
+
+
 def test_lists_in_files_and_flags(tmp_path):
     file = tmp_path / "t.toml"
     file.write_text('[train]\nlog_with = ["tensorboard", "wandb"]\n')
@@ -228,6 +237,25 @@ def test_what_is_not_there_is_said_before_training(refused, monkeypatch, text_fi
     monkeypatch.setattr(tracking, "_available_trackers", [])
     said = refused("--data", str(text_file), "--out", "run", *flags(TOY), "--train.log_with", given)
     assert told in said
+    assert list(folder.iterdir()) == []
+
+
+def test_the_same_in_a_process_of_its_own(text_file, folder):
+    """Accelerate has no state yet when the names are checked."""
+    code = """
+import sys
+from accelerate import tracking
+from smallm import cli
+tracking._available_trackers.clear()
+sys.exit(cli.run(cli.train))
+"""
+    argv = ["--data", str(text_file), "--out", "run", *flags(TOY), "--train.log_with=tensorboard"]
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=100,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "smallm: tensorboard is not installed; pip install tensorboard, or leave it out of train.log_with\n"
+    )
     assert list(folder.iterdir()) == []
 
 

@@ -33,7 +33,7 @@ def train(
     program began, by default now.
     """
     clock, planned_steps = Clock.after_imports(time.perf_counter() if started is None else started), 0
-    trackers.check(config.train.trackers, out)
+    trackers.check(config.train.trackers)
     accelerator = build_accelerator(config.train)
     with one_voice(accelerator), _locked(accelerator, out):
         corpus = open_text(accelerator, config.data)

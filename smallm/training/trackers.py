@@ -16,7 +16,8 @@ from textwrap import indent
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, filter_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, filter_trackers, get_available_trackers
+from accelerate.utils import LoggerType
 
 from smallm.errors import UserError
 from smallm.training.config import Config, flatten
@@ -33,12 +34,12 @@ OFFLINE = {
 }  # fmt: skip
 
 
-def check(names: Sequence[str], run: Path) -> None:
+def check(names: Sequence[str]) -> None:
     """Raises `UserError` for a tracker that Accelerate does not know or that is not installed."""
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise UserError(f"there is no tracker {name!r}; train.log_with knows {', '.join(LOGGER_TYPE_TO_CLASS)}")
-        if not filter_trackers([name], run):
+        if name in LoggerType.list() and LoggerType(name) not in get_available_trackers():
             raise UserError(f"{name} is not installed; pip install {name}, or leave it out of train.log_with")
 
 
@@ -77,7 +78,7 @@ def started(accelerator: Accelerator, config: Config, run: Path, step: int) -> I
 
 @contextmanager
 def _quiet_threads() -> Iterator[None]:
-    """A thread of a tracker that cannot write comes without a traceback: the tracker's next call says it on one line."""
+    """Within it, a tracker's thread that cannot write shows no traceback: the next call of the tracker says it."""
     before = threading.excepthook
     threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else before(args)
     try:
