@@ -20,6 +20,7 @@ examples:
   python infer.py --seed "O God, O God!"
   python infer.py --model runs/shakespeare --seed "ROMEO:" --max-length 500 --temperature 0.8 --top-k 40
   python infer.py --seed "Anna" --stop "\\n" --num-samples 5
+  python infer.py --interactive
   python infer.py --perplexity my.txt    (without a file: on the run's own validation text)
   python infer.py --surprise my.txt --html surprise.html"""
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}  # what may be written in --stop, --allow and --ban
@@ -28,6 +29,8 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}  # what may be written i
 def main(argv: Sequence[str]) -> int:
     """Runs `infer.py` with these arguments; text and figures go to stdout, in UTF-8, all else to stderr."""
     options = _parser().parse_args(argv)
+    if options.interactive:
+        _check_interactive(options)
     if isinstance(sys.stdout, io.TextIOWrapper):  # the model's characters need not be in the locale's encoding
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     if options.html is not None and options.surprise is None:
@@ -48,6 +51,10 @@ def main(argv: Sequence[str]) -> int:
         surprise(model, Path(options.surprise), options.encoding, options.places, page, options.json)
     elif options.next is not None:
         _next_characters(model, options)
+    elif options.interactive:
+        from smallm.interactive import converse
+
+        converse(model, options.seed, _chosen(options), options.stream)
     else:
         _generate(model, options)
     print(end="", flush=True)  # a reader who has gone (head) is noticed here, not when Python shuts down
@@ -58,14 +65,7 @@ def _generate(model, options: argparse.Namespace) -> None:
     if options.num_samples < 1:
         raise UserError(f"--num-samples {options.num_samples} is out of range; it must be 1 or more")
     rng_seed = secrets.randbits(32) if options.rng_seed is None else options.rng_seed
-    chosen = {
-        "max_length": options.max_length, "temperature": options.temperature, "top_k": options.top_k,
-        "top_p": options.top_p, "min_p": options.min_p, "repetition_penalty": options.repetition_penalty,
-        "repetition_window": options.repetition_window, "allowed": _unescaped(options.allow),
-        "banned": _unescaped(options.ban), "stop": [_unescaped(stop) for stop in options.stop],
-        "min_length": options.min_length, "overflow": options.overflow, "rng_seed": rng_seed,
-    }  # fmt: skip
-    chosen = {name: value for name, value in chosen.items() if value is not None}
+    chosen = _chosen(options) | {"rng_seed": rng_seed}
     pieces = model.stream_many([options.seed] * options.num_samples, logprobs=options.json, **chosen)
     if options.json:
         samples = [{"new_text": "", "logprobs": []} for _ in range(options.num_samples)]
@@ -87,6 +87,18 @@ def _generate(model, options: argparse.Namespace) -> None:
         print(f"again with: --rng-seed {rng_seed}", file=sys.stderr)
 
 
+def _chosen(options: argparse.Namespace) -> dict:
+    """The options of generation that were given, as `LanguageModel` takes them."""
+    chosen = {
+        "max_length": options.max_length, "temperature": options.temperature, "top_k": options.top_k,
+        "top_p": options.top_p, "min_p": options.min_p, "repetition_penalty": options.repetition_penalty,
+        "repetition_window": options.repetition_window, "allowed": unescaped(options.allow),
+        "banned": unescaped(options.ban), "stop": [unescaped(stop) for stop in options.stop],
+        "min_length": options.min_length, "overflow": options.overflow, "rng_seed": options.rng_seed,
+    }  # fmt: skip
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
 def _in_order(pieces: Iterator) -> Iterator[tuple[int, str]]:
     """One text after the other, each as it comes or, as far as it was written beside those before it, at its turn."""
     held, ended, current = defaultdict(list), set(), 0
@@ -98,6 +110,14 @@ def _in_order(pieces: Iterator) -> Iterator[tuple[int, str]]:
             yield current, "".join(held.pop(current))
             if current in ended:
                 current += 1
+
+
+def _check_interactive(options: argparse.Namespace) -> None:
+    given = {"--json": options.json, "--num-samples": options.num_samples != 1, "--next": options.next is not None,
+             "--perplexity": options.perplexity is not None}  # fmt: skip
+    for name, is_given in given.items():
+        if is_given:
+            raise UserError(f"--interactive does not go with {name}; leave out one of them")
 
 
 def _next_characters(model, options: argparse.Namespace) -> None:
@@ -112,7 +132,8 @@ def _next_characters(model, options: argparse.Namespace) -> None:
         print(f"{p:.6f}  {json.dumps(character, ensure_ascii=False)}")
 
 
-def _unescaped(text: str | None) -> str | None:
+def unescaped(text: str | None) -> str | None:
+    """The text with its \\n, \\t, \\r and \\\\ as the characters that they stand for."""
     return text and re.sub(r"\\([ntr\\])", lambda match: ESCAPES[match[1]], text)
 
 
@@ -162,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         help="past block_size: crop = the last block_size ids, slow; shift = half of them, fast; slide = exact and "
         "fast, the default of models with a window (others: crop)")  # fmt: skip
     add("--stream", action=argparse.BooleanOptionalAction, default=True, help="print characters as they come")
+    add("--interactive", action="store_true", help="type beginnings, change options and branch while the model writes")
     add("--next", type=int, metavar="N", help="print the N likeliest next characters after the seed")
     add("--perplexity", nargs="?", const="", metavar="FILE",
         help="measure the model on this text, or without FILE on the run's validation text")  # fmt: skip

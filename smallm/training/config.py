@@ -4,6 +4,7 @@ The same field is a line in a TOML file (`[model]` / `n_layer = 6`), a flag (`--
 (`config.model.n_layer`). The defaults below are the quick start, `configs/quickstart.toml`.
 """
 
+import re
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal
@@ -175,6 +176,9 @@ class TrainConfig:
     """Evaluations without improvement after which the run stops; 0 = never."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
+    log_with: tuple[str, ...] | str = ()
+    """Trackers that get the figures and samples too, such as tensorboard or wandb (offline unless
+    WANDB_MODE says more); several with commas; nothing = none."""
     sample_length: int = 120
     """Characters generated at each evaluation; 0 = none."""
     init_from: str = ""
@@ -204,6 +208,12 @@ class TrainConfig:
         rises = all(a < b for a, b in pairwise((0.0, *until, 1.0)))
         check(rises, "train.short_until", until, "must rise from above 0 to below 1")
         check(self.seed < 1 << 32, "train.seed", self.seed, "must be less than 4294967296")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in log_with, each once."""
+        names = re.split(r"[\s,]+", self.log_with) if isinstance(self.log_with, str) else self.log_with
+        return tuple(dict.fromkeys(name for name in names if name))
 
 
 @dataclass(frozen=True)

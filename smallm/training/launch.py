@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from smallm.errors import UserError
 from smallm.runs import LOCK
+from smallm.training import trackers
 from smallm.training.budget import open_text, plan_run
 from smallm.training.checkpoint import folder_of
 from smallm.training.config import Config
@@ -33,6 +34,7 @@ def train(
     program began, by default now.
     """
     clock, planned_steps = Clock.after_imports(time.perf_counter() if started is None else started), 0
+    trackers.check(config.train.trackers)
     accelerator = build_accelerator(config.train)
     with one_voice(accelerator), _locked(accelerator, out):
         place = _newest(accelerator, out) if resume else None
@@ -53,7 +55,8 @@ def train(
                 trainer.resume(place)
             elif origin:
                 origin.hand_over(trainer)
-            code = trainer.train()
+            with trackers.started(accelerator, config, out, trainer.state.step):
+                code = trainer.train()
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"cannot write to {out}: {reason}; make room, then go on with --resume {out}") from None

@@ -5,17 +5,24 @@ import math
 import sys
 from pathlib import Path
 
+from accelerate.tracking import GeneralTracker
 from tqdm import tqdm
 
 from smallm.training.checkpoint import TrainingState
+from smallm.training.trackers import pass_on
 
 
 class Report:
     """Bar, messages and metrics of one run; silent where not enabled (all processes but the first)."""
 
-    def __init__(self, metrics: Path, state: TrainingState, total_steps: int, enabled: bool = True):
-        """Goes on with the metrics of a resumed run, without the lines written after its checkpoint."""
-        self.enabled = enabled
+    def __init__(
+        self, metrics: Path, state: TrainingState, total_steps: int, enabled: bool, trackers: list[GeneralTracker]
+    ):
+        """Goes on with the metrics of a resumed run, without the lines written after its checkpoint.
+
+        trackers: get the same figures.
+        """
+        self.enabled, self._trackers = enabled, trackers
         if enabled:
             aside = metrics.with_name(f".{metrics.name}")
             aside.write_bytes(b"".join(_lines_until(metrics, state.step)))
@@ -74,6 +81,7 @@ class Report:
         if self.enabled:
             self._file.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
             self._file.flush()
+            pass_on(values, self._trackers, self.say)
 
 
 def _lines_until(metrics: Path, step: int) -> list[bytes]:

@@ -158,7 +158,7 @@ class Trainer:
         main = self.accelerator.is_main_process
         if main:
             shelf.begin(self.run, self.config, self.corpus.val_file)
-        self.report = Report(self.run / METRICS, self.state, self.total_steps, enabled=main)
+        self.report = Report(self.run / METRICS, self.state, self.total_steps, main, self.accelerator.trackers)
         started = time.perf_counter() if self.state.step else self.clock.started  # a start is paid for once
         self.meter = Meter(self.accelerator, self.state.seconds, started)
         self.forecast = Forecast(self._share, compressed(self.corpus)) if self.config.train.minutes else None

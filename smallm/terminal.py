@@ -1,0 +1,74 @@
+"""What a conversation wants of a terminal: lines with a history, Ctrl-C as a wish, texts that command nothing."""
+
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
+HISTORY_LINES = 1000
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # controls, turned text
+
+
+def bold(text: str) -> str:
+    """The text as a colour terminal shows it in bold."""
+    return f"{BOLD}{text}{PLAIN}" if text else ""
+
+
+def harmless(text: str) -> str:
+    """The text with control characters spelled out, but for newlines and tabs."""
+    return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def on_one_line(text: str) -> str:
+    """The same with newlines spelled out too."""
+    return harmless(text).replace("\n", "\\n")
+
+
+@contextmanager
+def ctrl_c() -> Iterator[list[bool]]:
+    """Within it, the first Ctrl-C is only noted, so that no step of the model is cut in two; a second interrupts."""
+    pressed: list[bool] = []
+
+    def note(_number: int, _frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def line_editing(completions: Callable[[str], list[str]]) -> Iterator[None]:
+    """Within it, `input` completes commands and knows earlier lines, which are kept in the user's state folder.
+
+    Where Python comes without readline, or nothing can be kept, it does without.
+    """
+    try:
+        import readline
+    except ImportError:  # Windows
+        yield
+        return
+    readline.set_completer_delims("")
+    readline.set_completer(lambda line, number: dict(enumerate(completions(line))).get(number))
+    libedit = "libedit" in (readline.__doc__ or "")
+    readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
+    readline.set_history_length(HISTORY_LINES)
+    file = None
+    with suppress(OSError, RuntimeError):  # no home
+        state = os.environ.get("XDG_STATE_HOME")
+        file = (Path(state) if state else Path.home() / ".local" / "state") / "smallm" / "history"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        readline.read_history_file(file)
+    try:
+        yield
+    finally:
+        if file is not None:
+            with suppress(OSError):
+                readline.write_history_file(file)
