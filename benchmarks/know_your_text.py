@@ -11,7 +11,7 @@ it compares between machines. Prints a table, then all figures as one line of JS
 
 With --model the text is read by a model as well: "perplexity" and "perplexity-half", in windows side by side and
 overlapping by half, are what to hold "surprise", with its places, and "surprise-page" against. A model of 0.8 M
-parameters reads some ten thousand characters a second, so 100 MB take hours: --only surprise.
+parameters reads some ten thousand characters a second of processor time, so 100 MB take hours: --only surprise.
 """
 
 import argparse
