@@ -28,7 +28,8 @@ PROJECT = "smallm"
 RUN_ID = "run-id"  # the file that has the name by which a tracker knows a run that is resumed
 LONGEST_REASON = 200  # characters of a tracker's complaint
 OFFLINE = {
-    "WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "COMET_START_ONLINE": "0", "CLEARML_OFFLINE_MODE": "1",
+    "WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "COMET_START_ONLINE": "0",
+    "COMET_INTERNAL_REPORTING": "0", "COMET_INTERNAL_SENTRY_DSN": "", "CLEARML_OFFLINE_MODE": "1",
     "SWANLAB_MODE": "offline", "MLFLOW_DISABLE_TELEMETRY": "true", "DVC_NO_ANALYTICS": "1",
     "GRADIO_ANALYTICS_ENABLED": "False",
 }  # fmt: skip
