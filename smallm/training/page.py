@@ -19,7 +19,7 @@ from smallm.training.commands import commands
 from smallm.training.config import Config, flatten
 from smallm.training.outcome import Outcome, number, read_outcomes
 from smallm.training.pictures import pictures
-from smallm.training.yardsticks import Yardstick
+from smallm.training.yardsticks import Yardstick, verdict
 
 REPORT = "report.html"
 SAMPLES, EVALUATIONS = 6, 40  # shown at most, the first and the last among them
@@ -158,12 +158,8 @@ def _verdict(yardsticks: Sequence[Yardstick]) -> str:
     if not model or not others:
         return ""
     best = min(others, key=lambda one: one.bits_per_char)
-    saved = 100 * (1 - model[0] / best.bits_per_char) if best.bits_per_char > 0 else 0.0
-    if saved >= 0.5:
-        words = f"It needs {saved:.0f} % fewer bits than {best.name}, the best yardstick: it has learnt more than that."
-    else:
-        words = f"{best.name} still needs fewer bits; train longer, or a larger model."
-    return f'<p class="verdict">{escape(words)}</p>\n'
+    words = verdict(best, model[0])
+    return f'<p class="verdict">{escape(words[0].upper() + words[1:])}.</p>\n'
 
 
 def _risen(outcome: Outcome) -> str:

@@ -7,6 +7,7 @@ the beginning of the tail that follows it; the work is bounded, and done once fo
 import bz2
 import json
 import lzma
+import math
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ MOST_NGRAM = 1 << 22  # ids of the training part that the n-gram model learns fr
 DEFLATE_WINDOW = 1 << 15
 BZIP2_BLOCK = 900_000
 XZ_WINDOW = 1 << 22  # bytes of the training part; the dictionary holds these and the tail
+ALIKE = 0.005  # difference of two bits per character that says nothing, as a share
 SECONDS_AT_LEAST, SECONDS_PER_ID = 0.5, 3e-6  # about what all of it takes, on a slow core
 
 
@@ -61,11 +63,17 @@ def in_words(measured: list[Yardstick], bits_per_char: float) -> str:
     """One line that sets a model's bits per character beside the yardsticks."""
     best = min(measured, key=lambda one: one.bits_per_char)
     others = ", ".join(f"{one.name} {one.bits_per_char:.3f}" for one in measured)
-    if bits_per_char < 0.995 * best.bits_per_char:
-        verdict = f"it needs {100 * (1 - bits_per_char / best.bits_per_char):.0f} % less than {best.name}"
-    else:
-        verdict = f"{best.name} still needs less; train longer, or a larger model"
-    return f"bits per character: the model {bits_per_char:.3f}; {others}: {verdict}"
+    return f"bits per character: the model {bits_per_char:.3f}; {others}: {verdict(best, bits_per_char)}"
+
+
+def verdict(best: Yardstick, bits_per_char: float) -> str:
+    """What a model is worth beside the best of the yardsticks."""
+    saved = 1 - bits_per_char / best.bits_per_char if best.bits_per_char > 0 else -math.inf
+    if saved >= ALIKE:
+        return f"it needs {100 * saved:.0f} % less than {best.name}"
+    if saved > -ALIKE:
+        return f"it needs about what {best.name} needs; train longer, or a larger model"
+    return f"it needs more than {best.name}; train longer, or a larger model"
 
 
 def write_yardsticks(run: Path, measured: list[Yardstick], bits_per_char: float, characters: int) -> None:
