@@ -65,6 +65,13 @@ def test_what_the_language_repeats_anyway_is_no_copying():
     assert copies(parts[1], parts[0], FRESH[5000:]).generated.longest == pytest.approx(len(formula), abs=4)
 
 
+def test_phrases_in_a_short_sample_are_no_copying():
+    validation = LEARNT[1000:1083] + FRESH[2000:]
+    written = "".join(FRESH[i : i + 120] + LEARNT[5 * i : 5 * i + 80] for i in range(200, 2000, 120))
+    assert not copies(written[:600], LEARNT, validation).is_remarkable
+    assert copies(written, LEARNT, validation).is_remarkable
+
+
 def test_passages_of_several_texts_are_not_joined():
     a, b = LEARNT[100:160], LEARNT[160:220]
     assert copies([a, b], LEARNT, "").generated.longest == 60

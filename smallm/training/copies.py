@@ -17,6 +17,7 @@ LONGEST = 1 << 14  # characters of a run, beyond which it is not followed
 LEAST_VALIDATION, PASSAGES = 10_000, 8  # characters of the validation text to compare with, and pieces of it
 REMARKABLE = 3  # times the validation text's longest run, from which on a copied run is worth a line ...
 REMARKABLE_CHARACTERS = 50  # ... if it is as long as that
+ENOUGH = 1_000  # characters of which a share says something; in fewer one turn of phrase is a tenth
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,8 @@ class CopyReport:
         """Whether the model copies more than anyone who writes in this language."""
         most = max(REMARKABLE_CHARACTERS, REMARKABLE * self.validation.longest)
         width = WIDTHS[1]
-        return self.generated.longest >= most or (
-            self.generated.shares[width] > 0.1 + REMARKABLE * self.validation.shares[width]
-        )
+        more = self.generated.shares[width] > 0.1 + REMARKABLE * self.validation.shares[width]
+        return self.generated.longest >= most or (more and self.generated.characters >= ENOUGH)
 
     def rows(self) -> list[list[str]]:
         """The figures as a table: what, generated, validation text."""
