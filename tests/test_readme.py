@@ -59,10 +59,10 @@ def home(tmp_path, monkeypatch, text_file):
     """A folder with texts, where a reader would try the commands; those that would be downloaded are others here."""
     for name in ("my.txt", "new.txt"):
         shutil.copy(text_file, tmp_path / name)
-    poems = tmp_path / "RusLit" / "poems" / "Pushkin"
-    poems.mkdir(parents=True)
+    stories = tmp_path / "RusLit" / "prose" / "Chekhov"
+    stories.mkdir(parents=True)
     for name in ("1.txt", "2.txt"):
-        (poems / name).write_text("Буря мглою небо кроет,\nВихри снежные крутя;\n" * 60, encoding="utf-8")
+        (stories / name).write_text("Говорили, что на набережной появилось новое лицо: дама с собачкой.\n" * 60, encoding="utf-8")
     monkeypatch.setitem(source.BUILT_IN, "shakespeare", lambda cache: source.Source("shakespeare", [text_file]))
     (tmp_path / "smallm").symlink_to(ROOT / "smallm")
     monkeypatch.chdir(tmp_path)
