@@ -62,7 +62,8 @@ def home(tmp_path, monkeypatch, text_file):
     stories = tmp_path / "RusLit" / "prose" / "Chekhov"
     stories.mkdir(parents=True)
     for name in ("1.txt", "2.txt"):
-        (stories / name).write_text("Говорили, что на набережной появилось новое лицо: дама с собачкой.\n" * 60, encoding="utf-8")
+        line = "Говорили, что на набережной появилось новое лицо: дама с собачкой.\n"
+        (stories / name).write_text(line * 60, encoding="utf-8")
     monkeypatch.setitem(source.BUILT_IN, "shakespeare", lambda cache: source.Source("shakespeare", [text_file]))
     (tmp_path / "smallm").symlink_to(ROOT / "smallm")
     monkeypatch.chdir(tmp_path)
