@@ -12,7 +12,8 @@ from smallm import cli
 ROOT = Path(__file__).parents[1]
 SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("## When it says no")[1].split("\n## ")[0]
 MESSAGES = [row[1] for row in re.finditer(r"^\| `(.+?)` \|", SECTION, re.MULTILINE)]
-TINY = ["--train.max_steps", "2", "--train.sample_length", "0", "--model.n_layer", "1", "--model.n_embd", "32", "--model.n_head", "2"]
+TINY = ["--train.max_steps", "2", "--train.sample_length", "0", "--model.n_layer", "1", "--model.n_embd", "32",
+        "--model.n_head", "2"]  # fmt: skip
 MISTAKES = {  # the beginning of the message -> program, arguments
     "no run found": (cli.infer, "--seed x"),
     "there is no file or folder": (cli.train, "--data shakspeare"),
