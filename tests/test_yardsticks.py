@@ -156,6 +156,16 @@ def test_figures_are_kept(tmp_path, monkeypatch):
     assert yardsticks.known_yardsticks(corpus) is None
 
 
+def test_a_run_by_the_clock_keeps_time_for_them(tmp_path):
+    corpus = opened(tmp_path, TEXT)
+    needed = yardsticks.seconds_needed(corpus)
+    assert yardsticks.seconds_kept(corpus, 26 * needed) == needed
+    assert yardsticks.seconds_kept(corpus, 24 * needed) == 0  # too much of it
+    assert yardsticks.seconds_kept(corpus, 0) == 0  # no such run
+    yardsticks.yardsticks(corpus)
+    assert yardsticks.seconds_kept(corpus, 26 * needed) == 0
+
+
 # -- beside a model
 
 
@@ -178,9 +188,10 @@ def test_a_run_ends_with_them(tiny_run):
 
 
 @pytest.mark.parametrize("needed", [0.1, 1000.0])
-def test_a_run_by_the_clock_does_not_wait_for_them(tmp_path, monkeypatch, capsys, needed):
+def test_a_run_by_the_clock_has_them_if_they_take_little_of_it(tmp_path, monkeypatch, capsys, needed):
     monkeypatch.setenv("SMALLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("smallm.training.words.seconds_needed", lambda corpus: needed)
+    for module in ("words", "yardsticks"):
+        monkeypatch.setattr(f"smallm.training.{module}.seconds_needed", lambda corpus: needed)
     (tmp_path / "a.txt").write_text(TEXT[:20_000], encoding="utf-8")
     shape = ["--model.n_layer", "1", "--model.n_head", "1", "--model.n_embd", "32", "--model.block_size", "32"]
     run = tmp_path / "run"

@@ -16,13 +16,15 @@ from smallm.training import trackers
 from smallm.training.budget import open_text, plan_run
 from smallm.training.checkpoint import folder_of
 from smallm.training.config import Config
+from smallm.training.corpus import Corpus
 from smallm.training.devices import build_accelerator, of_first
 from smallm.training.failure import one_voice
-from smallm.training.learn_on import base_vocabulary, origin_of
+from smallm.training.learn_on import Origin, base_vocabulary, origin_of
 from smallm.training.pace import Clock
 from smallm.training.safe_load import check_fits
 from smallm.training.shelf import newest_checkpoint, put_aside
 from smallm.training.trainer import Trainer
+from smallm.training.yardsticks import seconds_kept
 
 
 def train(
@@ -41,8 +43,7 @@ def train(
         origin = origin_of(accelerator, config, out) if config.train.init_from and place is None else None
         base = origin.vocabulary if origin else base_vocabulary(place)
         corpus = open_text(accelerator, config.data, base)
-        if origin:
-            clock = replace(clock, end_seconds=clock.end_seconds + origin.seconds)
+        clock = _with_end(accelerator, clock, config, corpus, origin)
         if config.train.minutes and place is None:
             config, corpus, planned_steps = plan_run(accelerator, config, corpus, explicit, clock, base)
         if origin:
@@ -62,6 +63,12 @@ def train(
             raise UserError(f"cannot write to {out}: {reason}; make room, then go on with --resume {out}") from None
     accelerator.end_training()
     return code
+
+
+def _with_end(accelerator: Accelerator, clock: Clock, config: Config, corpus: Corpus, origin: Origin | None) -> Clock:
+    """With the time for what is measured after the last step; the same for all processes, as their steps must be."""
+    end = clock.end_seconds + seconds_kept(corpus, 60 * config.train.minutes) + (origin.seconds if origin else 0)
+    return replace(clock, end_seconds=of_first(accelerator, end)[0])
 
 
 def _newest(accelerator: Accelerator, run: Path) -> Path | None:

@@ -16,7 +16,14 @@ from smallm.training.advice import full_report, opening_lines
 from smallm.training.copies import copies
 from smallm.training.doctor import examine
 from smallm.training.record import Keeper, machine_facts
-from smallm.training.yardsticks import in_words, known_yardsticks, seconds_needed, write_yardsticks, yardsticks
+from smallm.training.yardsticks import (
+    MOST_SHARE,
+    in_words,
+    known_yardsticks,
+    seconds_needed,
+    write_yardsticks,
+    yardsticks,
+)
 
 if TYPE_CHECKING:
     from smallm.training.trainer import Trainer
@@ -88,12 +95,12 @@ def closing(trainer: "Trainer", state: str, more: Iterable[str] = ()) -> Iterato
 def comparison(trainer: "Trainer") -> Iterator[str]:
     """The yardsticks beside the model, in words and in the run folder.
 
-    The model is saved by then, so measuring them, once for a text, keeps no step waiting. But `--minutes` promises an
-    end: there they are left out, unless known, if they would take more than a hundredth of that time and what is left.
+    The model is saved by then, so measuring them, once for a text, keeps no step waiting. Under `--minutes` there is
+    time kept for it; if that would be too much of it, only those are said that are known.
     """
-    promised = 60 * trainer.config.train.minutes
-    late = seconds_needed(trainer.corpus) > promised / 100 + max(0, promised - trainer.clock.seconds)
-    measured = known_yardsticks(trainer.corpus) if promised and late else yardsticks(trainer.corpus)
+    corpus, promised = trainer.corpus, 60 * trainer.config.train.minutes
+    too_long = 0 < MOST_SHARE * promised < seconds_needed(corpus)
+    measured = known_yardsticks(corpus) if too_long else yardsticks(corpus)
     if measured is None:
         yield "for yardsticks (gzip, bz2, xz, n-grams) beside it: python train.py --check TEXT"
         return

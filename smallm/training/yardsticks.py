@@ -27,6 +27,7 @@ MOST_NGRAM = 1 << 22  # ids of the training part that the n-gram model learns fr
 DEFLATE_WINDOW = 1 << 15
 BZIP2_BLOCK = 900_000
 XZ_WINDOW = 1 << 22  # bytes of the training part; the dictionary holds these and the tail
+MOST_SHARE = 0.04  # of the time of a run that has only so much
 ALIKE = 0.005  # difference of two bits per character that says nothing, as a share
 SECONDS_AT_LEAST, SECONDS_PER_ID = 0.5, 3e-6  # about what all of it takes, on a slow core
 
@@ -57,6 +58,12 @@ def known_yardsticks(corpus: Corpus) -> list[Yardstick] | None:
 def seconds_needed(corpus: Corpus) -> float:
     """About how long measuring takes."""
     return SECONDS_AT_LEAST + SECONDS_PER_ID * (min(len(corpus.train_ids), MOST_NGRAM) + _tail_ids(corpus))
+
+
+def seconds_kept(corpus: Corpus, seconds: float) -> float:
+    """What to keep for measuring of a run that has so many seconds: nothing if that is done, or would be too much."""
+    needed = seconds_needed(corpus)
+    return 0.0 if needed > MOST_SHARE * seconds or known_yardsticks(corpus) else needed
 
 
 def in_words(measured: list[Yardstick], bits_per_char: float) -> str:
