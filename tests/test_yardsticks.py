@@ -201,6 +201,19 @@ def test_a_run_by_the_clock_has_them_if_they_take_little_of_it(tmp_path, monkeyp
     assert (run / "yardsticks.json").exists() == (needed < 1)
 
 
+def test_ctrl_c_leaves_them_out_of_a_finished_run(tmp_path, monkeypatch, capsys):
+    def interrupted(corpus):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("smallm.training.words.yardsticks", interrupted)
+    (tmp_path / "a.txt").write_text(TEXT[:20_000], encoding="utf-8")
+    shape = ["--model.n_layer", "1", "--model.n_head", "1", "--model.n_embd", "32", "--model.block_size", "32"]
+    run = tmp_path / "run"
+    assert main(["--data", str(tmp_path / "a.txt"), "--train.max_steps", "2", "--out", str(run), *shape]) == 0
+    assert "--check" in capsys.readouterr().out
+    assert (run / "report.html").exists()
+
+
 def test_a_model_that_copies_is_said_to_copy(tmp_path, monkeypatch, capsys):
     """A text that is one line, over and over, and a validation part that has none of it."""
     monkeypatch.setenv("SMALLM_CACHE", str(tmp_path / "cache"))

@@ -100,7 +100,10 @@ def comparison(trainer: "Trainer") -> Iterator[str]:
     """
     corpus, promised = trainer.corpus, 60 * trainer.config.train.minutes
     too_long = 0 < MOST_SHARE * promised < seconds_needed(corpus)
-    measured = known_yardsticks(corpus) if too_long else yardsticks(corpus)
+    try:
+        measured = known_yardsticks(corpus) if too_long else yardsticks(corpus)
+    except KeyboardInterrupt:  # of someone who will not wait; the run is finished
+        measured = None
     if measured is None:
         yield "for yardsticks (gzip, bz2, xz, n-grams) beside it: python train.py --check TEXT"
         return
