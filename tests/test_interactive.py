@@ -368,7 +368,7 @@ def test_a_mistake_is_one_line_and_the_conversation_goes_on(script, tmp_path, mo
 
 
 def test_what_readme_shows(script):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("### A text in conversation")[1].split("\n### ")[0]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## A text in conversation")[1].split("\n## ")[0]
     lines = re.findall(r"^> (.*)$", readme, re.MULTILINE)
     assert len(lines) > 5
     code, _, err = script(*lines, argv=SHORT)

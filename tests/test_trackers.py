@@ -208,7 +208,7 @@ def test_names(value, names):
 
 
 def test_what_readme_shows():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("### Trackers")[1].split("\n### ")[0]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Trackers")[1].split("\n## ")[0]
     (command,) = re.findall(r"^python train.py (.*)$", readme, re.MULTILINE)
     assert cli.parse(command.split()).config.train.trackers == ("tensorboard",)
     for name in tracking.LOGGER_TYPE_TO_CLASS:
