@@ -23,6 +23,14 @@ def card_of(sample: str = "an old owl\n", name: str = "owls", licence: str = "mi
     return model_card(name, manifest, [QUALITY], {MODEL_FILE: 500_000} | dict(sizes), sample, licence)
 
 
+def test_the_card_sets_yardsticks_beside_the_model(exported):
+    card = (exported / CARD_FILE).read_text(encoding="utf-8")
+    section = card.split("## Beside compressors and counted letters")[1].split("\n## ")[0]
+    for name in ("the model", "gzip", "bz2", "xz", "-gram"):
+        assert re.search(rf"\| [0-9]*{name} \| \d\.\d{{4}} \|", section), name
+    assert "## Beside" not in card_of()  # of a model without its run
+
+
 def front_matter(card: str) -> dict:
     return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])
 

@@ -1,6 +1,7 @@
 """The model card: the README.md of an export folder, which is what a stranger sees first."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from smallm.export.portable import PORTABLE_FILE
 from smallm.export.precision import Quality
 from smallm.manifest import MANIFEST_FILE, Manifest
 from smallm.runtime import MODEL_FILE
+from smallm.training.yardsticks import Yardstick
 
 CARD_FILE = "README.md"
 WEIGHTS_FILE = "model.safetensors"
@@ -30,7 +32,13 @@ def licence_of(file: Path) -> str:
 
 
 def model_card(
-    name: str, manifest: Manifest, measured: Iterable[Quality], sizes: Mapping[str, int], sample: str, licence: str
+    name: str,
+    manifest: Manifest,
+    measured: Iterable[Quality],
+    sizes: Mapping[str, int],
+    sample: str,
+    licence: str,
+    yardsticks: Iterable[Yardstick] = (),
 ) -> str:
     """The card of a model: what it is, what it is worth, and how each host opens it.
 
@@ -46,6 +54,7 @@ def model_card(
         _sample(manifest, sample),
         "## The model",
         _facts(manifest),
+        *_beside(manifest, [one for one in yardsticks if one.name != "model"]),
         "## Precision",
         _precision(list(measured)),
         "## Opening it",
@@ -105,6 +114,16 @@ def _facts(manifest: Manifest) -> str:
         "end of text": "none: no character doubles as one, and generation goes on for as long as it is told to",
     }
     return _table(["", ""], [[key, value] for key, value in rows.items() if value])
+
+
+def _beside(manifest: Manifest, yardsticks: list[Yardstick]) -> list[str]:
+    """What others need for the validation text, without which a loss says little."""
+    loss = manifest.training.get("val_loss")
+    if not yardsticks or loss is None:
+        return []
+    rows = [["the model", f"{loss / math.log(2):.4f}", "on the whole validation text"]]
+    rows += [[_plain(one.name), f"{one.bits_per_char:.4f}", _plain(one.how)] for one in yardsticks]
+    return ["## Beside compressors and counted letters", _table(["", "bits per character", ""], rows)]
 
 
 def _precision(measured: list[Quality]) -> str:

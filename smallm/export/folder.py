@@ -24,6 +24,7 @@ from smallm.runs import CHECKPOINTS, validation_text
 from smallm.runtime import MODEL_FILE, LanguageModel
 from smallm.training.checkpoint import load_model, load_vocabulary, model_files, read_state
 from smallm.training.model import TransformerLanguageModel
+from smallm.training.yardsticks import read_yardsticks
 
 ONNX_FOLDER = "onnx"
 TRANSFORMERS_JS = {
@@ -84,7 +85,8 @@ def export_checkpoint(
             if portable:
                 measured.append(_write_portable(model, manifest, folder / PORTABLE_FILE, text))
             sizes = {file: (folder / file).stat().st_size for file in _names(name) if (folder / file).is_file()}
-            card = model_card(name, manifest, measured, sizes, _sample(path), licence)
+            yardsticks = read_yardsticks(checkpoint.resolve().parent.parent)
+            card = model_card(name, manifest, measured, sizes, _sample(path), licence, yardsticks)
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None

@@ -1,6 +1,5 @@
 """What came of a run: all that its folder tells, read without the weights."""
 
-import json
 import math
 import tomllib
 from collections.abc import Sequence
@@ -11,14 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from smallm.errors import UserError
 from smallm.runs import CONFIG
-from smallm.training.checks import MOST, check_types
+from smallm.training.checks import MOST
 from smallm.training.config import flatten
 from smallm.training.plot import Curves, curves, distinct_names, read_metrics
 from smallm.training.record import Record, read_record
-from smallm.training.yardsticks import FILE as YARDSTICKS
-from smallm.training.yardsticks import Yardstick
+from smallm.training.yardsticks import Yardstick, read_yardsticks
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def _read(run: Path, name: str) -> Outcome:
     latest = {(row["kind"], float(row["step"])): row for row in records}  # a resumed run logs some steps again
     rows = [latest[place] for place in sorted(latest)]
     steps, evaluations = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
-    known, yardsticks = curves(name, records), _yardsticks(run)
+    known, yardsticks = curves(name, records), read_yardsticks(run)
     if known.best is not None:  # since the file was written the run may have gone on
         bits = float(known.val["loss"][known.best]) / math.log(2)
         yardsticks = [replace(one, bits_per_char=bits) if one.name == "model" else one for one in yardsticks]
@@ -104,13 +101,3 @@ def _config(run: Path) -> dict[str, Any]:
         return flatten(tomllib.loads((run / CONFIG).read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):
         return {}
-
-
-def _yardsticks(run: Path) -> list[Yardstick]:
-    try:
-        found = [Yardstick(**one) for one in json.loads((run / YARDSTICKS).read_text(encoding="utf-8"))]
-        for one in found:
-            check_types(one)
-        return found
-    except (OSError, ValueError, TypeError, UserError, RecursionError):
-        return []

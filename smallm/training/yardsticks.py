@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from smallm.errors import UserError
 from smallm.training.cache import recalled, remembered
 from smallm.training.characters import Characters
+from smallm.training.checks import check_types
 from smallm.training.corpus import Corpus
 from smallm.training.ngram import best_ngram
 
@@ -89,6 +91,17 @@ def write_yardsticks(run: Path, measured: list[Yardstick], bits_per_char: float,
     model = Yardstick("model", bits_per_char, how)
     text = json.dumps([asdict(one) for one in (model, *measured)], indent=1)
     (run / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_yardsticks(run: Path) -> list[Yardstick]:
+    """What `write_yardsticks` left in a run folder; nothing of a file that is missing or broken."""
+    try:
+        found = [Yardstick(**one) for one in json.loads((run / FILE).read_text(encoding="utf-8"))]
+        for one in found:
+            check_types(one)
+        return found
+    except (OSError, ValueError, TypeError, UserError, RecursionError):
+        return []
 
 
 def _of(values: dict) -> list[Yardstick]:
