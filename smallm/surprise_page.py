@@ -70,12 +70,19 @@ def surprise_page(
     return page(f"Surprise: {name}", "\n".join(body), style, CHARACTERS_SCRIPT)
 
 
-def _figures(model: LanguageModel, figures: Perplexity) -> str:
+def summary(model: LanguageModel, figures: Perplexity) -> str:
+    """How surprising the whole text is, and the model's own validation text beside it."""
     usual = model.metadata.training.get("val_loss")
-    beside = "" if usual is None else f"; the model’s own validation text has {usual:.4f}"
+    beside = "" if usual is None else f"; the model's own validation text has {usual:.4f}"
     return (
-        f"<p>{figures.nats_per_char:.4f} nats per character ({figures.bits_per_char:.4f} bits), over "
-        f"{figures.characters:,} characters{beside}.</p>\n"
+        f"{figures.nats_per_char:.4f} nats per character ({figures.bits_per_char:.4f} bits), over "
+        f"{figures.characters:,} characters{beside}"
+    )
+
+
+def _figures(model: LanguageModel, figures: Perplexity) -> str:
+    return (
+        f"<p>{escape(summary(model, figures))}.</p>\n"
         f'<p class="soft">Each character is predicted from the {model.block_size // 2:,} to {model.block_size:,} ids '
         "before it, or from all that there are. Nats are -ln of the probability that it had.</p>"
     )

@@ -18,7 +18,7 @@ from smallm.runtime import LanguageModel
 from smallm.scoring import Perplexity
 from smallm.shown import LEVELS, level, percent, runs, visible
 from smallm.surprise import measure
-from smallm.surprise_page import PAGE_CHARACTERS, PageText, surprise_page
+from smallm.surprise_page import PAGE_CHARACTERS, PageText, summary, surprise_page
 
 COLOURS = ((16, 230), (16, 222), (16, 215), (16, 209), (16, 203), (231, 160))  # of the 256: characters, background
 BYTE_ORDER_MARK = "\ufeff"
@@ -87,16 +87,6 @@ def _paint(text: str, number: int) -> str:
     front, back = COLOURS[number - 1]
     on, off = f"\033[38;5;{front};48;5;{back}m", "\033[0m"
     return f"{on}{text.replace(chr(10), f'↵{off}{chr(10)}{on}')}{off}".replace(f"{on}{off}", "")
-
-
-def summary(model: LanguageModel, figures: Perplexity) -> str:
-    """How surprising the whole text is, and the model's own validation text beside it."""
-    usual = model.metadata.training.get("val_loss")
-    beside = "" if usual is None else f"; the model's own validation text has {usual:.4f}"
-    return (
-        f"{figures.nats_per_char:.4f} nats per character ({figures.bits_per_char:.4f} bits), over "
-        f"{figures.characters:,} characters{beside}"
-    )
 
 
 def _listed(passages: list[Place], words: list[Place]) -> Iterator[str]:
