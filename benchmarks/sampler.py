@@ -138,21 +138,30 @@ def generation(checkpoint: Path, home: Path, text: str, options: argparse.Namesp
 
 
 def overhead(model: LanguageModel, text: str, length: int, rounds: int) -> dict:
-    """Microseconds a character: of the graph, bound as it is when generating, and of all that is around it."""
-    decoder, seed = model._session.decoder(), model.vocabulary.encode(text[:SEED])
-    whole, graph = [], []
-    for number in range(rounds):
-        decoder.reset()
-        decoder.feed(seed)
-        begun = time.perf_counter()
-        for at in range(len(seed), len(seed) + length - 1):
-            decoder._mask[0, at] = 1
-            decoder._rows._run()
-        graph.append((time.perf_counter() - begun) / (length - 1))
+    """Microseconds a character: within the graph, and above it; and the characters of a pass."""
+    session, within, whole, passes = model._session, 0.0, 0.0, 0
+    bound = session.bound
+
+    def clocked(rows: int) -> tuple:
+        binding, run = bound(rows)
+
+        def timed_run() -> None:
+            nonlocal within, passes
+            begun = time.perf_counter()
+            run()
+            within, passes = within + time.perf_counter() - begun, passes + 1
+
+        return binding, timed_run
+
+    session.bound = clocked
+    for number in range(rounds + 1):
+        if number == 1:  # the first is a warm-up
+            within, whole, passes = 0.0, 0.0, 0
         options = {"temperature": TEMPERATURE, "top_k": TOP_K, "rng_seed": number}
-        whole.append(1 / timed(lambda o=options: len(model.generate(text[:SEED], length, **o)) - SEED))
-    graph, whole = (1e6 * statistics.median(each) for each in (graph, whole))
-    return {"graph": graph, "above": whole - graph}
+        whole += length / timed(lambda o=options: len(model.generate(text[:SEED], length, **o)) - SEED)
+    session.bound = bound
+    graph, whole = (1e6 * seconds / (rounds * length) for seconds in (within, whole))
+    return {"graph": graph, "above": whole - graph, "characters a pass": rounds * length / passes}
 
 
 def batch(model: LanguageModel, text: str, length: int, rounds: int) -> dict:

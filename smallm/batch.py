@@ -15,7 +15,10 @@ FULL_ENOUGH = 0.75  # share of the streams that are in use; dropping others copi
 
 
 def write_together(session: Session, drafts: Iterable[Draft]) -> Iterator[Draft]:
-    """Yields a draft each time when it has text to take or is done; those that are done make room for others."""
+    """Yields a draft each time when it has text to take or is done; those that are done make room for others.
+
+    The drafts are of one request.
+    """
     drafts = iter(drafts)
     first = list(islice(drafts, streams(session.manifest)))
     return _Batch(session, first, drafts).run() if first else iter(())
@@ -33,6 +36,7 @@ class _Batch:
     def __init__(self, session: Session, drafts: list[Draft], waiting: Iterator[Draft]):
         self._drafts: list[Draft | None] = list(drafts)
         self._waiting = waiting
+        self._weigh = drafts[0].weigh
         self._decoder = session.decoder(len(drafts))
         self._fresh = np.ones(len(drafts), bool)  # streams that have nothing of their draft in the cache, or no draft
         self._steps = 0  # that all can take together, before one is full
@@ -46,9 +50,9 @@ class _Batch:
                 self._drop()
                 ended = False
             self._predict()
-            for draft, logits in zip(self._drafts, self._logits, strict=True):
+            for draft, *row in zip(self._drafts, self._logits, self._weigh(self._logits), strict=True):
                 if draft is not None:
-                    draft.choose(logits)
+                    draft.choose(*row)
                     if draft.done:
                         ended = True
                     elif draft.ready:

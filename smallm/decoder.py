@@ -1,5 +1,6 @@
 """Texts in the making: caches of keys and values that a model reads and extends in place, so a step copies nothing."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -31,7 +32,8 @@ class Decoder:
         self.block_size, self.streams = m.block_size, streams
         self.lengths = np.zeros(streams, np.int64)
         """Number of ids in each stream's cache (B,)."""
-        self._longest = 0
+        self.longest = 0
+        """The most of them."""
         self._session = session
         self._cache = np.zeros((2 * m.n_layer, streams, m.n_kv_head, m.block_size, m.head_dim), np.float32)
         self._mask = np.zeros((streams, m.block_size), np.int64)  # of all places in the cache, 1 where an id is
@@ -45,31 +47,47 @@ class Decoder:
             self._row = _Rows(self._session, self._cache, self._mask, stream, 1)
         self._mask[stream, start : start + T] = 1
         self.lengths[stream] = start + T
-        self._longest = max(self._longest, start + T)
+        self.longest = max(self.longest, start + T)
         return self._row.run(np.asarray(ids)[None])[0]
 
     def step(self, ids: np.ndarray) -> np.ndarray:
         """Appends one id to each stream (B,), whatever the length of each; returns the logits (B, V) after them."""
         assert len(ids) == self.streams, (ids, self.streams)
-        assert self._longest < self.block_size, self.lengths
+        assert self.longest < self.block_size, self.lengths
         self._mask[self._numbers, self.lengths] = 1
         self.lengths += 1
-        self._longest += 1
+        self.longest += 1
         return self._rows.step(ids)
 
     def push(self, id: int) -> np.ndarray:
         """`step` of a single stream; returns the logits (V,). What an array of one costs, ten nodes of a graph do."""
-        at = self._longest
+        at = self.longest
         assert at < self.block_size, self.lengths
         self._places[at] = 1
-        self.lengths[0] = self._longest = at + 1
+        self.lengths[0] = self.longest = at + 1
         return self._row.push(id)
+
+    def read(self, ids: Sequence[int]) -> np.ndarray:
+        """Appends ids (T,), as many each time, to a single stream; returns the logits (T, V) after each of them."""
+        start, T = self.longest, len(ids)
+        assert self.block_size - start >= T > 0, (T, self.lengths)
+        self._places[start : start + T] = 1
+        self.lengths[0] = self.longest = start + T
+        if self._pass is None:
+            self._pass = _Rows(self._session, self._cache, self._mask, 0, 1, T)
+        return self._pass.read(ids)
+
+    def shorten(self, n: int) -> None:
+        """Forgets the last n ids of a single stream."""
+        self.longest -= n
+        self._places[self.longest : self.longest + n] = 0
+        self.lengths[0] = self.longest
 
     def reset(self, stream: int | None = None) -> None:
         """Forgets one stream's text, or all."""
         at = slice(None) if stream is None else stream
         self._mask[at], self.lengths[at] = 0, 0
-        self._longest = int(self.lengths.max())
+        self.longest = int(self.lengths.max())
 
     def slide(self, stream: int = 0) -> None:
         """Keeps what the model's window still sees, at the beginning of the cache, so that there is room again.
@@ -87,7 +105,7 @@ class Decoder:
         low, high = keys[..., :half].copy(), keys[..., half:].copy()
         keys[..., :half], keys[..., half:] = low * cos + high * sin, high * cos - low * sin
         self._mask[stream, kept:], self.lengths[stream] = 0, kept
-        self._longest = int(self.lengths.max())
+        self.longest = int(self.lengths.max())
 
     def snapshot(self, stream: int = 0) -> Snapshot:
         """A copy of what one stream has read, to go on from later, or many times."""
@@ -98,7 +116,7 @@ class Decoder:
         self.reset(stream)
         self._cache[:, stream, :, : snapshot.length] = snapshot.cache
         self._mask[stream, : snapshot.length], self.lengths[stream] = 1, snapshot.length
-        self._longest = max(self._longest, snapshot.length)
+        self.longest = max(self.longest, snapshot.length)
 
     def select(self, streams: np.ndarray) -> None:
         """Keeps these streams (n,), at most as many as there are, in this order, and forgets the others."""
@@ -106,13 +124,14 @@ class Decoder:
         self._cache[:, :n, :, :longest] = self._cache[:, streams, :, :longest]
         self._mask[:n] = self._mask[streams]
         self._cache, self._mask = self._cache[:, :n], self._mask[:n]
-        self.streams, self.lengths, self._longest = n, self.lengths[streams], int(longest)
+        self.streams, self.lengths, self.longest = n, self.lengths[streams], int(longest)
         self._bind()
 
     def _bind(self) -> None:
         self._numbers, self._places = np.arange(self.streams), self._mask[0]
         self._rows = _Rows(self._session, self._cache, self._mask, 0, self.streams)
         self._row = self._rows if self.streams == 1 else _Rows(self._session, self._cache, self._mask, 0, 1)
+        self._pass: _Rows | None = None
 
 
 class _Rows:
@@ -121,11 +140,15 @@ class _Rows:
     The mask has a place for each of the cache's, and so always the same shape: a binding costs as much as ten nodes.
     """
 
-    def __init__(self, session: "Session", cache: np.ndarray, mask: np.ndarray, first: int, count: int):
+    def __init__(
+        self, session: "Session", cache: np.ndarray, mask: np.ndarray, first: int, count: int, length: int = 1
+    ):
+        """length: of the ids at a time, for `read`; the other methods want 1."""
         self.first = first
-        self._binding, self._run = session.bound(count)
-        logits = np.zeros((count, 1, session.manifest.vocab_size), np.float32)
-        self._logits, self._id, self._keep = logits[:, 0], np.zeros((count, 1), np.int64), np.ones((), np.int64)
+        self._binding, self._run = session.bound(count * length)
+        logits = np.zeros((count, length, session.manifest.vocab_size), np.float32)
+        self._logits, self._id = logits[:, 0], np.zeros((count, length), np.int64)
+        self._keep = np.array(int(length == 1))  # 0: all
         rows = slice(first, first + count)
         for past, present, buffer in zip(session.past, session.present, cache[:, rows], strict=True):
             self._bind_input(past, buffer)
@@ -134,13 +157,19 @@ class _Rows:
         self._bind_input("attention_mask", mask[rows])
         self._bind_input("num_logits_to_keep", self._keep)
         self._bind_input("input_ids", self._id)
-        self._first_id, self._first_logits = self._id[0], self._logits[0]
+        self._first_id, self._first_logits, self._first_rows = self._id[0], self._logits[0], logits[0]
 
     def push(self, id: int) -> np.ndarray:
         """An id, already in the mask, of the first row -> logits (V,) after it."""
         self._first_id[0] = id
         self._run()
         return self._first_logits
+
+    def read(self, ids: Sequence[int]) -> np.ndarray:
+        """ids (T,), already in the mask, of the first row -> logits (T, V) after each."""
+        self._first_id[:] = ids
+        self._run()
+        return self._first_rows
 
     def step(self, ids: np.ndarray) -> np.ndarray:
         """ids (B,), already in the mask -> logits (B, V) after them."""

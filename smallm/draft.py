@@ -1,11 +1,12 @@
 """One text in the making, apart from the model: from the logits after it to its next id, and from ids to characters."""
 
+from collections.abc import Sequence
 from copy import copy
 
 import numpy as np
 
 from smallm.options import Request
-from smallm.sampling import Rng, log_probability, penalise, sample
+from smallm.sampling import Rng, log_probability, penalise, pick, sample, weigh
 from smallm.stops import Stops
 from smallm.vocabulary import Vocabulary
 
@@ -39,10 +40,16 @@ class Draft:
         other._stops, other._logprobs = self._stops and self._stops.copy(), self._logprobs.copy()
         return other
 
-    def choose(self, logits: np.ndarray) -> int:
-        """logits (V,), the model's after all of the text so far -> the id that is its next. Raises `UserError`."""
-        wanted = logits if self._plain else self._adjusted(logits)
-        id = sample(wanted, self.rng.uniform(), self.request.sampling)
+    def choose(self, logits: np.ndarray, weights: np.ndarray | None = None) -> int:
+        """logits (V,), the model's after all of the text so far -> the id that is its next. Raises `UserError`.
+
+        weights (V,): its row of what `weigh` made of them, which saves work.
+        """
+        u = self.rng.uniform()
+        if weights is not None:
+            id = pick(weights, u)
+        else:
+            id = sample(logits if self._plain else self._adjusted(logits), u, self.request.sampling)
         if self.keeps_logprobs:
             self._logprob += log_probability(logits, id)
         self.history.append(id)
@@ -52,6 +59,23 @@ class Draft:
         if text:
             self._add(text)
         return id
+
+    def choose_run(self, logits: np.ndarray, guessed: Sequence[int]) -> int:
+        """`choose`, several times: logits (T, V), those after the text so far and after each of T - 1 ids guessed.
+
+        Goes on as long as the ids chosen are those guessed; returns how many it chose, 1 to T. Raises `UserError`.
+        """
+        count = 0
+        for row, weights, guess in zip(logits, self.weigh(logits), (*guessed, None), strict=True):
+            count += 1
+            if self.choose(row, weights) != guess or self.done:
+                break
+        return count
+
+    def weigh(self, logits: np.ndarray) -> Sequence[np.ndarray | None]:
+        """logits (T, V) -> what `choose` may be given with each row, of this draft and others of its request."""
+        weights = weigh(logits, self.request.sampling) if self._plain else None
+        return [None] * len(logits) if weights is None else weights
 
     def _adjusted(self, logits: np.ndarray) -> np.ndarray:
         """logits (V,) -> those with what is not permitted, and what came up lately, made less likely."""

@@ -13,6 +13,7 @@ import numpy as np
 from smallm.batch import write_together
 from smallm.draft import Draft
 from smallm.errors import UserError
+from smallm.guesses import GUESSES_FILE, Guesses
 from smallm.manifest import Manifest
 from smallm.options import Options, Request, resolve
 from smallm.runs import EXPORT, is_run
@@ -48,16 +49,21 @@ class LanguageModel:
     `model.window` has a third way, "slide": attention sees so many positions anyway, so the text has no end, exactly.
     """
 
-    def __init__(self, session: Session):
-        self._session = session
+    def __init__(self, session: Session, guesses: Guesses | None = None):
+        self._session, self._guesses = session, guesses
         self.metadata: Manifest = session.manifest
         self.vocabulary: Vocabulary = session.manifest.vocabulary
         self.vocab_size, self.block_size = session.manifest.vocab_size, session.manifest.block_size
 
     @classmethod
     def load(cls, path: str | Path, threads: int | None = None) -> "LanguageModel":
-        """Opens a run that was exported, an export folder or an .onnx file. Raises `UserError`."""
-        return cls(Session(find_model(Path(path)), threads))
+        """Opens a run that was exported, an export folder or an .onnx file. Raises `UserError`.
+
+        With the file of guesses that the export left beside the model, text comes about twice as fast.
+        """
+        file = find_model(Path(path))
+        session, beside = Session(file, threads), file.with_name(GUESSES_FILE)
+        return cls(session, Guesses.load(beside, session.manifest.vocab_size) if beside.is_file() else None)
 
     def generate(self, seed: str = "", max_length: int = 500, **options: Unpack[Options]) -> str:
         """The seed text followed by up to `max_length` new characters. Raises `UserError` for a value out of range."""
@@ -80,7 +86,8 @@ class LanguageModel:
 
         What it returns can be left and gone back to, and branched, see `Writer`.
         """
-        return Writer(self._session, self._draft(seed, resolve(self.metadata, max_length, **options), 0, logprobs))
+        draft = self._draft(seed, resolve(self.metadata, max_length, **options), 0, logprobs)
+        return Writer(self._session, draft, self._guesses)
 
     def stream_many(
         self, seeds: Sequence[str], max_length: int = 500, logprobs: bool = False, **options: Unpack[Options]

@@ -76,9 +76,35 @@ def sample(logits: np.ndarray, u: float, sampling: Sampling) -> int:
     weights = _weigh(logits if ids is None else logits[ids], largest, sampling.temperature)
     if sampling.min_p > 0:
         weights[weights < sampling.min_p] = 0
-    cumulative = weights.cumsum()
-    place = cumulative.searchsorted(u * cumulative.item(-1), side="right")
-    return int(place) if ids is None else ids.item(place)
+    place = pick(weights.cumsum(), u)
+    return place if ids is None else ids.item(place)
+
+
+def weigh(logits: np.ndarray, sampling: Sampling) -> np.ndarray | None:
+    """logits (T, V) -> cumulative weights (T, V), by which `pick` takes the same ids as `sample`, for the price of one.
+
+    None where rows have to be taken one by one: at temperature 0, with top_p, for equal logits at the edge of top_k,
+    and for those that are not finite.
+    """
+    V, k = logits.shape[1], sampling.top_k
+    ascending = np.sort(logits, axis=1)  # NaN goes to the end; quicker than to partition
+    largest = ascending[:, -1:]
+    if sampling.temperature == 0 or sampling.top_p < 1 or not all(map(math.isfinite, largest.flat)):
+        return None
+    weights = _weigh(logits, largest, sampling.temperature)
+    if 0 < k < V:
+        edges = ascending[:, V - k - 1 : V - k + 1]
+        if any(out == least for out, least in edges.tolist()):
+            return None
+        weights[logits < edges[:, 1:]] = 0
+    if sampling.min_p > 0:
+        weights[weights < sampling.min_p] = 0
+    return weights.cumsum(axis=1, out=weights)
+
+
+def pick(cumulative: np.ndarray, u: float) -> int:
+    """cumulative weights (V,) and u in [0, 1) -> the place of the first that exceeds u times the last."""
+    return int(cumulative.searchsorted(u * cumulative.item(-1), side="right"))
 
 
 def _kept(logits: np.ndarray, largest: float, sampling: Sampling) -> np.ndarray | None:
@@ -119,8 +145,8 @@ def _weights(descending: np.ndarray, sampling: Sampling) -> np.ndarray:
     return weights[:keep]
 
 
-def _weigh(logits: np.ndarray, largest: float, temperature: float) -> np.ndarray:
-    """logits (K,) -> weights (K,) float64, that of the largest 1."""
+def _weigh(logits: np.ndarray, largest: float | np.ndarray, temperature: float) -> np.ndarray:
+    """logits (…, K) -> weights (…, K) float64, that of the largest 1."""
     weights = logits.astype(np.float64)
     weights -= largest
     weights /= max(temperature, LEAST_TEMPERATURE)
@@ -162,7 +188,14 @@ class Rng:
     def uniform(self) -> float:
         """The next u in [0, 1), a multiple of 2**-24."""
         self.draws += 1
-        x = (self._key + self.draws * 0x9E3779B9) & 0xFFFFFFFF  # then `mix`, without a call
+        return self._draw(self.draws)
+
+    def peek(self, n: int) -> list[float]:
+        """The next n of them, which are yet to come."""
+        return [self._draw(self.draws + i) for i in range(1, n + 1)]
+
+    def _draw(self, i: int) -> float:
+        x = (self._key + i * 0x9E3779B9) & 0xFFFFFFFF  # then `mix`, without a call
         x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
         x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
         return ((x ^ (x >> 16)) >> 8) * 2.0**-24

@@ -5,6 +5,8 @@ from copy import copy
 import numpy as np
 
 from smallm.draft import Draft
+from smallm.guesses import Guesses
+from smallm.lookahead import Lookahead
 from smallm.sampling import Rng
 from smallm.session import Session
 
@@ -16,10 +18,10 @@ class Writer:
     here on. Its memory does not grow with the text.
     """
 
-    def __init__(self, session: Session, draft: Draft):
+    def __init__(self, session: Session, draft: Draft, guesses: Guesses | None = None):
         self._session, self._draft = session, draft
         self._decoder = session.decoder()
-        self._fed = 0  # ids in the cache
+        self._ahead = Lookahead(self._decoder, guesses, draft.request.sampling.temperature)
         self._logits: np.ndarray | None = None  # the prediction after the text so far, if it is there and not used yet
         self.logprobs: list[float] = []
         """Of each character of the last piece, with `logprobs=True`: ln of its probability at temperature 1 with all
@@ -33,8 +35,13 @@ class Writer:
         while not draft.ready:
             if draft.done:
                 raise StopIteration
-            logits, self._logits = self._prediction(), None
-            draft.choose(logits)
+            if self._logits is not None:
+                logits, self._logits = self._logits, None
+                draft.choose(logits)
+            elif self._makes_room():
+                self._ahead.write(draft)
+            else:
+                draft.choose(self._anew())
         piece = draft.take()
         if draft.keeps_logprobs:
             self.logprobs = draft.take_logprobs(len(piece))
@@ -52,7 +59,7 @@ class Writer:
             self._logits = other._logits = self._prediction().copy()
             other._decoder = self._session.decoder()
             other._decoder.restore(self._decoder.snapshot())
-            other._fed = self._fed
+            other._ahead = self._ahead.over(other._decoder)
         other._draft = self._draft.copy()
         other._draft.rng = rng or other._draft.rng
         return other
@@ -61,14 +68,17 @@ class Writer:
         """The logits (V,) after all of the text so far."""
         if self._logits is not None:
             return self._logits
-        draft, size = self._draft, self._decoder.block_size
-        if self._fed == size and draft.request.overflow == "slide":
-            self._decoder.slide()
-            self._fed = int(self._decoder.lengths[0])
-        if 0 < self._fed < size:
-            self._fed += 1
-            return self._decoder.push(draft.history[-1])
-        window = draft.window(fresh=self._fed == 0)
+        return self._ahead.predict(self._draft) if self._makes_room() else self._anew()
+
+    def _makes_room(self) -> bool:
+        """Whether the last id can be added to the cache; if the text slides, it can once there is something in it."""
+        decoder = self._decoder
+        if decoder.longest == decoder.block_size and self._draft.request.overflow == "slide":
+            decoder.slide()
+        return 0 < decoder.longest < decoder.block_size
+
+    def _anew(self) -> np.ndarray:
+        """The logits (V,) after the window that the overflow leaves, or after the seed."""
+        window = self._draft.window(fresh=self._decoder.longest == 0)
         self._decoder.reset()
-        self._fed = len(window)
         return self._decoder.feed(window)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smallm.errors import UserError
-from smallm.sampling import Rng, Sampling, log_probability, mix, penalise, ranked, sample
+from smallm.sampling import Rng, Sampling, log_probability, mix, penalise, pick, ranked, sample, weigh
 
 LAST_U = 1 - 2.0**-24
 PROBABILITIES = np.array([0.1, 0.4, 0.3, 0.2])
@@ -156,6 +156,35 @@ def test_sample_takes_what_the_ranking_says_among_ties_too(logits, u, top_k, top
     places = np.argsort(ids)
     cumulative = np.cumsum(weights[places])
     assert sample(logits, u, sampling) == ids[places[np.flatnonzero(cumulative > u * cumulative[-1])[0]]]
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(st.lists(st.sampled_from([-math.inf, -2.5, 0.0, 0.5, 3.0]) | st.floats(-9, 9, width=32), min_size=7,
+                      max_size=7), min_size=1, max_size=5),
+    st.floats(0, LAST_U),
+    st.sampled_from([0.3, 0.8, 1e9]),
+    st.integers(0, 9),
+    st.sampled_from([0.0, 0.05, 1.0]),
+)  # fmt: skip
+def test_rows_weighed_together_give_what_they_give_one_by_one(rows, u, temperature, top_k, min_p):
+    logits, sampling = np.float32(rows), Sampling(temperature, top_k, min_p=min_p)
+    weights = weigh(logits, sampling)
+    if weights is None:  # ties at the edge of top_k, or nothing but minus infinity
+        edges = np.sort(logits, axis=1)[:, ::-1]
+        assert (edges == -math.inf).all(axis=1).any() or (edges[:, top_k - 1] == edges[:, top_k]).any()
+    else:
+        assert [pick(row, u) for row in weights] == [sample(row, u, sampling) for row in logits]
+
+
+def test_rows_that_have_to_be_taken_one_by_one():
+    rows = np.float32([[1, 2, 3], [2, 1, 2]])
+    assert weigh(rows, Sampling(temperature=0)) is None
+    assert weigh(rows, Sampling(top_p=0.9)) is None
+    assert weigh(rows, Sampling(top_k=1)) is None  # which of the equal ones?
+    assert weigh(rows, Sampling(top_k=2)) is not None
+    for bad in (math.nan, math.inf):
+        assert weigh(np.float32([[1, 2, 3], [1, bad, 2]]), Sampling()) is None
 
 
 @settings(max_examples=200)

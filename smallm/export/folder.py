@@ -14,11 +14,13 @@ from onnx import helper
 
 from smallm.errors import UserError
 from smallm.export.card import CARD_FILE, WEIGHTS_FILE, is_card, licence_of, model_card
+from smallm.export.distil import write_guesses
 from smallm.export.gguf import check_gguf, write_gguf
 from smallm.export.graph import build_graph
 from smallm.export.parity import check_parity
 from smallm.export.portable import PORTABLE_FILE, build_portable
 from smallm.export.precision import PRECISIONS, Precision, Quality, check_loss, measure, write_quantised
+from smallm.guesses import GUESSES_FILE
 from smallm.manifest import MANIFEST_FILE, Manifest, genai_config
 from smallm.runs import CHECKPOINTS, validation_text
 from smallm.runtime import MODEL_FILE, LanguageModel
@@ -110,7 +112,7 @@ def _names(name: str) -> list[str]:
     """All files that an export folder may have."""
     own = [MODEL_FILE, MANIFEST_FILE, "config.json", "generation_config.json", "tokenizer.json"]
     own += ["tokenizer_config.json", "genai_config.json", *(file for _, file in TRANSFORMERS_JS.values())]
-    return [*own, WEIGHTS_FILE, PORTABLE_FILE, f"{name}.gguf", CARD_FILE]
+    return [*own, GUESSES_FILE, WEIGHTS_FILE, PORTABLE_FILE, f"{name}.gguf", CARD_FILE]
 
 
 def _write_model(
@@ -119,6 +121,7 @@ def _write_model(
     """Writes the file, compares it with PyTorch, measures it, and writes into it what was measured."""
     onnx.save(build_graph(model, manifest), path)
     difference = check_parity(model, path)
+    write_guesses(path, text)
     measured = [measure(path, PRECISIONS["fp32"], text)]
     if precision.bits < 32:
         difference = write_quantised(model, manifest, path, precision)

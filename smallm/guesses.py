@@ -1,0 +1,88 @@
+"""Guesses at the next ids, by a table, so that a model can check several of them in one pass.
+
+That is speculative decoding (Leviathan et al. 2023, Chen et al. 2023), with a table of short contexts in the place of
+a second model. The table is sampled with the very u that the model's logits will be sampled with, so that the two agree
+more often than not. A wrong guess costs time and nothing else: the text is always the model's.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from smallm.errors import UserError
+from smallm.sampling import LEAST_TEMPERATURE
+
+GUESSES_FILE = "guesses.npy"
+CONTEXT = 4  # ids at most that a guess is made from
+ALTERNATIVES = 8  # likeliest ids after a context
+STEP = 1 / 32  # nats
+NONE = 255  # in the place of nats: here is no id
+ID_BITS = 16
+MOST_IDS = (1 << ID_BITS) - 1
+ROW = np.dtype([("context", "<u8"), ("ids", "<u2", (ALTERNATIVES,)), ("nats", "u1", (ALTERNATIVES,))])
+"""A context is its ids, each plus 1, the newest in the lowest 16 bits. After it come these ids, the lowest first, each
+by so many STEPs less likely than the likeliest."""
+
+
+class Guesses:
+    """The table of one model: `export.py` writes it beside the model."""
+
+    def __init__(self, table: np.ndarray):
+        """table: (n,) of ROW."""
+        self.table = table
+
+    @classmethod
+    def load(cls, path: Path, vocab_size: int) -> "Guesses":
+        """Raises `UserError` for a file that is no table of guesses for this vocabulary."""
+        try:
+            table = np.load(path, allow_pickle=False)
+            if table.dtype != ROW or table.ndim != 1:
+                raise ValueError
+        except (ValueError, OSError, EOFError, SyntaxError, TypeError):
+            raise UserError(f"{path} is damaged; export the model again, or delete the file") from None
+        if not ((table["ids"] < vocab_size).all() and (table["nats"] == 0).any(axis=1).all()):
+            raise UserError(f"{path} belongs to another model; export the model again, or delete the file")
+        return cls(table)
+
+    @cached_property
+    def _rows(self) -> dict[int, tuple[list[int], list[int]]]:
+        """Context -> ids and nats; a few milliseconds, when the first guess is wanted."""
+        rows = zip(self.table["ids"].tolist(), self.table["nats"].tolist(), strict=True)
+        return dict(zip(self.table["context"].tolist(), rows, strict=True))
+
+    def follow(self, history: Sequence[int], draws: Iterable[float], weights: Sequence[float]) -> list[int]:
+        """What may come after these ids: for each u of draws one id more; weights as from `weights`."""
+        context, rows = pack(history[-CONTEXT:]), self._rows
+        found = []
+        for u in draws:
+            key, kept = context, CONTEXT
+            while (row := rows.get(key)) is None and kept:
+                kept -= 1
+                key &= (1 << ID_BITS * kept) - 1
+            id = 0
+            if row is not None:
+                ids, nats = row
+                cumulative = list(accumulate(map(weights.__getitem__, nats)))
+                id = ids[bisect_right(cumulative, u * cumulative[-1])]
+            found.append(id)
+            context = (context << ID_BITS | id + 1) & (1 << ID_BITS * CONTEXT) - 1
+        return found
+
+
+def weights(temperature: float) -> list[float]:
+    """What so many steps of nats weigh: exp(-nats / temperature), 0 for NONE."""
+    temperature = max(temperature, LEAST_TEMPERATURE)
+    return [*(math.exp(-STEP * n / temperature) for n in range(NONE)), 0.0]
+
+
+def pack(ids: Sequence[int]) -> int:
+    """At most CONTEXT ids as a context of the table."""
+    key = 0
+    for id in ids:
+        key = key << ID_BITS | id + 1
+    return key
