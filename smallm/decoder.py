@@ -145,7 +145,7 @@ class _Rows:
     ):
         """length: of the ids at a time, for `read`; the other methods want 1."""
         self.first = first
-        self._binding, self._run = session.bound(count * length)
+        self._binding, self._run = session.bound(count)
         logits = np.zeros((count, length, session.manifest.vocab_size), np.float32)
         self._logits, self._id = logits[:, 0], np.zeros((count, length), np.int64)
         self._keep = np.array(int(length == 1))  # 0: all
