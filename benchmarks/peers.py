@@ -28,6 +28,7 @@ class Smallm:
     """An exported model through `LanguageModel`."""
 
     def __init__(self, checkpoint: Path, folder: Path, threads: int, precision: str):
+        folder = folder.with_name(f"smallm-{precision}")  # the same for any number of threads
         if not folder.exists():
             export_checkpoint(checkpoint, folder, precision, allow_loss=True)
         self.model = LanguageModel.load(folder, threads=threads)

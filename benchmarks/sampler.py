@@ -251,10 +251,10 @@ def measure(name: str, run_folder: Path, home: Path, options: argparse.Namespace
         "scoring": lambda model, _: scoring(checkpoint, model, text[:TIMED_TEXT], options.rounds),
         "cold": lambda _, folder: cold(checkpoint, folder, options.rounds),
     }
-    folders = list((home / name).glob("smallm-int8-*"))[:1]
-    for part in options.parts if folders else ():
+    folder = home / name / "smallm-int8"
+    for part in options.parts if folder.exists() else ():
         say(part)
-        facts[part] = parts[part](LanguageModel.load(folders[0]), folders[0])
+        facts[part] = parts[part](LanguageModel.load(folder), folder)
         print(f"{name}, int8, {part}: {json.dumps(facts[part])}", flush=True)
     return facts
 

@@ -90,11 +90,18 @@ class _Batch:
             decoder.reset(stream)  # what a step adds to it is not looked at
         if not alone.all():
             self._step()
+        read: dict[bytes, int] = {}  # by which stream; many texts of one seed read it once
         for stream in np.flatnonzero(alone):
             draft = self._drafts[stream]
             decoder.reset(stream)
             if draft is not None:
-                self._logits[stream] = decoder.feed(draft.window(self._fresh[stream]), stream)
+                window = draft.window(self._fresh[stream])
+                other = read.setdefault(window.tobytes(), stream)
+                if other == stream:
+                    self._logits[stream] = decoder.feed(window, stream)
+                else:
+                    decoder.restore(decoder.snapshot(other), stream)
+                    self._logits[stream] = self._logits[other]
                 self._fresh[stream] = False
         self._steps = size - int(decoder.lengths.max())
 

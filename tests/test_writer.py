@@ -155,6 +155,15 @@ def test_many_texts_are_pytorchs(models, overflow):
                      for n, seed in enumerate(["é€", "abc"])]  # fmt: skip
 
 
+def test_texts_of_one_seed_read_it_once(lm, monkeypatch):
+    fed, feed = [], Decoder.feed
+    monkeypatch.setattr(Decoder, "feed", lambda self, ids, stream=0: (fed.append(len(ids)), feed(self, ids, stream))[1])
+    seeds = ["a seed", "another", "a seed", "a seed"]
+    texts = lm.generate_many(seeds, 8, rng_seed=1)
+    assert fed == [6, 7]
+    assert texts == [lm.generate(seed, 8, rng_seed=1, stream_number=n) for n, seed in enumerate(seeds)]
+
+
 def test_what_is_done_is_not_computed_any_more(lm, monkeypatch):
     widths, step = [], Decoder.step
     monkeypatch.setattr(Decoder, "step", lambda self, ids: (widths.append(len(ids)), step(self, ids))[1])
