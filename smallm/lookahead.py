@@ -7,17 +7,30 @@ import numpy as np
 from smallm.decoder import Decoder
 from smallm.draft import Draft
 from smallm.guesses import Guesses, weights
+from smallm.session import BIG_LAYER_BYTES
 
-GUESSED = 3  # ids a pass; an even number in all goes through the same kernels as a whole window, in every precision
 LEAST_LUCK = 0.6  # guesses of a pass that come true, of late; with fewer, single ids are quicker
 REST = 64  # ids one by one, before guessing is tried again
+
+
+def guesses_a_pass(precision: str, layer_bytes: int) -> int:
+    """How many ids to guess for a model with layers of this size: by measurement, see benchmarks/README.md.
+
+    Where a pass waits for nodes or for weights from memory, more ids cost little; products with quantised matrices that
+    are big enough to count take longer for each. An odd number, and the last id, go through the kernels that whole
+    windows go through, in every precision.
+    """
+    if precision == "fp32" or layer_bytes < BIG_LAYER_BYTES:
+        return 5
+    return 3 if precision == "int8" else 0
 
 
 class Lookahead:
     """Continues a draft in a decoder of one stream: several ids a pass where guesses come true, else one."""
 
-    def __init__(self, decoder: Decoder, guesses: Guesses | None, temperature: float):
-        self._decoder, self._guesses = decoder, guesses
+    def __init__(self, decoder: Decoder, guesses: Guesses | None, count: int, temperature: float):
+        """count: of the guesses in a pass; without them, or without a table, all goes id by id."""
+        self._decoder, self._guesses, self._count = decoder, guesses if count else None, count
         self._weights = weights(temperature) if guesses else []
         self._luck, self._rest = 2 * LEAST_LUCK, 0
 
@@ -33,10 +46,10 @@ class Lookahead:
             self._rest = max(0, self._rest - 1)
             draft.choose(self._decoder.push(draft.history[-1]))
             return
-        guessed = self._guesses.follow(draft.history, draft.rng.peek(GUESSED), self._weights)
+        guessed = self._guesses.follow(draft.history, draft.rng.peek(self._count), self._weights)
         logits = self._decoder.read([draft.history[-1], *guessed])
         true = draft.choose_run(logits, guessed) - 1
-        self._decoder.shorten(GUESSED - true)
+        self._decoder.shorten(self._count - true)
         self._luck += (true - self._luck) / 32
         if self._luck < LEAST_LUCK:
             self._luck, self._rest = 1.5 * LEAST_LUCK, REST
@@ -45,10 +58,10 @@ class Lookahead:
         """The logits (V,) by which `write` would choose the next id; the decoder then has all of the draft's ids."""
         if not self._guessing():
             return self._decoder.push(draft.history[-1])
-        logits = self._decoder.read([draft.history[-1], *[0] * GUESSED])
-        self._decoder.shorten(GUESSED)
+        logits = self._decoder.read([draft.history[-1], *[0] * self._count])
+        self._decoder.shorten(self._count)
         return logits[0]
 
     def _guessing(self) -> bool:
         decoder = self._decoder
-        return self._guesses is not None and not self._rest and decoder.block_size - decoder.longest > GUESSED
+        return self._guesses is not None and not self._rest and decoder.block_size - decoder.longest > self._count

@@ -37,7 +37,8 @@ class Session:
         promised |= {name: (FLOAT, [m.n_kv_head, m.head_dim]) for name in self.past + self.present}
         if file.values != promised | {"logits": (FLOAT, [m.vocab_size])}:
             raise UserError(f"{path} has not the inputs and outputs that its metadata promise; export the model again")
-        self.threads = threads or default_threads(file.size // m.n_layer)
+        self.layer_bytes = file.size // m.n_layer
+        self.threads = threads or default_threads(self.layer_bytes)
         """For single ids."""
         self._session = self._open(self.threads)
         self._many_threads = threads or default_threads()

@@ -6,7 +6,7 @@ import numpy as np
 
 from smallm.draft import Draft
 from smallm.guesses import Guesses
-from smallm.lookahead import Lookahead
+from smallm.lookahead import Lookahead, guesses_a_pass
 from smallm.sampling import Rng
 from smallm.session import Session
 
@@ -21,7 +21,8 @@ class Writer:
     def __init__(self, session: Session, draft: Draft, guesses: Guesses | None = None):
         self._session, self._draft = session, draft
         self._decoder = session.decoder()
-        self._ahead = Lookahead(self._decoder, guesses, draft.request.sampling.temperature)
+        count = guesses_a_pass(session.manifest.precision, session.layer_bytes)
+        self._ahead = Lookahead(self._decoder, guesses, count, draft.request.sampling.temperature)
         self._logits: np.ndarray | None = None  # the prediction after the text so far, if it is there and not used yet
         self.logprobs: list[float] = []
         """Of each character of the last piece, with `logprobs=True`: ln of its probability at temperature 1 with all

@@ -9,15 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import TOY_VOCABULARY, random_model, save_onnx
 
-from smallm import LanguageModel, UserError, lookahead
+from smallm import LanguageModel, UserError
 from smallm.decoder import Decoder
 from smallm.export.distil import LEAST_SEEN, distil, write_guesses
 from smallm.export.folder import export_checkpoint
 from smallm.guesses import ALTERNATIVES, CONTEXT, GUESSES_FILE, NONE, ROW, STEP, Guesses, pack, weights
+from smallm.lookahead import Lookahead, guesses_a_pass
+from smallm.options import resolve
 from smallm.sampling import Rng
 from smallm.training.shelf import best_checkpoint
 
 V = TOY_VOCABULARY.size
+GUESSED = guesses_a_pass("fp32", 0)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +130,7 @@ def test_right_guesses_save_passes(lm, passes):
     right = rows(*((list(context), {id: 0}) for context, id in followed.items()))
     assert "".join(guessing(lm, right).stream("The owl", 40, temperature=0)) == text
     assert len(passes) < plain / 2
-    assert set(passes) <= {1, 1 + lookahead.GUESSED}
+    assert set(passes) <= {1, 1 + GUESSED}
 
 
 def test_the_model_is_not_asked_for_what_it_said_already(lm, passes):
@@ -136,7 +139,7 @@ def test_the_model_is_not_asked_for_what_it_said_already(lm, passes):
     for length in range(1, 10):
         passes.clear()
         assert guessing(lm, certain).generate("x", length, allowed="a", temperature=0) == "x" + "a" * length
-        assert len(passes) == -(-(length - 1) // (1 + lookahead.GUESSED))
+        assert len(passes) == -(-(length - 1) // (1 + GUESSED))
     assert guessing(lm, certain).generate("x", 9, allowed="a", stop="aaaaa", min_length=2) == "xaa"
 
 
@@ -147,7 +150,19 @@ def test_a_table_of_no_use_is_put_aside(lm, passes):
         assert "\0" not in piece
     late = passes[-500:]
     assert late.count(1) > 0.7 * len(late)
-    assert late.count(1 + lookahead.GUESSED) > 0  # now and then it is tried again
+    assert late.count(1 + GUESSED) > 0  # now and then it is tried again
+
+
+def test_where_another_id_is_dear_fewer_are_guessed(lm, passes):
+    assert [guesses_a_pass(p, 10**7) for p in ("fp32", "int8", "int4")] == [5, 3, 0]
+    assert {guesses_a_pass(p, 10**5) for p in ("fp32", "int8", "int4")} == {5}
+    decoder, draft = lm._session.decoder(), lm._draft("x", resolve(lm.metadata, 9, temperature=0), 0, False)
+    decoder.feed(np.array(draft.history))
+    draft.choose(decoder.feed(np.array([97])))
+    Lookahead(decoder, rows(([], {97: 0})), 0, 0.0).write(draft)
+    Lookahead(decoder, None, 3, 0.0).write(draft)
+    Lookahead(decoder, rows(([], {97: 0})), 3, 0.0).write(draft)
+    assert passes == [1, 1, 4]
 
 
 def test_log_probabilities(lm):

@@ -21,6 +21,7 @@ from smallm.export.parity import check_parity
 from smallm.export.portable import PORTABLE_FILE, build_portable
 from smallm.export.precision import PRECISIONS, Precision, Quality, check_loss, measure, write_quantised
 from smallm.guesses import GUESSES_FILE
+from smallm.lookahead import guesses_a_pass
 from smallm.manifest import MANIFEST_FILE, Manifest, genai_config
 from smallm.runs import CHECKPOINTS, validation_text
 from smallm.runtime import MODEL_FILE, LanguageModel
@@ -128,6 +129,8 @@ def _write_model(
         measured.append(measure(path, precision, text, measured[0]))
         if not allow_loss:
             check_loss(measured[-1], precision)
+        if not guesses_a_pass(precision.name, path.stat().st_size // manifest.n_layer):
+            path.with_name(GUESSES_FILE).unlink(missing_ok=True)  # nobody would read it
     return _with_quality(path, manifest, measured[-1]), difference, measured
 
 
