@@ -8,8 +8,6 @@ more often than not. A wrong guess costs time and nothing else: the text is alwa
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ STEP = 1 / 32  # nats
 NONE = 255  # in the place of nats: here is no id
 ID_BITS = 16
 MOST_IDS = (1 << ID_BITS) - 1
+WHOLE = (1 << ID_BITS * CONTEXT) - 1
 ROW = np.dtype([("context", "<u8"), ("ids", "<u2", (ALTERNATIVES,)), ("nats", "u1", (ALTERNATIVES,))])
 """A context is its ids, each plus 1, the newest in the lowest 16 bits. After it come these ids, the lowest first, each
 by so many STEPs less likely than the likeliest."""
@@ -35,6 +34,7 @@ class Guesses:
     def __init__(self, table: np.ndarray):
         """table: (n,) of ROW."""
         self.table = table
+        self._temperature, self._guesser = math.nan, Guesser({})  # of the last call
 
     @classmethod
     def load(cls, path: Path, vocab_size: int) -> "Guesses":
@@ -49,35 +49,38 @@ class Guesses:
             raise UserError(f"{path} belongs to another model; export the model again, or delete the file")
         return cls(table)
 
-    @cached_property
-    def _rows(self) -> dict[int, tuple[list[int], list[int]]]:
-        """Context -> ids and nats; a few milliseconds, when the first guess is wanted."""
-        rows = zip(self.table["ids"].tolist(), self.table["nats"].tolist(), strict=True)
-        return dict(zip(self.table["context"].tolist(), rows, strict=True))
+    def at(self, temperature: float) -> "Guesser":
+        """The same for texts of this temperature; some milliseconds, but for the temperature of the last call."""
+        if temperature != self._temperature:
+            nats = np.where(self.table["nats"] == NONE, np.inf, self.table["nats"] * STEP)
+            shares = np.exp(-nats / max(temperature, LEAST_TEMPERATURE)).cumsum(axis=1)
+            rows = zip(self.table["ids"].tolist(), (shares / shares[:, -1:]).tolist(), strict=True)
+            guesser = Guesser(dict(zip(self.table["context"].tolist(), rows, strict=True)))
+            self._temperature, self._guesser = temperature, guesser
+        return self._guesser
 
-    def follow(self, history: Sequence[int], draws: Iterable[float], weights: Sequence[float]) -> list[int]:
-        """What may come after these ids: for each u of draws one id more; weights as from `weights`."""
-        context, rows = pack(history[-CONTEXT:]), self._rows
+
+class Guesser:
+    """Guesses at one temperature."""
+
+    def __init__(self, rows: dict[int, tuple[list[int], list[float]]]):
+        """rows: context -> ids and their cumulative shares."""
+        self._rows = rows
+
+    def follow(self, history: Sequence[int], draws: Iterable[float]) -> list[int]:
+        """What may come after these ids: for each u of draws one id more."""
+        rows, context = self._rows, pack(history[-CONTEXT:])
         found = []
         for u in draws:
-            key, kept = context, CONTEXT
-            while (row := rows.get(key)) is None and kept:
+            row, kept, key = rows.get(context), CONTEXT, context
+            while row is None and kept:
                 kept -= 1
                 key &= (1 << ID_BITS * kept) - 1
-            id = 0
-            if row is not None:
-                ids, nats = row
-                cumulative = list(accumulate(map(weights.__getitem__, nats)))
-                id = ids[bisect_right(cumulative, u * cumulative[-1])]
+                row = rows.get(key)
+            id = row[0][bisect_right(row[1], u)] if row else 0
             found.append(id)
-            context = (context << ID_BITS | id + 1) & (1 << ID_BITS * CONTEXT) - 1
+            context = (context << ID_BITS | id + 1) & WHOLE
         return found
-
-
-def weights(temperature: float) -> list[float]:
-    """What so many steps of nats weigh: exp(-nats / temperature), 0 for NONE."""
-    temperature = max(temperature, LEAST_TEMPERATURE)
-    return [*(math.exp(-STEP * n / temperature) for n in range(NONE)), 0.0]
 
 
 def pack(ids: Sequence[int]) -> int:

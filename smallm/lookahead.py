@@ -6,7 +6,7 @@ import numpy as np
 
 from smallm.decoder import Decoder
 from smallm.draft import Draft
-from smallm.guesses import Guesses, weights
+from smallm.guesses import Guesses
 from smallm.session import BIG_LAYER_BYTES
 
 LEAST_LUCK = 0.6  # guesses of a pass that come true, of late; with fewer, single ids are quicker
@@ -31,7 +31,7 @@ class Lookahead:
     def __init__(self, decoder: Decoder, guesses: Guesses | None, count: int, temperature: float):
         """count: of the guesses in a pass; without them, or without a table, all goes id by id."""
         self._decoder, self._guesses, self._count = decoder, guesses if count else None, count
-        self._weights = weights(temperature) if guesses else []
+        self._temperature, self._guesser = temperature, None
         self._luck, self._rest = 2 * LEAST_LUCK, 0
 
     def over(self, decoder: Decoder) -> "Lookahead":
@@ -46,7 +46,9 @@ class Lookahead:
             self._rest = max(0, self._rest - 1)
             draft.choose(self._decoder.push(draft.history[-1]))
             return
-        guessed = self._guesses.follow(draft.history, draft.rng.peek(self._count), self._weights)
+        if self._guesser is None:
+            self._guesser = self._guesses.at(self._temperature)
+        guessed = self._guesser.follow(draft.history, draft.rng.peek(self._count))
         logits = self._decoder.read([draft.history[-1], *guessed])
         true = draft.choose_run(logits, guessed) - 1
         self._decoder.shorten(self._count - true)

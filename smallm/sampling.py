@@ -22,6 +22,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from operator import eq
 
 import numpy as np
 
@@ -88,15 +89,14 @@ def weigh(logits: np.ndarray, sampling: Sampling) -> np.ndarray | None:
     """
     V, k = logits.shape[1], sampling.top_k
     ascending = np.sort(logits, axis=1)  # NaN goes to the end; quicker than to partition
-    largest = ascending[:, -1:]
-    if sampling.temperature == 0 or sampling.top_p < 1 or not all(map(math.isfinite, largest.flat)):
+    if sampling.temperature == 0 or sampling.top_p < 1 or not all(map(math.isfinite, ascending[:, -1].tolist())):
         return None
-    weights = _weigh(logits, largest, sampling.temperature)
+    weights = _weigh(logits, ascending[:, -1:], sampling.temperature)
     if 0 < k < V:
-        edges = ascending[:, V - k - 1 : V - k + 1]
-        if any(out == least for out, least in edges.tolist()):
+        out, least = ascending[:, V - k - 1], ascending[:, V - k]
+        if any(map(eq, out.tolist(), least.tolist())):
             return None
-        weights[logits < edges[:, 1:]] = 0
+        weights[logits < least[:, None]] = 0
     if sampling.min_p > 0:
         weights[weights < sampling.min_p] = 0
     return weights.cumsum(axis=1, out=weights)

@@ -13,7 +13,7 @@ from smallm import LanguageModel, UserError
 from smallm.decoder import Decoder
 from smallm.export.distil import LEAST_SEEN, distil, write_guesses
 from smallm.export.folder import export_checkpoint
-from smallm.guesses import ALTERNATIVES, CONTEXT, GUESSES_FILE, NONE, ROW, STEP, Guesses, pack, weights
+from smallm.guesses import ALTERNATIVES, CONTEXT, GUESSES_FILE, NONE, ROW, STEP, Guesses, pack
 from smallm.lookahead import Lookahead, guesses_a_pass
 from smallm.options import resolve
 from smallm.sampling import Rng
@@ -54,14 +54,13 @@ def rows(*entries: tuple[list[int], dict[int, int]]) -> Guesses:
 
 def test_the_longest_context_that_is_known_guesses():
     table = rows(([], {9: 0}), ([1], {2: 0}), ([2], {3: 0}), ([1, 2], {4: 0}), ([7, 7, 1, 2], {5: 0}))
-    sure = weights(1.0)
-    assert table.follow([7, 7, 1, 2], [0.5], sure) == [5]
-    assert table.follow([0, 7, 7, 1, 2], [0.5], sure) == [5]
-    assert table.follow([8, 7, 1, 2], [0.5], sure) == [4]
-    assert table.follow([2], [0.5], sure) == [3]
-    assert table.follow([8], [0.5], sure) == [9]
-    assert table.follow([8, 1], [0.5] * 3, sure) == [2, 4, 9]  # after 8 1, after 1 2, after 2 4
-    assert rows().follow([1], [0.5, 0.5], sure) == [0, 0]
+    assert table.at(1.0).follow([7, 7, 1, 2], [0.5]) == [5]
+    assert table.at(1.0).follow([0, 7, 7, 1, 2], [0.5]) == [5]
+    assert table.at(1.0).follow([8, 7, 1, 2], [0.5]) == [4]
+    assert table.at(1.0).follow([2], [0.5]) == [3]
+    assert table.at(1.0).follow([8], [0.5]) == [9]
+    assert table.at(1.0).follow([8, 1], [0.5] * 3) == [2, 4, 9]  # after 8 1, after 1 2, after 2 4
+    assert rows().at(1.0).follow([1], [0.5, 0.5]) == [0, 0]
 
 
 def test_guesses_are_drawn_as_the_model_is():
@@ -70,9 +69,9 @@ def test_guesses_are_drawn_as_the_model_is():
         shares = np.cumsum([math.exp(-n * STEP / temperature) for n in (32, 0, 16, 64)])
         for u in np.linspace(0, 1 - 2**-24, 101):
             expected = (3, 5, 8, 9)[bisect_right(shares, u * shares[-1])]
-            assert table.follow([1], [u], weights(temperature)) == [expected]
+            assert table.at(temperature).follow([1], [u]) == [expected]
     for temperature in (0, 1e-9, 1e-300):
-        assert table.follow([1], [0.0, 1 - 2**-24], weights(temperature)) == [5, 5]
+        assert table.at(temperature).follow([1], [0.0, 1 - 2**-24]) == [5, 5]
 
 
 def test_peeked_draws_are_the_next_ones():
