@@ -10,6 +10,9 @@ from smallm.sampling import Rng, log_probability, penalise, pick, sample, weigh
 from smallm.stops import Stops
 from smallm.vocabulary import Vocabulary
 
+Prediction = tuple[np.ndarray, np.ndarray | None]
+"""The logits (V,) after a text, and their weights, if they are known, see `Draft.choose`."""
+
 
 class Draft:
     """Takes logits, chooses ids, and hands out the text that can no longer be part of a stop string.
@@ -59,18 +62,6 @@ class Draft:
         if text:
             self._add(text)
         return id
-
-    def choose_run(self, logits: np.ndarray, guessed: Sequence[int]) -> int:
-        """`choose`, several times: logits (T, V), those after the text so far and after each of T - 1 ids guessed.
-
-        Goes on as long as the ids chosen are those guessed; returns how many it chose, 1 to T. Raises `UserError`.
-        """
-        count = 0
-        for row, weights, guess in zip(logits, self.weigh(logits), (*guessed, None), strict=True):
-            count += 1
-            if self.choose(row, weights) != guess or self.done:
-                break
-        return count
 
     def weigh(self, logits: np.ndarray) -> Sequence[np.ndarray | None]:
         """logits (T, V) -> what `choose` may be given with each row, of this draft and others of its request."""

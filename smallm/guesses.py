@@ -40,7 +40,7 @@ class Guesses:
     def load(cls, path: Path, vocab_size: int) -> "Guesses":
         """Raises `UserError` for a file that is no table of guesses for this vocabulary."""
         try:
-            table = np.load(path, allow_pickle=False)
+            table = np.load(path)
             if table.dtype != ROW or table.ndim != 1:
                 raise ValueError
         except (ValueError, OSError, EOFError, SyntaxError, TypeError):

@@ -2,10 +2,8 @@
 
 from copy import copy
 
-import numpy as np
-
 from smallm.decoder import Decoder
-from smallm.draft import Draft
+from smallm.draft import Draft, Prediction
 from smallm.guesses import Guesses
 from smallm.session import BIG_LAYER_BYTES
 
@@ -26,44 +24,52 @@ def guesses_a_pass(precision: str, layer_bytes: int) -> int:
 
 
 class Lookahead:
-    """Continues a draft in a decoder of one stream: several ids a pass where guesses come true, else one."""
+    """What follows a draft in a decoder of one stream: several ids a pass where guesses come true, else one."""
 
     def __init__(self, decoder: Decoder, guesses: Guesses | None, count: int, temperature: float):
         """count: of the guesses in a pass; without them, or without a table, all goes id by id."""
         self._decoder, self._guesses, self._count = decoder, guesses if count else None, count
         self._temperature, self._guesser = temperature, None
-        self._luck, self._rest = 2 * LEAST_LUCK, 0
+        self._guessed: list[int] = []  # ids in the decoder that the draft has not
+        self._rows: list[tuple] = []  # what comes after its last id, and after each of those; the last first
+        self._true, self._luck, self._rest = 0, 2 * LEAST_LUCK, 0
 
     def over(self, decoder: Decoder) -> "Lookahead":
-        """The same in another decoder."""
+        """The same in another decoder, that of a text which goes on from here."""
         other = copy(self)
         other._decoder = decoder
         return other
 
-    def write(self, draft: Draft) -> None:
-        """Gives the draft its next id, or several; the decoder has all of its ids but the last, and room for that."""
-        if not self._guessing():
+    def known(self, draft: Draft) -> Prediction | None:
+        """What `Draft.choose` wants for the next id, if the last one was guessed; else the decoder drops the rest."""
+        if self._guessed and self._guessed[-1] == draft.history[-1]:
+            self._guessed.pop()
+            self._true += 1
+            return self._rows.pop()
+        self.drop()
+        return None
+
+    def push(self, draft: Draft) -> Prediction:
+        """What `Draft.choose` wants for the next id; the decoder has all of the draft's ids but the last, and room."""
+        id, decoder, count = draft.history[-1], self._decoder, self._count
+        if self._guesses is None or self._rest or decoder.block_size - decoder.longest <= count:
             self._rest = max(0, self._rest - 1)
-            draft.choose(self._decoder.push(draft.history[-1]))
-            return
+            return decoder.push(id), None
         if self._guesser is None:
             self._guesser = self._guesses.at(self._temperature)
-        guessed = self._guesser.follow(draft.history, draft.rng.peek(self._count))
-        logits = self._decoder.read([draft.history[-1], *guessed])
-        true = draft.choose_run(logits, guessed) - 1
-        self._decoder.shorten(self._count - true)
-        self._luck += (true - self._luck) / 32
+        guessed = self._guesser.follow(draft.history, draft.rng.peek(count))
+        logits = decoder.read([id, *guessed])
+        self._guessed, self._true = guessed[::-1], 0
+        self._rows = list(zip(logits, draft.weigh(logits), strict=True))[::-1]
+        return self._rows.pop()
+
+    def drop(self) -> None:
+        """Takes what the draft has not out of the decoder."""
+        if not self._rows and not self._true:
+            return
+        self._decoder.shorten(len(self._guessed))
+        self._guessed, self._rows = [], []
+        self._luck += (self._true - self._luck) / 32
+        self._true = 0
         if self._luck < LEAST_LUCK:
             self._luck, self._rest = 1.5 * LEAST_LUCK, REST
-
-    def predict(self, draft: Draft) -> np.ndarray:
-        """The logits (V,) by which `write` would choose the next id; the decoder then has all of the draft's ids."""
-        if not self._guessing():
-            return self._decoder.push(draft.history[-1])
-        logits = self._decoder.read([draft.history[-1], *[0] * self._count])
-        self._decoder.shorten(self._count)
-        return logits[0]
-
-    def _guessing(self) -> bool:
-        decoder = self._decoder
-        return self._guesses is not None and not self._rest and decoder.block_size - decoder.longest > self._count

@@ -2,9 +2,7 @@
 
 from copy import copy
 
-import numpy as np
-
-from smallm.draft import Draft
+from smallm.draft import Draft, Prediction
 from smallm.guesses import Guesses
 from smallm.lookahead import Lookahead, guesses_a_pass
 from smallm.sampling import Rng
@@ -23,7 +21,7 @@ class Writer:
         self._decoder = session.decoder()
         count = guesses_a_pass(session.manifest.precision, session.layer_bytes)
         self._ahead = Lookahead(self._decoder, guesses, count, draft.request.sampling.temperature)
-        self._logits: np.ndarray | None = None  # the prediction after the text so far, if it is there and not used yet
+        self._kept: Prediction | None = None  # what comes after the text so far, if it is there and not used yet
         self.logprobs: list[float] = []
         """Of each character of the last piece, with `logprobs=True`: ln of its probability at temperature 1 with all
         characters permitted, the sum over its ids."""
@@ -36,13 +34,8 @@ class Writer:
         while not draft.ready:
             if draft.done:
                 raise StopIteration
-            if self._logits is not None:
-                logits, self._logits = self._logits, None
-                draft.choose(logits)
-            elif self._makes_room():
-                self._ahead.write(draft)
-            else:
-                draft.choose(self._anew())
+            prediction, self._kept = self._prediction(), None
+            draft.choose(*prediction)
         piece = draft.take()
         if draft.keeps_logprobs:
             self.logprobs = draft.take_logprobs(len(piece))
@@ -57,7 +50,9 @@ class Writer:
         rng = None if rng_seed is None else Rng(rng_seed, stream_number)
         other = copy(self)
         if not self._draft.done:
-            self._logits = other._logits = self._prediction().copy()
+            logits, _ = self._prediction()
+            self._kept = other._kept = logits.copy(), None
+            self._ahead.drop()
             other._decoder = self._session.decoder()
             other._decoder.restore(self._decoder.snapshot())
             other._ahead = self._ahead.over(other._decoder)
@@ -65,21 +60,18 @@ class Writer:
         other._draft.rng = rng or other._draft.rng
         return other
 
-    def _prediction(self) -> np.ndarray:
-        """The logits (V,) after all of the text so far."""
-        if self._logits is not None:
-            return self._logits
-        return self._ahead.predict(self._draft) if self._makes_room() else self._anew()
-
-    def _makes_room(self) -> bool:
-        """Whether the last id can be added to the cache; if the text slides, it can once there is something in it."""
-        decoder = self._decoder
-        if decoder.longest == decoder.block_size and self._draft.request.overflow == "slide":
+    def _prediction(self) -> Prediction:
+        """What comes after all of the text so far."""
+        if self._kept is not None:
+            return self._kept
+        draft, decoder = self._draft, self._decoder
+        known = self._ahead.known(draft)
+        if known is not None:
+            return known
+        if decoder.longest == decoder.block_size and draft.request.overflow == "slide":
             decoder.slide()
-        return 0 < decoder.longest < decoder.block_size
-
-    def _anew(self) -> np.ndarray:
-        """The logits (V,) after the window that the overflow leaves, or after the seed."""
-        window = self._draft.window(fresh=self._decoder.longest == 0)
-        self._decoder.reset()
-        return self._decoder.feed(window)
+        if 0 < decoder.longest < decoder.block_size:
+            return self._ahead.push(draft)
+        window = draft.window(fresh=decoder.longest == 0)
+        decoder.reset()
+        return decoder.feed(window), None

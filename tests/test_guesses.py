@@ -155,12 +155,9 @@ def test_a_table_of_no_use_is_put_aside(lm, passes):
 def test_where_another_id_is_dear_fewer_are_guessed(lm, passes):
     assert [guesses_a_pass(p, 10**7) for p in ("fp32", "int8", "int4")] == [5, 3, 0]
     assert {guesses_a_pass(p, 10**5) for p in ("fp32", "int8", "int4")} == {5}
-    decoder, draft = lm._session.decoder(), lm._draft("x", resolve(lm.metadata, 9, temperature=0), 0, False)
-    decoder.feed(np.array(draft.history))
-    draft.choose(decoder.feed(np.array([97])))
-    Lookahead(decoder, rows(([], {97: 0})), 0, 0.0).write(draft)
-    Lookahead(decoder, None, 3, 0.0).write(draft)
-    Lookahead(decoder, rows(([], {97: 0})), 3, 0.0).write(draft)
+    draft = lm._draft("x", resolve(lm.metadata, 9, temperature=0), 0, False)
+    for table, count in ((rows(([], {97: 0})), 0), (None, 3), (rows(([], {97: 0})), 3)):
+        Lookahead(lm._session.decoder(), table, count, 0.0).push(draft)
     assert passes == [1, 1, 4]
 
 

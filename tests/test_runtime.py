@@ -134,7 +134,7 @@ def test_shift_goes_on_with_the_newest_half(lm, model, val_text, monkeypatch):
         return ids[len(seen)]
 
     monkeypatch.setattr(draft, "sample", spy)
-    list(lm.stream(val_text[0], 4 * BLOCK_SIZE, overflow="shift"))
+    list(LanguageModel(lm._session).stream(val_text[0], 4 * BLOCK_SIZE, overflow="shift"))  # id by id
     start = 0
     for t, logits in enumerate(seen):  # logits after ids[0..t]
         if t + 1 - start > BLOCK_SIZE:
