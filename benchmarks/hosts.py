@@ -39,6 +39,7 @@ from smallm.errors import UserError
 from smallm.export.folder import export_checkpoint
 from smallm.export.kit import write_c
 from smallm.export.kit_js import ORT_FILES, write_node, write_web
+from smallm.guesses import GUESSES_FILE
 from smallm.runs import validation_text
 from smallm.runtime import MODEL_FILE
 from smallm.training.shelf import best_checkpoint
@@ -84,7 +85,7 @@ def python(folder: Path, _work: Path) -> Host:
     return Host(
         lambda task: [sys.executable, str(ROOT / "infer.py"), "--model", str(folder), *flags(task)],
         [*packages("onnxruntime", "numpy"), *(ROOT / "smallm").glob("*.py")],
-        [folder / MODEL_FILE],
+        [folder / MODEL_FILE, *folder.glob(GUESSES_FILE)],
     )
 
 

@@ -34,7 +34,7 @@ class Guesses:
     def __init__(self, table: np.ndarray):
         """table: (n,) of ROW."""
         self.table = table
-        self._temperature, self._guesser = math.nan, Guesser({})  # of the last call
+        self._temperature, self._guesser = math.nan, None  # of the last call
 
     @classmethod
     def load(cls, path: Path, vocab_size: int) -> "Guesses":
@@ -50,12 +50,11 @@ class Guesses:
         return cls(table)
 
     def at(self, temperature: float) -> "Guesser":
-        """The same for texts of this temperature; some milliseconds, but for the temperature of the last call."""
+        """The same for texts of this temperature."""
         if temperature != self._temperature:
             nats = np.where(self.table["nats"] == NONE, np.inf, self.table["nats"] * STEP)
             shares = np.exp(-nats / max(temperature, LEAST_TEMPERATURE)).cumsum(axis=1)
-            rows = zip(self.table["ids"].tolist(), (shares / shares[:, -1:]).tolist(), strict=True)
-            guesser = Guesser(dict(zip(self.table["context"].tolist(), rows, strict=True)))
+            guesser = Guesser(self.table["context"], self.table["ids"], shares / shares[:, -1:])
             self._temperature, self._guesser = temperature, guesser
         return self._guesser
 
@@ -63,9 +62,12 @@ class Guesses:
 class Guesser:
     """Guesses at one temperature."""
 
-    def __init__(self, rows: dict[int, tuple[list[int], list[float]]]):
-        """rows: context -> ids and their cumulative shares."""
-        self._rows = rows
+    def __init__(self, contexts: np.ndarray, ids: np.ndarray, shares: np.ndarray):
+        """contexts (n,), ids (n, ALTERNATIVES) and their cumulative shares, the last 1."""
+        self._ids, self._shares = ids, shares
+        # Context -> its place, or what stands there once that was wanted: lists are quick to read, but slow to make.
+        places = zip(contexts.tolist(), range(len(contexts)), strict=True)
+        self._rows: dict[int, int | tuple[list[int], list[float]]] = dict(places)
 
     def follow(self, history: Sequence[int], draws: Iterable[float]) -> list[int]:
         """What may come after these ids: for each u of draws one id more."""
@@ -77,7 +79,9 @@ class Guesser:
                 kept -= 1
                 key &= (1 << ID_BITS * kept) - 1
                 row = rows.get(key)
-            id = row[0][bisect_right(row[1], u)] if row else 0
+            if type(row) is int:
+                row = rows[key] = self._ids[row].tolist(), self._shares[row].tolist()
+            id = 0 if row is None else row[0][bisect_right(row[1], u)]
             found.append(id)
             context = (context << ID_BITS | id + 1) & WHOLE
         return found
