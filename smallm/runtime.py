@@ -94,7 +94,16 @@ class LanguageModel:
     ) -> Iterator[Piece]:
         """The new texts of `generate_many` as they come, interleaved; the last piece of each may be empty."""
         request = resolve(self.metadata, max_length, **options)
-        return self._pieces([self._draft(seed, request, i, logprobs) for i, seed in enumerate(seeds)])
+        drafts = [self._draft(seed, request, i, logprobs) for i, seed in enumerate(seeds)]
+        return self._alone(*drafts) if len(drafts) == 1 else self._pieces(drafts)
+
+    def _alone(self, draft: Draft) -> Iterator[Piece]:
+        writer, last = Writer(self._session, draft, self._guesses), False
+        for text in writer:
+            last = draft.done
+            yield Piece(0, text, writer.logprobs, last)
+        if not last:
+            yield Piece(0, "", [], True)
 
     def _pieces(self, drafts: list[Draft]) -> Iterator[Piece]:
         numbers = {id(draft): number for number, draft in enumerate(drafts)}

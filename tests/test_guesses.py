@@ -221,6 +221,9 @@ def test_an_exported_model_guesses(tiny_run, tmp_path, passes):
     assert text == plain
     assert len(passes) < 0.7 * alone
     assert (tmp_path / "export" / GUESSES_FILE).stat().st_size < 400_000
+    passes.clear()
+    assert model.generate_many(["an old owl"], **options) == [plain]  # as infer.py does
+    assert len(passes) < 0.7 * alone
 
 
 def test_no_table_where_there_is_nothing_to_go_by(tmp_path):

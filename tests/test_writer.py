@@ -155,6 +155,17 @@ def test_many_texts_are_pytorchs(models, overflow):
                      for n, seed in enumerate(["é€", "abc"])]  # fmt: skip
 
 
+@pytest.mark.parametrize("options", [{"stop": [chr(c) for c in range(256)]}, {"stop": "e"}, {"max_length": 0}, {}])
+def test_a_single_one_of_many_ends_once(lm, options):
+    for rng_seed in range(5):
+        options |= {"rng_seed": rng_seed, "logprobs": True}
+        pieces = list(lm.stream_many(["a"], **{"max_length": 12} | options))
+        assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+        assert all(len(piece.logprobs) == len(piece.text) and piece.number == 0 for piece in pieces)
+        alone = lm.stream("a", **{"max_length": 12} | options)
+        assert "".join(piece.text for piece in pieces) == "".join(alone)
+
+
 def test_texts_of_one_seed_read_it_once(lm, monkeypatch):
     fed, feed = [], Decoder.feed
     monkeypatch.setattr(Decoder, "feed", lambda self, ids, stream=0: (fed.append(len(ids)), feed(self, ids, stream))[1])
