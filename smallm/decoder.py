@@ -148,7 +148,7 @@ class _Rows:
         self._binding, self._run = session.bound(count)
         logits = np.zeros((count, length, session.manifest.vocab_size), np.float32)
         self._logits, self._id = logits[:, 0], np.zeros((count, length), np.int64)
-        self._keep = np.array(int(length == 1))  # 0: all
+        self._keep = np.array(length == 1, np.int64)  # 0: all
         rows = slice(first, first + count)
         for past, present, buffer in zip(session.past, session.present, cache[:, rows], strict=True):
             self._bind_input(past, buffer)

@@ -55,7 +55,7 @@ class Guesses:
             nats = np.where(self.table["nats"] == NONE, np.inf, self.table["nats"] * STEP)
             shares = np.exp(-nats / max(temperature, LEAST_TEMPERATURE)).cumsum(axis=1)
             guesser = Guesser(self.table["context"], self.table["ids"], shares / shares[:, -1:])
-            self._temperature, self._guesser = temperature, guesser
+            self._guesser, self._temperature = guesser, temperature  # in this order: there may be other threads
         return self._guesser
 
 

@@ -59,7 +59,7 @@ class LanguageModel:
     def load(cls, path: str | Path, threads: int | None = None) -> "LanguageModel":
         """Opens a run that was exported, an export folder or an .onnx file. Raises `UserError`.
 
-        With the file of guesses that the export left beside the model, text comes about twice as fast.
+        With the file of guesses that the export left beside the model, text comes faster, up to twice.
         """
         file = find_model(Path(path))
         session, beside = Session(file, threads), file.with_name(GUESSES_FILE)
