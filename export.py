@@ -4,7 +4,7 @@ python export.py                       the newest run's best checkpoint -> RUN/e
 python export.py runs/shakespeare --out my-model
 """
 
-from smallm.cli import export, run
+from smallm.cli.main import export, run
 
 if __name__ == "__main__":
     raise SystemExit(run(export))

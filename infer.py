@@ -5,7 +5,7 @@ python infer.py --model runs/shakespeare --seed "ROMEO:" --max-length 500 --temp
 python infer.py --perplexity my.txt
 """
 
-from smallm.cli import infer, run
+from smallm.cli.main import infer, run
 
 if __name__ == "__main__":
     raise SystemExit(run(infer))

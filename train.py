@@ -8,7 +8,7 @@ python train.py --resume runs/shakespeare                  goes on exactly where
 accelerate launch --config_file configs/accelerate/multi-gpu.yaml train.py --config configs/shakespeare-gpu.toml
 """
 
-from smallm.cli import run, train
+from smallm.cli.main import run, train
 
 if __name__ == "__main__":
     raise SystemExit(run(train))

@@ -35,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 from train_speed import cpu_name
 
-from smallm.cli import run
+from smallm.cli.main import run
 from smallm.errors import UserError
-from smallm.runs import METRICS
+from smallm.runs.layout import METRICS
 from smallm.training.devices import versions
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"

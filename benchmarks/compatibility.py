@@ -21,16 +21,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-from smallm.cli import run
+from smallm.cli.main import run
 from smallm.errors import UserError
 from smallm.export.folder import export_checkpoint
-from smallm.export.portable import PORTABLE_FILE
+from smallm.export.portable_graph import PORTABLE_FILE
 from smallm.export.precision import PRECISIONS
-from smallm.manifest import Manifest
-from smallm.runs import validation_text
-from smallm.runtime import MODEL_FILE
-from smallm.session import Session
-from smallm.training.shelf import best_checkpoint
+from smallm.inference.session import Session
+from smallm.language_model import MODEL_FILE
+from smallm.model_file.manifest import Manifest
+from smallm.runs.layout import validation_text
+from smallm.training.checkpoint.manager import best_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("1.21.0", "1.22.0", "1.23.0", "newest")
@@ -46,7 +46,7 @@ TRAINING = {
 }  # fmt: skip
 PROBE = """
 import json, sys, numpy as np, onnxruntime
-from smallm.session import Session
+from smallm.inference.session import Session
 path, task = sys.argv[1], json.load(open(sys.argv[2]))
 session = Session(path, threads=1)
 logits = session.logits(np.array([task["ids"]]))[0]
@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
 
 def export_all(work: Path) -> dict[str, Path]:
     """A file of each kind, of one small model."""
-    from smallm import cli
+    from smallm.cli import main as cli
 
     settings = [word for key, value in TRAINING.items() for word in (f"--{key}", str(value))]
     if run(cli.train, ["--out", str(work / "run"), *settings]):

@@ -239,8 +239,8 @@ def table(rows: list[Row]) -> str:
 
 def preload() -> None:
     """Imports now what the commands import later, for all forked processes; no threads, no work."""
-    names = ("matplotlib.pyplot", "torch.distributed.tensor", "tqdm", "smallm.infer", "smallm.export.folder")
-    for name in (*names, "smallm.training.launch"):
+    names = ("matplotlib.pyplot", "torch.distributed.tensor", "tqdm", "smallm.cli.infer", "smallm.export.folder")
+    for name in (*names, "smallm.training.run"):
         import_module(name)
     import_module("smallm.training.cli").load_config("quickstart")
 

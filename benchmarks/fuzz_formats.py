@@ -13,7 +13,7 @@ from pathlib import Path
 import mutations
 import onnx
 
-from smallm import cli
+from smallm.cli import main as cli
 
 TINY = """\
 [data]

@@ -34,15 +34,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-from smallm.cli import run
+from smallm.cli.main import run
 from smallm.errors import UserError
 from smallm.export.folder import export_checkpoint
-from smallm.export.kit import write_c
-from smallm.export.kit_js import ORT_FILES, write_node, write_web
-from smallm.guesses import GUESSES_FILE
-from smallm.runs import validation_text
-from smallm.runtime import MODEL_FILE
-from smallm.training.shelf import best_checkpoint
+from smallm.export.kits.folder import write_c
+from smallm.export.kits.javascript import ORT_FILES, write_node, write_web
+from smallm.generation.draft_table import GUESSES_FILE
+from smallm.language_model import MODEL_FILE
+from smallm.runs.layout import validation_text
+from smallm.training.checkpoint.manager import best_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(__file__).with_suffix(".mjs")

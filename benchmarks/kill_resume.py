@@ -27,9 +27,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from smallm.errors import UserError
-from smallm.runs import CHECKPOINTS, METRICS, is_run
-from smallm.training.checkpoint import damage
-from smallm.training.shelf import checkpoints
+from smallm.runs.layout import CHECKPOINTS, METRICS, is_run
+from smallm.training.checkpoint.format import damage
+from smallm.training.checkpoint.manager import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS_PER_RUN = 4

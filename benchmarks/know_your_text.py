@@ -31,16 +31,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 from big_corpus import UNITS, make_text
 
-from smallm.places import PlaceFinder
-from smallm.runtime import LanguageModel
-from smallm.surprise import measure as measure_surprise
-from smallm.surprise_page import PAGE_CHARACTERS
-from smallm.surprise_text import surprise
-from smallm.text_file import pieces
-from smallm.training.copies import copies
-from smallm.training.corpus import Corpus, open_corpus
-from smallm.training.doctor import _examine
-from smallm.training.yardsticks import _measure
+from smallm.cli.text_file import pieces
+from smallm.language_model import LanguageModel
+from smallm.surprisal.measure import measure as measure_surprise
+from smallm.surprisal.page import PAGE_CHARACTERS
+from smallm.surprisal.spans import PlaceFinder
+from smallm.surprisal.terminal_view import surprise
+from smallm.training.analysis.baselines import _measure
+from smallm.training.analysis.memorisation import copies
+from smallm.training.analysis.text_statistics import _examine
+from smallm.training.data.corpus import Corpus, open_corpus
 
 
 def copy_report(corpus: Corpus) -> None:

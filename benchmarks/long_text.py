@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from smallm import LanguageModel
-from smallm.batch import MOST_STREAMS
-from smallm.scoring import IGNORED, nats
+from smallm.generation.batch import MOST_STREAMS
+from smallm.inference.scoring import IGNORED, nats
 
 WINDOWS = 32  # computed at a time
 
 
 def context(position: int, block_size: int, overflow: str) -> int:
-    """How many ids the model sees when it predicts the id at this position (from 1), as smallm/writer.py has it."""
+    """How many ids the model sees when it predicts the id at this position (from 1)."""
     if position <= block_size or overflow == "crop":
         return min(position, block_size)
     half = max(1, block_size // 2)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout need not be installed
 
-from smallm.cli import run
+from smallm.cli.main import run
 from smallm.errors import UserError
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from smallm import LanguageModel
 from smallm.export.folder import export_checkpoint
 from smallm.export.gguf import write_gguf
-from smallm.training.checkpoint import load_vocabulary
+from smallm.training.checkpoint.format import load_vocabulary
 
 TEMPERATURE, TOP_K = 0.8, 40
 NEVER = 255  # a byte that no UTF-8 text has: an end of text that does not come

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from smallm.cli import run
-from smallm.runtime import find_model
-from smallm.session import Session
+from smallm.cli.main import run
+from smallm.inference.session import Session
+from smallm.language_model import find_model
 
 WARM_UP = 20  # steps
 

@@ -42,7 +42,9 @@ class Stopwatch:
 
 def main(argv: list[str]) -> int:
     wall, processor, watch = time.perf_counter(), time.process_time(), Stopwatch()
-    from smallm.training import cli, record, trainer, words
+    from smallm.training import callbacks as words
+    from smallm.training import cli, trainer
+    from smallm.training.report import record
 
     page = words.page_of
     trainer.beginning = watch("beginning", trainer.beginning)
@@ -65,6 +67,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from smallm.cli import run
+    from smallm.cli.main import run
 
     raise SystemExit(run(main))

@@ -29,13 +29,13 @@ from peers import PEERS, TEMPERATURE, TOP_K
 from train_speed import cpu_name
 
 from smallm import LanguageModel
-from smallm.cli import run
+from smallm.cli.main import run
 from smallm.errors import UserError
-from smallm.runs import validation_text
-from smallm.scoring import windows
-from smallm.training.checkpoint import load_model
+from smallm.inference.scoring import windows
+from smallm.runs.layout import validation_text
+from smallm.training.checkpoint.format import load_model
+from smallm.training.checkpoint.manager import best_checkpoint
 from smallm.training.devices import versions
-from smallm.training.shelf import best_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {"S": (4, 4, 128), "M": (6, 6, 384)}  # layers, heads, width

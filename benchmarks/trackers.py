@@ -14,7 +14,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from smallm.training import cli, report
+from smallm.training import cli
+from smallm.training import logger as report
 
 
 def main(argv: list[str]) -> None:

@@ -32,17 +32,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 import nanogpt
 
-from smallm.cli import run
+from smallm.cli.main import run
 from smallm.errors import UserError
-from smallm.scoring import windows
-from smallm.training.checkpoint import load_model
+from smallm.inference.scoring import windows
+from smallm.training.checkpoint.format import load_model
+from smallm.training.checkpoint.manager import best_checkpoint, saved_config
 from smallm.training.cli import load_config
-from smallm.training.corpus import Corpus, open_corpus
+from smallm.training.data.corpus import Corpus, open_corpus
 from smallm.training.devices import versions
-from smallm.training.functions import cross_entropy
-from smallm.training.model import TransformerLanguageModel
-from smallm.training.plot import read_metrics
-from smallm.training.shelf import best_checkpoint, saved_config
+from smallm.training.model.operations import cross_entropy
+from smallm.training.model.transformer import TransformerLanguageModel
+from smallm.training.report.plot import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 WINDOWS = (64, 128, 256)

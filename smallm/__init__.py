@@ -8,10 +8,10 @@
 from typing import TYPE_CHECKING
 
 from smallm.errors import UserError
-from smallm.vocabulary import Vocabulary
+from smallm.tokenizer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from smallm.runtime import LanguageModel, Perplexity
+    from smallm.language_model import LanguageModel, Perplexity
 
 __version__ = "0.1.0"
 __all__ = ["LanguageModel", "Perplexity", "UserError", "Vocabulary", "__version__"]
@@ -20,7 +20,7 @@ __all__ = ["LanguageModel", "Perplexity", "UserError", "Vocabulary", "__version_
 def __getattr__(name: str):
     # onnxruntime costs start-up time that `smallm --help` and the trainer need not pay.
     if name in ("LanguageModel", "Perplexity"):
-        from smallm import runtime
+        from smallm import language_model as runtime
 
         return getattr(runtime, name)
     raise AttributeError(f"module 'smallm' has no attribute {name!r}")

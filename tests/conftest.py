@@ -58,7 +58,7 @@ def tiny_run(text_file, tmp_path_factory) -> Path:
 @pytest.fixture
 def refused(capsys):
     """Runs `train.py` with arguments that it must refuse, and returns the one line that it says about them."""
-    from smallm.cli import run, train
+    from smallm.cli.main import run, train
 
     def refused(*argv: str) -> str:
         capsys.readouterr()
@@ -77,7 +77,7 @@ def refused(capsys):
 def exported(tiny_run, tmp_path_factory) -> Path:
     """The export folder of `tiny_run`; not inside it."""
     from smallm.export.folder import export_checkpoint
-    from smallm.training.shelf import best_checkpoint
+    from smallm.training.checkpoint.manager import best_checkpoint
 
     out = tmp_path_factory.mktemp("exported") / "tiny"
     export_checkpoint(best_checkpoint(tiny_run), out)

@@ -1,7 +1,7 @@
 """Writes tests/golden.json, the vectors that every host has to give: python tests/make_golden.py
 
-What the definition (smallm/kits/SAMPLING.md) decides is computed here by a second, slow reading of it, in plain Python
-and without smallm.sampling; the cases themselves are edited in golden.json. Twelve ids a case, with rng_seed 7 and a
+What the definition (smallm/embed/SAMPLING.md) decides is computed here by a second, slow reading of it, in plain Python
+and without the sampler of smallm; the cases themselves are edited in golden.json. Twelve ids a case, with rng_seed 7 and a
 repetition window of 8, from logits that any host computes exactly.
 """
 

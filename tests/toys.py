@@ -9,12 +9,12 @@ import onnx
 import torch
 
 from smallm.export.graph import build_graph
-from smallm.manifest import Manifest
-from smallm.sampling import Rng, Sampling, sample
-from smallm.training import checkpoint
+from smallm.generation.sampler import Rng, Sampling, sample
+from smallm.model_file.manifest import Manifest
+from smallm.tokenizer.vocabulary import Vocabulary
+from smallm.training.checkpoint import format as checkpoint
 from smallm.training.config import ModelConfig
-from smallm.training.model import TransformerLanguageModel
-from smallm.vocabulary import Vocabulary
+from smallm.training.model.transformer import TransformerLanguageModel
 
 TOY_VOCABULARY = Vocabulary.from_characters("éñ€中")
 LATER_VOCABULARY = Vocabulary.from_characters("中é").extended("𝄞ñ").extended("€è")

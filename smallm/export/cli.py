@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from smallm.errors import UserError
-from smallm.runs import CHECKPOINTS, EXPORT, newest_run
+from smallm.runs.layout import CHECKPOINTS, EXPORT, newest_run
 
 DESCRIPTION = """\
 Writes a trained model as a folder that other runtimes open too: model.onnx with vocabulary and settings inside, the
@@ -40,12 +40,12 @@ def main(argv: Sequence[str]) -> int:
     if options.kit and (options.gguf or options.portable):
         raise UserError("--gguf and --portable belong to the export folder; leave out --kit")
     from smallm.export.folder import export_checkpoint  # torch and onnx are slow to import: mistakes are told before
-    from smallm.export.kit import write_kit
-    from smallm.export.portable import PORTABLE_FILE
+    from smallm.export.kits.folder import write_kit
+    from smallm.export.portable_graph import PORTABLE_FILE
     from smallm.export.precision import table
-    from smallm.runtime import MODEL_FILE
-    from smallm.training.checkpoint import STATE_FILE, damage
-    from smallm.training.shelf import best_checkpoint
+    from smallm.language_model import MODEL_FILE
+    from smallm.training.checkpoint.format import STATE_FILE, damage
+    from smallm.training.checkpoint.manager import best_checkpoint
 
     run = options.run or newest_run()
     try:

@@ -13,21 +13,21 @@ import onnx
 from onnx import helper
 
 from smallm.errors import UserError
-from smallm.export.card import CARD_FILE, WEIGHTS_FILE, is_card, licence_of, model_card
-from smallm.export.distil import write_guesses
+from smallm.export.draft_table import write_guesses
 from smallm.export.gguf import check_gguf, write_gguf
 from smallm.export.graph import build_graph
+from smallm.export.model_card import CARD_FILE, WEIGHTS_FILE, is_card, licence_of, model_card
 from smallm.export.parity import check_parity
-from smallm.export.portable import PORTABLE_FILE, build_portable
+from smallm.export.portable_graph import PORTABLE_FILE, build_portable
 from smallm.export.precision import PRECISIONS, Precision, Quality, check_loss, measure, write_quantised
-from smallm.guesses import GUESSES_FILE
-from smallm.lookahead import guesses_a_pass
-from smallm.manifest import MANIFEST_FILE, Manifest, genai_config
-from smallm.runs import CHECKPOINTS, validation_text
-from smallm.runtime import MODEL_FILE, LanguageModel
-from smallm.training.checkpoint import load_model, load_vocabulary, model_files, read_state
-from smallm.training.model import TransformerLanguageModel
-from smallm.training.yardsticks import read_yardsticks
+from smallm.generation.draft_table import GUESSES_FILE
+from smallm.generation.speculative import guesses_a_pass
+from smallm.language_model import MODEL_FILE, LanguageModel
+from smallm.model_file.manifest import MANIFEST_FILE, Manifest, genai_config
+from smallm.runs.layout import CHECKPOINTS, validation_text
+from smallm.training.analysis.baselines import read_yardsticks
+from smallm.training.checkpoint.format import load_model, load_vocabulary, model_files, read_state
+from smallm.training.model.transformer import TransformerLanguageModel
 
 ONNX_FOLDER = "onnx"
 TRANSFORMERS_JS = {

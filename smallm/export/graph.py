@@ -21,10 +21,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from smallm.export.quantise import Quantised
-from smallm.manifest import Manifest
-from smallm.training.functions import NORM_EPS
-from smallm.training.model import TransformerLanguageModel, rotary_tables
+from smallm.export.quantisation import Quantised
+from smallm.model_file.manifest import Manifest
+from smallm.training.model.operations import NORM_EPS
+from smallm.training.model.transformer import TransformerLanguageModel, rotary_tables
 
 OPSET, IR_VERSION = 17, 8  # read by ONNX Runtime from 1.20 to today
 MICROSOFT = "com.microsoft"

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from smallm.errors import UserError
-from smallm.session import Session
-from smallm.training.model import TransformerLanguageModel
+from smallm.inference.session import Session
+from smallm.training.model.transformer import TransformerLanguageModel
 
 TOLERANCE = 1e-4  # largest allowed difference of a logit, in fp32 arithmetic
 MOST_IDS = 1024

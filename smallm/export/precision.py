@@ -10,13 +10,13 @@ import onnx
 import torch
 
 from smallm.errors import UserError
-from smallm.export.calibrate import own_text, second_moments
+from smallm.export.calibration import own_text, second_moments
 from smallm.export.graph import EXACT, build_graph, has_table, set_accuracy
 from smallm.export.parity import check_parity
-from smallm.export.quantise import Quantised, fit, largest_block, round_to_nearest
-from smallm.manifest import Manifest
-from smallm.runtime import LanguageModel
-from smallm.training.model import TransformerLanguageModel
+from smallm.export.quantisation import Quantised, fit, largest_block, round_to_nearest
+from smallm.language_model import LanguageModel
+from smallm.model_file.manifest import Manifest
+from smallm.training.model.transformer import TransformerLanguageModel
 
 TIMED_IDS = 400
 PARITY_IDS = 64  # MatMulNBits in fp32 arithmetic is slow

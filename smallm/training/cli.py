@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from smallm.errors import UserError
-from smallm.runs import new_run
-from smallm.training.compiler import has_bf16, library
+from smallm.runs.layout import new_run
+from smallm.training.checkpoint.safe_load import check_memory
 from smallm.training.config import KEYS, SECTIONS, Config, flatten, nearest
-from smallm.training.safe_load import check_memory
+from smallm.training.model.kernels.compiler import has_bf16, library
 
 DESCRIPTION = """\
 Trains a character-level language model on a text and leaves everything in a run folder.
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     started = time.perf_counter()
     request = parse(argv)
     if request.check:
-        from smallm.training.checkup import check
+        from smallm.training.analysis.text_check import check
 
         return check(request.config.data)
     check_memory(request.config.model)
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         for bf16 in {False, has_bf16()}:
             beside.submit(library, bf16)
         gc.disable()  # an import makes no garbage; looking for it costs 0.2 s
-        from smallm.training.launch import train  # mistakes were told before
+        from smallm.training.run import train  # mistakes were told before
 
         gc.enable()
         gc.freeze()
@@ -101,7 +101,7 @@ def parse(argv: Sequence[str]) -> Request:
             raise UserError("--resume takes its settings and its folder from the run; leave out --config and --out")
         if "train.init_from" in flags:
             raise UserError("--resume goes on with a run and --init-from begins one; leave out one of them")
-        from smallm.training.shelf import saved_config
+        from smallm.training.checkpoint.manager import saved_config
 
         parser.set_defaults(flatten(saved_config(run).to_dict()))
         values = _parse(parser, argv)
@@ -109,7 +109,7 @@ def parse(argv: Sequence[str]) -> Request:
     name = Path(values["config"][-1]).stem if values["config"] else "quickstart"
     explicit = frozenset(key for key, _ in _keys(argv))
     if values["train"]["init_from"]:
-        from smallm.training.learn_on import begin_with
+        from smallm.training.finetune import begin_with
 
         explicit = begin_with(values, explicit)
     if values["train"]["minutes"]:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from smallm.errors import UserError
-from smallm.sampling import Sampling
+from smallm.generation.sampler import Sampling
 from smallm.training.checks import check, check_types
 
 MOST_LAYERS, WIDEST = 999, (1 << 24) - 1  # as in the manifest of an exported model

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from smallm import __version__
 from smallm.errors import UserError
-from smallm.training import kernels
 from smallm.training.config import TrainConfig
+from smallm.training.model.kernels import loader as kernels
 from smallm.training.precision import best_precision
 
 

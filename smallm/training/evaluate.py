@@ -8,13 +8,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from smallm.sampling import Rng, Sampling, sample
-from smallm.scoring import windows
+from smallm.generation.sampler import Rng, Sampling, sample
+from smallm.inference.scoring import windows
+from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.config import Config
-from smallm.training.corpus import Corpus
+from smallm.training.data.corpus import Corpus
 from smallm.training.devices import to_device
-from smallm.training.functions import cross_entropy
-from smallm.vocabulary import Vocabulary
+from smallm.training.model.operations import cross_entropy
 
 IDS_PER_PIECE = 1 << 20  # read from the memory map at a time
 

@@ -2,13 +2,14 @@
 
 import os
 import time
+from functools import cache
 
 import torch
 
-from smallm.training.compiler import has_bf16
 from smallm.training.config import ModelConfig
-from smallm.training.kernels import load
-from smallm.training.model import Rotary, TransformerBlock
+from smallm.training.model.kernels.compiler import has_bf16
+from smallm.training.model.kernels.loader import load
+from smallm.training.model.transformer import Rotary, TransformerBlock
 
 FASTER = 0.9  # a block in bf16 must take less than this share of its time in fp32
 ROUNDS = 5
@@ -22,8 +23,12 @@ def best_precision() -> str:
     return "bf16" if major >= 8 else "fp16" if major >= 7 else "no"
 
 
+@cache
 def bf16_pays() -> bool:
-    """Whether this CPU has bf16 products and our kernels are faster with them; measured in some milliseconds."""
+    """Whether this CPU has bf16 products and our kernels are faster with them.
+
+    Measured once in a process, in some milliseconds, so that all runs of a process use the same precision.
+    """
     if not has_bf16() or load(bf16=True) is None:
         return False
     config = ModelConfig(n_layer=1, n_head=4, n_embd=128, block_size=64)

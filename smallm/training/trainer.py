@@ -12,31 +12,32 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from smallm.errors import UserError
-from smallm.runs import METRICS
-from smallm.scoring import perplexity
-from smallm.training import checkpoint, shelf
-from smallm.training.budget import compressed
-from smallm.training.checkpoint import Tensors, TrainingState
-from smallm.training.compilation import compiled, is_wanted
+from smallm.inference.scoring import perplexity
+from smallm.runs.layout import METRICS
+from smallm.training.budget.clock import Clock, Forecast, pace_of
+from smallm.training.budget.setup import compressed
+from smallm.training.callbacks import beginning, broken_off, closing, opening
+from smallm.training.checkpoint import format as checkpoint
+from smallm.training.checkpoint import manager as shelf
+from smallm.training.checkpoint.format import Tensors, TrainingState
 from smallm.training.config import Config
-from smallm.training.corpus import Corpus
-from smallm.training.dataset import CharDataset
+from smallm.training.data.batch_loader import Feed
+from smallm.training.data.corpus import Corpus
+from smallm.training.data.dataset import CharDataset
 from smallm.training.devices import machine, of_first, prepare, warnings
+from smallm.training.distributed import gathered
 from smallm.training.evaluate import a_sample, evaluate
-from smallm.training.feed import Feed
-from smallm.training.functions import cross_entropy
-from smallm.training.guard import StepGuard
-from smallm.training.interrupt import Interrupt
-from smallm.training.learn_on import name_of, what_became_of_the_old_text
+from smallm.training.finetune import name_of, what_became_of_the_old_text
+from smallm.training.logger import Report
 from smallm.training.meter import Meter
-from smallm.training.model import TransformerLanguageModel
-from smallm.training.optim import build_optimizer, set_lr
-from smallm.training.pace import Clock, Forecast, pace_of
-from smallm.training.passage import read_passage
-from smallm.training.report import Report
-from smallm.training.schedule import divide_batch, lr_factor, window_length
-from smallm.training.spread import gathered
-from smallm.training.words import beginning, broken_off, closing, opening
+from smallm.training.model.compilation import compiled, is_wanted
+from smallm.training.model.operations import cross_entropy
+from smallm.training.model.transformer import TransformerLanguageModel
+from smallm.training.optim.guard import StepGuard
+from smallm.training.optim.optimizers import build_optimizer, set_lr
+from smallm.training.optim.schedule import divide_batch, lr_factor, window_length
+from smallm.training.report.passage import read_passage
+from smallm.training.signals import Interrupt
 
 
 class Trainer:

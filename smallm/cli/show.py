@@ -1,0 +1,159 @@
+"""`smallm show RUN`: all about one run, for people. Needs no more than the base install, and changes nothing."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from smallm.cli.runs import Parser, as_json
+from smallm.cli.table import NONE, printable, short_count, short_time, shortened, table
+from smallm.errors import UserError
+from smallm.runs.layout import CHECKPOINTS, LOCK, newest_run
+from smallm.runs.summary import FINISHED, INTERRUPTED, WEIGHTS, RunFacts, bytes_in, find_runs, read_run, step_of
+from smallm.training.config import Config, flatten
+
+TAIL_BYTES = 1 << 20  # of the metrics
+MOST_EVALUATIONS = 8
+MOST_YARDSTICKS = 1 << 16  # bytes of a file that is worth reading
+MOST_SAMPLE, MOST_VALUE = 600, 100  # characters shown
+LABEL = 13  # columns
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `smallm show` with these arguments."""
+    parser = Parser(prog="smallm show", description=__doc__, allow_abbrev=False)
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run; default: the newest one")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    options = parser.parse_args(argv)
+    path = options.run or newest_run()
+    if find_runs(path) != [path]:
+        raise UserError(f"{path} is not a run; see the runs with: smallm runs")
+    run = read_run(path, TAIL_BYTES)
+    if options.json:
+        print(json.dumps(details(run), ensure_ascii=True, indent=1))
+    else:
+        print(*lines(run), sep="\n")
+    return 0
+
+
+def details(run: RunFacts) -> dict[str, Any]:
+    """What a program may want to know: as `smallm runs --json` has it, and more; sizes in bytes."""
+    return as_json(run) | {
+        "settings": changed(run.config),
+        "evaluations": evaluations(run),
+        "old_text": next((line for line in reversed(run.metrics) if line.get("kind") == "old_text"), None),
+        "yardsticks": yardsticks(run.path),
+        "checkpoints": [{"name": folder.name, "step": step_of(folder), "bytes": bytes_in(folder),
+                         "best": folder == run.best_checkpoint} for folder in run.checkpoints],
+        "export_bytes": {name: bytes_in(run.path / name) for name in run.exports},
+        "files": files(run),
+        "sample": last_sample(run),
+        "next": what_next(run),
+    }  # fmt: skip
+
+
+def changed(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are not at their defaults, as `section.field` -> value."""
+    defaults = flatten(Config().to_dict())
+    return {key: value for key, value in flatten(config).items() if defaults.get(key) != value}
+
+
+def evaluations(run: RunFacts) -> list[dict[str, Any]]:
+    """Step and losses, in nats per character, of the last evaluations."""
+    keys = ("step", "epoch", "train_loss", "val_loss")
+    found = [line for line in run.metrics if line.get("kind") == "eval"]
+    good = (int, float, type(None))
+    return [{key: line.get(key) if isinstance(line.get(key), good) else None for key in keys}
+            for line in found[-MOST_EVALUATIONS:]]  # fmt: skip
+
+
+def yardsticks(run: Path) -> dict[str, float]:
+    """Bits per character, by the name of what was measured."""
+    file = run / "yardsticks.json"
+    try:
+        if file.stat().st_size > MOST_YARDSTICKS:
+            return {}
+        found = {str(one["name"]): float(one["bits_per_char"]) for one in json.loads(file.read_text("utf-8"))}
+        return {name: bits for name, bits in found.items() if 0 <= bits < 1e6}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return {}
+
+
+def last_sample(run: RunFacts) -> str:
+    """What the model wrote at its last evaluation."""
+    samples = [line["sample"] for line in run.metrics if isinstance(line.get("sample"), str)]
+    return samples[-1][:MOST_SAMPLE] if samples else ""
+
+
+def files(run: RunFacts) -> dict[str, int]:
+    """The files at the top of the folder, with their sizes."""
+    found = sorted(file for file in run.path.iterdir() if file.is_file() and file.name != LOCK)
+    return {file.name: file.stat().st_size for file in found}
+
+
+def what_next(run: RunFacts) -> list[str]:
+    """The commands that make sense now."""
+    commands = []
+    if run.state == INTERRUPTED:
+        commands.append(f"python train.py --resume {run.path}")
+    if run.state == FINISHED:
+        longer = "--minutes N" if flatten(run.config).get("train.minutes") else "--train.max_steps N"
+        commands.append(f"python train.py --resume {run.path} {longer}")
+        commands.append(f"python train.py --init-from {run.path} --data OTHER.txt")
+    if any((folder / WEIGHTS).is_file() for folder in run.checkpoints):
+        commands.append(f"python export.py {run.path}")
+    if run.exports:
+        commands.append(f'python infer.py --model {run.path} --seed "Once"')
+    return commands
+
+
+def lines(run: RunFacts) -> Iterator[str]:
+    """All of it in words."""
+    said = details(run)
+    yield _line("run", f"{run.path}: {run.state}" + (f"; {run.problem}" if run.problem else ""))
+    yield _line("text", run.text or NONE)
+    size = "" if run.parameters is None else f"{short_count(run.parameters)} parameters, "
+    steps = NONE if run.step is None else f"{run.step:,}"
+    of = f" of {run.total_steps:,}" if run.total_steps and run.state != FINISHED else ""
+    epochs = "" if run.epoch is None else f" ({run.epoch:.2f} epochs)"
+    yield _line("length", f"{size}{steps}{of} steps{epochs}, {short_time(run.seconds)}")
+    yield _line("written", time.strftime("%Y-%m-%d %H:%M", time.localtime(run.written)))
+    if run.val_loss is not None:
+        yield _line("best loss", f"{run.val_loss:.4f} nats per character, {run.bits_per_character:.3f} bits, at step "
+                    f"{run.best_step:,}")  # fmt: skip
+    if said["yardsticks"]:
+        yield _line("bits per char", ", ".join(f"{name} {bits:.3f}" for name, bits in said["yardsticks"].items()))
+    if (old := said["old_text"]) and all(isinstance(old.get(key), float) for key in ("before", "after")):
+        yield _line("old text", f"{old['before']:.4f} nats per character before, {old['after']:.4f} after, of "
+                    f"{old.get('name')}")  # fmt: skip
+    for key, value in said["settings"].items():
+        yield _line("" if key != next(iter(said["settings"])) else "settings", f"{key} = {_value(value)}")
+    yield from _block("evaluations", _evaluations(said["evaluations"]))
+    stored = [(f"{CHECKPOINTS}/{one['name']}", one["bytes"], "best" if one["best"] else "")
+              for one in said["checkpoints"]]  # fmt: skip
+    stored += [(name, size, run.exports[name]) for name, size in said["export_bytes"].items()]
+    stored += [(name, size, "") for name, size in said["files"].items()]
+    yield from _block("files", table([[printable(name), f"{short_count(size)}B", printable(what)]
+                                      for name, size, what in stored], left=(0, 2)) if stored else [])  # fmt: skip
+    yield from _block("sample", [printable(line) for line in said["sample"].strip("\n").split("\n") if said["sample"]])
+    yield from _block("next", [printable(command) for command in said["next"]])
+
+
+def _evaluations(found: list[dict[str, Any]]) -> list[str]:
+    rows = [[NONE if one[key] is None else f"{one[key]:,.{digits}f}" for key, digits in
+             (("step", 0), ("epoch", 2), ("train_loss", 4), ("val_loss", 4))] for one in found]  # fmt: skip
+    return table([["step", "epoch", "train", "validation"], *rows], left=()) if rows else []
+
+
+def _line(label: str, value: str) -> str:
+    return f"{label:<{LABEL}}  {printable(value)}"
+
+
+def _block(label: str, found: list[str]) -> Iterator[str]:
+    for i, line in enumerate(found):
+        yield f"{label if i == 0 else '':<{LABEL}}  {line}".rstrip()
+
+
+def _value(value: Any) -> str:
+    return shortened(json.dumps(value, ensure_ascii=False, default=str), MOST_VALUE)

@@ -1,0 +1,140 @@
+"""The same model in the operators of the ONNX standard alone, for engines that are not ONNX Runtime.
+
+Inputs, outputs and what they mean are those of `graph.py`, the shared buffer included: keys and values are written
+into the past at the places that the mask gives them. A past that has no room for them, such as one that holds exactly
+the ids so far, is first made as long as the mask. Costs speed: nothing is fused, and caches are copied at every step.
+"""
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from smallm.export.graph import Graph
+from smallm.model_file.manifest import Manifest
+from smallm.training.model.operations import NORM_EPS
+from smallm.training.model.transformer import TransformerLanguageModel, rotary_tables
+
+PORTABLE_FILE = "model.portable.onnx"
+
+
+def build_portable(model: TransformerLanguageModel, manifest: Manifest) -> onnx.ModelProto:
+    """As `build_graph`, in fp32; passes onnx's checker."""
+    return PortableGraph(model, {}).build(manifest)
+
+
+class PortableGraph(Graph):
+    """Letters as there, and nh query heads, nkv heads of keys and values, g = nh / nkv, L places in a cache."""
+
+    domains = ("",)
+
+    def _positions(self) -> None:
+        """Where the new ids stand (B, T), what they may look at (B, 1, g T, L), and how to write them into a cache."""
+        c, axis = self.config, self._constant
+        last = self._add("ArgMax", "/last_key", "attention_mask", axis=1, keepdims=1, select_last_index=1)  # (B, 1)
+        length = self._add("Shape", "/ids_length", "input_ids", start=1, end=2)  # (1,)
+        first = self._add("Sub", "/before_first", self._add("Add", "/end", last, axis("one", [1])), length)
+        first = self._add("Max", "/first", first, axis("zero", [0]))
+        steps = self._range("/steps", length)
+        positions = self._add("Add", "/positions", first, steps)  # (B, T)
+        self._rotary_tables(positions)
+
+        batch = self._add("Shape", "/batch", "input_ids", start=0, end=1)
+        past = self._add("Shape", "/past_length", "past_key_values.0.key", start=2, end=3)
+        mask = self._add("Shape", "/mask_length", "attention_mask", start=1, end=2)
+        total = self._add("Max", "/cache_length", past, mask)  # L
+        missing = self._add("Sub", "/missing", total, past)
+        heads, channels = axis("kv_heads", [c.kv_heads]), axis("head_dim", [c.head_dim])
+        shape = self._add("Concat", "/room_shape", batch, heads, missing, channels, axis=0)
+        empty = numpy_helper.from_array(np.zeros(1, np.float32))
+        self.room = self._add("ConstantOfShape", "/room", shape, value=empty)  # (B, nkv, missing, hd)
+        shape = self._add("Concat", "/places_shape", batch, heads, length, channels, axis=0)
+        column = self._add("Unsqueeze", "/place_column", positions, axis("axes_1_3", [1, 3]))  # (B, 1, T, 1)
+        self.places = self._add("Expand", "/places", column, shape)  # (B, nkv, T, hd)
+
+        keys = self._range("/keys", total)  # (L,)
+        hidden = self._add("Greater", "/to_come", keys, column)  # (B, 1, T, L)
+        if c.window:
+            first_seen = self._add("Sub", "/first_seen", column, axis("before_own", [c.window - 1]))
+            hidden = self._add("Or", "/hidden_from_id", hidden, self._add("Less", "/left_behind", keys, first_seen))
+        repeats = axis("group_rows", [1, 1, c.n_head // c.kv_heads, 1])
+        as_float = self._add("Cast", "/hidden_as_float", hidden, to=TensorProto.FLOAT)  # not all engines repeat truth
+        repeated = self._add("Tile", "/hidden_repeated", as_float, repeats)
+        self.hidden = self._add("Cast", "/hidden", repeated, to=TensorProto.BOOL)
+
+    def _rotary_tables(self, positions: str) -> None:
+        """Cosines and sines (B, T, 1, hd / 2)."""
+        c = self.config
+        tables = zip(("cos", "sin"), rotary_tables(c.head_dim, c.block_size, c.rope_theta), strict=True)
+        axes = self._constant("axis_2", [2])
+        self.cos, self.sin = (
+            self._add("Unsqueeze", f"/{name}_of_heads", self._add("Gather", f"/{name}", rows, positions), axes)
+            for name, rows in ((name, self._constant(f"{name}_cache", table.numpy())) for name, table in tables)
+        )
+
+    def _attention(self, i: int, packed: str) -> str:
+        """(B, T, (nh + 2 nkv) hd) -> (B, T, C)."""
+        c, at = self.config, f"/h.{i}/attn"
+        sizes = self._constant("head_sizes", [c.n_head + c.kv_heads, c.kv_heads])
+        split = self._constant("split_heads", [0, 0, c.n_head + 2 * c.kv_heads, c.head_dim])
+        heads = self._add("Reshape", f"{at}/heads", packed, split)
+        qk, v = self._split(heads, sizes, f"{at}/qk_heads", f"{at}/v_heads", axis=2)
+        sizes = self._constant("q_k_sizes", [c.n_head, c.kv_heads])
+        q, k = self._split(self._rotated(at, qk), sizes, f"{at}/q", f"{at}/k", axis=2)
+        q, k, v = (self._add("Transpose", f"{x}_by_head", x, perm=[0, 2, 1, 3]) for x in (q, k, v))
+        keys, values = (self._written(f"{i}.{part}", x) for part, x in (("key", k), ("value", v)))
+
+        rows = self._constant("by_kv_head", [0, c.kv_heads, -1, c.head_dim])
+        q = self._add("Reshape", f"{at}/q_rows", q, rows)  # (B, nkv, g T, hd): heads that share keys, one below another
+        keys = self._add("Transpose", f"{at}/keys", keys, perm=[0, 1, 3, 2])
+        scores = self._add("MatMul", f"{at}/scores", q, keys)  # (B, nkv, g T, L)
+        never = self._constant("never", np.array(-np.inf, np.float32))
+        seen = self._add("Where", f"{at}/seen", self.hidden, never, scores)
+        shares = self._add("Softmax", f"{at}/shares", seen, axis=-1)
+        y = self._add("MatMul", f"{at}/y_rows", shares, values)
+        y = self._add("Reshape", f"{at}/y_by_head", y, self._constant("by_head", [0, c.n_head, -1, c.head_dim]))
+        y = self._add("Transpose", f"{at}/y_heads", y, perm=[0, 2, 1, 3])
+        y = self._add("Reshape", f"{at}/y", y, self._constant("join_heads", [0, 0, c.n_head * c.head_dim]))
+        return self._matmul(f"{at}/c_proj", y, f"h.{i}.attn.c_proj")
+
+    def _rotated(self, at: str, x: str) -> str:
+        """(B, T, heads, hd): each pair of channels (j, j + hd / 2) turned by the angle of its position."""
+        half = self._constant("half_heads", [self.config.head_dim // 2] * 2)
+        a, b = self._split(x, half, f"{at}/first_half", f"{at}/second_half", axis=3)
+        turned = {
+            name: self._add(kind, f"{at}/{name}", self._add("Mul", f"{at}/{name}_cos", one, self.cos),
+                            self._add("Mul", f"{at}/{name}_sin", other, self.sin))
+            for name, kind, one, other in (("turned_first", "Sub", a, b), ("turned_second", "Add", b, a))
+        }  # fmt: skip
+        return self._add("Concat", f"{at}/turned", *turned.values(), axis=3)
+
+    def _written(self, part: str, new: str) -> str:
+        """The past with new (B, nkv, T, hd) in its places: the present (B, nkv, L, hd)."""
+        past, present = f"past_key_values.{part}", f"present.{part}"
+        longer = self._add("Concat", f"/{present}/with_room", past, self.room, axis=2)
+        return self._add("ScatterElements", present, longer, self.places, new, axis=2)
+
+    # Small words.
+
+    def _range(self, name: str, length: str) -> str:
+        """0 to length - 1, for a length (1,)."""
+        zero, one = self._constant("zero_scalar", 0), self._constant("one_scalar", 1)
+        end = self._add("Squeeze", f"{name}_end", length, self._constant("axis_0", [0]))
+        return self._add("Range", name, zero, end, one)
+
+    def _split(self, x: str, sizes: str, *names: str, axis: int) -> tuple[str, ...]:
+        self.nodes.append(helper.make_node("Split", [x, sizes], list(names), name=f"{names[0]}/split", axis=axis))
+        return names
+
+    def _norm(self, name: str, x: str, gain: str) -> str:
+        square = self._add("Mul", f"{name}/square", x, x)
+        mean = self._add("ReduceMean", f"{name}/mean", square, axes=[-1], keepdims=1)
+        epsilon = self._constant("epsilon", np.array(NORM_EPS, np.float32))
+        size = self._add("Sqrt", f"{name}/size", self._add("Add", f"{name}/not_zero", mean, epsilon))
+        return self._add("Mul", name, self._add("Div", f"{name}/of_size_one", x, size), gain)
+
+    def _add_and_norm(self, name: str, x: str, change: str, gain: str) -> tuple[str, str]:
+        total = self._add("Add", f"{name}/sum", x, change)
+        return self._norm(name, total, gain), total
+
+    def _silu(self, name: str, x: str) -> str:
+        return self._add("Mul", name, x, self._add("Sigmoid", f"{name}/gate", x))

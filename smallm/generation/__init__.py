@@ -1,0 +1,1 @@
+"""Generates text: options, sampler, stop strings, streams, batches and speculative decoding."""

@@ -1,0 +1,101 @@
+"""The protocol of every loss that smallm reports: each character after the first is predicted exactly once."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from smallm.errors import UserError
+from smallm.generation.sampler import NOT_FINITE
+
+IGNORED = -1  # a target that does not count
+IDS_PER_BATCH = 8192
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts a text."""
+
+    nats_per_char: float
+    bits_per_char: float
+    perplexity: float
+    characters: int
+    """Characters predicted: all but the first."""
+
+    @classmethod
+    def of(cls, nats: float, characters: int) -> "Perplexity":
+        """From the sum of nats over `characters` predicted ones."""
+        mean = nats / characters
+        return cls(mean, mean / math.log(2), perplexity(mean), characters)
+
+
+def perplexity(nats: float) -> float:
+    """e^nats: between how many equally likely characters a model is in doubt; at most e^700."""
+    return math.exp(min(nats, 700.0))
+
+
+def windows(
+    pieces: Iterable[np.ndarray], block_size: int, stride: int | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Cuts ids, given in pieces of any length, into batches of inputs (B, T) and targets (B, T), int64.
+
+    Windows of T = block_size ids, side by side, or `stride` apart: then all but the first are scored on their last
+    `stride` targets only, which have longer contexts. Targets that do not count are -1: those scored before, the
+    padding of the last window, and the rest of the first character where that is spelled in several ids.
+    """
+    T, S = block_size, stride or block_size
+    assert 1 <= S <= T
+    ids = np.empty((2, 0), np.int64)  # as input, as target
+    begun, known = 0, 0  # characters begun so far; targets of the next window that the one before has scored
+    for piece in pieces:
+        pair = np.stack((piece, piece)).astype(np.int64)
+        if begun < 2:  # still in the first character
+            starts = np.flatnonzero(begins_character(piece))
+            pair[1, : starts[1 - begun] if begun + len(starts) > 1 else None] = IGNORED
+            begun += len(starts)
+        ids = np.concatenate((ids, pair), axis=1)
+        count = (ids.shape[1] - T - 1) // S + 1
+        if count > 0:
+            yield from _batches(sliding_window_view(ids, T + 1, axis=1)[:, : count * S : S], known, T - S)
+            ids, known = ids[:, count * S :], T - S
+    if ids.shape[1] > 1 + known:
+        rest = np.full((2, 1, T + 1), IGNORED, np.int64)
+        rest[:, 0, : ids.shape[1]] = ids
+        yield from _batches(rest, known, known)
+
+
+def _batches(rows: np.ndarray, known: int, known_later: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """rows (2, n, T + 1) -> batches; the first `known` targets of the first row, `known_later` of others, are old."""
+    per_batch = max(1, IDS_PER_BATCH // (rows.shape[2] - 1))
+    for start in range(0, rows.shape[1], per_batch):
+        batch = rows[:, start : start + per_batch]
+        inputs, targets = batch[0, :, :-1].clip(min=0), batch[1, :, 1:].copy()
+        targets[0, : known_later if start else known] = IGNORED
+        targets[1:, :known_later] = IGNORED
+        yield inputs, targets
+
+
+def nats(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """logits (B, T, V), which it spoils, and targets (B, T) -> nats (B, T) float64; 0 where a target does not count.
+
+    Raises `UserError` for logits that are not finite.
+    """
+    found = np.zeros(targets.shape)
+    for row, goals, result in zip(logits, targets, found, strict=True):  # a window at a time stays in the cache
+        counts = goals != IGNORED
+        largest = row.max(axis=-1, keepdims=True)  # NaN if one of them is
+        with np.errstate(over="ignore", invalid="ignore"):  # from one end of float32 to the other: infinitely unlikely
+            row -= largest
+            chosen = row[np.arange(len(row)), goals.clip(min=0)].astype(np.float64)
+            result[:] = np.log(np.exp(row, out=row).sum(axis=-1)) - chosen
+        result[~counts] = 0.0
+        if not (np.isfinite(largest).all() and np.isfinite(result).all()):
+            raise UserError(NOT_FINITE)
+    return found
+
+
+def begins_character(ids: np.ndarray) -> np.ndarray:
+    """Whether each id begins a character: all do but the bytes 0x80-0xBF, which continue one in UTF-8."""
+    return (ids < 0x80) | (ids >= 0xC0)

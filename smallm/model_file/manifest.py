@@ -1,0 +1,221 @@
+"""What a model folder says about itself: smallm's own manifest, and the files that other runtimes read."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+from smallm.errors import UserError
+from smallm.generation.sampler import Sampling
+from smallm.tokenizer.vocabulary import Vocabulary
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "smallm.json"
+MOST_SAMPLING = 1 << 53  # temperature, top_k: every host's numbers hold it
+CACHE_ROOM = 64 << 20  # bytes that the cache of keys and values may take whatever the size of the file
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a host needs besides the weights; stands in the ONNX metadata and, the same, in `smallm.json`."""
+
+    block_size: int
+    """Longest context, in ids."""
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    head_dim: int
+    vocab_size: int
+    tokens: str
+    """The vocabulary's entries from id 256 up, each the hex of its UTF-8 bytes, separated by spaces."""
+    start_text: str
+    """What an empty seed stands for."""
+    sampling: dict[str, float] = field(default_factory=dict)
+    """Default temperature, top_k, top_p, min_p."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Facts about the training: text, steps, validation loss …"""
+    precision: str = "fp32"
+    """Of the matrices: fp32, int8 or int4."""
+    quality: dict[str, Any] = field(default_factory=dict)
+    """What the export measured: bytes of the model, bits per character, characters per second, oldest ONNX Runtime."""
+    window: int = 0
+    """Positions that attention sees, its own included; 0 = the whole context."""
+    rope_theta: float = 10000.0
+    """Base of the rotary positions, by which keys are turned when a text with a window goes past block_size."""
+    format_version: int = FORMAT_VERSION
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary that `tokens` spells."""
+        return Vocabulary.from_hex_tokens(self.tokens)
+
+    def to_metadata(self) -> dict[str, str]:
+        """One JSON value a field: what `metadata_props` of an ONNX file can hold."""
+        return {f"smallm.{k}": json.dumps(v, ensure_ascii=True) for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], source: object) -> "Manifest":
+        """The inverse of `to_metadata`. Raises `UserError`, naming `source`, for anything that is not a manifest."""
+        values = {k.removeprefix("smallm."): v for k, v in metadata.items() if k.startswith("smallm.")}
+        if not values:
+            raise UserError(f"{source} is not a smallm model; write one with `python export.py`")
+        try:
+            found = {k: json.loads(v) for k, v in values.items()}
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{source} has broken metadata ({error}); export the model again") from None
+        return cls.from_dict(found, source)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: object) -> "Manifest":
+        """Checks every value before it is used. Raises `UserError`, naming `source`."""
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{source} has format version {version!r:.40}; this smallm reads {FORMAT_VERSION}: "
+                "export the model again, or install the smallm that wrote it"
+            )
+        known = {f.name for f in fields(cls)}
+        try:
+            manifest = cls(**{k: v for k, v in values.items() if k in known})
+            manifest._check()
+        except (TypeError, ValueError):  # the second is also what Vocabulary and Sampling raise
+            raise UserError(f"{source} has broken metadata; export the model again") from None
+        return manifest
+
+    def check_size(self, file_bytes: int, source: object) -> None:
+        """Raises `UserError` if a host would set aside much more for this model than a file of so many bytes explains.
+
+        An entry of the embedding takes at least half a byte, a position of the rotary tables a byte a channel.
+        """
+        cache = 8 * self.n_layer * self.n_kv_head * self.head_dim * self.block_size  # bytes: keys and values, float32
+        small = max(self.vocab_size * self.n_embd // 2, self.block_size * self.head_dim) <= file_bytes
+        if not small or cache > CACHE_ROOM + 64 * file_bytes:
+            raise UserError(f"{source} is too small for the sizes in its metadata; export the model again")
+
+    def _check(self) -> None:
+        """Raises `ValueError` or `TypeError` if a value is not what a host may rely on."""
+        sizes = (self.block_size, self.n_layer, self.n_head, self.n_kv_head, self.n_embd, self.head_dim)
+        sizes += (self.vocab_size,)
+        sane = all(type(size) is int and 0 < size < 1 << 24 for size in sizes) and self.n_layer < 1000
+        sane = sane and self.n_head % self.n_kv_head == 0 and self.head_dim % 2 == 0
+        sane &= type(self.window) is int and 0 <= self.window <= self.block_size
+        sane &= isinstance(self.rope_theta, (int, float)) and 0 < self.rope_theta < 1e30
+        sane &= isinstance(self.tokens, str) and self.vocabulary.size == self.vocab_size
+        sane &= isinstance(self.start_text, str) and 0 < len(self.vocabulary.encode(self.start_text)) < 1000
+        sane &= all(isinstance(each, dict) for each in (self.sampling, self.training, self.quality))
+        sane &= isinstance(self.precision, str)
+        if not sane:
+            raise ValueError
+        defaults = Sampling.resolve({}, self.sampling)
+        if max(defaults.temperature, defaults.top_k) > MOST_SAMPLING:
+            raise ValueError
+
+
+def hugging_face_files(
+    vocabulary: Vocabulary,
+    *,
+    block_size: int,
+    n_layer: int,
+    n_head: int,
+    n_kv_head: int,
+    n_embd: int,
+    n_inner: int,
+    head_dim: int,
+    rope_theta: float,
+    window: int,
+    norm_eps: float,
+    sampling: Mapping[str, float],
+) -> dict[str, dict[str, Any]]:
+    """File name -> content of the JSON files that make a folder a Hugging Face model of the Qwen3 family."""
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": vocabulary.size,
+        "hidden_size": n_embd,
+        "intermediate_size": n_inner,
+        "num_hidden_layers": n_layer,
+        "num_attention_heads": n_head,
+        "num_key_value_heads": n_kv_head,
+        "head_dim": head_dim,
+        "max_position_embeddings": block_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": norm_eps,
+        "rope_theta": rope_theta,  # readers before transformers 5
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": window > 0,
+        "sliding_window": window or None,
+        "max_window_layers": 0 if window else n_layer,
+        "layer_types": ["sliding_attention" if window else "full_attention"] * n_layer,
+        "tie_word_embeddings": True,
+        # No character doubles as an end-of-text mark: text has no end that the model could know.
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "use_cache": True,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
+    generation = {"do_sample": True, "max_new_tokens": 256, "temperature": sampling["temperature"] or 1.0,
+                  "top_k": sampling["top_k"], "top_p": sampling["top_p"], "min_p": sampling["min_p"]}  # fmt: skip
+    if sampling["temperature"] == 0:
+        generation |= {"do_sample": False}
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # nothing else may be handed on to the model
+    }
+    return {
+        "config.json": config,
+        "generation_config.json": generation,
+        "tokenizer.json": vocabulary.tokenizer_json(),
+        "tokenizer_config.json": tokenizer_config,
+    }
+
+
+def genai_config(manifest: Manifest, model_file: str) -> dict[str, Any]:
+    """The content of `genai_config.json`, by which onnxruntime-genai knows names, sizes and defaults of a model."""
+    sampling = manifest.sampling
+    greedy = sampling["temperature"] == 0
+    return {
+        "model": {
+            "type": "qwen3",
+            "vocab_size": manifest.vocab_size,
+            "context_length": manifest.block_size,
+            "eos_token_id": [],  # no character doubles as an end-of-text mark
+            "decoder": {
+                "filename": model_file,
+                "hidden_size": manifest.n_embd,
+                "head_size": manifest.head_dim,
+                "num_attention_heads": manifest.n_head,
+                "num_key_value_heads": manifest.n_kv_head,
+                "num_hidden_layers": manifest.n_layer,
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": not greedy,
+            "temperature": 1.0 if greedy else sampling["temperature"],
+            "top_k": min(sampling["top_k"], manifest.vocab_size),  # more are refused
+            "top_p": sampling["top_p"],
+            "max_length": manifest.block_size,
+            "past_present_share_buffer": True,
+        },
+    }

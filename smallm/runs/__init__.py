@@ -1,0 +1,1 @@
+"""The layout of a run folder, its state file and its summary."""

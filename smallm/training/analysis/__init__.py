@@ -1,0 +1,1 @@
+"""Statistics of the training text, baselines and memorisation."""

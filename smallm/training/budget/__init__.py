@@ -1,0 +1,1 @@
+"""Training by time (`--minutes`): planner, throughput probe and clock."""

@@ -1,0 +1,1 @@
+"""Checkpoint folders: format, selection and safe loading."""

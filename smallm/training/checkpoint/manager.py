@@ -1,0 +1,100 @@
+"""The checkpoints of a run: which there are, which of them are intact, which is the best and which may go."""
+
+import re
+import shutil
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import tomli_w
+
+from smallm.errors import UserError
+from smallm.runs.layout import CHECKPOINTS, CONFIG, VALIDATION, is_run
+from smallm.training.checkpoint.format import damage, folder_of, read_state
+from smallm.training.config import Config
+
+_NAME = re.compile(r"step-\d{6,}")
+_DAMAGED = ".damaged"  # the ending of the name of a checkpoint that was put aside
+
+
+def begin(run: Path, config: Config, val_file: Path) -> None:
+    """Puts into a run what is to stand there before its first checkpoint. Raises `UserError`."""
+    try:
+        shutil.copyfile(val_file, run / VALIDATION)
+        aside = run / f".{CONFIG}"
+        aside.write_text(tomli_w.dumps(config.to_dict()), encoding="utf-8")
+        aside.replace(run / CONFIG)
+    except OSError as error:
+        raise UserError(f"cannot write to {run}: {error.strerror}; choose another --out") from None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first; whether their files are intact is for `damage` to say."""
+    if not is_run(run):
+        raise UserError(f"{run} is not a run folder; train one with `python train.py --out {run}`")
+    found = [folder for folder in (run / CHECKPOINTS).glob("step-*") if _NAME.fullmatch(folder.name)]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
+
+
+def newest_checkpoint(run: Path, passed_over: Callable[[Path, str], None]) -> Path | None:
+    """The newest intact checkpoint; None if training did not come to one. Raises `UserError` if all are damaged.
+
+    passed_over: is told of each newer one that is damaged, and of what is wrong with it.
+    """
+    found, problem = checkpoints(run), ""
+    for folder in reversed(found):
+        if not (problem := damage(folder)):
+            return folder
+        passed_over(folder, problem)
+    if found:
+        raise UserError(f"all checkpoints of {run} are damaged ({found[0].name}: {problem}); train it anew")
+    return None
+
+
+def put_aside(folder: Path) -> None:
+    """Takes a damaged checkpoint out of the way; `rotate` removes it once there is a newer one."""
+    aside = folder.with_name(folder.name + _DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+
+
+def best_checkpoint(run: Path) -> Path:
+    """The intact checkpoint with the lowest validation loss; the newest, if none was evaluated.
+
+    Raises `UserError` if there is none; a damaged one is passed over with a line on stderr.
+    """
+    found = checkpoints(run)
+    problems = {folder: damage(folder) for folder in found}
+    intact = [folder for folder in found if not problems[folder]]
+    if not found:
+        raise UserError(f"{run} has no checkpoint yet; go on with `python train.py --resume {run}`")
+    if not intact:
+        newest, problem = found[-1].name, problems[found[-1]]
+        raise UserError(f"all checkpoints of {run} are damaged ({newest}: {problem}); train it anew")
+    for folder in found:
+        if problems[folder]:
+            print(f"warning: {folder} is damaged ({problems[folder]}); using another checkpoint", file=sys.stderr)
+    scored = [(loss, folder) for folder in intact if (loss := read_state(folder)[0].val_loss) is not None]
+    return min(scored)[1] if scored else intact[-1]
+
+
+def saved_config(run: Path) -> Config:
+    """The resolved config of a run, from its newest checkpoint; before there is one, from what it began with."""
+    folder = newest_checkpoint(run, passed_over=lambda folder, problem: None)
+    if folder is not None:
+        return read_state(folder)[1]
+    try:
+        return Config.from_dict(tomllib.loads((run / CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, UserError):
+        raise UserError(f"{run} has no checkpoint yet, nor a whole {CONFIG}; remove it and train anew") from None
+
+
+def rotate(run: Path, best_step: int, keep_last: int) -> None:
+    """Removes all checkpoints but the newest `keep_last` and the best."""
+    for folder in checkpoints(run)[:-keep_last]:
+        if folder != folder_of(run, best_step):
+            shutil.rmtree(folder)
+    halves = (run / CHECKPOINTS).glob(".step-*")  # left behind by a kill in the middle of a save
+    for left in (*halves, *(run / CHECKPOINTS).glob(f"step-*{_DAMAGED}")):
+        shutil.rmtree(left)

@@ -1,0 +1,59 @@
+"""What each process trains on: its share of every batch, on its device before the device needs it."""
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from smallm.training.data.dataset import CharDataset
+from smallm.training.devices import free_bytes, to_device
+
+RESIDENT_SHARE = 0.1  # of a GPU's free memory that the whole text may take
+PIECE = 1 << 24  # ids copied at a time
+
+
+class Feed:
+    """The batches of a run, divided over the processes and the passes of a step.
+
+    Where the text fits into a GPU's memory it is kept there, and only the offsets of the windows travel.
+    """
+
+    def __init__(self, dataset: CharDataset, batch_size: int, micro_batch_size: int, accelerator: Accelerator):
+        """batch_size: sequences of a step over all processes; micro_batch_size: of one process and pass."""
+        self.dataset, self.batch_size, self.micro_batch_size = dataset, batch_size, micro_batch_size
+        self.rank, self.ranks, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
+        fits = 4 * len(dataset.ids) <= RESIDENT_SHARE * free_bytes(self.device)
+        self.text = _resident(dataset.ids, self.device) if fits else None
+        self._window = torch.arange(dataset.block_size + 1, device=self.device)
+
+    def batch(self, step: int, micro_step: int, window: int) -> tuple[Tensor, Tensor]:
+        """This process's share of one forward pass: ids and targets (B, T) int64, with T = window.
+
+        Windows shorter than block_size are those of block_size in pieces, so that the text comes in the same order.
+        """
+        ids, targets = self._whole(step, micro_step)
+        return ids.reshape(-1, window), targets.reshape(-1, window)
+
+    def _whole(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
+        first = (micro_step * self.ranks + self.rank) * self.micro_batch_size
+        share = slice(first, first + self.micro_batch_size)
+        if self.text is None:
+            ids, targets = self.dataset.batch(step, self.batch_size, share)
+            return to_device(ids, self.device), to_device(targets, self.device)
+        rows = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[share]
+        starts = to_device(self.dataset.starts(rows), self.device)  # (B,)
+        windows = self.text[starts[:, None] + self._window].long()  # (B, T + 1)
+        return windows[:, :-1], windows[:, 1:]
+
+    def seed_dropout(self, step: int, micro_step: int) -> None:
+        """Dropout too is a function of where we are, not of what came before."""
+        place = np.random.SeedSequence((self.dataset.seed, step, micro_step, self.rank))
+        torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
+
+
+def _resident(ids: np.ndarray, device: torch.device) -> Tensor:
+    """The whole text on the device, as int32: unsigned types can hardly be indexed there, and every id fits."""
+    text = torch.empty(len(ids), dtype=torch.int32, device=device)
+    for start in range(0, len(ids), PIECE):
+        text[start : start + PIECE] = torch.from_numpy(ids[start : start + PIECE].astype(np.int32))
+    return text

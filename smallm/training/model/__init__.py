@@ -1,0 +1,1 @@
+"""The Transformer, its operations and its CPU kernels."""

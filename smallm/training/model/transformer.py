@@ -1,0 +1,155 @@
+"""The model: a small Qwen3-shaped decoder, so that a checkpoint opens wherever that family does.
+
+Pre-norm RMSNorm, rotary positions, RMSNorm on queries and keys, SwiGLU, tied embedding, optional grouped-query heads.
+Shapes: B batch, T time, C channels (n_embd), V vocabulary, nh heads, nkv key/value heads, hd head width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smallm.training.config import ModelConfig
+from smallm.training.model.operations import PANEL, attention, block, kernels, rms_norm
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a gain per channel."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., width) -> the same shape."""
+        return rms_norm(x, self.weight)
+
+
+class Rotary(nn.Module):
+    """The tables of the rotary position embedding (Su et al. 2021)."""
+
+    def __init__(self, head_dim: int, block_size: int, theta: float):
+        super().__init__()
+        cos, sin = rotary_tables(head_dim, block_size, theta)
+        self.register_buffer("cos", torch.cat((cos, cos), -1), persistent=False)
+        self.register_buffer("sin", torch.cat((-sin, sin), -1), persistent=False)
+
+    def forward(self, T: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine for positions 0 .. T - 1, each (T, hd); the sine of the first half is negated."""
+        return self.cos[:T], self.sin[:T]
+
+
+def rotary_tables(head_dim: int, block_size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position times frequency, each (block_size, head_dim / 2)."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.arange(block_size, dtype=torch.float64)[:, None] * frequencies
+    return angles.cos().float(), angles.sin().float()
+
+
+class MultiHeadSelfAttention(nn.Module):
+    """Causal self-attention with q, k and v in one projection."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_dim
+        self.window = config.window
+        self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
+        self.q_norm = RMSNorm(self.head_dim)
+        self.k_norm = RMSNorm(self.head_dim)
+        self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, T, C), cos and sin (T, hd) -> (B, T, C); position t sees those up to t, in its window."""
+        B, T, _ = x.shape
+        qkv = self.c_attn(x).view(B, T, -1, self.head_dim)  # (B, T, nh + 2 nkv, hd)
+        y = attention(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin, self.n_head, self.window)
+        return self.c_proj(y.reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020) with gate and up in one projection."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 2 * config.inner, bias=False)
+        self.c_proj = nn.Linear(config.inner, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        gate, up = self.c_fc(x).chunk(2, dim=-1)
+        return self.c_proj(F.silu(gate) * up)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, then feed-forward, each on a normalised input and added to the stream."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.ln_1 = RMSNorm(config.n_embd)
+        self.attn = MultiHeadSelfAttention(config)
+        self.ln_2 = RMSNorm(config.n_embd)
+        self.mlp = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+        widths = (config.n_embd, config.inner, sum(config.packed_rows["attn.c_attn.weight"]))
+        self.in_panels = all(width % PANEL == 0 for width in widths)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, T, C), cos and sin (T, hd) -> (B, T, C)."""
+        if self.in_panels and kernels(x):
+            dropout = self.dropout.p if self.training else 0.0
+            return block(x, tuple(self.parameters()), cos, sin, self.attn.n_head, self.attn.window, dropout)
+        x = x + self.dropout(self.attn(self.ln_1(x), cos, sin))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
+
+
+def init_embedding(rows: Tensor, generator: torch.Generator | None = None) -> None:
+    """Fills rows (n, C): a character's logit for itself starts at 2 at any width, so the first loss is near ln V."""
+    rows.normal_(0, 2 / rows.size(1), generator=generator)
+
+
+class TransformerLanguageModel(nn.Module):
+    """ids -> logits of the next id, at every position."""
+
+    def __init__(self, vocab_size: int, config: ModelConfig, seed: int | None = None):
+        """With a seed the initial weights are a function of it; without, of torch's random state."""
+        super().__init__()
+        self.vocab_size, self.config = vocab_size, config
+        self.wte = nn.Embedding(vocab_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
+        self.ln_f = RMSNorm(config.n_embd)
+        self.rotary = Rotary(config.head_dim, config.block_size, config.rope_theta)
+        self.init_weights(None if seed is None else torch.Generator().manual_seed(seed))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> logits (B, T, V); T up to block_size. The embedding is also the output matrix."""
+        x, (cos, sin) = self.dropout(self.wte(ids)), self.rotary(ids.size(1))  # (B, T, C), (T, hd)
+        for layer in self.h:
+            x = layer(x, cos, sin)
+        return F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """The whole initialisation: what writes into the stream starts at zero, so that depth starts harmless."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                parameter.zero_()
+            elif name == "wte.weight":
+                init_embedding(parameter, generator)
+            elif parameter.ndim == 2:
+                parameter.normal_(0, 0.5 * parameter.size(1) ** -0.5, generator=generator)
+            else:  # gains of the norms
+                parameter.fill_(1)
+
+    def parameter_count(self) -> int:
+        """Number of trained parameters; the tied embedding counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_id(self) -> int:
+        """Floating-point operations of one forward and backward pass per id, in a window of block_size.
+
+        Six per weight of a matrix product, and the causal half of attention's two products, as in PaLM (Chowdhery
+        et al. 2022, appendix B).
+        """
+        c = self.config
+        matrices = sum(p.numel() for p in self.parameters() if p.ndim == 2)
+        return 6 * matrices + 6 * c.n_layer * c.n_head * c.head_dim * min(c.window or c.block_size, c.block_size)

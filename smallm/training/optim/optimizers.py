@@ -1,0 +1,174 @@
+"""Adam, AdamW, and Muon with AdamW for what is no matrix."""
+
+import inspect
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from smallm.training.config import OptimConfig
+from smallm.training.distributed import gathered, like, shared
+from smallm.training.model.operations import polynomial_iteration
+
+# The steps of Polar Express (Amsel et al. 2025), each the best quintic for the singular values that the one before it
+# leaves, from 0.001 to 1 at first: a few of them come closer to 1 than one polynomial applied again and again.
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Writes `factor` times each group's peak into its learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["peak_lr"]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimiser that `config.name` asks for. Decay is for matrices; embedding and gains go without."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.ndim == 2 and name != "wte.weight"]
+    rest = [p for name, p in named if p.ndim != 2 or name == "wte.weight"]
+    if config.name == "muon":
+        groups = [
+            {"params": matrices, "peak_lr": config.learning_rate, "weight_decay": config.weight_decay, "muon": True},
+            {"params": rest, "peak_lr": config.adam_learning_rate, "weight_decay": 0.0, "muon": False},
+        ]
+        packed = {p: model.config.packed_rows.get(name.split(".", 2)[-1]) for name, p in named}
+        groups[0]["rows"] = [packed[p] or (p.size(0),) for p in matrices]
+        return MuonAdamW(groups, config)
+    decay = config.weight_decay if config.name == "adamw" else 0.0
+    groups = [
+        {"params": matrices, "peak_lr": config.learning_rate, "weight_decay": decay},
+        {"params": rest, "peak_lr": config.learning_rate, "weight_decay": 0.0},
+    ]
+    adam = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return adam(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]]:
+    """Parameter -> names of the tensors that the optimiser keeps for it, once it has made a step."""
+    adam, muon = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
+    return {p: muon if group.get("muon") else adam for group in optimizer.param_groups for p in group["params"]}
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for the groups with `muon=True`, AdamW for the others, in one step.
+
+    The matrices that lie packed in one weight, as q, k and v do, are orthogonalised one by one, and all those of one
+    shape, lying or standing, together; processes share that work. Being one optimiser, it works under fp16 loss
+    scaling, which would otherwise unscale the gradients twice. Where `found_inf` is 1, a step changes nothing, as with
+    PyTorch's fused optimisers.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, params: Iterable, config: OptimConfig):
+        """params: groups; one with `muon=True` has for each of its parameters the rows of its matrices in `rows`."""
+        defaults = {"lr": config.learning_rate, "betas": config.betas, "eps": 1e-8, "weight_decay": 0.0, "muon": False}
+        super().__init__(params, defaults)
+        self.momentum, self.coefficients = config.momentum, POLAR_EXPRESS[: config.newton_schulz_steps]
+
+    # As decorated, these methods import PyTorch's whole compiler, which takes as long as the first 50 steps of a small
+    # model; so does AdamW's own `step`, in place of which stands its functional form below.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                (self._muon_step if group["muon"] else self._adamw_step)(group, parameters)
+
+    def _adamw_step(self, group: dict, parameters: list[Tensor]) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p] = {"step": torch.zeros((), device=p.device)}
+                self.state[p] |= {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+        steps, means, squares = ([self.state[p][key] for p in parameters] for key in ("step", "exp_avg", "exp_avg_sq"))
+        adamw(parameters, [p.grad for p in parameters], means, squares, [], steps, fused=True, amsgrad=False,
+              beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
+              eps=group["eps"], maximize=False, found_inf=self.found_inf)  # fmt: skip
+
+    def _muon_step(self, group: dict, parameters: list[Tensor]) -> None:
+        gradients, momenta = [p.grad for p in parameters], [self._momentum(p) for p in parameters]
+        keep = 1.0
+        if self.found_inf is not None:  # on the device, which is not waited for
+            keep = 1 - self.found_inf
+            gradients = [torch.where(keep.bool(), g, m) for g, m in zip(gradients, momenta, strict=True)]
+        torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
+        nesterov = [gathered(update) for update in torch._foreach_lerp(gradients, momenta, self.momentum)]
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * keep)
+        # Of a parameter that is spread over processes each of them has a part; the update needs whole matrices.
+        weights = [p if u is None else u for p, u in zip(parameters, map(_blank, parameters), strict=True)]
+        rows = [each for p, each in zip(group["params"], group["rows"], strict=True) if p.grad is not None]
+        for matrices in _by_shape(_matrices(weights, nesterov, rows)):
+            updates = shared(self._orthogonalise, torch.stack([_lying(update) for _, update in matrices]))
+            if self.found_inf is not None:
+                updates = updates * keep
+            for (weight, _), update in zip(matrices, updates, strict=True):
+                rows, columns = weight.shape
+                step = group["lr"] * max(1.0, rows / columns) ** 0.5
+                weight.add_(update if rows <= columns else update.mT, alpha=-step)
+        for parameter, weight in zip(parameters, weights, strict=True):
+            if weight is not parameter:
+                parameter.add_(like(parameter, weight))
+
+    def _orthogonalise(self, matrices: Tensor) -> Tensor:
+        return orthogonalise(matrices, self.coefficients)
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
+
+
+def orthogonalise(matrices: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """(n, rows, columns) -> matrices with about the same singular vectors and all singular values near 1.
+
+    A quintic Newton-Schulz iteration for each of the coefficients, best with rows <= columns; in bf16 on GPUs, where it
+    is exact enough and twice as fast.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01).clamp(min=1e-7)
+    return polynomial_iteration(x, coefficients).to(matrices.dtype)
+
+
+def _blank(parameter: Tensor) -> Tensor | None:
+    """For a parameter spread over processes, zeros of its whole shape; None for another."""
+    if not hasattr(parameter, "full_tensor"):
+        return None
+    return torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+
+
+def _matrices(
+    weights: list[Tensor], updates: list[Tensor], rows: list[tuple[int, ...]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Each matrix of the weights beside its update; both are views."""
+    pairs = []
+    for weight, update, each in zip(weights, updates, rows, strict=True):
+        pairs += zip(weight.split(each), update.split(each), strict=True)
+    return pairs
+
+
+def _lying(matrix: Tensor) -> Tensor:
+    return matrix if matrix.size(0) <= matrix.size(1) else matrix.mT
+
+
+def _by_shape(pairs: list[tuple[Tensor, Tensor]]) -> Iterable[list[tuple[Tensor, Tensor]]]:
+    """Those that can be orthogonalised together, standing ones as lying."""
+    groups: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+    for weight, update in pairs:
+        groups.setdefault(tuple(sorted(weight.shape)), []).append((weight, update))
+    return groups.values()

@@ -1,0 +1,1 @@
+"""Report pages, comparison pages and plots of runs."""

@@ -1,0 +1,226 @@
+"""benchmarks/: the reference learns and scores itself rightly; train_speed's figures are what they say."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from smallm.cli.main import run
+from smallm.inference.scoring import windows
+
+ROOT = Path(__file__).parents[2]
+TINY = """
+[model]
+n_layer = 1
+n_head = 1
+n_embd = 16
+block_size = 80
+[train]
+batch_size = 4
+max_steps = 2
+eval_every = 2
+log_every = 1
+sample_length = 0
+mixed_precision = "no"
+"""
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The two scripts, as modules."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import nanogpt
+    import train_speed
+
+    return nanogpt, train_speed
+
+
+@pytest.fixture
+def short_reference(benchmarks, monkeypatch):
+    """The reference with a quick warm-up and short evaluations, for texts and tests that are short too."""
+    nanogpt, _ = benchmarks
+    settings = nanogpt.Settings(n_layer=1, n_embd=32, learning_rate=1e-2, warmup_steps=3, eval_every=10, eval_batches=2)
+    monkeypatch.setattr(nanogpt, "Settings", lambda: settings)
+    return nanogpt
+
+
+def test_reference_learns(short_reference, text_file, tmp_path, capsys):
+    argv = ["--data", str(text_file), "--out", str(tmp_path), "--steps", "30"]
+    assert run(short_reference.main, argv) == 0
+    facts = json.loads((tmp_path / "reference.json").read_text())
+    assert facts["best_estimate"] < 3  # nats; an untrained model has ln 38 = 3.6
+    assert (facts["best_step"], facts["steps"]) == (30, 30)
+    assert facts["characters_per_second"] == pytest.approx(12 * 64 / (facts["median_step_ms"] / 1000))
+    capsys.readouterr()
+
+    assert run(short_reference.main, [*argv, "--score"]) == 0
+    scored = json.loads(capsys.readouterr().out)
+    assert scored["nats_per_char"] < 3
+
+
+@pytest.mark.parametrize("length", [4000, 641 * 10])  # with a shorter last window, and without
+def test_reference_scores_every_character_once(short_reference, text_file, tmp_path, length):
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text("utf-8")[:length], encoding="utf-8")
+    short_reference.train(text, tmp_path, steps=3, seed=1, device="cpu")
+    scored = short_reference.score(text, tmp_path)
+
+    vocab_size, train, val = short_reference.read_text(text, block_size=64)
+    assert (len(train), len(val)) == (length - length // 10, length // 10)
+    model = short_reference.GPT(vocab_size, short_reference.Settings())
+    model.load_state_dict(short_reference.load_file(tmp_path / "model.safetensors"))
+    nats = 0.0
+    for ids, targets in windows([val.numpy()], 64):
+        logs = model(torch.from_numpy(ids)).log_softmax(-1)
+        for row, column in zip(*(targets >= 0).nonzero(), strict=True):
+            nats -= logs[row, column, targets[row, column]].item()
+    assert scored == {"nats_per_char": pytest.approx(nats / (len(val) - 1)), "characters": len(val) - 1, "window": 64}
+
+
+def test_reference_is_the_published_shape(benchmarks):
+    nanogpt, _ = benchmarks
+    settings = nanogpt.Settings()
+    blocks = 4 * (12 * 128 * 128 + 2 * 128)
+    model = nanogpt.GPT(65, settings)
+    assert sum(p.numel() for p in model.parameters()) == 65 * 128 + 64 * 128 + blocks + 128
+    assert model.flops_per_id() == 6 * (65 * 128 + 4 * 12 * 128 * 128) + 6 * 4 * 128 * 64
+    rates = [settings.lr(step, 2000) for step in (0, 99, 100, 1050, 2000)]
+    assert rates == pytest.approx([1e-3 / 101, 1e-3 * 100 / 101, 1e-3, 5.5e-4, 1e-4])
+
+
+def test_train_speed_end_to_end(benchmarks, text_file, tmp_path, monkeypatch, capsys):
+    _, train_speed = benchmarks
+    peak = {"flops_per_second": 1e11, "dtype": "float32", "device": "cpu", "name": "a CPU", "threads": 1}
+    monkeypatch.setattr(train_speed.subprocess, "check_output", lambda command: json.dumps(peak))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    config = tmp_path / "tiny.toml"
+    config.write_text(TINY)
+    argv = ["--data", str(text_file), "--configs", str(config), "--seeds", "5", "--reference-steps", "3"]
+    assert run(train_speed.main, argv) == 0
+
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == [
+        *("run", "seed", "seconds", "step", "ms", "chars/s", "of", "peak", "parameters"), "loss@64", "ratio"
+    ]  # fmt: skip
+    assert len(lines) == 3
+    facts = json.loads(last)
+    reference, tiny = facts["rows"]
+    assert (reference["name"], tiny["name"], tiny["seed"]) == ("reference", str(config), 5)
+    assert tiny["ratio"] == reference["seconds"] / tiny["seconds"]
+    assert lines[2].split()[-1] == f"{tiny['ratio']:.2f}"
+    assert 0 < tiny["step_ms"] / 1000 < tiny["seconds"]
+    assert tiny["losses"].keys() == {"64"}  # the context of 80 holds no longer window
+    loss, summary = tiny["losses"]["64"], facts["configs"][str(config)]
+    assert summary["losses"] == {"64": {"mean": loss, "worst": loss}}
+    assert 3 < loss < 6
+    assert facts["threads"] == 1
+    assert facts["characters"]["validation"] == len(text_file.read_text("utf-8")) - facts["characters"]["train"]
+
+
+def test_scores_as_the_trainer_does(benchmarks, tiny_run, text_file):
+    _, train_speed = benchmarks
+    folder = train_speed.best_checkpoint(tiny_run)
+    corpus = train_speed.open_text(text_file, min_count=10)
+    loss = train_speed.full_loss(train_speed.load_model(folder), corpus, 32)
+    state = json.loads((folder / "training_state.json").read_text("utf-8"))
+    assert loss == pytest.approx(state["val_loss"], abs=1e-6)
+
+
+def test_peak(benchmarks):
+    peak = benchmarks[1].gemm_peak(rounds=1)
+    assert peak["flops_per_second"] > 1e8
+    assert peak["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "words"),
+    [
+        ("nanogpt", ["--data", "nowhere.txt", "--out", "out"], "nowhere.txt"),
+        ("nanogpt", ["--data", "TEXT", "--out", "out", "--score"], "holds no model"),
+        ("nanogpt", ["--data", "TEXT", "--out", "out", "--steps", "0"], "--steps 0"),
+        ("train_speed", ["--data", "TEXT", "--configs", "nosuch"], "no config nosuch"),
+        ("train_speed", ["--data", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_mistakes_are_one_line(benchmarks, text_file, tmp_path, monkeypatch, capsys, script, argv, words):
+    monkeypatch.chdir(tmp_path)
+    argv = [str(text_file) if word == "TEXT" else word for word in argv]
+    assert run(sys.modules[script].main, argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("smallm: ")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+@pytest.fixture
+def big_corpus(benchmarks):
+    import big_corpus
+
+    return big_corpus
+
+
+@pytest.mark.parametrize("size", [1, 5000, 300_000])
+def test_texts_of_any_size(big_corpus, tmp_path, size):
+    for name in "ab":
+        big_corpus.make_text(tmp_path / name, size)
+    data = (tmp_path / "a").read_bytes()
+    assert data == (tmp_path / "b").read_bytes()
+    assert size <= len(data) < size + 4
+    text = data.decode()
+    assert size == 1 or 0.05 < sum(not c.isascii() for c in text) / len(text) < 0.5
+
+
+def test_memory_is_that_of_the_process_and_its_children(big_corpus, tmp_path):
+    program = "import time; held = b'x' * 40_000_000; time.sleep(0.5)"
+    both = f"import subprocess, sys, pathlib; pathlib.Path('line').write_text('x'); c = {program!r}; " + (
+        "child = subprocess.Popen([sys.executable, '-c', c]); exec(c); child.wait()"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        seen = big_corpus.watch([sys.executable, "-c", both], tmp_path, tmp_path / "log", tmp_path / "line")
+    assert 80e6 < seen.peak < 160e6
+    assert 0 < seen.seconds_to_line < seen.seconds
+    assert seen.seconds > 0.5
+
+
+def test_growth_is_between_the_quarters(big_corpus):
+    samples = list(enumerate([900, 10, 20, 500, 500, 500, 500, 25, 22]))
+    assert big_corpus.growth(samples, since=1) == 25 - 20
+    assert big_corpus.growth([], since=0) == 0
+
+
+def test_big_corpus_end_to_end(big_corpus, tmp_path, monkeypatch, capsys):
+    train = tmp_path / "train.py"
+    train.write_text(
+        "import os, sys, pathlib, time\n"
+        "options = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
+        "out = pathlib.Path(options['--out']); out.mkdir(); (out / 'metrics.jsonl').write_text('{}\\n')\n"
+        "pathlib.Path(os.environ['SMALLM_CACHE'], 'corpora').mkdir(parents=True, exist_ok=True)\n"
+        "held = b'x' * (10 * pathlib.Path(options['--data']).stat().st_size); time.sleep(0.1)\n"
+    )
+    monkeypatch.setattr(big_corpus, "TRAIN", train)
+    assert run(big_corpus.main, ["--sizes", "50KB", "5MB", "--steps", "70", "--folder", str(tmp_path)]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    rows = json.loads(last)["rows"]
+    assert [(row["size"], row["start"], row["steps"]) for row in rows] == [
+        ("50KB", "first", 20), ("50KB", "second", 20), ("5MB", "first", 20), ("5MB", "second", 20), ("5MB", "long", 70)
+    ]  # fmt: skip
+    assert [row["above_mb"] == 0 for row in rows] == [True, True, False, False, False]
+    assert all(40 < row["above_mb"] < 60 for row in rows[2:])
+    assert len(lines) == 1 + len(rows)
+    assert list(tmp_path.iterdir()) == [train]  # all the rest is gone
+
+
+def test_big_corpus_mistakes_are_one_line(big_corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(big_corpus, "TRAIN", tmp_path / "nosuch.py")
+    for argv, words in (
+        (["--sizes", "4XB"], "4XB is not a size"), (["--sizes", "999999GB"], "of disk are needed"),
+        (["--sizes", "1KB"], "ended with exit code"),
+    ):  # fmt: skip
+        assert run(big_corpus.main, [*argv, "--folder", str(tmp_path)]) == 2
+        err = capsys.readouterr().err.splitlines()[-1]
+        assert err.startswith("smallm: ")
+        assert words in err

@@ -1,0 +1,587 @@
+"""`infer.py --interactive`: the text as a tree of parts, what a line means, and a real terminal with Ctrl-C."""
+
+import io
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from toys import random_model, save_onnx
+
+from smallm import LanguageModel, UserError
+from smallm.cli import main as cli
+from smallm.cli import terminal
+from smallm.cli.repl import OPTIONS, Console
+from smallm.cli.repl_state import KEPT, Story
+from smallm.generation.config import Options
+from smallm.generation.text_stream import Writer
+from smallm.inference.kv_cache import Decoder
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def lm(exported) -> LanguageModel:
+    return LanguageModel.load(exported)
+
+
+@pytest.fixture
+def story(lm) -> Story:
+    """Nothing typed yet; 20 characters at once, from rng_seed 5."""
+    return Story(lm, max_length=20, rng_seed=5)
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def write(story: Story) -> str:
+    return "".join(story.write())
+
+
+# The text, without a terminal.
+
+
+@pytest.mark.parametrize("overflow", ["crop", "shift"])
+def test_going_on_gives_the_text_that_writing_at_once_gives(lm, overflow):
+    story = Story(lm, max_length=13, rng_seed=5, overflow=overflow, stop=["zzz"])
+    story.type("Zoë ")
+    for _ in range(6):  # past the context of 32
+        assert len(write(story)) == 13
+    assert story.text == lm.generate("Zoë ", 6 * 13, rng_seed=5, overflow=overflow, stop=["zzz"])
+
+
+def test_going_on_computes_nothing_again(story, monkeypatch):
+    windows = []
+    feed = Decoder.feed
+    monkeypatch.setattr(Decoder, "feed", lambda self, ids: windows.append(len(ids)) or feed(self, ids))
+    story.set("max_length", 4)
+    story.type("the ")
+    for _ in range(3):
+        write(story)
+    assert windows == [4]
+    list(story.again(9))
+    assert windows == [4, 12]  # no one has waited there for another seed
+    list(story.again(10))
+    assert windows == [4, 12]
+
+
+def test_what_is_typed_in_between_counts(story, lm):
+    story.type("the ")
+    first = write(story)
+    story.type(" Zoë")
+    second = write(story)
+    assert second == lm.generate(f"the {first} Zoë", 20, rng_seed=5).removeprefix(f"the {first} Zoë")
+    assert [(part.typed, part.text) for part in story.parts] == [
+        (True, "the "), (False, first), (True, " Zoë"), (False, second),
+    ]  # fmt: skip
+
+
+def test_an_empty_story_begins_like_a_line(story, lm):
+    assert write(story) == story.text == lm.generate("", 20, rng_seed=5)
+
+
+def test_options_count_from_the_next_piece_on(story, lm):
+    story.type("the ")
+    first = write(story)
+    story.set("temperature", 0)
+    seed = f"the {first}"
+    assert seed + write(story) == lm.generate(seed, 20, temperature=0)
+    story.unset("temperature")
+    seed = story.text
+    assert seed + write(story) == lm.generate(seed, 20, rng_seed=5)
+
+
+def test_a_set_seed_begins_the_draws_anew(story, lm):
+    story.type("the ")
+    seed = story.text + write(story)
+    story.set("rng_seed", 5)
+    assert seed + write(story) == lm.generate(seed, 20, rng_seed=5)
+    story.set("rng_seed", 6)
+    assert seed + "".join(story.again()) == lm.generate(seed, 20, rng_seed=6)  # not the next: it was not used yet
+    assert seed + "".join(story.again()) == lm.generate(seed, 20, rng_seed=7)
+    assert story.options["rng_seed"] == story.rng_seed == 7
+    assert seed + "".join(story.again(3)) == lm.generate(seed, 20, rng_seed=3)
+
+
+def test_without_a_seed_each_is_another_and_can_be_had_again(lm):
+    story = Story(lm, max_length=40)
+    story.type("the ")
+    texts = {}
+    for _ in range(3):
+        texts[write(story)] = story.rng_seed
+        story.undo()
+    assert len(texts) == 3
+    text = write(story)
+    assert "".join(story.again(story.rng_seed)) == text
+    assert "".join(story.again()) != text
+    assert "rng_seed" not in story.options
+
+
+def test_a_piece_that_is_left_goes_on(story, lm):
+    story.type("the ")
+    begun = "".join(islice(story.write(), 7))
+    assert story.text == "the " + begun
+    assert story.text + write(story) == lm.generate("the ", 27, rng_seed=5)
+    assert story.undo().text == lm.generate("the ", 27, rng_seed=5).removeprefix(f"the {begun}")
+
+
+def test_a_piece_that_is_broken_off_in_the_middle_of_a_step_leaves_nothing_half_done(story, lm, monkeypatch):
+    story.type("the ")
+    pieces = story.write()
+    begun = next(pieces) + next(pieces)
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "__next__", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            next(pieces)
+    assert story.text == "the " + begun
+    assert story.text + write(story) == lm.generate("the " + begun, 20, rng_seed=5)  # from the text, not from the wreck
+
+    story.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "_prediction", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write(story)
+    assert story.text + write(story) == lm.generate("the " + begun, 20, rng_seed=5)
+
+
+def test_a_stop_ends_a_piece_and_going_on_goes_past_it(story, lm):
+    story.set("stop", [".\n"])
+    story.set("max_length", 200)
+    story.type("the ")
+    write(story)
+    assert story.text == lm.generate("the ", 200, rng_seed=5, stop=".\n")
+    assert story.here.stopped
+    seed = story.text
+    assert len(seed) < 204
+    assert seed + write(story) == lm.generate(seed, 200, rng_seed=5, stop=".\n", min_length=1)
+    assert len(story.text) > len(seed)
+
+
+def test_a_stop_that_holds_text_back_beyond_the_end_of_a_piece(story, lm):
+    story.set("stop", ["e" * 5])
+    story.set("allowed", "e ")
+    story.type("the ")
+    story.set("max_length", 1)
+    pieces = [write(story) for _ in range(9)]
+    assert {len(piece) for piece in pieces} == {1}
+    assert "the " + "".join(pieces) == lm.generate("the ", 9, rng_seed=5, allowed="e ")
+
+
+def test_undo(story):
+    with pytest.raises(UserError, match="no text to take back"):
+        story.undo()
+    story.type("the ")
+    text = write(story)
+    assert story.undo().text == text
+    assert story.text == "the "
+    assert story.undo().typed
+    assert story.text == ""
+    assert story.here is None
+
+
+def test_branches(story, lm):
+    for call in (story.branch, story.again):
+        with pytest.raises(UserError):
+            call()
+    story.type("the ")
+    first = story.text + write(story)
+    assert story.branch() == "1"
+    write(story)
+    assert story.branch("long") == "long"
+    assert story.go("1") == ""
+    assert story.text == first
+    assert first + write(story) == lm.generate(first, 20, rng_seed=5)
+    story.undo()
+    assert first + write(story) == lm.generate(first, 20, rng_seed=5)
+    story.type("!")
+    assert story.go(None) == "2"
+    assert (story.text, story.go("2")) == ("", "")
+    assert story.text.endswith("!")
+    for name, told in (("3", "there are: 1, long, 2"), ("", "there is no branch ;")):
+        with pytest.raises(UserError, match=re.escape(told)):
+            story.go(name)
+    with pytest.raises(UserError, match="there is a branch long already"):
+        story.branch("long")
+    assert story.text.endswith("!")
+
+
+def test_few_caches_are_kept_however_long_it_goes_on(story):
+    for _ in range(3 * KEPT):
+        write(story)
+        story.type("a")
+    assert len(story._paused) == KEPT
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", -1), ("top_k", -1), ("top_p", 0), ("min_p", 2), ("max_length", -1), ("min_length", 21),
+     ("rng_seed", 1 << 32), ("rng_seed", -1), ("overflow", "slide"), ("overflow", "x"), ("allowed", "\ud800"),
+     ("stop", ["\ud800"]), ("repetition_penalty", 0), ("repetition_window", 1000)],
+)  # fmt: skip
+def test_options_out_of_range_change_nothing(story, name, value):
+    before = dict(story.options)
+    with pytest.raises(UserError):
+        story.set(name, value)
+    assert story.options == before
+    assert len(write(story)) == 20
+
+
+def test_a_mistake_takes_nothing_back(story):
+    story.type("the ")
+    write(story)
+    text = story.text
+    for rng_seed in (-1, 1 << 32):
+        with pytest.raises(UserError, match="rng_seed"):
+            story.again(rng_seed)
+    with pytest.raises(UserError, match="surrogate"):
+        story.type("\udcff")
+    assert story.text == text
+
+
+# Lines, without a terminal: a script.
+
+
+@pytest.fixture
+def script(exported, capsys, monkeypatch):
+    """Runs `infer.py --interactive` on some lines: exit code, stdout, stderr."""
+
+    def script(*lines, argv=(), model=exported):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        code = cli.run(cli.infer, ["--model", str(model), "--interactive", *map(str, argv)])
+        return code, *capsys.readouterr()
+
+    return script
+
+
+SHORT = ("--max-length", 30, "--rng-seed", 4)
+
+
+def test_a_script_prints_texts_and_no_prompts(script, lm):
+    text = lm.generate("Zoë ", 60, rng_seed=4)
+    assert script("Zoë ", "", argv=SHORT) == (0, f"{text[:34]}\n{text[34:]}\n", "")
+    assert script("/more", argv=(*SHORT, "--seed", "Zoë ")) == (0, f"{text[:34]}\n{text[34:]}\n", "")
+    assert script("/quit", "Zoë ", argv=SHORT) == (0, "", "")
+    assert script(argv=SHORT) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [("//more", "/more"), ("///", "//"), (r"a\nb", "a\nb"), (r"a\\nb", r"a\nb"), (r"\t", "\t"), (" a ", " a "),
+     (r"a/b\x", r"a/b\x"), ("é€🎉", "é€🎉")],
+)  # fmt: skip
+def test_how_text_is_typed(script, line, text):
+    assert script(line, argv=("--max-length", 0)) == (0, text + "\n", "")
+
+
+def test_commands(script, lm, tmp_path):
+    file = tmp_path / "out.txt"
+    text = lm.generate("the ", 30, rng_seed=4)
+    code, out, err = script(
+        "the ", "/branch", "/undo", "/go 1", "/again", "/branches", "/new", "/go 2", "/text", "/next 2",
+        f"/save {file}", "/more", f"/save {file}", argv=SHORT,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    lines = out.removeprefix(text + "\n").split("\n")
+    assert lines[0] == "kept as 1"
+    assert lines[1] == "took back 30 characters; left are 4 characters: the "
+    assert lines[2].startswith("kept the other text as 2")
+    other = lm.generate("the ", 30, rng_seed=5)
+    assert other[4:] in out
+    assert re.search(r"^  1  34 characters: ", out, re.MULTILINE)
+    assert "kept the other text as 3\n0 characters\n4 characters: the \nthe \n" in out
+    likeliest = lm.next_characters("the ", 2)
+    assert "".join(f'{p:.6f}  "{character}"\n' for character, p in likeliest) in out
+    assert out.endswith(f"wrote 34 characters to {file}\n")
+    assert file.read_bytes().decode() == lm.generate("the ", 30, rng_seed=5)
+
+
+def test_options_as_lines(script, lm):
+    code, out, err = script(
+        "/temperature 1.5", "/top_k 7", r"/stop \n", "/stop zz", "/ban x", "/temperature", "/unset stop", "/rng-seed",
+        "/unset rng-seed", "/options", "the ", "/rng-seed", argv=SHORT,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    lines = out.split("\n")
+    assert lines[:9] == ["temperature 1.5", "top-k 7", r'stop "\n"', r'stop "\n" "zz"', 'ban "x"', "temperature 1.5",
+                         "stop none", "rng-seed 4", "rng-seed random"]  # fmt: skip
+    assert [line.split()[0] for line in lines[9:22]] == list(OPTIONS)
+    last = re.fullmatch(r"rng-seed random; the last was (\d+)", lines[-2])
+    assert lm.generate("the ", 30, rng_seed=int(last[1]), temperature=1.5, top_k=7, banned="x") in out
+
+
+def test_every_option_of_generation_has_a_line():
+    assert {name for name, _, _ in OPTIONS.values()} == {*Options.__annotations__, "max_length"} - {"stream_number"}
+
+
+def test_help_names_everything(script, story, capsys):
+    out = script("/help")[1]
+    for name in (*OPTIONS, *Console(story)._commands, "quit"):
+        assert re.search(rf"^.*/{name}\b", out, re.MULTILINE), name
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("/temperatur 1", "there is no command /temperatur; did you mean /temperature?"),
+        ("/usr/bin", "there is no command /usr/bin; /help lists them"),
+        ("/", "there is no command /;"),
+        ("/temperature hot", "/temperature wants a number, not 'hot'"),
+        ("/temperature nan", "temperature = nan is out of range"),
+        ("/top-k 1.5", "/top-k wants a whole number"),
+        ("/max-length -1", "max_length = -1"),
+        ("/max-length 1" + "0" * 5000, "/max-length wants a whole number"),
+        ("/overflow slide", "overflow = 'slide' needs a model"),
+        ("/undo", "no text to take back"),
+        ("/undo 3", "/undo stands alone"),
+        ("/again", "the model wrote nothing since you typed"),
+        ("/branch", "there is no text yet"),
+        ("/go", "/go wants the name"),
+        ("/go 7", "there is no branch 7; /branch makes one"),
+        ("/next x", "/next wants a whole number"),
+        ("/next 0", "/next 0 is out of range"),
+        ("/save", "/save wants the name"),
+        ("/save .", "is there already"),
+        ("/save no/where/x.txt", "cannot write no/where/x.txt: No such file"),
+        ("/save a\0b", "cannot write a\\x00b"),
+        ("/save ~nobody-of-this-name/x", "cannot write"),
+        ("/unset", "/unset wants an option: temperature"),
+        ("/unset x", "/unset wants an option: temperature"),
+        ("/go \x1b[2J", r"there is no branch \x1b[2J"),
+        ("\udcff", "this line is not UTF-8"),
+        ("/stop \udcff", "this line is not UTF-8"),
+    ],
+)
+def test_a_mistake_is_one_line_and_the_conversation_goes_on(script, tmp_path, monkeypatch, line, told):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = script(line, "/max-length", argv=SHORT)
+    assert (code, out) == (0, "max-length 30\n")
+    assert err.startswith("smallm: ")
+    assert told in err
+    assert err.count("\n") == 1
+    assert err.rstrip("\n").isprintable()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_readme_shows(script):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## A text in conversation")[1].split("\n## ")[0]
+    lines = re.findall(r"^> (.*)$", readme, re.MULTILINE)
+    assert len(lines) > 5
+    code, _, err = script(*lines, argv=SHORT)
+    assert (code, err) == (0, "")
+    for name in re.findall(r"`/([\w-]+)", readme):
+        assert "there is no command" not in script(f"/{name}", argv=SHORT)[2]
+
+
+def test_a_file_of_others_is_not_written_over(script, tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("mine")
+    assert "is there already; choose another name" in script("the ", f"/save {file}", argv=SHORT)[2]
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("other", [("--json",), ("--num-samples", 2), ("--next", 3), ("--perplexity",)])
+def test_what_it_does_not_go_with(script, other):
+    code, out, err = script(argv=other)
+    assert (code, out) == (2, "")
+    assert err == f"smallm: --interactive does not go with {other[0]}; leave out one of them\n"
+
+
+def test_options_of_the_command_line_are_checked(script):
+    code, out, err = script("the ", argv=("--temperature", -1))
+    assert (code, out) == (2, "")
+    assert err.startswith("smallm: temperature = -1.0 is out of range")
+
+
+def test_bytes_that_are_no_text(exported):
+    """A whole process: what is read from a pipe is UTF-8 in any locale."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "infer.py"), "--model", str(exported), "--interactive", "--max-length", "0"],
+        input=b"\xff\nZo\xc3\xab\n", capture_output=True, timeout=100,
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "Zoë\n".encode())
+    assert done.stderr == b"smallm: this line is not UTF-8; set the terminal, or save the file, as UTF-8\n"
+
+
+def test_infer_does_not_load_it_unless_asked(exported):
+    code = f"""
+import sys
+from smallm.cli.infer import main
+main(["--model", {str(exported)!r}, "--max-length", "1"])
+loaded = [name in sys.modules for name in ("smallm.cli.repl", "smallm.cli.repl_state", "readline")]
+print(*loaded, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert done.stderr.splitlines()[-1] == "False False False"
+
+
+# What a terminal gets.
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def wild(tmp_path_factory) -> Story:
+    """A model of random weights, which writes bytes of any kind."""
+    path = save_onnx(random_model(), tmp_path_factory.mktemp("toy") / "toy.onnx")
+    return Story(LanguageModel.load(path), max_length=300, rng_seed=2, temperature=2, top_k=0, top_p=1, min_p=0)
+
+
+@pytest.mark.parametrize(
+    ("variables", "coloured"),
+    [({"TERM": "xterm"}, True), ({"TERM": "xterm", "NO_COLOR": ""}, True), ({"TERM": "xterm", "NO_COLOR": "1"}, False),
+     ({"TERM": "dumb"}, False), ({}, False)],
+)  # fmt: skip
+def test_what_was_typed_is_bold_and_nothing_the_model_writes_commands_the_terminal(
+    wild, monkeypatch, variables, coloured
+):
+    for name in ("TERM", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    Console(wild).obey(r"a\nb")
+    shown = screen.getvalue()
+    typed = "\x1b[1ma\nb\x1b[0m" if coloured else "a\nb"
+    assert shown.startswith(typed)
+    rest = shown.removeprefix(typed)
+    assert not [c for c in rest if not c.isprintable() and c not in "\n\t"]
+    written = wild.here.text
+    assert [c for c in written if not c.isprintable() and c not in "\n\t"]  # and there was something to keep away
+    assert rest == terminal.harmless(written) + "\n"
+    assert "\\x1b" in terminal.harmless("\x1b[2J")
+
+
+def test_a_pipe_gets_the_text_as_it_is(wild, monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "xterm")
+    Console(wild).obey("ab")
+    assert capsys.readouterr().out == wild.text + "\n"
+
+
+def test_harmless():
+    text = "a\tb\n\x07\r\x1b]0;x\x07\x9b1m\u202eabc\u2066\x7f中\u200d🎉\u3000\xa0é"
+    assert terminal.harmless(text) == ("a\tb\n\\x07\\r\\x1b]0;x\\x07\\x9b1m\\u202eabc\\u2066\\x7f中\u200d🎉\u3000\xa0é")
+    assert terminal.on_one_line("a\nb\x1b") == r"a\nb\x1b"
+
+
+def test_completions(story):
+    story.type("a")
+    story.branch("home")
+    console = Console(story)
+    assert console.completions("/te") == ["/text", "/temperature"]
+    assert console.completions("/go ") == ["/go home"]
+    assert console.completions("/unset top-") == ["/unset top-k", "/unset top-p"]
+    assert console.completions("te") == console.completions("") == console.completions("/zzz") == []
+
+
+@pytest.fixture
+def typist(exported, tmp_path):
+    """A program at a pseudo-terminal: `expect` waits for what it shows, `press` sends keys."""
+    pty = pytest.importorskip("pty")
+    import fcntl
+    import struct
+    import termios
+
+    class Typist:
+        def __init__(self, blocked=(), **variables):
+            ours, theirs = pty.openpty()
+            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
+            code = (
+                "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"  # Ctrl-C is the terminal's
+                f"sys.path.insert(0, {str(ROOT)!r}); sys.modules.update(dict.fromkeys({blocked!r}))\n"
+                "from smallm.cli import main as cli; sys.exit(cli.run(cli.infer))"
+            )
+            argv = ["--model", str(exported), "--interactive", "--max-length", "20"]
+            environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "HOME", "INPUTRC")}
+            environment |= {"TERM": "xterm", "HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path / "state")}
+            environment |= variables | {"OMP_NUM_THREADS": "1"}
+            self.process = subprocess.Popen([sys.executable, "-c", code, *argv], stdin=theirs, stdout=theirs,
+                                            stderr=theirs, start_new_session=True, env=environment)  # fmt: skip
+            os.close(theirs)
+            self.screen, self.seen = ours, ""
+
+        def expect(self, what: str) -> str:
+            deadline = time.monotonic() + 60
+            while what not in self.seen:
+                assert time.monotonic() < deadline, self.seen[-2000:]
+                if select.select([self.screen], [], [], 1)[0]:
+                    self.seen += self._read()
+            found, _, self.seen = self.seen.partition(what)
+            return found
+
+        def _read(self) -> str:
+            try:
+                data = os.read(self.screen, 1 << 16)
+            except OSError:  # Linux says so that nobody is there any more
+                data = b""
+            assert data, self.seen[-2000:]
+            return data.decode("utf-8", errors="replace")
+
+        def press(self, keys: str) -> None:
+            os.write(self.screen, keys.encode())
+
+        def leave(self) -> int:
+            self.press("\x04")
+            return self.process.wait(30)
+
+    typists = []
+
+    def start(**options):
+        typists.append(Typist(**options))
+        return typists[-1]
+
+    yield start
+    for each in typists:
+        each.process.kill()
+        each.process.wait()
+        os.close(each.screen)
+
+
+def test_ctrl_c_stops_the_text_and_not_the_program(typist, tmp_path):
+    person = typist()
+    person.expect("/help lists the commands")
+    person.expect("> ")
+    person.press("/max-length 100000000\n")
+    person.expect("max-length 100000000")
+    person.press("Zoë \n")
+    person.expect("\x1b[1mZoë \x1b[0m")
+    while len(person.seen) < 500:
+        person.seen += person._read()
+    person.press("\x03")
+    person.expect("> ")
+    person.press("/max-length 20\n")
+    person.expect("max-length 20\r\n")
+    person.press("/branch here\n")
+    person.expect("kept as here\r\n")
+    person.press("/undo\n")
+    taken = re.search(r"took back ([\d,]+) characters", person.expect("left are 4 characters: Zoë"))
+    assert int(taken[1].replace(",", "")) >= 400
+    person.press("half a line\x03")
+    person.expect("Ctrl-D or /quit leaves")
+    person.press("/bran\t\n")  # completed as far as it goes
+    person.expect("kept as 1")
+    assert person.leave() == 0
+    history = (tmp_path / "state" / "smallm" / "history").read_text(encoding="utf-8").splitlines()
+    assert history[-5:] == ["Zoë ", "/max-length 20", "/branch here", "/undo", "/branch"]
+
+
+@pytest.mark.parametrize("blocked", [(), ("readline",)], ids=["no home", "no readline"])
+def test_without_a_home_or_readline(typist, blocked):
+    person = typist(blocked=blocked, HOME="/nowhere", XDG_STATE_HOME="/dev/null/state", NO_COLOR="1")
+    person.expect("> ")
+    person.press("Zoë \n")
+    person.expect("Zoë ")
+    person.expect("> ")
+    assert "Traceback" not in person.seen
+    assert person.leave() == 0

@@ -1,0 +1,646 @@
+"""The C kit: it builds without a warning, writes the text that Python writes, and refuses what it must, in one line."""
+
+import codecs
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import helper
+from toys import LATER_VOCABULARY, random_model, save_onnx
+
+from smallm import LanguageModel, Vocabulary
+from smallm.cli import main as cli
+from smallm.errors import UserError
+from smallm.export.cli import KITS
+from smallm.export.kits.folder import SOURCES, WRITERS, write_kit
+from smallm.generation.sampler import Sampling, sample
+from smallm.model_file.onnx_reader import BITS, MODEL, OPERATORS
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = json.loads((ROOT / "tests" / "golden.json").read_text(encoding="utf-8"))
+C = SOURCES / "c"
+STRICT = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
+SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+NON_ASCII = Vocabulary.from_characters("éñ€中")
+FILES = {"smallm.h", "smallm.c", "main.c", "Makefile", "CMakeLists.txt", "README.md", "SAMPLING.md",
+         "model.onnx", "smallm.json"}  # fmt: skip
+
+
+def run(*argv, cwd: Path | None = None, stdin: bytes = b"", env: dict[str, str] | None = None):
+    return subprocess.run([str(word) for word in argv], input=stdin, capture_output=True, cwd=cwd, timeout=100,
+                          env=os.environ | (env or {}))  # fmt: skip
+
+
+def succeed(*argv, **options) -> str:
+    done = run(*argv, **options)
+    said = done.stderr.decode(errors="replace")
+    assert done.returncode == 0, f"{shlex.join(map(str, argv))}\n{said}"
+    assert "warning" not in said, said
+    return done.stdout.decode()
+
+
+def pkg_config(what: str) -> list[str]:
+    """The flags of an installed ONNX Runtime; none if there is none."""
+    if not shutil.which("pkg-config"):
+        return []
+    done = run("pkg-config", what, "libonnxruntime")
+    return [] if done.returncode else done.stdout.decode().split()
+
+
+@pytest.fixture(scope="session")
+def release(tmp_path_factory) -> Path:
+    """A folder like that of a release of ONNX Runtime: include/ and lib/. The library is the one that Python uses."""
+    installed = [Path(flag[2:]) for flag in pkg_config("--cflags-only-I")]
+    given = [Path(os.environ["SMALLM_ORT_HEADERS"])] if os.environ.get("SMALLM_ORT_HEADERS") else []
+    headers = [folder for folder in given + installed if (folder / "onnxruntime_c_api.h").is_file()]
+    if not headers:
+        pytest.skip("no headers of ONNX Runtime: install libonnxruntime-dev, or set SMALLM_ORT_HEADERS to a folder "
+                    "with them: SMALLM_ORT_HEADERS=$(.ci/onnxruntime-headers)")  # fmt: skip
+    if not shutil.which("cc"):
+        pytest.skip("no C compiler")
+    libraries = sorted((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so*"))
+    if not libraries:
+        pytest.skip("this onnxruntime package has no libonnxruntime.so to link with")
+    folder = tmp_path_factory.mktemp("onnxruntime")
+    (folder / "include").symlink_to(headers[0].resolve())
+    (folder / "lib").mkdir()
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+        (folder / "lib" / name).symlink_to(libraries[0])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kit(exported, tmp_path_factory) -> Path:
+    """The kit of the tiny model, as written."""
+    out = tmp_path_factory.mktemp("kits") / "kit-c"
+    write_kit("c", exported, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def generate(kit, release, tmp_path_factory) -> Path:
+    """The example, built by the Makefile with all warnings as errors."""
+    folder = shutil.copytree(kit, tmp_path_factory.mktemp("built") / "kit")
+    succeed("make", f"ORT={release}", f"CFLAGS=-O2 {shlex.join(STRICT)}", cwd=folder)
+    return folder / "generate"
+
+
+@pytest.fixture(scope="session")
+def sanitized(kit, release, tmp_path_factory) -> Path:
+    """The example, which ends with a report at the first fault of memory or arithmetic, and for a leak."""
+    folder = shutil.copytree(kit, tmp_path_factory.mktemp("sanitized") / "kit")
+    succeed("make", f"ORT={release}", f"CFLAGS={shlex.join(SANITIZED)}", cwd=folder)
+    return folder / "generate"
+
+
+@pytest.fixture(scope="session")
+def lm(exported) -> LanguageModel:
+    """The same model in Python."""
+    return LanguageModel.load(exported)
+
+
+@pytest.fixture(scope="session")
+def inner(release, tmp_path_factory):
+    """Calls tests/kit_c.c, built with sanitizers, and returns what it prints."""
+    program = tmp_path_factory.mktemp("inner") / "inner"
+    succeed("cc", *STRICT, *SANITIZED, f"-I{C}", f"-I{release / 'include'}", ROOT / "tests" / "kit_c.c", "-o", program,
+            f"-L{release / 'lib'}", "-lonnxruntime", f"-Wl,-rpath,{release / 'lib'}", "-lm", "-pthread")  # fmt: skip
+
+    def inner(*argv, stdin: bytes = b"") -> str:
+        return succeed(program, *argv, stdin=stdin)
+
+    return inner
+
+
+def refusal(program: Path, *argv) -> str:
+    """The one line that the program says about a mistake."""
+    done = run(program, *argv)
+    said = done.stderr.decode()
+    assert (done.returncode, done.stdout) == (2, b""), said
+    assert said.startswith("smallm: "), said
+    assert said.count("\n") == 1, said
+    return said
+
+
+# -- the kit as a folder
+
+
+def test_a_kit_is_whole(kit):
+    assert {file.name for file in kit.iterdir()} == FILES
+    assert set(KITS) == set(WRITERS)
+
+
+def test_a_kit_takes_the_place_of_an_earlier_one_with_what_was_built_in_it(exported, tmp_path):
+    write_kit("c", exported, tmp_path / "kit")
+    (tmp_path / "kit" / "generate").touch()
+    (tmp_path / "kit" / "smallm.c").write_text("old")
+    write_kit("c", exported, tmp_path / "kit")
+    assert {file.name for file in (tmp_path / "kit").iterdir()} == FILES
+    assert (tmp_path / "kit" / "smallm.c").read_bytes() == (C / "smallm.c").read_bytes()
+
+
+def test_a_folder_that_is_no_kit_stays(exported, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "main.c").write_text("mine")
+    with pytest.raises(UserError, match="choose another --out"):
+        write_kit("c", exported, tmp_path / "mine")
+    write_kit("c", exported, tmp_path / "kit")
+    (tmp_path / "kit" / "my_program.c").touch()
+    with pytest.raises(UserError, match=r"also holds my_program\.c"):
+        write_kit("c", exported, tmp_path / "kit")
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["main.c"]
+
+
+def test_export_writes_a_kit(tiny_run, tmp_path, capsys):
+    run_copy = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    assert cli.run(cli.export, [str(run_copy), "--kit", "c"]) == 0
+    assert "README.md" in capsys.readouterr().out
+    assert {file.name for file in (run_copy / "kit-c").iterdir()} == FILES
+    assert not (run_copy / "export").exists()
+    assert cli.run(cli.export, [str(run_copy), "--kit", "c", "--precision", "int8", "--allow-loss", "--out",
+                                str(tmp_path / "mine")]) == 0  # fmt: skip
+    assert LanguageModel.load(tmp_path / "mine").metadata.precision == "int8"
+    capsys.readouterr()
+    assert cli.run(cli.export, [str(run_copy), "--kit", "cobol"]) == 2
+    assert "cobol" in capsys.readouterr().err
+
+
+# -- building
+
+
+def test_the_readme_says_how_to_build(kit, release, tmp_path):
+    """Its second command as it stands, with the package that the first would install played by a folder."""
+    blocks = re.findall(r"```sh\n(.*?)```", (kit / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks[0] == "sudo apt install gcc make pkg-config libonnxruntime-dev\n"
+    if not shutil.which("pkg-config"):
+        pytest.skip("no pkg-config")
+    folder = shutil.copytree(kit, tmp_path / "kit")
+    (tmp_path / "libonnxruntime.pc").write_text(
+        f"Name: onnxruntime\nDescription: of the test\nVersion: 1.21\nCflags: -I{release / 'include'}\n"
+        f"Libs: -L{release / 'lib'} -lonnxruntime\n"
+    )
+    env = {"PKG_CONFIG_PATH": str(tmp_path), "LD_LIBRARY_PATH": str(release / "lib")}
+    assert "\nOnce" in succeed("sh", "-ec", blocks[1], cwd=folder, env=env)  # below what make says
+
+
+def test_cmake_builds_it_too(kit, release, tmp_path):
+    if not shutil.which("cmake"):
+        pytest.skip("no cmake")
+    folder = shutil.copytree(kit, tmp_path / "kit")
+    settings = [f"-DCMAKE_PREFIX_PATH={release}", f"-DCMAKE_C_FLAGS={shlex.join(STRICT)}"]
+    succeed("cmake", "-S", folder, "-B", folder / "build", *settings)
+    succeed("cmake", "--build", folder / "build")
+    assert succeed(folder / "build" / "generate", cwd=folder).count("\n") > 1
+
+
+def test_the_program_in_the_readme_and_cpp(kit, release, tmp_path):
+    """The same source as C and, with the header included from it, as C++."""
+    (source,) = re.findall(r"```c\n(.*?)```", (kit / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "app.c").write_text(source)
+    (tmp_path / "app.cpp").write_text(source)
+    shutil.copy(kit / "model.onnx", tmp_path)
+    succeed("cc", *STRICT, f"-I{release / 'include'}", "-c", kit / "smallm.c", "-o", tmp_path / "smallm.o")
+    libraries = [tmp_path / "smallm.o", f"-L{release / 'lib'}", "-lonnxruntime", f"-Wl,-rpath,{release / 'lib'}", "-lm"]
+    compilers = {"app.c": ["cc", *STRICT]}
+    if shutil.which("c++"):
+        compilers["app.cpp"] = ["c++", "-std=c++11", "-Wall", "-Wextra", "-Werror", "-pedantic"]
+    expected = "".join(LanguageModel.load(kit).stream("Once", 200, rng_seed=1))
+    for name, compiler in compilers.items():
+        succeed(*compiler, f"-I{kit}", tmp_path / name, *libraries, "-o", tmp_path / "app")  # no header of ONNX Runtime
+        assert succeed(tmp_path / "app", cwd=tmp_path) == expected
+
+
+def test_fast_arithmetic_is_refused(release):
+    done = run("cc", "-ffast-math", f"-I{release / 'include'}", "-fsyntax-only", C / "smallm.c")
+    assert done.returncode != 0
+    assert b"must not be compiled with -ffast-math" in done.stderr
+
+
+# -- the arithmetic
+
+
+@pytest.mark.parametrize("case", GOLDEN["draws"], ids=str)
+def test_golden_draws(inner, case):
+    assert [int(x) for x in inner("draws", case["rng_seed"], case["stream_number"]).split()] == case["x"]
+
+
+@pytest.mark.parametrize("case", GOLDEN["ids"], ids=str)
+def test_golden_ids(inner, case):
+    options = [case[name] for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")]
+    assert [int(id) for id in inner("ids", *options).split()] == case["ids"]
+
+
+@pytest.mark.parametrize("case", GOLDEN["permitted"], ids=lambda case: f"{case['allowed']}-{case['banned']:.2}")
+def test_golden_permitted_ids(inner, case):
+    allowed = "-" if case["allowed"] is None else case["allowed"]
+    found = inner("permitted", case["tokens"], allowed, case["banned"], case["after"]).split()
+    assert [int(id) for id in found] == case["ids"]
+
+
+def test_samples_are_those_of_python(inner):
+    """Ties, zeros of both signs, infinities, numbers that are none; every filter."""
+    rng, lines, expected = random.Random(5), [], []
+    for _ in range(3000):
+        n = rng.choice((1, 2, 3, 8, 60))
+        pool = [rng.gauss(0, 3) for _ in range(n)] + [0.0, -0.0, 1.0] + [-math.inf] * rng.randrange(3)
+        pool += [math.inf, math.nan] * (rng.random() < 0.03)
+        logits = np.float32([rng.choice(pool) for _ in range(n)])
+        temperature, top_k = rng.choice((0.0, 0.3, 1.0, 2.5, 1e-300)), rng.choice((0, 0, 1, 2, 5, 10**15))
+        top_p, min_p = rng.choice((1.0, 1.0, 0.9, 0.5, 1e-9)), rng.choice((0.0, 0.0, 0.1, 1.0))
+        u = rng.choice((rng.randrange(1 << 24), 0, (1 << 24) - 1)) / (1 << 24)
+        lines.append(" ".join(map(str, (n, temperature, top_k, top_p, min_p, u, *map(float, logits)))))
+        try:
+            expected.append(sample(logits, u, Sampling(temperature, top_k, top_p, min_p)))
+        except UserError:
+            expected.append(-1)
+    assert [int(id) for id in inner("samples", stdin="\n".join(lines).encode()).split()] == expected
+    assert -1 in expected
+
+
+def test_bytes_become_text_as_in_python(inner):
+    rng = random.Random(6)
+    pieces = ["é", "€", "𝄞", "\U0010ffff", "\x00a\x7f", "\ud800", "\udfff", "中" * 3]
+    data = b""
+    for _ in range(3000):
+        piece = rng.choice(pieces).encode("utf-8", "surrogatepass")
+        data += piece[: rng.randrange(1, len(piece) + 1)] if rng.random() < 0.6 else rng.randbytes(rng.randrange(1, 4))
+        if rng.random() < 0.3:
+            data += bytes([rng.choice((0xC0, 0xC1, 0xE0, 0xED, 0xF0, 0xF4, 0xF5, 0xFF, 0x80, 0xBF, 0x90, 0x8F, 0xA0))])
+    assert inner("decode", stdin=data) == codecs.getincrementaldecoder("utf-8")("replace").decode(data)
+
+
+def test_numbers_of_the_metadata(inner):
+    """strtod would obey the locale; settings of up to 15 digits come out exactly."""
+    words = ["0", "0.8", "1e-05", "40", "0.95", "123456.789", "1E3", "-2.5", "1e300", "0.1", "9007199254740992", "1.0",
+             "0.30000000000000004", "12345678901234567890123", "1e-320", "0." + "0" * 30 + "1"]  # fmt: skip
+    found = [float(x) for x in inner("numbers", *words).split()]
+    for word, number in zip(words, found, strict=True):
+        exact = len(word) < 16 and "300" not in word and "320" not in word
+        assert number == (float(word) if exact else pytest.approx(float(word), rel=1e-14)), word
+    assert set(inner("numbers", ".5", "1e", "x", "1e999", "--1", "9" * 500).split()) == {"none"}
+
+
+# -- texts
+
+
+@pytest.mark.parametrize("case", GOLDEN["texts"], ids=lambda case: f"rng_seed {case['rng_seed']}")
+@pytest.mark.parametrize(("overflow", "length"), [("shift", 2000), ("crop", 200)])
+def test_texts_are_those_of_python(generate, lm, exported, case, overflow, length):
+    """A context of 32 ids, so nearly all of it lies past the overflow. 200 characters of crop, for that is slow."""
+    options = {name: case[name] for name in ("rng_seed", "temperature", "top_k", "top_p")}
+    expected = lm.generate(case["seed"], length, overflow=overflow, **options)
+    flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    flags += ["--seed-file", "-", "--max-length", length, "--overflow", overflow]
+    assert succeed(generate, exported / "model.onnx", *flags, stdin=case["seed"].encode()) == expected + "\n"
+
+
+@pytest.mark.parametrize(("window", "block_size"), [(9, 32), (20, 64), (1, 8), (2, 9), (16, 16)])
+def test_texts_slide_as_in_python(generate, tmp_path, window, block_size):
+    """2,000 characters are many slides; it is the default of a model with a window."""
+    path = save_onnx(random_model(window=window, block_size=block_size), tmp_path / "model.onnx")
+    lm = LanguageModel.load(path)
+    flags = [path, "--seed", "aé中𝄞", "--max-length", 2000, "--rng-seed", 5]
+    expected = lm.generate("aé中𝄞", 2000, rng_seed=5)
+    assert succeed(generate, *flags) == succeed(generate, *flags, "--overflow", "slide") == expected + "\n"
+    for overflow in ("crop", "shift"):
+        flags[4:5] = [100]
+        expected = lm.generate("aé中𝄞", 100, rng_seed=5, overflow=overflow)
+        assert succeed(generate, *flags, "--overflow", overflow) == expected + "\n"
+
+
+def test_sliding_and_banning_take_no_memory(inner, tmp_path):
+    path = save_onnx(random_model(window=5), tmp_path / "model.onnx")
+    *found, end = inner("pieces", path, "the ", 300, "", "", 0, 1.0, 0, 2, "€ab").splitlines()
+    stream = LanguageModel.load(path).stream("the ", 300, rng_seed=3, temperature=1, top_k=0, banned="€ab")
+    text = "".join(stream)
+    assert not set(text) & set("€ab")
+    assert b"".join(map(bytes.fromhex, found)).decode() == text
+    assert end.split() == ["1", "0"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"allowed": "abé€𝄞\ufffd"}, {"allowed": "𝄞€"}, {"banned": "aeiouéñ\ufffd"}, {"allowed": "ab é", "banned": "bé"},
+     {"banned": "\ufffd", "repetition_penalty": 1.5}, {"allowed": "0123456789", "temperature": 0.0}],
+    ids=str,
+)  # fmt: skip
+def test_permitted_characters_are_those_of_python(sanitized, tmp_path, options):
+    """Random weights, so that all that is permitted comes."""
+    path = save_onnx(random_model(NON_ASCII), tmp_path / "model.onnx", NON_ASCII)
+    options = {"temperature": 3.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "rng_seed": 5} | options
+    flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    text = LanguageModel.load(path).generate("aé", 300, **options)
+    assert succeed(sanitized, path, "--seed", "aé", "--max-length", 300, *flags) == text + "\n"
+    assert set(text[2:]) <= set(options.get("allowed", text)) - set(options.get("banned", ""))
+
+
+NARROW = {"n_layer": 1, "n_head": 1, "n_kv_head": 0, "n_embd": 32}
+
+
+@pytest.mark.parametrize("config", [{}, {"block_size": 1}, {"block_size": 2}, NARROW, {"block_size": 37}], ids=str)
+@pytest.mark.parametrize("overflow", ["crop", "shift"])
+def test_models_of_other_shapes(generate, tmp_path, config, overflow):
+    """Random weights, which make ids of helpers and broken bytes likely; the model's own sampling settings."""
+    path = save_onnx(random_model(NON_ASCII, **config), tmp_path / "model.onnx", NON_ASCII)
+    expected = LanguageModel.load(path).generate("aé中𝄞", 120, rng_seed=5, overflow=overflow)
+    flags = ["--seed", "aé中𝄞", "--max-length", 120, "--rng-seed", 5, "--overflow", overflow]
+    assert succeed(generate, path, *flags) == expected + "\n"
+
+
+def test_ids_that_were_learned_later(generate, tmp_path):
+    path = save_onnx(random_model(LATER_VOCABULARY), tmp_path / "model.onnx", LATER_VOCABULARY)
+    seed = "aé中𝄞ñ€è₭"
+    expected = LanguageModel.load(path).generate(seed, 120, rng_seed=5)
+    assert succeed(generate, path, "--seed", seed, "--max-length", 120, "--rng-seed", 5) == expected + "\n"
+
+
+@pytest.mark.parametrize(
+    "stops", [("\n", "the moon"), ("", "never found"), ("s the", "s"), ("é", "e "), ("ïve", "naïve f")]
+)
+@pytest.mark.parametrize(("min_length", "penalty", "window"), [(0, 1.0, 0), (30, 1.3, 8)])
+def test_pieces_are_those_of_python(inner, lm, exported, stops, min_length, penalty, window):
+    pieces = list(
+        lm.stream(
+            "the ", 150, rng_seed=3, temperature=1, top_k=0, overflow="shift", stop=stops, min_length=min_length,
+            repetition_penalty=penalty, repetition_window=window,
+        )
+    )  # fmt: skip
+    *found, end = inner(
+        "pieces", exported / "model.onnx", "the ", 150, *stops, min_length, penalty, window, 1, ""
+    ).splitlines()
+    assert [bytes.fromhex(piece).decode() for piece in found] == pieces
+    status, allocations, *error = end.split()
+    assert (status, allocations, error) == ("1", "0", [])
+
+
+def test_several_threads(inner, lm, exported):
+    texts = inner("threads", exported / "model.onnx").split("\x1e")[:3]
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[0] == "".join(lm.stream("the ", rng_seed=0))
+
+
+def test_scores_are_those_of_python(inner, lm, exported, text_file):
+    text = "𝄞 é" + text_file.read_text(encoding="utf-8")[:700] + "中€\n"
+    written, found = inner("score", exported / "model.onnx", stdin=text.encode()).split("\x1e")
+    assert lm.generate("the ", 20, rng_seed=0).startswith("the " + written)
+    np.testing.assert_allclose(np.array(found.split(), float), lm.score(text), atol=1e-4)
+
+
+def test_the_command_scores_a_file(generate, lm, exported, text_file):
+    found = succeed(generate, exported / "model.onnx", "--score", text_file)
+    expected = lm.perplexity(text_file.read_text(encoding="utf-8"))
+    assert float(found.split()[0]) == pytest.approx(expected.nats_per_char, abs=1e-5)
+    assert int(found.split()[-2]) == expected.characters
+
+
+# -- mistakes
+
+
+def test_mistakes_in_calls(inner, exported):
+    """Each is a status and a sentence, and the handle goes on to work."""
+    lines = inner("mistakes", exported / "model.onnx").splitlines()
+    found = dict(line.split(": ", 1) for line in lines if ": " in line)
+    good = {"options of the future", "max_length = INT64_MAX", "options of the past", "next again", "max_length = 0",
+            "score of nothing"}  # fmt: skip
+    for what, answer in found.items():
+        status, _, words = answer.partition(" ")
+        if what in good:
+            assert answer == "0 ", what
+        elif what.startswith("next of nothing"):
+            assert answer == "1 ", what
+        else:
+            assert int(status) >= 2, what
+            assert len(words.split()) > 4, what
+    assert len(found) > 40
+    assert "temperature = nan is out of range" in found["temperature = NAN"]
+    assert "from byte 2 on" in found["a seed that is not UTF-8"]
+    assert "option banned is not UTF-8 from byte 1 on" in found['banned = "a\\xc3"']
+    assert "leave no character" in found['allowed = ""']
+    assert "leave no character" in found["allowed and banned alike"]
+
+
+def damaged(exported, tmp_path, edit) -> Path:
+    proto = onnx.load(exported / "model.onnx")
+    edit(proto)
+    (tmp_path / "model.onnx").write_bytes(proto.SerializeToString())
+    return tmp_path / "model.onnx"
+
+
+def test_files_that_are_no_model(sanitized, exported, tmp_path):
+    data = (exported / "model.onnx").read_bytes()
+    bad = {"empty": b"", "text": b"an owl\n" * 100, "zeros": bytes(5000), "twice": data * 2, "no end": b"\x80" * 10**5}
+    bad |= {f"first {n}": data[:n] for n in (1, 100, len(data) // 2, len(data) - 1)}
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        line = refusal(sanitized, tmp_path / name)
+        assert "truncated or no ONNX model" in line, (name, line)
+    assert "cannot read" in refusal(sanitized, tmp_path / "missing.onnx")
+    assert "cannot read" in refusal(sanitized, tmp_path)
+
+
+def test_a_model_of_another_project(sanitized, tmp_path):
+    value = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    node = helper.make_node("Identity", ["x"], ["y"])
+    graph = helper.make_graph([node], "g", [value], [helper.make_tensor_value_info("y", 1, [1])])
+    onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
+    assert "is not a smallm model" in refusal(sanitized, tmp_path / "model.onnx")
+
+
+METADATA = {
+    "block_size": ["0", "-1", "1e2", "32.0", "true", '"32"', "16777216", "1" * 5000, "16777215", "032", "[" * 100_000],
+    "n_layer": ["1", "3", "1000"],
+    "window": ["-1", "33", "1.0", "null", '"8"'],
+    "rope_theta": ["0", "-1", "1e30", "NaN", '"1"', "[]", "1 1"],
+    "head_dim": ["15"],
+    "n_kv_head": ["0", "3"],
+    "vocab_size": ["256", "262.0", "null"],
+    "tokens": ['""', '"c3"', '"zz"', '"c3a9"', '"c3a9 "', '"c3a9 c3a9"', "5", '"e282ac"', '"c3a9', '"41"',
+               '"e282ac e282"', '"e282 c3a9 e282ac"', '"f09f f09f9880"', '"e282 e282ac e282"',
+               '"c3a9c3a9c3"'],
+    "start_text": ['""', "5", '"\\ud83d"', '"\\q"', '"a', '"' + "a" * 2000 + '"'],
+    "sampling": ["[]", '{"temperature": -1}', '{"temperature": NaN}', '{"temperature": 1' + "0" * 400 + "}", "{",
+                 '{"top_k": 2.5}', '{"top_k": 1' + "0" * 30 + "}", '{"top_p": 0}', '{"min_p": 2}', '{"top_k": null}'],
+    "format_version": ["2", "null", "1.5"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", METADATA)
+def test_broken_metadata(sanitized, exported, tmp_path, key):
+    """Python refuses the same."""
+    for value in METADATA[key]:
+        path = damaged(exported, tmp_path, lambda proto, value=value: set_metadata(proto, key, value))
+        line = refusal(sanitized, path)
+        assert re.search(r"metadata|format version", line), (value[:50], line)
+        with pytest.raises(UserError):
+            LanguageModel.load(path)
+
+
+def set_metadata(proto, key, value):
+    kept = {p.key: p.value for p in proto.metadata_props}
+    helper.set_model_props(proto, kept | {f"smallm.{key}": value})
+
+
+def test_metadata_that_are_spelled_otherwise(sanitized, exported, tmp_path):
+    def respell(proto):
+        set_metadata(proto, "start_text", ' "\\u00e9\\ud834\\udd1e\\n\\/" ')
+        set_metadata(proto, "sampling", '\n{"top_p" : 9.5E-1,"temperature":1, "other": 3}\t')
+
+    path = damaged(exported, tmp_path, respell)
+    expected = LanguageModel.load(path).generate("", 50, rng_seed=1)
+    assert succeed(sanitized, path, "--max-length", 50, "--rng-seed", 1) == expected + "\n"
+
+
+def other_operator(proto):
+    proto.graph.node[0].op_type = "Loop"
+
+
+def other_domain(proto):
+    proto.graph.node[0].domain = "evil"
+
+
+def data_elsewhere(proto):
+    tensor = max(proto.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="/etc/passwd")
+
+
+def shape_without_data(proto):
+    max(proto.graph.initializer, key=lambda tensor: len(tensor.raw_data)).dims[:] = [1 << 31, 1 << 31]
+
+
+def other_value(proto):
+    proto.graph.input[0].name = "inputs"
+
+
+def no_graph(proto):
+    proto.ClearField("graph")
+
+
+def huge_cache(proto):
+    for value in [*proto.graph.input, *proto.graph.output]:
+        if "." in value.name:
+            value.type.tensor_type.shape.dim[1].dim_value = 1 << 20
+    set_metadata(proto, "n_head", str(1 << 20))
+    set_metadata(proto, "n_kv_head", str(1 << 20))
+
+
+def key_twice(proto):
+    entry = next(p for p in proto.metadata_props if p.key == "smallm.block_size")
+    proto.metadata_props.add(key=entry.key, value=entry.value)
+
+
+def broken_weights(proto):
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == 1:
+            tensor.raw_data = struct.pack("<f", math.nan) * (len(tensor.raw_data) // 4)
+
+
+EDITS = [other_operator, other_domain, data_elsewhere, shape_without_data, other_value, no_graph, huge_cache, key_twice]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_graphs_that_no_smallm_wrote(sanitized, exported, tmp_path, edit):
+    refusal(sanitized, damaged(exported, tmp_path, edit))
+
+
+def test_weights_that_are_no_numbers(sanitized, exported, tmp_path):
+    done = run(sanitized, damaged(exported, tmp_path, broken_weights), "--max-length", 5)
+    assert done.returncode == 2
+    assert done.stderr.count(b"\n") == 1
+    assert b"not finite" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--temperature", "hot"], ["--temperature", "-1"], ["--top-p", "0"], ["--max-length", "-1"], ["--max-length", "x"],
+     ["--max-length", "9" * 30], ["--rng-seed", "-1"], ["--rng-seed", "4294967296"], ["--overflow", "wrap"],
+     ["--overflow", "slide"], ["--allowed", ""], ["--allowed", "ab", "--banned", "ba"],
+     ["--threads", "0"], ["--threads", "2000"], ["--seed"], ["--unknown", "1"], ["two", "models"],
+     ["--seed-file", "/no/such/file"], ["--score", "/no/such/file"], ["--min-length", "501"],
+     ["--repetition-window", "33"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_mistakes_on_the_command_line(sanitized, exported, argv):
+    refusal(sanitized, *([] if argv[0] == "two" else [exported / "model.onnx"]), *argv)
+
+
+def test_text_that_is_not_utf_8(sanitized, exported, tmp_path):
+    for data in (b"caf\xe9", b"\xff", b"\xed\xa0\x80", b"\xc0\x80", b"a\xf0\x9d\x84"):
+        (tmp_path / "text").write_bytes(data)
+        for flag in ("--seed-file", "--score"):
+            assert "not UTF-8 from byte" in refusal(sanitized, exported / "model.onnx", flag, tmp_path / "text")
+    (tmp_path / "text").write_bytes(b"a")
+    assert "at least 2 characters" in refusal(sanitized, exported / "model.onnx", "--score", tmp_path / "text")
+
+
+def test_a_long_seed(sanitized, lm, exported, tmp_path):
+    (tmp_path / "seed").write_text("é𝄞" * 500_000, encoding="utf-8")
+    flags = ["--seed-file", tmp_path / "seed", "--max-length", 3, "--rng-seed", 2]
+    found = succeed(sanitized, exported / "model.onnx", *flags)
+    assert found == lm.generate("é𝄞" * 500_000, 3, rng_seed=2) + "\n"
+
+
+# -- files from strangers
+
+
+def test_the_lists_are_those_of_python():
+    source = (C / "smallm.c").read_text(encoding="utf-8")
+    words = re.search(r"OPERATORS\[\] =\n(.*?);", source, re.DOTALL)[1]
+    assert set(words.replace('"', " ").split()) == OPERATORS
+    bits = re.search(r"BITS\[ONNX_TYPES\] = {(.*?)}", source)[1].split(",")
+    assert {i: int(n) for i, n in enumerate(bits) if int(n)} == BITS
+    tables = dict(re.findall(r"static const rule (\w+)\[\] = {(.*?)};", source, re.DOTALL))
+
+    def rules(name):
+        return {
+            int(number): (kind, rules(inner) if inner != "0" else None)
+            for number, kind, inner in re.findall(r"{(\d+), '(\w)', (\w+)}", tables[name])
+        }
+
+    def expected(message):
+        return {number: rule_of(kind) for number, (_, kind) in message.items()}
+
+    def rule_of(kind):
+        repeated = isinstance(kind, list)
+        kind = kind[0] if repeated else kind
+        letter = "m" if isinstance(kind, dict) else kind.__name__[0]
+        return (letter.upper() if repeated else letter), expected(kind) if letter == "m" else None
+
+    assert rules("MODEL") == expected(MODEL)
+
+
+def test_mutated_files_never_crash_it(sanitized, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import fuzz_c
+
+    data = save_onnx(random_model(n_layer=1, n_head=2, n_kv_head=1, n_embd=32), tmp_path / "toy.onnx").read_bytes()
+    kinds = set()
+    for number in range(50):
+        (tmp_path / "model.onnx").write_bytes(fuzz_c.mutation(data, number, 0))
+        ended = fuzz_c.perform(sanitized, tmp_path / "model.onnx", number)
+        assert ended["kind"] in fuzz_c.GOOD, (number, ended)
+        kinds.add(ended["kind"])
+    assert kinds == set(fuzz_c.GOOD)
+
+
+def test_the_fuzzer_tells_bad_endings(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import fuzz_c
+
+    line = "smallm: x is broken; do y\n"
+    assert fuzz_c.verdict(0, "") == "success"
+    assert fuzz_c.verdict(2, line) == "refused"
+    for code, said in [(-11, ""), (1, line), (2, line * 2), (2, ""), (0, "==1==ERROR: LeakSanitizer\n"), (23, "")]:
+        assert fuzz_c.verdict(code, said) not in fuzz_c.GOOD

@@ -1,0 +1,696 @@
+"""The kits for JavaScript, in Node and in Chromium: they write the texts that Python writes, and say what is wrong.
+
+What they need is installed by `npm ci --ignore-scripts --prefix tests/js`, and Chromium by the system's packages.
+A host takes seconds for 200 characters of each golden text; SMALLM_GOLDEN_CHARACTERS=2000 with pytest's --timeout 0 is
+the whole proof, which takes minutes. SMALLM_SHOTS names a folder for screenshots of the page.
+"""
+
+import http.server
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+from toys import LATER_VOCABULARY, random_model, save_onnx
+
+from smallm import LanguageModel, UserError
+from smallm.export.kits import javascript as kit_js
+from smallm.export.kits.javascript import KITS, write_node, write_web
+from smallm.generation import sequence_state as draft
+from smallm.generation.config import Options
+from smallm.generation.sampler import Sampling, ranked, sample
+from smallm.language_model import MODEL_FILE
+
+JS = Path(__file__).parents[1] / "js"
+PACKAGES = JS / "node_modules"
+MODULE = KITS / "js" / "smallm.js"
+GOLDEN_FILE = Path(__file__).parents[1] / "golden.json"
+GOLDEN = json.loads(GOLDEN_FILE.read_text(encoding="utf-8"))
+HOSTS = ("onnxruntime-node", "onnxruntime-web/wasm")
+CHARACTERS = int(os.environ.get("SMALLM_GOLDEN_CHARACTERS", "200"))  # of each golden text
+INSTALL = "npm ci --ignore-scripts --prefix tests/js"
+OPTIONS = [
+    {"overflow": "shift"},
+    {"stop": ["moon", "\n"], "min_length": 5},
+    {"stop": "e", "min_length": 40},
+    {"stop": ["the long", "the moon."], "temperature": 0.0},
+    {"repetition_penalty": 1.5, "repetition_window": 10},
+    {"repetition_penalty": 0.7, "temperature": 1.2},
+    {"min_p": 0.2, "top_k": 7, "top_p": 0.9},
+    {"stream_number": 4294967295},
+    {"top_p": 1e-9},
+    {"temperature": 1e-300},
+    {"temperature": 2.0},
+    {"allowed": "the moonéz"},
+    {"banned": "aeiou\ufffd", "temperature": 1.5},
+    {"allowed": "abé", "banned": "b", "repetition_penalty": 1.5},
+]
+PERMITTED = [
+    {"allowed": "abé€𝄞\ufffd"}, {"allowed": "𝄞€"}, {"banned": "aeiouéñ\ufffd"}, {"allowed": "ab é", "banned": "bé"},
+    {"banned": "\ufffd", "repetition_penalty": 1.5}, {"allowed": "0123456789", "temperature": 0.0},
+]  # fmt: skip
+
+
+def names_in_js(options: dict) -> dict:
+    """top_k -> topK, and so on."""
+    return {name.split("_")[0] + name.title().replace("_", "")[len(name.split("_")[0]) :]: value
+            for name, value in options.items()}  # fmt: skip
+
+
+def golden_calls(characters: int) -> list[list]:
+    """What to ask of a host for the golden texts."""
+    cases = [dict(case) for case in GOLDEN["texts"]]
+    return [["generate", case.pop("seed"), names_in_js(case) | {"maxLength": characters}] for case in cases]
+
+
+def assert_golden(texts: list[str], model: LanguageModel, characters: int) -> None:
+    """All are Python's, but for one that may part from it where rounding decides.
+
+    Hosts have other kernels: logits differ in the seventh digit, which may bring a draw to the other side of an edge.
+    With 20 texts of 2,000 characters that was seen once, in Node, where u lay 8e-9 from one; these 20 are alike.
+    """
+    cases = zip(GOLDEN["texts"], texts, strict=True)
+    assert sum(parted(text, model, case, characters) for case, text in cases) <= 1
+
+
+def parted(text: str, model: LanguageModel, case: dict, characters: int) -> bool:
+    """Whether a text is not Python's, which it must be but where rounding decides."""
+    expected = model.generate(**case, max_length=characters)
+    if text != expected:
+        same = next(i for i, pair in enumerate(zip(text, expected, strict=True)) if len({*pair}) == 2)
+        same -= len(case["seed"])
+        assert rounding_decides(model, case, same + 1), (case, same)
+    return text != expected
+
+
+def rounding_decides(model: LanguageModel, case: dict, characters: int) -> bool:
+    """Whether the last of so many characters hangs on the last digits of the logits."""
+    close = []
+
+    def recording(logits: np.ndarray, u: float, sampling: Sampling) -> int:
+        ids, weights = ranked(logits, sampling)
+        edges = weights[np.argsort(ids)].cumsum()[:-1] / weights.sum()
+        kept = logits[ids].min() - np.delete(logits, ids).max(initial=-np.inf)  # from the first that is not
+        shares = ranked(logits, replace(sampling, top_p=1.0))[1].cumsum()
+        shares /= shares[-1]
+        near = [*np.abs(edges - u), *(np.abs(shares - sampling.top_p) if sampling.top_p < 1 else ()), kept / 10]
+        close.append(min(near) < 1e-6)
+        return sample(logits, u, sampling)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draft, "sample", recording)
+        model.generate(**case, max_length=characters)
+    return any(close[-4:])  # a character has up to four ids
+
+
+@pytest.fixture(scope="session")
+def node() -> str:
+    """Node, where everything that the tests need is installed."""
+    found = shutil.which("node")
+    if found is None:
+        pytest.skip("node is not installed")
+    if not (PACKAGES / ".package-lock.json").is_file():
+        pytest.skip(f"the packages for these tests are not installed; run: {INSTALL}")
+    return found
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("no Chromium is installed; on Debian: apt-get install chromium")
+    return found
+
+
+@pytest.fixture(scope="session")
+def model(exported) -> LanguageModel:
+    """The trained one, as Python sees it."""
+    return LanguageModel.load(exported)
+
+
+@pytest.fixture(scope="session")
+def noise(tmp_path_factory) -> Path:
+    """A model of random weights: most of what it writes is not UTF-8."""
+    return save_onnx(random_model(), tmp_path_factory.mktemp("noise") / MODEL_FILE)
+
+
+@pytest.fixture
+def ask(node, tmp_path):
+    """Puts calls to a model in Node and returns the answers."""
+
+    def ask(host: str, path: Path, calls: list[list]) -> list[dict]:
+        file = tmp_path / "calls.json"
+        file.write_text(json.dumps(calls))
+        return json.loads(run_node(node, JS / "node_host.mjs", MODULE, host, path, file))
+
+    return ask
+
+
+def run_node(node: str, *arguments, cwd: Path = JS) -> str:
+    done = subprocess.run([node, *map(str, arguments)], cwd=cwd, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.decode()  # as text, \r would become \n
+
+
+def values(answers: list[dict]) -> list:
+    assert not [answer["error"] for answer in answers if "error" in answer]
+    return [answer["value"] for answer in answers]
+
+
+# -- the numbers, in Node
+
+
+def test_golden_draws_and_ids(node):
+    found = json.loads(run_node(node, JS / "golden.mjs", MODULE, GOLDEN_FILE))
+    assert found["draws"] == [[(x >> 8) / 16777216 for x in case["x"]] for case in GOLDEN["draws"]]
+    assert found["ids"] == [case["ids"] for case in GOLDEN["ids"]]
+    assert found["permitted"] == [case["ids"] for case in GOLDEN["permitted"]]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_golden_texts(ask, exported, model, host):
+    assert_golden(values(ask(host, exported / MODEL_FILE, golden_calls(CHARACTERS))), model, CHARACTERS)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_every_option(ask, exported, model, host):
+    asked = [["generate", "the small café ", {"rngSeed": 3, "maxLength": 90} | names_in_js(o)] for o in OPTIONS]
+    expected = [model.generate("the small café ", 90, rng_seed=3, **o) for o in OPTIONS]
+    assert values(ask(host, exported / MODEL_FILE, asked)) == expected
+    assert len(set(expected)) > len(expected) / 2
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_texts_slide_as_in_python(ask, tmp_path, host):
+    """2,000 characters are many slides; it is the default of a model with a window."""
+    for window, block_size, length in ((9, 32, 2000), (1, 8, 300), (2, 9, 300), (16, 16, 300)):
+        path = save_onnx(random_model(window=window, block_size=block_size), tmp_path / MODEL_FILE)
+        python, seed = LanguageModel.load(path), "aé中𝄞"
+        asked = [["generate", seed, {"maxLength": length, "rngSeed": 5}]]
+        asked += [["generate", seed, {"maxLength": 100, "rngSeed": 5, "overflow": o}] for o in ("crop", "shift")]
+        expected = [python.generate(seed, length, rng_seed=5)]
+        expected += [python.generate(seed, 100, rng_seed=5, overflow=overflow) for overflow in ("crop", "shift")]
+        assert values(ask(host, path, asked)) == expected
+
+
+def test_bytes_that_are_not_utf8_become_the_same_characters(ask, noise):
+    """Byte for byte: the two decoders have to agree on what one invalid sequence is."""
+    python = LanguageModel.load(noise)
+    seeds = range(12)
+    asked = [["generate", "é", {"rngSeed": s, "maxLength": 150, "temperature": 2.0}] for s in seeds]
+    expected = [python.generate("é", 150, rng_seed=s, temperature=2.0) for s in seeds]
+    assert values(ask("onnxruntime-node", noise, asked)) == expected
+    assert sum(text.count("\ufffd") for text in expected) > 500
+
+
+def test_permitted_characters_are_those_of_python(ask, noise):
+    """Random weights, so that all that is permitted comes."""
+    python, usual = LanguageModel.load(noise), {"temperature": 3.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    options = [usual | {"rng_seed": 5} | each for each in PERMITTED]
+    asked = [["generate", "aé", names_in_js(each) | {"maxLength": 300}] for each in options]
+    texts = values(ask("onnxruntime-node", noise, asked))
+    assert texts == [python.generate("aé", 300, **each) for each in options]
+    for text, each in zip(texts, PERMITTED, strict=True):
+        assert set(text[2:]) <= set(each.get("allowed", text)) - set(each.get("banned", ""))
+
+
+def test_ids_that_were_learned_later(ask, tmp_path):
+    path = save_onnx(random_model(LATER_VOCABULARY), tmp_path / MODEL_FILE, LATER_VOCABULARY)
+    seed = "aé中𝄞ñ€è₭"
+    expected = LanguageModel.load(path).generate(seed, 120, rng_seed=5)
+    assert values(ask("onnxruntime-node", path, [["generate", seed, {"rngSeed": 5, "maxLength": 120}]])) == [expected]
+
+
+def test_a_byte_order_mark_is_text(ask, noise):
+    asked = [["score", "\ufeffa\ufeff"], ["generate", "\ufeff", {"maxLength": 1, "rngSeed": 1}]]
+    nats, text = values(ask("onnxruntime-node", noise, asked))
+    assert len(nats) == 3
+    assert text == LanguageModel.load(noise).generate("\ufeff", 1, rng_seed=1)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_scores_and_next_characters(ask, exported, model, host):
+    texts = ["", "a", "the moon", "Zoë paints ten euros (10 €).\n" * 5, "日本語 😀", "x" * 33, "x" * 65]
+    asked = [["score", text] for text in texts] + [["nextCharacters", text, 5] for text in texts]
+    found = values(ask(host, exported / MODEL_FILE, asked))
+    for text, nats in zip(texts, found[: len(texts)], strict=True):
+        expected = [None if math.isnan(x) else pytest.approx(x, abs=1e-4) for x in model.score(text)]
+        assert nats == expected
+    for text, likeliest in zip(texts, found[len(texts) :], strict=True):
+        expected = [
+            {"character": c, "probability": pytest.approx(p, abs=1e-5)} for c, p in model.next_characters(text, 5)
+        ]
+        assert likeliest == expected
+
+
+def test_pieces_are_characters_with_their_surprise(ask, exported, model):
+    """Also those held back for a stop, which come later and at once."""
+    options = {"stop": "the long winter forever", "rng_seed": 2, "temperature": 1.0}
+    (pieces,) = values(ask("onnxruntime-node", exported / MODEL_FILE, [["pieces", "Zoë ", names_in_js(options)]]))
+    stream = model.stream("Zoë ", 500, logprobs=True, **options)
+    expected = [(piece, list(stream.logprobs)) for piece in stream]
+    assert "".join(piece["text"] for piece in pieces) == "".join(text for text, _ in expected)
+    assert all(len(piece["text"]) == 1 for piece in pieces)
+    surprises = [piece["surprise"] for piece in pieces]
+    assert surprises == pytest.approx([-p for _, logprobs in expected for p in logprobs], abs=1e-4)
+    assert sum(surprises) / len(surprises) > 0.1
+
+
+def test_texts_side_by_side_and_left_early(ask, exported, model):
+    asked = [["together", *([f"{i} ", {"rngSeed": i, "maxLength": 50}] for i in range(4))]]
+    asked += [["first", 7, "a", {"maxLength": 2**53 - 1, "rngSeed": 1}], ["facts"]]
+    together, first, facts = values(ask("onnxruntime-node", exported / MODEL_FILE, asked))
+    assert together == [model.generate(f"{i} ", 50, rng_seed=i) for i in range(4)]
+    assert first == model.generate("a", 7, rng_seed=1)[1:]
+    sizes = {"blockSize": model.block_size, "vocabSize": model.vocab_size}
+    assert facts == sizes | {"metadata": json.loads((exported / "smallm.json").read_text())}
+
+
+def test_a_seed_longer_than_the_context(ask, exported, model):
+    seeds = ["😀" * 40 + "é", "a" * 31 + "😀" * 31 + "b", "ab" * 5000]
+    asked = [["generate", seed, {"maxLength": 20, "rngSeed": 1}] for seed in seeds]
+    expected = [model.generate(seed, 20, rng_seed=1) for seed in seeds]
+    assert values(ask("onnxruntime-node", exported / MODEL_FILE, asked)) == expected
+
+
+# -- mistakes, in Node
+
+MISTAKES = {
+    "lone surrogate in a seed": (["generate", "a\ud800"], "the seed text has a lone surrogate (U+D800)"),
+    "lone surrogate in a text": (["score", "\udc00"], "the text has a lone surrogate (U+DC00)"),
+    "lone surrogate in a stop": (["generate", "a", {"stop": ["b", "\ud800"]}], "stop has a lone surrogate"),
+    "no string": (["generate", 5], "the seed text is no string"),
+    "huge length": (["generate", "a", {"maxLength": 1e300}], "maxLength = 1e+300 is out of range"),
+    "negative length": (["generate", "a", {"maxLength": -1}], "maxLength = -1 is out of range"),
+    "length of half a character": (["generate", "a", {"maxLength": 0.5}], "maxLength = 0.5 is out of range"),
+    "least length above the most": (["generate", "a", {"minLength": 9, "maxLength": 8}], "minLength = 9 is more than"),
+    "temperature": (["generate", "a", {"temperature": -0.1}], "temperature = -0.1 is out of range"),
+    "temperature in words": (["generate", "a", {"temperature": "hot"}], "temperature = hot is out of range"),
+    "topK": (["generate", "a", {"topK": 2.5}], "topK = 2.5 is out of range"),
+    "topP": (["generate", "a", {"topP": 0}], "topP = 0 is out of range"),
+    "minP": (["generate", "a", {"minP": 1.1}], "minP = 1.1 is out of range"),
+    "repetitionPenalty": (["generate", "a", {"repetitionPenalty": 0}], "repetitionPenalty = 0 is out of range"),
+    "repetitionWindow": (["generate", "a", {"repetitionWindow": 33}], "it must be from 0 to block_size = 32"),
+    "rngSeed": (["generate", "a", {"rngSeed": 2**32}], "rngSeed = 4294967296 is out of range"),
+    "streamNumber": (["generate", "a", {"streamNumber": -1}], "streamNumber = -1 is out of range"),
+    "overflow": (["generate", "a", {"overflow": "wrap"}], "overflow = wrap is out of range"),
+    "no window": (["generate", "a", {"overflow": "slide"}], "overflow = slide needs a model that was trained with"),
+    "nothing allowed": (["generate", "a", {"allowed": ""}], "allowed and banned leave no character"),
+    "all banned": (["generate", "a", {"allowed": "aé", "banned": "éa"}], "allowed and banned leave no character"),
+    "lone surrogate allowed": (["generate", "a", {"allowed": "a\ud800"}], "allowed has a lone surrogate"),
+    "a list of banned ones": (["generate", "a", {"banned": ["a"]}], "banned is no string"),
+    "unknown option": (["generate", "a", {"top_k": 3}], "option top_k is unknown; there are maxLength, temperature"),
+    "number of next characters": (["nextCharacters", "a", -1], "n = -1 is out of range"),
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_mistakes(ask, exported, host):
+    answers = ask(host, exported / MODEL_FILE, [call for call, _ in MISTAKES.values()])
+    for (_, message), answer in zip(MISTAKES.values(), answers, strict=True):
+        assert_sentence(answer, message)
+
+
+def assert_sentence(answer: dict, part: str) -> None:
+    error = answer.get("error", f"no error but {str(answer.get('value'))[:80]}")
+    assert error.startswith("Error: ")
+    assert part in error
+    assert "\n" not in error
+
+
+def test_empty_seed_and_no_length(ask, exported, model):
+    asked = [["generate", "", {"maxLength": 20, "rngSeed": 1}], ["generate", "a", {"maxLength": 0}], ["score", ""]]
+    assert values(ask("onnxruntime-node", exported / MODEL_FILE, asked)) == [
+        model.generate("", 20, rng_seed=1),
+        "a",
+        [],
+    ]
+
+
+def with_metadata(path: Path, out: Path, **changes) -> Path:
+    """The same model, which says something else about itself."""
+    proto = onnx.load(path)
+    values = {entry.key: entry.value for entry in proto.metadata_props}
+    values |= {f"smallm.{name}": value for name, value in changes.items()}
+    helper.set_model_props(proto, {name: value for name, value in values.items() if value is not None})
+    onnx.save(proto, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def broken_models(exported, tmp_path_factory) -> dict[str, tuple[Path, str]]:
+    """Files that are no model, and what has to be said about them."""
+    folder, good = tmp_path_factory.mktemp("broken"), exported / MODEL_FILE
+    data = good.read_bytes()
+    foreign = onnx.load(good)
+    helper.set_model_props(foreign, {"author": "somebody"})
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "other", *[
+        [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1])] for name in "xy"])  # fmt: skip
+    other = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+    helper.set_model_props(other, {entry.key: entry.value for entry in onnx.load(good).metadata_props})
+    other.doc_string = "x" * 100_000  # as big as the sizes in its metadata want it
+    files = {
+        "empty": (b"", "is truncated or no ONNX model (it has no graph)"),
+        "text": (b"Once upon a time there was no model. " * 9, "is truncated or no ONNX model"),
+        "half": (data[: len(data) // 2], "is truncated or no ONNX model"),
+        "short": (data[:-1], "is truncated or no ONNX model"),
+        "foreign": (foreign.SerializeToString(), "is not a smallm model; write one with python export.py"),
+        "other graph": (other.SerializeToString(), "has not the inputs and outputs that its metadata promise"),
+    }
+    found = {}
+    for name, (content, message) in files.items():
+        (folder / name).write_bytes(content)
+        found[name] = folder / name, message
+    metadata = {
+        "version 2": ({"format_version": "2"}, "has format version 2; this smallm.js reads 1"),
+        "no version": ({"format_version": None}, "has format version undefined"),
+        "not JSON": ({"quality": "{"}, "has broken metadata"),
+        "a string for a size": ({"block_size": '"32"'}, "has broken metadata"),
+        "no size": ({"n_layer": None}, "has broken metadata"),
+        "heads that do not divide": ({"n_kv_head": "3"}, "has broken metadata"),
+        "window": ({"window": "33"}, "has broken metadata"),
+        "half a position": ({"window": "1.5"}, "has broken metadata"),
+        "no angle": ({"rope_theta": "0"}, "has broken metadata"),
+        "odd head_dim": ({"head_dim": "15"}, "has broken metadata"),
+        "half a character": ({"tokens": '"e282"'}, "has broken metadata"),
+        "a character twice": ({"tokens": '"c3a9 c3a9"'}, "has broken metadata"),
+        "a beginning too early": ({"tokens": '"e282 c3a9 e282ac"'}, "has broken metadata"),
+        "no tokens": ({"tokens": "7"}, "has broken metadata"),
+        "no start": ({"start_text": '""'}, "has broken metadata"),
+        "lone surrogate": ({"start_text": '"\\ud800"'}, "has broken metadata"),
+        "temperature": ({"sampling": '{"temperature": -1}'}, "has broken metadata"),
+        "list": ({"training": "[]"}, "has broken metadata"),
+        "huge": ({"block_size": "16000000"}, "is too small for the sizes in its metadata"),
+        "one layer more": ({"n_layer": "3"}, "has not the inputs and outputs that its metadata promise"),
+    }
+    for name, (changes, message) in metadata.items():
+        found[name] = with_metadata(good, folder / name, **changes), message
+    return found
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_broken_models(ask, exported, broken_models, tmp_path, host):
+    calls = [["load", str(path)] for path, _ in broken_models.values()]
+    calls += [["load", str(tmp_path / "nothing.onnx")], ["load", str(tmp_path)], ["load", 5], ["loadBytes", []]]
+    messages = [message for _, message in broken_models.values()]
+    messages += ["there is no such file", "cannot read the model", "the model is neither bytes nor a URL nor a path"]
+    messages += ["the model is truncated or no ONNX model"]
+    for answer, message in zip(ask(host, exported / MODEL_FILE, calls), messages, strict=True):
+        assert_sentence(answer, message)
+
+
+def test_damaged_models_never_crash(ask, exported, tmp_path):
+    """Bytes changed anywhere: what opens still writes or says what is wrong, what does not open says so."""
+    rng, data = random.Random(1), (exported / MODEL_FILE).read_bytes()
+    calls = []
+    for i in range(60):
+        changed = bytearray(data)
+        for _ in range(rng.choice([1, 3, 30])):
+            changed[rng.randrange(len(data))] = rng.randrange(256)
+        (tmp_path / f"{i}.onnx").write_bytes(changed)
+        calls.append(["loadAndWrite", str(tmp_path / f"{i}.onnx")])
+    answers = ask("onnxruntime-node", exported / MODEL_FILE, calls)
+    assert len(answers) == len(calls)
+    assert any("error" in answer for answer in answers)
+    assert any("value" in answer for answer in answers)
+    for answer in answers:
+        if "error" in answer:
+            assert_sentence(answer, "model")
+
+
+# -- the types
+
+
+def test_types(node, tmp_path):
+    for file in (MODULE, MODULE.with_suffix(".d.ts"), JS / "types.ts"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    (tmp_path / "node_modules").symlink_to(PACKAGES)
+    options = ["--noEmit", "--strict", "--skipLibCheck", "--module", "nodenext", "--target", "es2022"]
+    run_node(node, PACKAGES / "typescript" / "bin" / "tsc", *options, "types.ts", cwd=tmp_path)
+
+
+def test_the_types_name_all_options():
+    declared = MODULE.with_suffix(".d.ts").read_text().split("interface GenerateOptions {")[1].split("\n}")[0]
+    listed = MODULE.read_text().split("const OPTIONS = {")[1].split("\n}")[0]
+    names = re.findall(r"^  (\w+)\??:", declared, re.MULTILINE)
+    assert names == re.findall(r"^  (\w+):", listed, re.MULTILINE)
+    assert set(names) == {*names_in_js(Options.__annotations__), "maxLength"}
+
+
+# -- the Node package
+
+
+def test_node_kit(node, exported, model, tmp_path):
+    write_node(exported, tmp_path / "kit")
+    (tmp_path / "kit" / "node_modules").symlink_to(PACKAGES)
+    names = {"README.md", "example.mjs", "model.onnx", "package.json", "smallm.d.ts", "smallm.js", "node_modules"}
+    assert {file.name for file in (tmp_path / "kit").iterdir()} == names
+    wanted = json.loads((tmp_path / "kit" / "package.json").read_text())["dependencies"]
+    locked = json.loads((JS / "package-lock.json").read_text())["packages"]
+    assert wanted == {"onnxruntime-node": locked["node_modules/onnxruntime-node"]["version"]}
+    found = run_node(node, "example.mjs", "the moon ", "5", cwd=tmp_path / "kit")
+    parted(found.removesuffix("\n"), model, {"seed": "the moon ", "rng_seed": 5}, 500)
+    assert len(run_node(node, "example.mjs", cwd=tmp_path / "kit")) > 400
+    (tmp_path / "kit" / MODEL_FILE).unlink()
+    failed = subprocess.run([node, "example.mjs"], cwd=tmp_path / "kit", capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert re.fullmatch(r"cannot read the model .*: there is no such file\n", failed.stderr)
+
+
+def test_the_readme_of_the_node_kit_has_two_commands(exported, tmp_path):
+    write_node(exported, tmp_path / "kit")
+    text = (tmp_path / "kit" / "README.md").read_text()
+    assert re.findall(r"```sh\n(.*?)```", text, re.DOTALL) == [
+        "npm install --ignore-scripts\n",
+        'node example.mjs "The "\n',
+    ]
+    assert kit_js.EXACT in text
+    assert "{{" not in text
+
+
+def test_what_int8_promises(exported, tmp_path):
+    with_metadata(exported / MODEL_FILE, tmp_path / MODEL_FILE, precision='"int8"')
+    write_node(tmp_path, tmp_path / "kit")
+    assert "The weights are in int8" in (tmp_path / "kit" / "README.md").read_text()
+
+
+# -- the page
+
+
+@pytest.fixture(scope="session")
+def web_kit(node, exported, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("web") / "kit"
+    write_web(exported, out, PACKAGES / "onnxruntime-web")
+    return out
+
+
+def test_the_page_states_its_transfer(web_kit):
+    files = [file for file in web_kit.rglob("*") if file.is_file()]
+    loaded = [file for file in files if file.name not in ("README.md", "smallm.d.ts")]
+    total = f"{sum(file.stat().st_size for file in loaded) / 1e6:.1f} MB"
+    for name in ("index.html", "README.md"):
+        text = (web_kit / name).read_text()
+        assert total in " ".join(text.split())
+        assert "{{" not in text
+    assert not re.search(r"https?://(?!localhost)", "".join(f.read_text() for f in loaded if f.parent == web_kit
+                                                            and f.suffix != ".onnx"))  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def slider(tmp_path_factory) -> Path:
+    """A model with a window, of random weights."""
+    return save_onnx(random_model(window=5), tmp_path_factory.mktemp("slider") / MODEL_FILE)
+
+
+@pytest.fixture(scope="session")
+def page(node, chromium, web_kit, exported, slider, broken_models, tmp_path_factory) -> dict:
+    """What a browser saw, by scenario of page.mjs; the page comes from Python's own web server."""
+    calls = tmp_path_factory.mktemp("page") / "calls.json"
+    mistakes = [call for call, _ in MISTAKES.values()]
+    texts = [*golden_calls(CHARACTERS), ["score", "the moon paints Zoë.\n" * 4], *mistakes]
+    calls.write_text(json.dumps(texts))
+    with served(web_kit) as url:
+        shots = os.environ.get("SMALLM_SHOTS", "")
+        saw = json.loads(run_node(node, JS / "page.mjs", chromium, url, calls, shots, exported / MODEL_FILE, slider))
+        assert saw["problems"] == []
+        assert {request.split("/")[2] for request in saw["requests"]} == {url.split("/")[2]}, "the page asks elsewhere"
+        return saw
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def test_golden_texts_and_scores_in_chromium(page, model):
+    n = len(GOLDEN["texts"])
+    *texts, nats = values(page["calls"][: n + 1])
+    assert_golden(texts, model, CHARACTERS)
+    assert nats[1:] == pytest.approx(model.score("the moon paints Zoë.\n" * 4)[1:], abs=1e-4)
+    for (_, message), answer in zip(MISTAKES.values(), page["calls"][n + 1 :], strict=True):
+        assert_sentence(answer, message)
+
+
+def test_a_text_in_the_page(page, model):
+    saw = page["mouse"]
+    options = {"temperature": 0.9, "top_k": 20, "rng_seed": 7, "overflow": "shift"}
+    assert saw["text"] == model.generate("Zoë sings to ", 200, **options)
+    stream = model.stream("Zoë sings to ", 200, logprobs=True, **options)
+    nats = np.array([-p for _ in stream for p in stream.logprobs])
+    assert [float(title.removesuffix(" nats")) for title, _ in saw["surprises"]] == pytest.approx(nats, abs=0.006)
+    shares = [float(share) for _, share in saw["surprises"]]
+    assert shares == pytest.approx(np.minimum(100, nats * 100 / 6), abs=0.6)
+    assert saw["status"] == "Done: 200 characters"
+    assert re.fullmatch(r"[\d,]+ characters per second", saw["progress"])
+    assert "All that it loads is" in saw["footer"]
+    assert saw["live"] == ["polite", "false"]
+
+
+def test_the_page_by_keyboard(page, model):
+    saw = page["keyboard"]
+    assert saw["order"] == ["seed", "temperature", "topK", "maxLength", "rngSeed", "overflow", "write", "another"]
+    assert saw["text"] == model.generate("an old owl ", 60, rng_seed=1, overflow="shift")
+    assert saw["text"] == saw["stopped"][: len(saw["text"])]
+    assert len(saw["text"]) < len(saw["stopped"]) < 50_000
+    assert saw["status"].startswith("Stopped: ")
+
+
+def test_the_page_slides_by_itself(page, slider):
+    """Where the model can."""
+    python = LanguageModel.load(slider)
+    assert page["window"] == ["slide", python.generate("Zoë", 100, temperature=0.7, top_k=30, rng_seed=1)]
+
+
+def test_the_page_on_a_phone(page):
+    assert page["narrow"] == {"page": 360, "window": 360}
+
+
+def test_the_page_says_what_is_wrong(page):
+    saw = page["mistakes"]
+    expected = {
+        "temperature -1": ("temperature = -1 is out of range; it must be 0 or more", "temperature"),
+        "topK 2.5": ("topK = 2.5 is out of range", "topK"),
+        "maxLength -5": ("maxLength = -5 is out of range", "maxLength"),
+        "maxLength 1e12": ("this page writes at most 100000", "maxLength"),
+        "rngSeed 4294967296": ("rngSeed = 4294967296 is out of range", "rngSeed"),
+        "temperature ": ("temperature is not a number; type one", "temperature"),
+        "seed lone \ud800": ("the seed text has a lone surrogate (U+D800)", "seed"),
+    }
+    assert saw.pop("empty") == [10, True]
+    assert saw.keys() == expected.keys()
+    for name, (message, field) in expected.items():
+        alert, marked, focused = saw[name]
+        assert message in alert
+        assert (marked, focused) == ([field], field)
+
+
+def test_the_page_without_its_model(page):
+    messages = {
+        "missing": "cannot load model.onnx: the server answers 404; reload the page",
+        "truncated": "the model is truncated or no ONNX model",
+        "text": "the model is truncated or no ONNX model",
+        "empty": "the model is truncated or no ONNX model",
+    }
+    assert page["models"].keys() == messages.keys()
+    for name, message in messages.items():
+        alert, disabled = page["models"][name]
+        assert message in alert
+        assert disabled
+
+
+# -- what write_web needs of npm
+
+FAKE_NPM = """#!/bin/sh
+test "$2" = "onnxruntime-web@{version}" || exit 1
+cd "$(dirname "$0")"
+tar czf "$6/package.tgz" package
+echo '[{{"filename": "package.tgz"}}]'
+"""
+
+
+@pytest.fixture
+def npm(tmp_path, monkeypatch) -> Path:
+    """An npm that has the package without a network, and an empty cache."""
+    monkeypatch.setenv("SMALLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    dist = tmp_path / "bin" / "package" / "dist"
+    dist.mkdir(parents=True)
+    for name in kit_js.ORT_FILES.values():
+        (dist / name).write_text(name)
+    npm = tmp_path / "bin" / "npm"
+    npm.write_text(FAKE_NPM.format(version=kit_js.ORT_VERSION))
+    npm.chmod(0o755)
+    return npm
+
+
+def test_npm_is_asked_once(npm, exported, tmp_path):
+    write_web(exported, tmp_path / "kit")
+    npm.unlink()
+    write_web(exported / MODEL_FILE, tmp_path / "again")
+    for kit in (tmp_path / "kit", tmp_path / "again"):
+        assert (kit / "onnxruntime" / "ort.wasm").read_text() == "ort-wasm-simd-threaded.wasm"
+        assert (kit / MODEL_FILE).read_bytes() == (exported / MODEL_FILE).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (None, "npm has to fetch onnxruntime-web@.* once, and is not installed"),
+        ("exit 1", "npm cannot fetch onnxruntime-web@.*; check the network"),
+        ("echo nonsense", "npm cannot fetch"),
+        (
+            'cd "$(dirname "$0")"; tar czf "$6/p.tgz" npm; echo \'[{"filename": "p.tgz"}]\'',
+            "cannot keep onnxruntime-web",
+        ),
+    ],
+)
+def test_without_the_package(npm, exported, tmp_path, monkeypatch, script, message):
+    if script is None:
+        npm.unlink()
+        monkeypatch.setenv("PATH", str(npm.parent))
+    else:
+        npm.write_text(f"#!/bin/sh\n{script}\n")
+    with pytest.raises(UserError, match=message):
+        write_web(exported, tmp_path / "kit")
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_a_folder_that_is_not_the_package(exported, tmp_path):
+    with pytest.raises(UserError, match=r"has no ort\.wasm\.bundle\.min\.mjs; the page needs the npm package"):
+        write_web(exported, tmp_path / "kit", tmp_path)
+
+
+def test_no_model_for_a_kit(tmp_path):
+    with pytest.raises(UserError, match="there is no model in"):
+        write_node(tmp_path, tmp_path / "kit")
+    (tmp_path / "kit").write_text("a file")
+    (tmp_path / MODEL_FILE).write_bytes(b"no model")
+    with pytest.raises(UserError, match="is truncated or no ONNX model"):
+        write_node(tmp_path, tmp_path / "other")
+
+
+def test_the_pinned_version_is_the_tested_one():
+    locked = json.loads((JS / "package-lock.json").read_text())["packages"]
+    found = {locked[f"node_modules/onnxruntime-{name}"]["version"] for name in ("node", "web")}
+    assert found == {kit_js.ORT_VERSION}

@@ -1,0 +1,113 @@
+"""smallm.permitted: only permitted characters, whatever ids spell them, and never a dead end."""
+
+import json
+
+import make_golden
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import TOY_VOCABULARY
+
+from smallm.errors import UserError
+from smallm.generation.allowed_characters import Permitted
+from smallm.tokenizer.vocabulary import Vocabulary
+
+CHARACTERS = st.text(alphabet="ab\n\x00éèñ€中\ufffd🎉🎊ß", max_size=8)
+
+
+def ids(permitted, pending=b""):
+    """The ids that may come next."""
+    mask = permitted.mask(pending)
+    assert mask.dtype == np.float32
+    assert set(mask.tolist()) <= {0.0, -np.inf}
+    return set(np.flatnonzero(mask == 0).tolist())
+
+
+def spelled(text):
+    return set(TOY_VOCABULARY.encode(text).tolist())
+
+
+@pytest.mark.parametrize(
+    ("allowed", "banned", "pending", "expected"),
+    [
+        ("ab", "", b"", {97, 98}),
+        ("abc", "b", b"", {97, 99}),
+        ("aé", "", b"", {97, 0xC3} | spelled("é")),  # by its own id, or by its bytes
+        ("aé", "", b"\xc3", {0xA9}),
+        ("ß", "", b"", {0xC3}),
+        ("🎉", "", b"\xf0\x9f", {0x8E}),
+        ("🎉🎊", "🎊", b"\xf0\x9f\x8e", {0x89}),
+        ("中", "", b"", {0xE4} | {i for i in range(256, TOY_VOCABULARY.size)
+                                  if "中".encode().startswith(TOY_VOCABULARY.decode_bytes([i]))}),
+    ],
+)  # fmt: skip
+def test_by_hand(allowed, banned, pending, expected):
+    assert ids(Permitted(TOY_VOCABULARY, allowed, banned), pending) == expected
+
+
+@pytest.mark.parametrize("case", json.loads(make_golden.FILE.read_text(encoding="utf-8"))["permitted"], ids=str)
+def test_golden_permitted_ids(case):
+    permitted = Permitted(Vocabulary.from_hex_tokens(case["tokens"]), case["allowed"], case["banned"])
+    assert sorted(ids(permitted, bytes.fromhex(case["after"]))) == case["ids"]
+
+
+def test_bans_by_hand():
+    banned = Permitted(TOY_VOCABULARY, None, "aé")
+    everything = set(range(TOY_VOCABULARY.size))
+    assert ids(banned) == everything - {97} - spelled("é")
+    assert ids(banned, b"\xc3") == everything - {97, 0xA9} - spelled("é")
+    # a beginning all of whose ends are banned is no way to go
+    latin = "".join(map(chr, range(0xC0, 0x100)))  # all that begins with C3
+    assert 0xC3 not in ids(Permitted(TOY_VOCABULARY, None, latin))
+    assert 0xC3 in ids(Permitted(TOY_VOCABULARY, None, latin[1:]))
+    # bytes that are not UTF-8 come out as U+FFFD
+    assert ids(banned) >= {0x80, 0xFF}
+    assert not ids(Permitted(TOY_VOCABULARY, None, "\ufffd")) & ({*range(0x80, 0xC2)} | {*range(0xF5, 0x100)})
+    assert ids(Permitted(TOY_VOCABULARY, None, "\ufffd"), b"\xc3") == set(range(0x80, 0xC0))
+
+
+@settings(max_examples=60)
+@given(st.none() | CHARACTERS, CHARACTERS, st.lists(st.integers(0, 10_000), min_size=1, max_size=12))
+def test_any_walk_gives_permitted_characters_and_goes_on(allowed, banned, choices):
+    try:
+        permitted = Permitted(TOY_VOCABULARY, allowed, banned)
+    except UserError:
+        assert allowed is not None
+        assert not set(allowed) - set(banned)
+        return
+    decoder, text = TOY_VOCABULARY.decoder(), ""
+    for choice in choices:
+        ways = sorted(ids(permitted, decoder.pending))
+        assert ways
+        text += decoder.push(ways[choice % len(ways)])
+    assert not set(text) & set(banned)
+    if allowed is not None:
+        assert set(text) <= set(allowed)
+
+
+@given(st.text(max_size=5), st.text(max_size=5))
+def test_every_permitted_text_can_be_written(text, banned):
+    permitted, decoder = Permitted(TOY_VOCABULARY, None, banned), TOY_VOCABULARY.decoder()
+    for character in text:
+        if character in banned:
+            continue
+        for id in TOY_VOCABULARY.encode(character).tolist():
+            assert permitted.mask(decoder.pending)[id] == 0
+            decoder.push(id)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "banned", "message"),
+    [
+        ("", "", "allowed and banned leave no character"),
+        ("ab", "ba", "allowed and banned leave no character"),
+        ("a\udcff", "", "allowed has a lone surrogate"),
+        (None, "\udcff", "banned has a lone surrogate"),
+        (["a"], "", "allowed = .* is no string of characters"),
+        (None, 7, "banned = 7 is no string of characters"),
+    ],
+)
+def test_mistakes(allowed, banned, message):
+    with pytest.raises(UserError, match=message):
+        Permitted(Vocabulary(), allowed, banned)

@@ -1,0 +1,129 @@
+"""smallm.manifest: what a model says of itself survives the way through strings, and nothing else passes for it."""
+
+import json
+from dataclasses import asdict, fields, replace
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from toys import TOY_VOCABULARY, manifest_of, random_model
+
+from smallm.errors import UserError
+from smallm.model_file.manifest import FORMAT_VERSION, Manifest, genai_config, hugging_face_files
+from smallm.tokenizer.vocabulary import Vocabulary
+
+MANIFEST = manifest_of(random_model(), training={"text": "größe.txt 🎉", "val_loss": 1.25, "step": 3, "none": None})
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(), values, max_size=3),
+    max_leaves=6,
+)
+
+
+def test_the_way_through_metadata_and_back():
+    metadata = MANIFEST.to_metadata()
+    assert all(key.startswith("smallm.") and value.isascii() for key, value in metadata.items())
+    assert {key.removeprefix("smallm."): json.loads(value) for key, value in metadata.items()} == asdict(MANIFEST)
+    assert Manifest.from_metadata(metadata | {"other.tool": "{not json"}, "x") == MANIFEST
+    assert Manifest.from_dict(json.loads(json.dumps(asdict(MANIFEST))), "x") == MANIFEST
+    assert MANIFEST.vocabulary == TOY_VOCABULARY
+
+
+def test_a_value_that_a_later_version_adds_is_no_mistake():
+    assert Manifest.from_metadata(MANIFEST.to_metadata() | {"smallm.later": "1"}, "x") == MANIFEST
+    sampling = json.dumps(MANIFEST.sampling | {"later": 1})
+    assert Manifest.from_metadata(MANIFEST.to_metadata() | {"smallm.sampling": sampling}, "x").sampling["later"] == 1
+
+
+@pytest.mark.parametrize("metadata", [{}, {"other.tool": "1"}, {"block_size": "16"}])
+def test_metadata_of_others(metadata):
+    with pytest.raises(UserError, match=r"^x is not a smallm model; write one with `python export.py`$"):
+        Manifest.from_metadata(metadata, "x")
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Manifest)])
+def test_a_missing_value(name):
+    values = {key: value for key, value in asdict(MANIFEST).items() if key != name}
+    if name in ("sampling", "training", "precision", "quality", "window", "rope_theta"):
+        assert Manifest.from_dict(values, "x").block_size == 16
+    else:
+        with pytest.raises(UserError, match=r"^x has "):
+            Manifest.from_dict(values, "x")
+
+
+def read_or_refused(read):
+    """The manifest that `read` gives; None if it is refused, in one line."""
+    try:
+        return read()
+    except UserError as error:
+        message = str(error)
+    assert message.startswith("x has ")
+    assert "\n" not in message
+    assert len(message) < 300
+    return None
+
+
+@given(st.sampled_from([f.name for f in fields(Manifest)]), JSON)
+@example("format_version", "\n" * 9999)
+def test_any_value_is_refused_in_one_line_or_can_be_used(name, value):
+    metadata = MANIFEST.to_metadata() | {f"smallm.{name}": json.dumps(value)}
+    for read in (
+        lambda: Manifest.from_dict(asdict(MANIFEST) | {name: value}, "x"),
+        lambda: Manifest.from_metadata(metadata, "x"),
+    ):
+        if manifest := read_or_refused(read):
+            sizes = ("block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim")
+            assert all(type(getattr(manifest, size)) is int and getattr(manifest, size) > 0 for size in sizes)
+            assert manifest.vocabulary.size == manifest.vocab_size
+            assert len(manifest.vocabulary.encode(manifest.start_text)) > 0
+            assert manifest.format_version == FORMAT_VERSION
+
+
+@given(st.sampled_from([f.name for f in fields(Manifest)]), st.text())
+def test_any_string_in_the_metadata(name, text):
+    read_or_refused(lambda: Manifest.from_metadata(MANIFEST.to_metadata() | {f"smallm.{name}": text}, "x"))
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_format_version_says_what_to_do(version):
+    with pytest.raises(
+        UserError, match=rf"^x has format version {version!r}; this smallm reads 1: export the model ag"
+    ):
+        Manifest.from_dict(asdict(MANIFEST) | {"format_version": version}, "x")
+
+
+@pytest.mark.parametrize(
+    ("temperature", "expected"),
+    [(0.8, {"do_sample": True, "temperature": 0.8}), (0, {"do_sample": False, "temperature": 1.0})],
+)
+def test_hugging_face_files(temperature, expected):
+    sampling = {"temperature": temperature, "top_k": 5, "top_p": 0.9, "min_p": 0.1}
+    files = hugging_face_files(
+        TOY_VOCABULARY, block_size=16, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_inner=192, head_dim=16,
+        rope_theta=500.0, window=0, norm_eps=1e-6, sampling=sampling,
+    )  # fmt: skip
+    assert set(files) == {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    config = files["config.json"]
+    assert (config["vocab_size"], config["hidden_size"], config["intermediate_size"]) == (TOY_VOCABULARY.size, 64, 192)
+    assert (config["num_hidden_layers"], config["num_attention_heads"], config["num_key_value_heads"]) == (2, 4, 2)
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500.0
+    assert files["generation_config.json"].items() >= (expected | {"top_k": 5, "top_p": 0.9, "min_p": 0.1}).items()
+    assert Vocabulary.from_tokenizer_json(files["tokenizer.json"]) == TOY_VOCABULARY
+    json.dumps(files, allow_nan=False)
+
+
+def test_genai_config():
+    content = genai_config(MANIFEST, "model.onnx")
+    decoder = content["model"].pop("decoder")
+    assert content["model"] == {"type": "qwen3", "vocab_size": 262, "context_length": 16, "eos_token_id": []}
+    assert {key: decoder[key] for key in ("filename", "head_size", "num_key_value_heads", "num_hidden_layers")} == {
+        "filename": "model.onnx", "head_size": 16, "num_key_value_heads": 2, "num_hidden_layers": 2,
+    }  # fmt: skip
+    search = {"do_sample": True, "temperature": 0.7, "top_k": 30, "top_p": 0.95}
+    assert content["search"] == search | {"max_length": 16, "past_present_share_buffer": True}
+    for sampling, expected in (
+        ({"temperature": 0.0, "top_k": 0}, {"do_sample": False, "temperature": 1.0, "top_k": 0}),
+        ({"temperature": 1.0, "top_k": 1000}, {"do_sample": True, "temperature": 1.0, "top_k": 262}),
+    ):
+        found = genai_config(replace(MANIFEST, sampling=MANIFEST.sampling | sampling), "model.onnx")["search"]
+        assert {key: found[key] for key in expected} == expected

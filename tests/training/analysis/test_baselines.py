@@ -1,0 +1,236 @@
+"""smallm.training.yardsticks and ngram: figures that can be checked by hand, and the lines that show them."""
+
+import gzip
+import json
+import math
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from smallm.training.analysis import baselines as yardsticks
+from smallm.training.analysis import ngram
+from smallm.training.analysis.baselines import Yardstick, in_words
+from smallm.training.analysis.ngram import NGram, best_ngram
+from smallm.training.cli import main
+from smallm.training.data.corpus import open_corpus
+
+rng = random.Random(3)
+SYLLABLES = ["ba", "do", "ki", "lu", "me", "né", "ro", "sa"]
+TEXT = "".join(rng.choice(SYLLABLES) + rng.choice(["", "", " "]) for _ in range(20_000))
+
+
+def opened(tmp_path, text, **options):
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    settings = {"min_count": 1, "val_fraction": 0.1, "cache": tmp_path / "cache"} | options
+    return open_corpus(str(tmp_path / "a.txt"), **settings)
+
+
+def figures(corpus):
+    return {one.name.split("-")[-1]: one.bits_per_char for one in yardsticks.yardsticks(corpus)}
+
+
+# -- the n-gram model
+
+
+def kneser_ney(train, context, symbol, order, size, top=True):
+    """The textbook's recursion, over dictionaries; contexts shorter than the order allow are those of the model."""
+    if not order:
+        return 1 / size
+    grams = Counter(tuple(train[i : i + order]) for i in range(len(train) - order + 1))
+    if not top:
+        longer = {tuple(train[i : i + order + 1]) for i in range(len(train) - order)}
+        grams = Counter(gram[1:] for gram in longer)
+    n = [max(1, sum(count == times for count in grams.values())) for times in (1, 2, 3, 4)]
+    y = n[0] / (n[0] + 2 * n[1])
+    discount = [0, 1 - 2 * y * n[1] / n[0], 2 - 3 * y * n[2] / n[1], 3 - 4 * y * n[3] / n[2]]
+    discount = np.clip(discount, [0, 0.05, 0.05, 0.05], [0, 0.95, 1.95, 2.95])
+    before = tuple(context[len(context) - order + 1 :])
+    after = {gram[-1]: count for gram, count in grams.items() if gram[:-1] == before}
+    shorter = kneser_ney(train, context, symbol, order - 1, size, top=False)
+    if not after:
+        return shorter
+    total, left = sum(after.values()), sum(discount[min(count, 3)] for count in after.values())
+    count = after.get(symbol, 0)
+    return (count - discount[min(count, 3)]) / total + left / total * shorter
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_the_model_is_kneser_neys(order):
+    """Against the recursion by hand; only the last few ids may be missing in the counts of the lower orders."""
+    train = [rng.randrange(5) for _ in range(300)]
+    model = NGram(np.array(train), 6, order)
+    for symbol in range(6):  # 5 never occurs
+        *_, bits = model.bits(np.array(train), np.array([symbol]))
+        assert 2**-bits == pytest.approx(kneser_ney(train, train, symbol, order, 6), rel=0.02)
+
+
+def test_probabilities_add_up_to_one():
+    train = np.array([rng.randrange(7) for _ in range(2000)])
+    model = NGram(train, 10)
+    for order in range(model.highest):
+        for before in (train, train[:3], np.array([9, 9, 9])):
+            total = sum(2 ** -list(model.bits(before, np.array([symbol])))[order] for symbol in range(10))
+            assert total == pytest.approx(1)
+
+
+def test_the_best_order_finds_what_there_is_to_find():
+    period = np.array([0, 1, 2, 1] * 5000)
+    assert best_ngram(period, period[:400], 256)[1] < 10  # next to none
+    noise = np.random.default_rng(1).integers(0, 16, 60_000)
+    order, bits = best_ngram(noise[:50_000], noise[50_000:], 256)
+    assert order <= 2
+    assert bits / 10_000 == pytest.approx(4, abs=0.02)  # the entropy of the source, which nothing can beat
+
+
+def test_many_different_ids_make_the_orders_fewer():
+    ids = np.arange(5000) % 3000
+    assert NGram(ids, 4000).highest == 5  # of 12 bits each
+    assert NGram(ids % 200, 4000).highest == 8
+
+
+@pytest.mark.parametrize("train", [[1, 2], [7] * 100, [0, 255, 0]])
+def test_texts_of_next_to_nothing(train):
+    _, bits = best_ngram(np.array(train), np.array([1, 2, 300]), 512)
+    assert 0 < bits < math.inf
+
+
+# -- the yardsticks of a text
+
+
+def test_figures_of_noise_and_of_a_repeated_text(tmp_path):
+    """Letters drawn from eight at random need 3 bits each, and a text that was learnt before needs next to none."""
+    noise = "".join(rng.choices("abcdefgh", k=60_000))
+    for name, bits in figures(opened(tmp_path, noise)).items():
+        assert 2.99 < bits < 3.6, name
+    for name, bits in figures(opened(tmp_path, noise[:2_000] * 5)).items():
+        assert bits < (1.6 if name == "bz2" else 0.8), name  # bz2 sorts; it does not look for what stood before
+
+
+def test_what_the_figures_are(tmp_path):
+    corpus = opened(tmp_path, TEXT)
+    found = figures(corpus)
+    tail = corpus.val_text()
+    assert found["gzip"] < 8 * len(gzip.compress(tail.encode())) / len(tail)  # it has seen what was before
+    entropy = -sum(n / len(tail) * math.log2(n / len(tail)) for n in Counter(tail).values())
+    assert found["gram"] < found["xz"] < entropy
+    source = (3 + math.log2(3) - 2 / 3) / (2 + 1 / 3)  # a syllable of eight, a space after a third of them
+    assert source < found["gram"] < 1.1 * source
+    *_, last = yardsticks.yardsticks(corpus)
+    assert last.name.endswith("-gram")
+    assert "Kneser-Ney" in last.how
+
+
+def test_ids_of_several_to_a_character_make_no_difference_to_compressors(tmp_path):
+    whole, spelled = figures(opened(tmp_path, TEXT)), figures(opened(tmp_path, TEXT, min_count=10**6))
+    for name in ("gzip", "bz2", "xz"):
+        assert whole[name] == pytest.approx(spelled[name], rel=1e-3)
+    assert spelled["gram"] == pytest.approx(whole["gram"], rel=0.05)
+
+
+def test_the_work_on_long_texts_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(yardsticks, "MOST_TAIL", 1000)
+    monkeypatch.setattr(yardsticks, "MOST_NGRAM", 5000)
+    learnt = []
+    monkeypatch.setattr(yardsticks, "best_ngram", lambda train, val, size: (
+        learnt.append((len(train), len(val))), best_ngram(train, val, size))[1])  # fmt: skip
+    *_, last = yardsticks.yardsticks(opened(tmp_path, TEXT))
+    assert learnt == [(5000, 999)]
+    assert "its last 5,000 ids" in last.how
+    assert "the first 1,000 characters of the validation text" in last.how
+
+
+@pytest.mark.parametrize("text", ["abcd", "aaaa", "é€中🎉", "\n\n\n\n\n"])
+def test_tiny_texts_have_figures_too(tmp_path, text):
+    for bits in figures(opened(tmp_path, text, val_fraction=0.5)).values():
+        assert 0 <= bits < 200
+
+
+def test_figures_are_kept(tmp_path, monkeypatch):
+    corpus = opened(tmp_path, TEXT)
+    assert yardsticks.known_yardsticks(corpus) is None
+    first = yardsticks.yardsticks(corpus)
+    monkeypatch.setattr(yardsticks, "_measure", lambda corpus: pytest.fail("measured again"))
+    assert yardsticks.yardsticks(corpus) == yardsticks.known_yardsticks(corpus) == first
+    (corpus.val_file.with_name(yardsticks.FILE)).write_text("{", encoding="utf-8")
+    assert yardsticks.known_yardsticks(corpus) is None
+
+
+def test_a_run_by_the_clock_keeps_time_for_them(tmp_path):
+    corpus = opened(tmp_path, TEXT)
+    needed = yardsticks.seconds_needed(corpus)
+    assert yardsticks.seconds_kept(corpus, 26 * needed) == needed
+    assert yardsticks.seconds_kept(corpus, 24 * needed) == 0  # too much of it
+    assert yardsticks.seconds_kept(corpus, 0) == 0  # no such run
+    yardsticks.yardsticks(corpus)
+    assert yardsticks.seconds_kept(corpus, 26 * needed) == 0
+
+
+# -- beside a model
+
+
+def test_words():
+    measured = [Yardstick("gzip", 3.0, ""), Yardstick("5-gram", 2.0, "")]
+    assert "20 % less than 5-gram" in in_words(measured, 1.6)
+    assert "it needs more than 5-gram" in in_words(measured, 2.5)
+    assert "about what 5-gram needs" in in_words(measured, 2.001)
+    assert "it needs more than xz" in in_words([Yardstick("xz", 0.0, "")], 0.1)  # a text that is one letter
+
+
+def test_a_run_ends_with_them(tiny_run):
+    model, *others = json.loads((tiny_run / "yardsticks.json").read_text(encoding="utf-8"))
+    assert model["name"] == "model"
+    evaluations = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    best = min(values["bits_per_character"] for values in evaluations if values["kind"] == "eval")
+    assert model["bits_per_char"] == pytest.approx(best)
+    assert [one["name"] for one in others][:3] == ["gzip", "bz2", "xz"]
+    assert all(0 < one["bits_per_char"] < 8 for one in others)
+
+
+@pytest.mark.parametrize("needed", [0.1, 1000.0])
+def test_a_run_by_the_clock_has_them_if_they_take_little_of_it(tmp_path, monkeypatch, capsys, needed):
+    monkeypatch.setenv("SMALLM_CACHE", str(tmp_path / "cache"))
+    for module in ("words", "yardsticks"):
+        monkeypatch.setattr(f"smallm.training.{module}.seconds_needed", lambda corpus: needed)
+    (tmp_path / "a.txt").write_text(TEXT[:20_000], encoding="utf-8")
+    shape = ["--model.n_layer", "1", "--model.n_head", "1", "--model.n_embd", "32", "--model.block_size", "32"]
+    run = tmp_path / "run"
+    assert main(["--data", str(tmp_path / "a.txt"), "--minutes", "0.2", "--out", str(run), *shape]) == 0
+    out = capsys.readouterr().out
+    assert ("gzip" in out) == (needed < 1) or "--check" in out
+    assert (run / "yardsticks.json").exists() == (needed < 1)
+
+
+def test_ctrl_c_leaves_them_out_of_a_finished_run(tmp_path, monkeypatch, capsys):
+    def interrupted(corpus):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("smallm.training.callbacks.yardsticks", interrupted)
+    (tmp_path / "a.txt").write_text(TEXT[:20_000], encoding="utf-8")
+    shape = ["--model.n_layer", "1", "--model.n_head", "1", "--model.n_embd", "32", "--model.block_size", "32"]
+    run = tmp_path / "run"
+    assert main(["--data", str(tmp_path / "a.txt"), "--train.max_steps", "2", "--out", str(run), *shape]) == 0
+    assert "--check" in capsys.readouterr().out
+    assert (run / "report.html").exists()
+
+
+def test_a_model_that_copies_is_said_to_copy(tmp_path, monkeypatch, capsys):
+    """A text that is one line, over and over, and a validation part that has none of it."""
+    monkeypatch.setenv("SMALLM_CACHE", str(tmp_path / "cache"))
+    line = "the quick brown fox jumps over the lazy dog while seven wizards look on.\n"
+    text = line * 400 + "".join(rng.choices("abcdefgh", k=3000))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    settings = {"model.n_layer": 1, "model.n_head": 1, "model.n_embd": 32, "model.block_size": 32,
+                "train.max_steps": 150, "train.eval_every": 150, "sample.temperature": 0.0}  # fmt: skip
+    argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    assert main(["--data", str(tmp_path / "a.txt"), "--out", str(tmp_path / "run"), *argv]) == 0
+    assert "copies" in capsys.readouterr().out
+
+
+def test_the_order_is_chosen_without_the_tail():
+    """The tail is of a kind that only a high order suits; what was learnt says otherwise."""
+    noise = np.random.default_rng(2).integers(0, 8, 30_000)
+    tail = np.array([0, 1, 2, 3, 4, 5, 6, 7] * 100)
+    assert best_ngram(noise, tail, 256)[0] == best_ngram(noise, noise[:800], 256)[0]
+    assert ngram.HELD_OUT < 0.5

@@ -1,0 +1,157 @@
+"""smallm.training.copies and windows: copied text is reported as copied, fresh text not, and the figures are exact."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smallm.training.analysis import memorisation as copies_module
+from smallm.training.analysis.characters import Characters
+from smallm.training.analysis.memorisation import WIDTHS, Search, copies
+from smallm.training.analysis.windows import Sums, Windows
+from smallm.training.data.corpus import open_corpus
+
+rng = random.Random(5)
+LEARNT = "".join(rng.choices("abcdefgh éß€中\n", k=30_000))
+FRESH = "".join(rng.choices("abcdefgh éß€中\n", k=10_000))
+
+
+def codes(text):
+    return Characters.of(text).between(0, len(text))
+
+
+def windows_of(text, width):
+    return [text[i : i + width] for i in range(len(text) - width + 1)]
+
+
+def longest_by_hand(text, learnt):
+    return max((n for n in range(len(text) + 1) if any(w in learnt for w in windows_of(text, n))), default=0)
+
+
+# -- copied or not
+
+
+def test_copied_text_is_reported_as_copied():
+    report = copies(LEARNT[700:1900], LEARNT, FRESH)
+    assert (report.generated.longest, report.generated.passage) == (1200, LEARNT[700:1900])
+    assert report.generated.shares == {20: 1.0, 50: 1.0, 100: 1.0}
+    assert report.is_remarkable
+    assert "1,200 characters" in report.lines()[0]
+
+
+def test_fresh_text_is_not():
+    report = copies(FRESH[:5000], LEARNT, FRESH[5000:])
+    for part in (report.generated, report.validation):
+        assert (part.longest, part.passage, part.shares) == (0, "", {20: 0.0, 50: 0.0, 100: 0.0})
+    assert not report.is_remarkable
+    assert "fewer than 20 characters" in report.lines()[0]
+
+
+def test_a_passage_within_fresh_text_is_measured_exactly():
+    report = copies(FRESH[:1000] + LEARNT[5000:5120] + FRESH[1000:1880], LEARNT, FRESH[2000:])
+    assert 120 <= report.generated.longest <= 124  # a letter at either end may be the same by chance
+    assert LEARNT[5000:5120] in report.generated.passage
+    for width in WIDTHS:
+        assert report.generated.shares[width] * (2000 - width + 1) == pytest.approx(121 - width, abs=4)
+
+
+def test_what_the_language_repeats_anyway_is_no_copying():
+    """A text full of formulas, whose validation part has them too."""
+    formula = "This program comes with absolutely no warranty, to the extent of the law.\n"
+    parts = [formula + text + formula for text in (LEARNT, FRESH[:5000], FRESH[5000:])]
+    assert not copies(parts[1], parts[0], parts[2]).is_remarkable
+    assert copies(parts[1], parts[0], FRESH[5000:]).generated.longest == pytest.approx(len(formula), abs=4)
+
+
+def test_phrases_in_a_short_sample_are_no_copying():
+    validation = LEARNT[1000:1083] + FRESH[2000:]
+    written = "".join(FRESH[i : i + 120] + LEARNT[5 * i : 5 * i + 80] for i in range(200, 2000, 120))
+    assert not copies(written[:600], LEARNT, validation).is_remarkable
+    assert copies(written, LEARNT, validation).is_remarkable
+
+
+def test_passages_of_several_texts_are_not_joined():
+    a, b = LEARNT[100:160], LEARNT[160:220]
+    assert copies([a, b], LEARNT, "").generated.longest == 60
+    assert copies(a + b, LEARNT, "").generated.longest == 120
+
+
+@pytest.mark.parametrize("generated", ["", "a", "ab" * 9, ["", ""], "\udc80" * 30])
+def test_texts_too_short_or_odd(generated):
+    report = copies(generated, LEARNT, "x")
+    assert (report.generated.longest, set(report.generated.shares.values())) == (0, {0.0})
+    assert not report.is_remarkable
+    assert copies(generated, "", "").generated.longest == 0
+
+
+def test_a_corpus_is_searched_as_its_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes((LEARNT + FRESH).encode())
+    generated, options = LEARNT[300:900] + "zzz" * 100, {"val_fraction": 0.25, "cache": tmp_path}
+    whole = copies(generated, open_corpus(str(tmp_path / "a.txt"), min_count=1, **options))
+    assert whole == copies(generated, LEARNT, FRESH)
+    assert whole.validation.characters == 10_000
+    spelled = copies(generated, open_corpus(str(tmp_path / "a.txt"), min_count=10**6, **options))  # in bytes
+    assert spelled.generated == whole.generated
+
+
+def test_runs_longer_than_are_followed(monkeypatch):
+    monkeypatch.setattr(copies_module, "LONGEST", 128)
+    assert copies(LEARNT[:1000], LEARNT, "").generated.longest == 128
+
+
+# -- exact, wherever pieces end
+
+
+@pytest.mark.parametrize("size", [300, 1000, 30_000])
+def test_runs_and_windows_across_pieces(monkeypatch, size):
+    monkeypatch.setattr(Characters.pieces, "__defaults__", (None, size, 0))
+    generated = LEARNT[980:1013] + FRESH[:50] + LEARNT[200:450]
+    found = copies(generated, LEARNT, "").generated
+    assert (found.longest, found.passage) == (250, LEARNT[200:450])
+    for width in WIDTHS:
+        by_hand = [window in LEARNT for window in windows_of(generated, width)]
+        assert found.shares[width] == pytest.approx(sum(by_hand) / len(by_hand))
+
+
+@given(st.text("ab", max_size=60), st.text("ab", max_size=200))
+def test_the_longest_run_is_the_longest(generated, learnt):
+    wanted = longest_by_hand(generated, learnt)
+    assert copies(generated, learnt, "").generated.longest == (wanted if wanted >= WIDTHS[0] else 0)
+
+
+@given(st.lists(st.text("abc", max_size=30), max_size=4), st.text("abc", max_size=80), st.integers(1, 12))
+def test_windows_are_those_that_stand_there(texts, other, width):
+    windows = Windows([codes(text) for text in texts], width)
+    places = windows.look(Sums(codes(other)))
+    ours = [window for text in texts for window in windows_of(text, width)]
+    assert len(windows) == len(ours)
+    once = Windows([codes(text) for text in texts], width, once=True)
+    for start in range(0, len(other), 7):
+        once.look(Sums(codes(other[start : start + 6 + width])))
+    assert once.covered().tolist() == windows.covered().tolist()
+    assert windows.share == pytest.approx(np.mean([window in other for window in ours]) if ours else 0)
+    assert places.tolist() == [i for i, window in enumerate(windows_of(other, width)) if window in ours]
+    by_hand = [
+        any(text[j : j + width] in other and j + width <= len(text) for j in range(max(0, i - width + 1), i + 1))
+        for text in texts for i in [*range(len(text)), len(text)]
+    ]  # fmt: skip
+    by_hand = np.array(by_hand, bool)
+    assert windows.covered()[windows.codes < 0x110000].tolist() == by_hand[windows.codes < 0x110000].tolist()
+
+
+def test_equal_hashes_are_not_equal_windows(monkeypatch):
+    """Every hit is compared: with hashes that are all the same nothing is found that is not there."""
+    monkeypatch.setattr(Sums, "windows", lambda self, width, starts=None: np.zeros(
+        len(starts) if starts is not None else max(0, len(self.codes) - width + 1), np.uint64))  # fmt: skip
+    found = copies("x" * 200, LEARNT, "").generated
+    assert (found.longest, found.shares[20]) == (0, 0.0)
+
+
+def test_the_longest_run_is_looked_for_in_few_steps(monkeypatch):
+    steps = []
+    place = Search._place
+    monkeypatch.setattr(Search, "_place", lambda *args: (steps.append(args[-1]), place(*args))[1])
+    copies(LEARNT[:2000], LEARNT, "")
+    assert len(steps) < 40

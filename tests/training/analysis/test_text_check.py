@@ -1,0 +1,326 @@
+"""smallm.training.doctor, advice, tidy: faults planted in a healthy text are found, measured, and nothing else is."""
+
+import random
+import unicodedata
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smallm.cli.main import run, train
+from smallm.tokenizer.vocabulary import Vocabulary
+from smallm.training.analysis import characters
+from smallm.training.analysis import text_statistics as doctor
+from smallm.training.analysis.advice import opening_lines, warnings
+from smallm.training.analysis.characters import Characters, as_text, spread
+from smallm.training.analysis.text_statistics import examine
+from smallm.training.data import source, tidy
+from smallm.training.data.corpus import open_corpus
+from smallm.training.data.tidy import Tidy
+
+WORDS = ["stone", "river", "candle", "window", "garden", "thunder", "little", "silver", "écho", "über", "naïve"]
+
+
+def prose(characters: int, seed: int = 1) -> str:
+    """Lines of random words, in which nothing of length comes twice."""
+    rng, lines, length = random.Random(seed), [], 0
+    while length < characters:
+        lines.append(" ".join(f"{rng.choice(WORDS)}{rng.randrange(100)}" for _ in range(8)) + ".\n")
+        length += len(lines[-1])
+    return "".join(lines)[:characters]
+
+
+@pytest.fixture
+def checkup(tmp_path, monkeypatch):
+    """The findings of a text, or of the bytes of a file."""
+    monkeypatch.setenv("SMALLM_CACHE", str(tmp_path / "cache"))
+
+    def checkup(text: str | bytes, **options):
+        path = tmp_path / "a.txt"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return examine(open_corpus(str(path), **{"min_count": 10, "val_fraction": 0.1} | options))
+
+    return checkup
+
+
+def only(findings, *words: str) -> None:
+    """There is one warning, and it says these words."""
+    (line,) = warnings(findings)
+    assert "\n" not in line
+    for word in words:
+        assert word in line
+
+
+# -- what is wrong with a text
+
+
+def test_a_healthy_text_gets_one_quiet_line(checkup):
+    found = checkup(prose(100_000))
+    assert warnings(found) == []
+    (line,) = opening_lines(found)
+    assert line.startswith("check  ")
+    assert "Latin" in line
+    assert found.leak == 0
+    assert (found.characters, found.looked_at) == (100_000, 90_000)
+    assert found.distinct == len(set(prose(100_000)))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_a_leak_is_found_and_measured(checkup, share):
+    text = prose(200_000)
+    tail, copied = text[180_000:], text[50_000 : 50_000 + int(20_000 * share)]
+    found = checkup(text[:180_000] + tail[:7_000] + copied + tail[7_000 + len(copied) :])
+    assert found.leak == pytest.approx(share, abs=0.003)
+    assert found.leak_example in copied
+    only(found, f"{100 * found.leak:.1f} % of the validation tail stands word for word", "remove")
+
+
+def test_a_leak_in_a_long_tail_is_measured_on_a_sample(checkup, monkeypatch):
+    monkeypatch.setattr(doctor, "LEAK_CHARACTERS", 8192)
+    monkeypatch.setattr(doctor, "LEAK_PIECE", 256)
+    text = prose(200_000)
+    found = checkup(text[:180_000] + text[:10_000] + text[190_000:])
+    assert found.leak_characters == 8192
+    assert found.leak == pytest.approx(0.5, abs=0.05)
+
+
+def test_windows_do_not_stop_at_the_pieces(checkup, monkeypatch):
+    """One copied passage, wherever the pieces of the training part end."""
+    monkeypatch.setattr(characters, "PIECE", 1000)
+    monkeypatch.setattr(Characters.pieces, "__defaults__", (None, 1000, 0))
+    text = prose(60_000)
+    for start in (970, 999, 1960):
+        found = checkup(text[:54_000] + text[start : start + 70] + text[54_070:])
+        assert found.leak * 6000 == pytest.approx(70, abs=8)  # a letter before or after may be the same by chance
+
+
+def test_repeats_are_counted(checkup):
+    text = prose(100_000)
+    found = checkup(text[:50_000] + text[:25_000] + text[75_000:])
+    assert found.repeated == pytest.approx(25 / 90, abs=0.01)
+    only(found, f"{100 * found.repeated:.1f} % of the training part are repeats")
+    found = checkup(text[:80_000] + "This line stands here again and again, all the same as it was.\n\n" * 300 + text)
+    assert found.repeated_times in (299, 300)
+    assert found.repeated_most.strip() in "This line stands here again and again, all the same as it was.\n\n" * 3
+
+
+def test_repeats_are_counted_in_a_sample_of_a_long_text(checkup, monkeypatch):
+    monkeypatch.setattr(doctor, "REPEAT_SAMPLE", 10_000)
+    text = prose(100_000)
+    assert checkup(text[:50_000] + text[:25_000] + text[75_000:]).repeated == pytest.approx(25 / 90, abs=0.03)
+
+
+def test_crlf(checkup):
+    text = prose(100_000)
+    ends = text.count("\n")
+    found = checkup(text.replace("\n", "\r\n").encode())
+    assert (found.crlf, found.lf, found.cr) == (ends, 0, 0)
+    only(found, f"all {ends:,} CR LF line ends", "--data.newlines lf")
+    half = text[:50_000].replace("\n", "\r\n") + text[50_000:]
+    mixed = checkup(half.encode())
+    assert (mixed.crlf, mixed.lf, mixed.cr) == (text[:50_000].count("\n"), text[50_000:].count("\n"), 0)
+    only(mixed, "mixed", "--data.newlines lf")
+    assert warnings(checkup(half.encode(), newlines="lf")) == []
+    assert checkup(text.replace("\n", "\r").encode()).cr == ends
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+def test_lines_are_counted_across_pieces(size):
+    text = "ab\r\n\r\nc\rd\n" + "x" * 30 + "\r\ny\n\r"
+    reading = doctor.Reading(len(text))
+    codes = Characters.of(text).between(0, len(text))
+    for start in range(0, len(codes), size):
+        reading.look(codes[start : start + size])
+    assert reading.ends == {"crlf": 3, "lf": 2, "cr": 2}
+    assert (reading.longest_line, reading.longest_line_number) == (31, 4)  # its CR counts
+
+
+def test_mixed_nfc_and_nfd(checkup):
+    text = prose(100_000)
+    accents = sum(text.count(c) for c in "éüï")
+    half = text[:50_000] + unicodedata.normalize("NFD", text[50_000:])
+    later = sum(text[50_000:].count(c) for c in "éüï")
+    found = checkup(half)
+    assert (found.composed, found.decomposed) == (accents - later, later)
+    only(found, f"{later:,} with the accent apart", "--data.normalise nfc")
+    assert warnings(checkup(half, normalise="nfc")) == []
+    only(checkup(unicodedata.normalize("NFD", text)), "NFD", "--data.normalise nfc")
+
+
+def test_texts_that_have_one_form_only_are_left_alone(checkup):
+    assert warnings(checkup("한국어 텍스트입니다 हिन्दी पाठ है ไทยก็มี العربية\n" + prose(90_000))) == []
+
+
+@pytest.mark.parametrize(
+    ("planted", "words"),
+    [
+        ("\ufeff", ["1 byte order mark", "--encoding utf-8-sig"]),
+        ("\x07\x1b", ["2 control characters", "U+0007", "U+001B"]),
+        ("\ufffd\ufffd\ufffd", ["3 replacement characters"]),
+        ("Ã©Ã¨Ã¤Ã¶â€™â€œ", ["6 pairs", "Latin-1"]),
+        (prose(20_000).replace("\n", " "), ["line 1 is very long", "20,0"]),
+    ],
+)
+def test_planted(checkup, planted, words):
+    only(checkup(planted + prose(100_000)), *words)
+
+
+def test_a_tail_of_another_kind(checkup):
+    only(checkup(prose(90_000) + "Совсем другой язык.\n" * 499, min_count=1), "never has", "С", "mix")
+
+
+def test_scripts_and_rare_characters(checkup):
+    found = checkup("Ещё немного русского текста, " * 900 + "and some English. " * 1450 + "ж§§")
+    assert list(found.scripts) == ["Cyrillic", "Latin"]
+    assert found.scripts["Cyrillic"] == pytest.approx(0.5, abs=0.1)
+    found = checkup("§" * 3 + "中" * 9 + prose(100_000) + "中" * 100)
+    assert found.rare == "中§"
+
+
+# -- texts that are hardly one
+
+
+def test_utf16_without_its_mark_and_binary_files(checkup):
+    ascii_text = prose(9_000).encode("ascii", "ignore").decode()
+    assert "--encoding utf-16-le" in warnings(checkup(ascii_text.encode("utf-16-le")))[0]
+    noise = np.random.default_rng(1).integers(0, 256, 60_000).astype(np.uint8).tobytes()
+    assert "binary" in warnings(checkup(noise, encoding="latin-1"))[0]
+
+
+def test_one_line_giant(checkup):
+    only(checkup(prose(1_000_000).replace("\n", " ")), "no line ends", "1,000,000 characters")
+
+
+@pytest.mark.parametrize("text", ["abcd", "\r\n\r\n", "a" * 50_000, "\n" * 1000, "ééé\r\n中中" * 3, "\ufeff\ufeff\0\0"])
+def test_texts_that_are_tiny_or_all_the_same(checkup, text):
+    found = checkup(text, val_fraction=0.5)
+    assert found.characters == len(text)
+    assert 0 <= found.leak <= 1
+    assert 0 <= found.repeated <= 1
+    assert "few" in " ".join(warnings(found))
+
+
+def test_findings_are_kept_with_the_encoded_text(checkup, monkeypatch):
+    first = checkup(prose(60_000))
+    monkeypatch.setattr(doctor, "_examine", lambda corpus: pytest.fail("examined again"))
+    assert checkup(prose(60_000)) == first
+    monkeypatch.undo()
+
+
+def test_a_cache_that_cannot_be_written_to_is_done_without(checkup, monkeypatch):
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    text, healthy = prose(60_000), Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, to: full() if "doctor" in str(to) else healthy(path, to))
+    assert warnings(checkup(text)) == []
+
+
+# -- the command
+
+
+def test_check_tells_all_and_trains_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("my.txt").write_bytes(prose(60_000).replace("\n", "\r\n").encode())
+    assert run(train, ["--check", "my.txt"]) == 0
+    out, _ = capsys.readouterr()
+    for word in ("60,", "distinct", "CR LF", "--data.newlines lf", "leak", "gzip", "-gram"):
+        assert word in out
+    assert not Path("runs").exists()
+    assert run(train, ["--check", "my.txt", "--data.newlines", "lf"]) == 0
+    assert "nothing wrong found" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ["is empty"]),
+        (b"a", ["too short"]),
+        (prose(5000).encode("utf-16"), ["--encoding utf-16"]),
+        (b"\x7fELF\x02\x01\x01\xff\x00" * 50, ["binary file"]),
+        (b"%PDF-1.7\n\xe2\xe3\xcf\xd3\n", ["binary file"]),
+        ("Größe\n".encode("latin-1") * 50, ["--encoding latin-1"]),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_one_line(tmp_path, refused, content, words):
+    (tmp_path / "a.txt").write_bytes(content)
+    line = refused("--check", str(tmp_path / "a.txt"))
+    for word in words:
+        assert word in line
+
+
+def test_check_goes_with_no_run(refused):
+    assert "--check only looks" in refused("--check", "a.txt", "--out", "runs/x")
+
+
+# -- what is asked for is done to the text
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 1 << 18])
+@pytest.mark.parametrize(("normalise", "newlines"), [("nfc", "keep"), ("none", "lf"), ("nfc", "lf")])
+def test_tidied_texts(tmp_path, monkeypatch, piece_bytes, normalise, newlines):
+    monkeypatch.setattr(source, "PIECE_BYTES", piece_bytes)
+    text = "e\u0301a\r\r\nb\r" + "\u1112\u1161\u11ab a\u0323\u0302\r\n" * 3 + "中e\u0301\u0301\n\r"
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    corpus = open_corpus(
+        str(path), min_count=1, val_fraction=0.5, normalise=normalise, newlines=newlines, cache=tmp_path / "cache"
+    )
+    if newlines == "lf":
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = unicodedata.normalize("NFC", text) if normalise == "nfc" else text
+    assert corpus.vocabulary.decode(corpus.train_ids) + corpus.val_text() == text
+
+
+@given(st.text("ae\u0301\u0323\u0302\r\n\u1112\u1161\u11ab中", max_size=30), st.lists(st.integers(1, 4), min_size=1))
+def test_tidying_in_pieces_is_tidying_the_whole(text, sizes):
+    wanted = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+    given, held, result = 0, "", ""
+    for size in [*sizes, *[1] * len(text)]:
+        piece, held = Tidy("nfc", "lf")(held + text[given : given + size], final=False)
+        given, result = given + size, result + piece
+    assert result + Tidy("nfc", "lf")(held, final=True)[0] == wanted
+
+
+def test_a_letter_with_endless_accents_is_not_held_for_ever():
+    piece, held = Tidy("nfc")("e" + "\u0301" * 2 * tidy.MOST_HELD, final=False)
+    assert len(held) < tidy.MOST_HELD < len(piece)
+
+
+def test_a_tidied_file_is_another_text(tmp_path, monkeypatch):
+    """Its encoded form is not mistaken for that of the file as it is, even if the file itself is not read again."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\r\ntwo\r\n" * 20)
+    monkeypatch.setattr("smallm.training.data.index._settled", lambda stamps: True)
+    options = {"min_count": 1, "val_fraction": 0.5, "cache": tmp_path / "cache"}
+    kept = [open_corpus(str(path), newlines=newlines, **options) for newlines in ("keep", "lf", "keep", "lf")]
+    assert [corpus.train_characters + corpus.val_characters for corpus in kept] == [200, 160, 200, 160]
+    assert kept[0].fingerprint == kept[2].fingerprint != kept[1].fingerprint == kept[3].fingerprint
+
+
+# -- characters of ids
+
+
+@given(st.text("ab\néß€中🎉", min_size=1, max_size=60), st.sets(st.sampled_from("é€中🎉")), st.integers(1, 9))
+def test_characters_of_ids_in_pieces(text, known, size):
+    vocabulary = Vocabulary.from_characters(known)
+    held = Characters(vocabulary.encode(text), vocabulary)
+    pieces = [as_text(codes[carried:]) for codes, carried in held.pieces(size=size, keep=2)]
+    assert "".join(pieces) == text
+
+
+def test_spread_pieces_cover_the_ends():
+    assert spread(10, 10, 4) == [(0, 4), (4, 8), (8, 10)]
+    assert spread(100, 20, 5) == [(0, 5), (31, 36), (63, 68), (95, 100)]
+    assert spread(100, 3, 5) == [(0, 3)]
+
+
+def test_a_longer_text_than_is_looked_at(checkup, monkeypatch):
+    monkeypatch.setattr(doctor, "MOST", 30_000)
+    monkeypatch.setattr(Characters.pieces, "__defaults__", (None, 1000, 0))
+    found = checkup(prose(100_000))
+    assert 29_000 < found.looked_at <= 30_000
+    assert warnings(replace(found, train_characters=90_000)) == []

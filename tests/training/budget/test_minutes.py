@@ -1,0 +1,278 @@
+"""`train.py --minutes`: the run ends with its time, says what it chose, and goes on with what is left."""
+
+import math
+import random
+import re
+import time
+import tomllib
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_training import ctrl_c, flags, metrics
+
+from smallm.training import cli
+from smallm.training.budget.clock import END_SECONDS, Clock, Forecast, Pace, TimedPace
+from smallm.training.budget.probe import flops_per_second
+from smallm.training.budget.setup import information, open_text
+from smallm.training.checkpoint.format import TrainingState, read_state
+from smallm.training.checkpoint.manager import checkpoints
+from smallm.training.cli import parse
+from smallm.training.config import Config, TrainConfig
+from smallm.training.devices import build_accelerator, of_first
+
+TINY = {
+    "model.n_layer": 1, "model.n_head": 1, "model.n_embd": 32, "model.block_size": 32, "train.batch_size": 8,
+    "train.sample_length": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty folder to work in, and no pictures."""
+    monkeypatch.setattr("smallm.training.report.plot.plot_runs", lambda runs, out, **options: out)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# The command line.
+
+
+def test_what_is_set_is_known(folder):
+    Path("mine.toml").write_text("[optim]\nbetas = [0.8, 0.9]\n[train]\nseed = 3\n")
+    request = parse(["--minutes=2.5", "--config", "mine.toml", "--model.dropout", "0.1", "--data", "a.txt"])
+    assert request.config.train.minutes == 2.5
+    assert request.explicit == {"optim.betas", "train.seed", "train.minutes", "model.dropout", "data.source"}
+    assert parse([]).explicit == set()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--minutes", "0"], ["--minutes"]),
+        (["--minutes", "-1"], ["train.minutes", "-1"]),
+        (["--minutes", "nan"], ["train.minutes", "nan"]),
+        (["--minutes", "inf"], ["train.minutes", "inf"]),
+        (["--minutes", "abc"], ["train.minutes", "abc", "number"]),
+        (["--minutes"], ["minutes"]),
+        (["--minutes", "2", "--train.max_steps", "10"], ["train.minutes", "train.max_steps"]),
+        (["--minutes", "2", "--train.epochs", "1"], ["train.minutes", "train.epochs"]),
+        (["--minutes", "2", "--data", "nowhere.txt"], ["nowhere.txt"]),
+        (["--minutes", "2", "--model.n_embd", "50"], ["50", "16"]),
+    ],
+)
+def test_mistakes(refused, argv, said):
+    line = refused(*argv)
+    assert all(words in line for words in said), line
+    assert not Path("runs").exists()
+
+
+def test_a_flag_displaces_the_length_that_a_file_gives():
+    Path("steps.toml").write_text("[train]\nmax_steps = 100\nepochs = 2.0\n")
+    Path("minutes.toml").write_text("[train]\nminutes = 3\n")
+    assert parse(["--config", "minutes.toml"]).config.train.minutes == 3
+    by_time = parse(["--config", "steps.toml", "--minutes", "2"]).config.train
+    assert (by_time.minutes, by_time.max_steps, by_time.epochs) == (2, 0, 0)
+    by_steps = parse(["--config", "minutes.toml", "--train.max_steps", "5"]).config.train
+    assert (by_steps.minutes, by_steps.max_steps) == (0, 5)
+
+
+def test_heads_and_width_can_be_set_alone():
+    assert parse(["--minutes", "1", "--model.n_embd", "64"]).config.model.n_embd == 64
+    assert parse(["--minutes", "1", "--model.n_head", "7"]).config.model.n_head == 7
+
+
+# The pace, by a clock that the tests set.
+
+
+def drive(pace, seconds_per_step, *, step=0, seconds=5.0, every=5, eval_every=300, pause=1.0, until=math.inf):
+    """Runs as the trainer does; returns steps, seconds and the share of the run at each step."""
+    start, paused, shares = seconds, 0.0, []
+    pace.renew(step, seconds, paused)
+    while step < pace.total_steps and step < until:
+        shares.append(step / pace.total_steps)
+        seconds += seconds_per_step(step, seconds - start)
+        step += 1
+        if step % every == 0 or step >= pace.total_steps:
+            pace.renew(step, seconds, paused)
+        if step % eval_every == 0 or step >= pace.total_steps:
+            seconds, paused = seconds + pause, paused + pause
+    return step, seconds, shares
+
+
+@pytest.mark.parametrize("planned", [100, 1000, 10_000])
+@pytest.mark.parametrize(
+    "seconds_per_step",
+    [
+        lambda step, seconds: 0.1,
+        lambda step, seconds: 0.1 if seconds < 50 else 0.2,
+        lambda step, seconds: 0.2 if seconds < 50 else 0.05,
+        lambda step, seconds: 0.1 + 0.1 * (step == 400) * 100,  # ten seconds lost at once
+        lambda step, seconds: 0.1 * random.Random(step).choice([0.5, 1, 2]),
+    ],
+    ids=["even", "slower", "faster", "stall", "noise"],
+)
+def test_the_time_is_kept(planned, seconds_per_step):
+    _, seconds, shares = drive(TimedPace(2, planned, 1e9, 300), seconds_per_step)
+    assert 120 * 0.97 <= seconds + END_SECONDS <= 120 * 1.02
+    steady = shares[30:]  # before, the estimate is that of the plan
+    assert all(b > a - 0.01 for a, b in pairwise(steady))
+    assert steady[-1] > 0.97
+
+
+def test_the_share_does_not_jump_at_an_evaluation_dearer_than_thought():
+    _, seconds, shares = drive(TimedPace(2, 1000, 1e9, 200), lambda step, seconds: 0.1, eval_every=200, pause=6.0)
+    assert max(b - a for a, b in pairwise(shares[50:])) < 0.01
+    assert seconds + END_SECONDS == pytest.approx(120, rel=0.03)
+
+
+@settings(max_examples=30)
+@given(st.floats(0.5, 6), st.floats(0.02, 1), st.integers(1, 1000))
+def test_time_is_kept_whatever_was_planned(minutes, seconds_per_step, planned):
+    every = max(1, int(minutes * 60 / seconds_per_step / 200))
+    pace = TimedPace(minutes, planned, 1e9, 10**9)
+    _, seconds, _ = drive(pace, lambda *_: seconds_per_step, every=min(every, planned), eval_every=10**9, pause=0.5)
+    slack = 2 * every * seconds_per_step + 0.02 * 60 * minutes
+    assert abs(seconds + END_SECONDS - 60 * minutes) <= slack
+
+
+def test_what_no_time_is_left_for_ends_at_once():
+    pace = TimedPace(0.1, 1000, 1e9, 100)
+    assert drive(pace, lambda *_: 1.0, seconds=30.0, every=1)[0] == 1
+
+
+def test_the_end_is_kept_free_for_the_evaluation_there():
+    """The only one, which takes as long as 40 steps, on a machine where the start and so the end take ten seconds."""
+    pace = TimedPace(1, 500, 1e9, 10**6, 40.0, Clock(0.0, 10.0).end_seconds)
+    _, seconds, _ = drive(pace, lambda *_: 0.1, eval_every=10**6, pause=4.5)
+    assert seconds + 10 == pytest.approx(60, abs=1.0)
+    assert Clock.after_imports(time.perf_counter() - 10).end_seconds == pytest.approx(10, abs=1)
+    assert Clock.after_imports(time.perf_counter()).end_seconds == END_SECONDS
+
+
+def test_a_short_text_ends_the_run_before_its_time():
+    step, seconds, _ = drive(TimedPace(60, 10**6, 10.0, 10**6), lambda *_: 0.1)
+    assert step == 60 * 10
+    assert seconds < 120
+
+
+def test_a_resumed_run_goes_on_with_the_same_share_and_what_is_left():
+    pace = TimedPace(2, 1000, 1e9, 300)
+    step, seconds, shares = drive(pace, lambda *_: 0.1, until=500)
+    state = TrainingState(step=step, seconds=seconds, planned_steps=pace.total_steps)
+    again = TimedPace(2, 0, 1e9, 300)
+    again.resume(state, TrainConfig(minutes=2))
+    assert step / again.total_steps == pytest.approx(shares[-1], abs=0.005)
+    _, seconds, later = drive(again, lambda *_: 0.1, step=step, seconds=seconds + 4)  # starting anew takes time
+    assert abs(later[0] - shares[-1]) < 0.005
+    assert seconds + END_SECONDS == pytest.approx(120, rel=0.03)
+
+
+def test_more_minutes_make_a_finished_run_go_on():
+    state = TrainingState(step=1000, seconds=118, planned_steps=1000)
+    same, longer = TimedPace(2, 0, 1e9, 300), TimedPace(4, 0, 1e9, 300)
+    same.resume(state, TrainConfig(minutes=2))
+    longer.resume(state, TrainConfig(minutes=2))
+    assert same.total_steps == 1000
+    assert longer.total_steps == pytest.approx(2000, rel=0.05)
+
+
+def test_a_fixed_number_of_steps_stays():
+    pace = Pace(7)
+    pace.resume(TrainingState(step=3, planned_steps=9), TrainConfig(max_steps=9))
+    assert drive(pace, lambda *_: 100.0, every=1)[0] == 7
+
+
+def test_the_forecast_comes_once_after_a_tenth():
+    forecast = Forecast(0.0, 1.6)
+    said = [forecast.after(step / 100, 3.0 - step / 100) for step in range(1, 101)]
+    assert [step for step, line in enumerate(said, start=1) if line] == [10]
+    assert re.fullmatch(r"expect about \d\.\d\d nats per character at the end, give or take 0\.\d\d", said[9])
+    assert not any(Forecast(0.3, 1.6).after(step / 100, 2.0) for step in range(31, 101))
+
+
+# Machine and text.
+
+
+def test_the_probe_measures_and_leaves_nothing_behind():
+    config, accelerator = Config(), build_accelerator(TrainConfig())
+    before = torch.get_rng_state()
+    assert 1e6 < flops_per_second(accelerator, config, 256, rows=2, seconds=0.05) < 1e16
+    assert accelerator._models == accelerator._optimizers == []
+    torch.manual_seed(0)
+    assert of_first(accelerator, 1.5, 2.5) == (1.5, 2.5)
+    assert before is not None
+
+
+def test_information_is_what_compression_leaves():
+    accelerator = build_accelerator(TrainConfig())
+    rng = random.Random(1)
+    texts = {
+        "same": "the same line again\n" * 20_000,
+        "noise": "".join(rng.choice("abcdefghijklmnop") for _ in range(400_000)),
+        "tiny": "abc\n" * 3,
+        "unicode": "".join(rng.choice("абвгдежз") for _ in range(50_000)),
+    }
+    bytes_of = {}
+    for name, text in texts.items():
+        Path(name).write_text(text, encoding="utf-8")
+        data = Config.from_dict({"data": {"source": name}}).data
+        bytes_of[name] = information(open_text(accelerator, data))
+    assert 0 < bytes_of["same"] < 5_000
+    assert 360_000 / 2 <= bytes_of["noise"] < 1.2 * 360_000 / 2  # 4 bits a character
+    assert bytes_of["tiny"] > 0
+    assert 45_000 * 3 / 8 <= bytes_of["unicode"] < 1.3 * 45_000 * 3 / 8
+
+
+# The whole way.
+
+
+def test_a_run_by_the_clock_says_its_plan_and_goes_on_after_ctrl_c(text_file, capsys):
+    argv = ["--data", str(text_file), "--minutes", "0.1", "--out", "run", *flags(TINY)]
+    with ctrl_c(12):
+        assert cli.main(argv) == 130
+    err = capsys.readouterr().err
+    assert len(re.findall(r"^plan   ", err, re.MULTILINE)) == 3
+    assert "GFLOP/s" in err
+    assert "KB of information" in err
+    assert "1 layers x 32" in err
+
+    written = tomllib.loads(Path("run/config.toml").read_text(encoding="utf-8"))
+    state, config = read_state(checkpoints(Path("run"))[-1])
+    assert Config.from_dict(written) == config
+    assert config.train.minutes == 0.1
+    assert {key: written[key.split(".")[0]][key.split(".")[1]] for key in TINY} == {**TINY}
+    assert config.optim.decay_fraction == 0.7  # chosen; the default is another
+    assert 12 <= state.step <= state.planned_steps
+
+    assert cli.main(["--resume", "run"]) == 0
+    out, err = capsys.readouterr()
+    assert "plan  " not in err
+    assert f"going on from step {state.step}" in err
+    assert "best validation loss" in out
+    end, _ = read_state(checkpoints(Path("run"))[-1])
+    assert end.step == end.planned_steps > state.step
+    assert metrics(Path("run"))[-1]["step"] == metrics(Path("run"), "eval")[-1]["step"] == end.step
+    assert metrics(Path("run"))[-1]["learning_rate"] < 0.2 * config.optim.learning_rate
+    assert end.seconds < 30  # 6 were asked for
+
+
+def test_a_finished_run_by_the_clock_wants_more_minutes(text_file, refused, capsys):
+    assert cli.main(["--data", str(text_file), "--minutes", "0.04", "--out", "run", *flags(TINY)]) == 0
+    line = refused("--resume", "run")
+    assert "finished" in line
+    assert "--minutes N" in line
+    before = read_state(checkpoints(Path("run"))[-1])[0]
+    capsys.readouterr()
+    assert cli.main(["--resume", "run", "--train.max_steps", str(before.step + 3)]) == 0
+    assert read_state(checkpoints(Path("run"))[-1])[0].step == before.step + 3
+
+
+def test_the_saved_config_gives_the_same_shape_again(text_file):
+    assert cli.main(["--data", str(text_file), "--minutes", "0.04", "--out", "a"]) == 0
+    assert cli.main(["--config", "a/config.toml", "--out", "b"]) == 0
+    a, b = (read_state(checkpoints(Path(run))[-1])[1] for run in ("a", "b"))
+    assert a == b

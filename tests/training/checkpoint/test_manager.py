@@ -1,0 +1,174 @@
+"""smallm.training.shelf: which checkpoints there are, and which of them is taken."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from smallm.errors import UserError
+from smallm.tokenizer.vocabulary import Vocabulary
+from smallm.training import cli
+from smallm.training.checkpoint.format import Tensors, TrainingState, read_state, save_checkpoint
+from smallm.training.checkpoint.manager import best_checkpoint, checkpoints, newest_checkpoint, rotate, saved_config
+from smallm.training.config import Config, ModelConfig
+from smallm.training.model.transformer import TransformerLanguageModel
+from smallm.training.optim.optimizers import build_optimizer
+
+VOCABULARY = Vocabulary.from_characters("é")
+CONFIG = Config(model=ModelConfig(n_layer=1, n_head=1, n_embd=32, block_size=8))
+
+
+@pytest.fixture(scope="module")
+def tensors() -> Tensors:
+    model = TransformerLanguageModel(VOCABULARY.size, CONFIG.model, seed=1)
+    return Tensors.of(model, build_optimizer(model, CONFIG.optim))
+
+
+@pytest.fixture
+def save(tmp_path, tensors):
+    """Writes the checkpoint of a step into a run."""
+
+    def save(step, val_loss=None):
+        return save_checkpoint(tmp_path, TrainingState(step=step, val_loss=val_loss), CONFIG, tensors, VOCABULARY)
+
+    return save
+
+
+def message(call, *args):
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def names(run):
+    return [folder.name for folder in checkpoints(run)]
+
+
+def flip(file, place=-1):
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
+def test_rotation_keeps_the_best_and_the_last(tmp_path, save):
+    for step in (5, 10, 15, 20, 25):
+        save(step)
+    (tmp_path / "checkpoints" / "mine").mkdir()
+    rotate(tmp_path, best_step=10, keep_last=2)
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000010", "step-000020", "step-000025"]
+    rotate(tmp_path, best_step=25, keep_last=1)
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000025"]
+    assert (tmp_path / "checkpoints" / "mine").is_dir()
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path, save):
+    for step in (1_000_000, 999_999, 5):
+        save(step)
+    assert [read_state(folder)[0].step for folder in checkpoints(tmp_path)] == [5, 999_999, 1_000_000]
+
+
+def test_best_checkpoint(tmp_path, save):
+    save(1)
+    assert best_checkpoint(tmp_path).name == "step-000001"
+    for step, loss in ((2, 1.5), (3, 1.25), (4, 2.0), (5, None)):
+        save(step, loss)
+    assert best_checkpoint(tmp_path).name == "step-000003"
+
+
+def test_what_a_kill_left_behind_is_cleared_away(tmp_path, save):
+    half = tmp_path / "checkpoints" / ".step-000005.123"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    for step in (5, 10):
+        save(step)
+        rotate(tmp_path, best_step=step, keep_last=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000010"]
+
+
+
+
+# Damage.
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path) -> Path:
+    """A copy of the trained run to spoil: checkpoints of its steps 40 and 60."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "run"))
+
+
+def test_the_newest_intact_one_is_taken(tmp_path, save):
+    for step in (5, 10, 15):
+        save(step)
+    told = {}
+    assert newest_checkpoint(tmp_path, told.setdefault).name == "step-000015"
+    flip(tmp_path / "checkpoints/step-000015/model.safetensors")
+    (tmp_path / "checkpoints/step-000005").touch()  # by content, not by time
+    assert newest_checkpoint(tmp_path, told.setdefault).name == "step-000010"
+    (tmp_path / "checkpoints/step-000010/training_state.json").unlink()
+    assert newest_checkpoint(tmp_path, told.setdefault).name == "step-000005"
+    assert {folder.name: problem for folder, problem in told.items()} == {
+        "step-000015": "model.safetensors is not as it was written",
+        "step-000010": "training_state.json is missing or broken; use another checkpoint",
+    }
+    flip(tmp_path / "checkpoints/step-000005/config.json")
+    assert "all checkpoints" in message(newest_checkpoint, tmp_path, told.setdefault)
+    assert "all checkpoints" in message(saved_config, tmp_path)
+    assert "damaged" in message(best_checkpoint, tmp_path)
+
+
+def test_the_best_intact_one_is_taken(tmp_path, save, capsys):
+    for step, loss in ((5, 1.25), (10, 1.5), (15, 2.0)):
+        save(step, loss)
+    flip(tmp_path / "checkpoints/step-000005/tokenizer.json")
+    assert best_checkpoint(tmp_path).name == "step-000010"
+    line = capsys.readouterr().err
+    assert line.startswith("warning: ")
+    assert "step-000005 is damaged" in line
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "training_state.json"])
+def test_resuming_goes_back_to_what_is_intact(run, tiny_run, capsys, name):
+    flip(run / "checkpoints/step-000060" / name, 100)
+    assert cli.main(["--resume", str(run)]) == 0  # from 40 to 60, once more
+    said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    assert len(said) == 1
+    assert f"step-000060 is damaged ({name}" in said[0]
+    assert "going on from an earlier one" in said[0]
+    assert names(run) == ["step-000040", "step-000060"]
+    assert [file.name for file in (run / "checkpoints").iterdir() if "damaged" in file.name] == []
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = (folder / "checkpoints/step-000060" / file for folder in (run, tiny_run))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_resuming_when_all_are_damaged_is_one_line(refused, run):
+    for folder in checkpoints(run):
+        flip(folder / "model.safetensors")
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    line = refused("--resume", str(run))
+    assert "all checkpoints" in line
+    assert "model.safetensors is not as it was written" in line
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_a_damaged_one_does_not_count_as_one_to_keep(run):
+    flip(run / "checkpoints/step-000060/model.safetensors")
+    assert cli.main(["--resume", str(run), "--train.max_steps=55", "--train.save_every=5"]) == 0
+    assert names(run)[-2:] == ["step-000050", "step-000055"]
+
+
+def test_a_folder_that_is_no_run_is_one_line(tmp_path):
+    for call in (checkpoints, best_checkpoint, saved_config):
+        assert "not a run folder" in message(call, tmp_path)
+    (tmp_path / "checkpoints" / ".step-000005.123").mkdir(parents=True)  # a kill in the middle of the first save
+    (tmp_path / "checkpoints" / "step-x").mkdir()
+    assert checkpoints(tmp_path) == []
+    assert "no checkpoint yet" in message(best_checkpoint, tmp_path)
+    assert "no checkpoint yet" in message(saved_config, tmp_path)
+    (tmp_path / "config.toml").write_text("[model]\nn_layer = 7\n")
+    assert saved_config(tmp_path).model.n_layer == 7
+    (tmp_path / "config.toml").write_text("[model]\nn_lay")
+    assert "no checkpoint yet" in message(saved_config, tmp_path)

@@ -1,0 +1,78 @@
+"""smallm.training.feed: every process gets its share of the batch, wherever the text lies."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from smallm.training.data import batch_loader as feed
+from smallm.training.data.batch_loader import Feed
+from smallm.training.data.dataset import CharDataset
+
+CPU = torch.device("cpu")
+
+
+def process(rank, ranks):
+    return SimpleNamespace(process_index=rank, num_processes=ranks, device=CPU)
+
+
+@pytest.fixture(params=[("<u2", 1 << 16), ("<u4", 1 << 20)], ids=["uint16", "uint32"])
+def dataset(request, tmp_path):
+    """Windows of 8 in a memory map with ids up to the highest that its type is used for."""
+    dtype, count = request.param
+    ids = np.random.default_rng(1).integers(0, count, 1003).astype(dtype)
+    ids[:8] = count - 1
+    ids.tofile(tmp_path / "train.bin")
+    return CharDataset(np.memmap(tmp_path / "train.bin", dtype, mode="r"), 8, seed=3)
+
+
+@pytest.fixture
+def resident(monkeypatch):
+    """Makes every device one with room for the text, and copies that in many pieces."""
+    monkeypatch.setattr(feed, "free_bytes", lambda device: 4 * 1003 * 10)
+    monkeypatch.setattr(feed, "PIECE", 100)
+
+
+@pytest.mark.parametrize(("ranks", "size"), [(1, 12), (1, 4), (2, 3), (3, 2), (4, 3)])
+def test_the_shares_are_the_batch_and_the_same_from_the_device(dataset, resident, ranks, size, monkeypatch):
+    near = [Feed(dataset, 12, size, process(rank, ranks)) for rank in range(ranks)]
+    monkeypatch.setattr(feed, "free_bytes", lambda device: 0)
+    far = [Feed(dataset, 12, size, process(rank, ranks)) for rank in range(ranks)]
+    assert {(f.text is None, n.text is None) for f, n in zip(far, near, strict=True)} == {(True, False)}
+    for step in (0, 1, 10, 11, 1000):  # 11 begins the second epoch
+        places = [(rank, micro_step) for micro_step in range(12 // (ranks * size)) for rank in range(ranks)]
+        for part, whole in enumerate(dataset.batch(step, 12)):
+            for feeds in (far, near):
+                batches = [feeds[rank].batch(step, micro_step, dataset.block_size)[part] for rank, micro_step in places]
+                assert {(tuple(batch.shape), batch.dtype) for batch in batches} == {((size, 8), torch.int64)}
+                np.testing.assert_array_equal(torch.cat(batches), whole)
+
+
+def test_short_windows_are_the_long_ones_in_pieces(dataset):
+    feed = Feed(dataset, 6, 6, process(0, 1))
+    whole = feed.batch(3, 0, 8)
+    for window in (1, 2, 4):
+        for part, long in zip(feed.batch(3, 0, window), whole, strict=True):
+            assert part.shape == (6 * 8 // window, window)
+            assert torch.equal(part.reshape(6, 8), long)
+
+
+def test_a_text_that_is_too_long_stays_where_it_is(dataset, resident, monkeypatch):
+    assert Feed(dataset, 2, 2, process(0, 1)).text.dtype == torch.int32
+    monkeypatch.setattr(feed, "free_bytes", lambda device: 4 * 1003 * 10 - 1)
+    assert Feed(dataset, 2, 2, process(0, 1)).text is None
+
+
+def test_a_cpu_keeps_no_copy(dataset):
+    assert Feed(dataset, 2, 2, process(0, 1)).text is None
+
+
+def test_dropout_is_seeded_by_step_pass_and_process(dataset):
+    def drawn(rank, step, micro_step):
+        Feed(dataset, 12, 2, process(rank, 2)).seed_dropout(step, micro_step)
+        return torch.rand(1).item()
+
+    places = [(rank, step, micro_step) for rank in (0, 1) for step in (0, 1, 7) for micro_step in (0, 1)]
+    assert len({drawn(*place) for place in places}) == len(places)
+    assert [drawn(*place) for place in places] == [drawn(*place) for place in places]

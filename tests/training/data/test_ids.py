@@ -1,0 +1,70 @@
+"""smallm.training.ids: what comes out of the map is what is in the file, and the map stays small."""
+
+import mmap
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from smallm.training.data import ids as ids_module
+from smallm.training.data.dataset import CharDataset
+from smallm.training.data.ids import MappedIds
+
+
+@pytest.fixture(params=[1 << 30, 1 << 21], ids=["small", "gives back"])
+def file(request, tmp_path, monkeypatch):
+    """A file of a million ids, on either side of the limit."""
+    monkeypatch.setattr(ids_module, "RESIDENT_BYTES", request.param)
+    np.arange(1 << 20, dtype=np.uint32).tofile(tmp_path / "ids.bin")
+    return tmp_path / "ids.bin"
+
+
+def test_slices_and_positions_give_copies(file):
+    ids, expected = MappedIds(file, "<u4"), np.arange(1 << 20, dtype=np.uint32)
+    assert len(ids) == 1 << 20
+    assert ids.dtype == np.uint32
+    starts = np.random.default_rng(1).integers(0, len(ids) - 9, 100)
+    for index in (slice(5, 12), slice(0, 0), slice(-3, None), starts, starts[:, None] + np.arange(9), starts[:0]):
+        taken = ids[index]
+        assert taken.dtype == np.uint32
+        np.testing.assert_array_equal(taken, expected[index])
+        taken[:] = 0
+        np.testing.assert_array_equal(ids[index], expected[index])
+    np.testing.assert_array_equal(np.asarray(ids), expected)
+
+
+@pytest.mark.parametrize("size", [0, 3, 9])
+def test_a_file_that_holds_no_ids(tmp_path, size):
+    (tmp_path / "ids.bin").write_bytes(bytes(size))
+    with pytest.raises(ValueError, match=r"empty|multiple"):
+        MappedIds(tmp_path / "ids.bin", "<u2")
+
+
+def mapped_megabytes(file):
+    """How much of a mapped file counts as this process's memory."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    for line in lines:
+        if line.endswith(str(file)):
+            return next(int(line.split()[1]) for line in lines if line.startswith("Rss:")) / 1024
+    return 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+@pytest.mark.parametrize("madvise", [True, False])
+def test_a_long_text_is_read_through_a_small_map(tmp_path, monkeypatch, madvise):
+    monkeypatch.setattr(ids_module, "RESIDENT_BYTES", 4 << 20)
+    if not madvise:  # as on Windows: it works, without giving back
+        monkeypatch.delattr(mmap, "MADV_DONTNEED")
+    with (tmp_path / "ids.bin").open("wb") as file:
+        file.truncate(64 << 20)
+    ids = MappedIds(tmp_path / "ids.bin", "<u2")
+    assert mapped_megabytes(tmp_path / "ids.bin") < 1
+    dataset, most = CharDataset(ids, 64, seed=1), 0
+    for step in range(20):
+        assert not dataset.batch(step, 100)[0].any()
+        most = max(most, mapped_megabytes(tmp_path / "ids.bin"))
+    for start in range(0, len(ids), 1 << 18):
+        assert not ids[start : start + (1 << 18)].any()
+        most = max(most, mapped_megabytes(tmp_path / "ids.bin"))
+    assert (most < 8) == madvise

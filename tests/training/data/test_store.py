@@ -1,0 +1,291 @@
+"""smallm.training.store and index: what is in the cache is whole, is found without reading, and is written by one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from filelock import FileLock
+
+from smallm.training.budget.setup import open_text
+from smallm.training.config import DataConfig
+from smallm.training.data import corpus as corpus_module
+from smallm.training.data import encoding as encode
+from smallm.training.data import index, store
+from smallm.training.data.corpus import open_corpus
+from smallm.training.data.source import Source
+
+REPOSITORY = Path(__file__).parents[3]
+TEXT = "Größe: 5 €\n日本語のテキスト\nplain end\n" * 3
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("SMALLM_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch):
+    """Files may be remembered at once, although the tests have only just written them."""
+    monkeypatch.setattr(index, "SETTLED_SECONDS", -60.0)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often a text was read, and how often encoded."""
+    calls = {"survey": 0, "encode": 0}
+
+    def counting(name):
+        def call(*args):
+            calls[name] += 1
+            return getattr(encode, name)(*args)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(corpus_module, name, counting(name))
+    return calls
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(TEXT.encode())
+    return path
+
+
+def opened(source, min_count=1, **options):
+    return open_corpus(str(source), min_count=min_count, val_fraction=0.25, **options)
+
+
+def text_of(corpus):
+    return corpus.vocabulary.decode(corpus.train_ids) + corpus.val_text()
+
+
+def unfinished(cache):
+    return list(cache.rglob("*.unfinished"))
+
+
+# -- the index
+
+
+def test_a_known_file_is_not_read_again(file, cache, calls, monkeypatch):
+    opened(file)
+    monkeypatch.setattr(Source, "pieces", None)
+    monkeypatch.chdir(file.parent)
+    assert text_of(opened(file.name)) == TEXT
+    assert calls == {"survey": 1, "encode": 1}
+
+
+def test_other_settings_or_a_lost_encoding_read_it_again(file, cache, calls):
+    opened(file)
+    opened(file, min_count=2)
+    assert calls == {"survey": 2, "encode": 2}
+    next(cache.rglob("train.bin")).unlink()
+    opened(file)
+    opened(file, min_count=2)
+    assert calls == {"survey": 3, "encode": 3}
+    for entry in (cache / "sources").iterdir():
+        entry.write_text("[]")
+    assert text_of(opened(file)) == TEXT
+    assert calls == {"survey": 4, "encode": 3}
+
+
+def in_place(file):
+    with file.open("r+b") as stream:
+        stream.write(b"X")
+
+
+def by_a_new_file(file):
+    new = file.with_name("new")
+    new.write_bytes(b"X" + file.read_bytes()[1:])
+    new.replace(file)
+
+
+def by_a_link(file):
+    new = file.with_name("new")
+    new.write_bytes(b"X" + file.read_bytes()[1:])
+    file.unlink()
+    file.symlink_to(new)
+
+
+@pytest.mark.parametrize("change", [in_place, by_a_new_file, by_a_link])
+def test_a_changed_file_is_noticed_although_size_and_time_are_the_same(file, calls, change):
+    opened(file)
+    before = file.stat()
+    time.sleep(0.02)  # longer than a tick of the file system's clock
+    change(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert text_of(opened(file)) == "X" + TEXT[1:]
+    assert calls == {"survey": 2, "encode": 2}
+
+
+def test_files_of_a_folder_that_come_or_change_are_noticed(tmp_path, calls):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in "ac":
+        (folder / f"{name}.txt").write_text(f"text of {name}\n")
+    opened(folder)
+    opened(folder)
+    assert calls == {"survey": 1, "encode": 1}
+    (folder / "b.txt").write_text("text of b\n")
+    assert text_of(opened(folder)) == "text of a\ntext of b\ntext of c\n"
+    time.sleep(0.02)
+    (folder / "c.txt").write_text("text of d\n")
+    assert text_of(opened(folder)) == "text of a\ntext of b\ntext of d\n"
+    assert calls == {"survey": 3, "encode": 3}
+
+
+def test_another_encoding_is_another_text(file, calls):
+    opened(file)
+    assert text_of(opened(file, encoding="latin-1")) == TEXT.encode().decode("latin-1")
+    assert text_of(opened(file)) == TEXT
+    assert calls == {"survey": 2, "encode": 2}
+
+
+def test_a_file_that_was_only_just_changed_is_not_remembered(file, cache, calls, monkeypatch):
+    monkeypatch.setattr(index, "SETTLED_SECONDS", 2.0)
+    opened(file)
+    opened(file)
+    assert not (cache / "sources").exists()
+    assert calls == {"survey": 2, "encode": 1}
+    monkeypatch.setattr(index.time, "time", lambda: file.stat().st_ctime + 2.1)
+    opened(file)
+    opened(file)
+    assert calls == {"survey": 3, "encode": 1}
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(file, cache, monkeypatch):
+    def survey(*args):
+        found = encode.survey(*args)
+        os.utime(file)
+        return found
+
+    monkeypatch.setattr(corpus_module, "survey", survey)
+    opened(file)
+    assert not (cache / "sources").exists()
+
+
+def test_a_cache_that_can_only_be_read_is_enough(file, cache, calls, monkeypatch):
+    opened(file)
+    next((cache / "sources").iterdir()).unlink()
+
+    def forbidden(path, *args, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for name in ("mkdir", "write_text", "replace"):
+        monkeypatch.setattr(Path, name, forbidden)
+    assert text_of(opened(file)) == TEXT
+    assert calls == {"survey": 2, "encode": 1}
+
+
+# -- what is damaged
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "val.txt", "corpus.json"])
+def test_a_flipped_bit_is_noticed(file, cache, calls, name):
+    opened(file)
+    path = next(cache.rglob(name))
+    good = path.read_bytes()
+    place = good.index(b'"train_characters": ') + 21 if name == "corpus.json" else len(good) // 2
+    path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+    if name == "corpus.json":
+        json.loads(path.read_text())
+    assert text_of(opened(file)) == TEXT
+    assert calls["encode"] == 2
+    assert path.read_bytes() == good
+
+
+def test_long_ids_are_not_read_at_each_start(file, cache, calls, monkeypatch):
+    monkeypatch.setattr(store, "CHECKED_BYTES", 10)
+    opened(file)
+    assert json.loads(next(cache.rglob("corpus.json")).read_text())["facts"]["checksums"] == [None] * 3
+    opened(file)
+    assert calls["encode"] == 1
+
+
+# -- several processes
+
+KILLED = """
+import os, signal, sys
+from smallm.training.data import store
+from smallm.training.budget.setup import open_text
+from smallm.training.config import DataConfig
+from smallm.training.data.corpus import open_corpus
+store.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+open_corpus(sys.argv[1], min_count=int(sys.argv[2]), val_fraction=0.25)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system does not kill")
+def test_what_a_killed_process_leaves_is_neither_used_nor_kept(file, cache, calls):
+    for min_count in ("1", "2"):
+        done = subprocess.run([sys.executable, "-c", KILLED, str(file), min_count], cwd=REPOSITORY, check=False)
+        assert done.returncode == -signal.SIGKILL
+    # Those of the first are gone: they lay there when the second began. All files of the second are there.
+    (left,) = unfinished(cache)
+    assert {path.name for path in left.iterdir()} == {"train.bin", "val.bin", "val.txt", "corpus.json"}
+    assert text_of(opened(file, min_count=2)) == TEXT
+    assert calls["encode"] == 1
+    assert not unfinished(cache)
+
+
+def test_what_a_living_process_writes_is_left_alone(file, cache):
+    work = cache / "corpora" / "abc.0123.unfinished"
+    work.mkdir(parents=True)
+    (cache / "locks").mkdir()
+    with FileLock(cache / "locks" / "abc.lock"):
+        opened(file)
+        assert unfinished(cache) == [work]
+    opened(file, min_count=2)
+    assert not unfinished(cache)
+
+
+@pytest.fixture
+def slow(file, monkeypatch):
+    """Another thread that has begun to encode the file, and the event upon which it goes on."""
+    begun, go_on = threading.Event(), threading.Event()
+    write = corpus_module.encode
+
+    def slowly(*args):
+        begun.set()
+        assert go_on.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(corpus_module, "encode", slowly)
+    thread = threading.Thread(target=opened, args=(file,), kwargs={"progress": False})
+    thread.start()
+    assert begun.wait(60)
+    yield go_on
+    go_on.set()
+    thread.join()
+
+
+def test_one_encodes_and_the_other_waits(file, calls, slow, capsys):
+    threading.Timer(0.2, slow.set).start()
+    assert text_of(opened(file)) == TEXT
+    assert calls == {"survey": 2, "encode": 1}
+    assert capsys.readouterr().err == "text   another process is encoding it; waiting for that\n"
+
+
+def test_patience_ends(file, cache, calls, slow, monkeypatch):
+    monkeypatch.setattr(store, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(corpus_module, "encode", encode.encode)
+    assert text_of(opened(file)) == TEXT
+    slow.set()  # it finds that it came second
+
+
+def test_each_machine_encodes_for_itself(file):
+    accelerator = SimpleNamespace(local_main_process_first=nullcontext, is_main_process=False)  # of a second machine
+    corpus = open_text(accelerator, DataConfig(source=str(file), min_count=1))
+    assert text_of(corpus) == TEXT

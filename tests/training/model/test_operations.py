@@ -1,0 +1,351 @@
+"""smallm.training.functions: the compiled kernels compute what plain PyTorch and autograd compute."""
+
+import pytest
+import torch
+
+from smallm.training.config import ModelConfig
+from smallm.training.model import operations as functions
+from smallm.training.model import transformer as model
+from smallm.training.model.kernels import loader as kernels
+from smallm.training.model.transformer import TransformerBlock, TransformerLanguageModel
+from smallm.training.optim.optimizers import POLAR_EXPRESS
+
+
+@pytest.fixture(autouse=True)
+def _compiled():
+    if kernels.load() is None:
+        pytest.skip("this machine has no C compiler with OpenMP")
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Calls a function with the kernels switched off."""
+
+    def call(function, *arguments):
+        with monkeypatch.context() as patch:
+            for module in (functions, model):
+                patch.setattr(module, "kernels", lambda x: None)
+            return function(*arguments)
+
+    return call
+
+
+def numbers(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def shaken(module, seed=2):
+    """Away from zeros and ones, which hide mistakes."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.1 * numbers(*p.shape, seed=seed))
+    return module
+
+
+def outcome(function, inputs, seed=9):
+    """Result and gradients of all inputs under random weights."""
+    inputs = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    y = function(*inputs)
+    wanted = [x for x in inputs if x.requires_grad]
+    return [y, *torch.autograd.grad((y * numbers(*y.shape, seed=seed).to(y.dtype)).sum(), wanted)]
+
+
+def assert_close(ours, plains, tolerance=2e-5):
+    for number, (a, b) in enumerate(zip(ours, plains, strict=True)):
+        error = (a.double() - b.double()).abs().max() / b.abs().max().clamp(min=0.1)
+        assert error < tolerance, f"tensor {number}: {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("n_head", "n_kv_head", "n_embd", "n_inner", "B", "T"),
+    [(1, 0, 32, 64, 2, 16), (3, 0, 96, 0, 2, 33), (4, 2, 128, 32, 3, 64), (4, 1, 64, 96, 1, 70), (2, 0, 128, 0, 2, 40),
+     (2, 0, 96, 32, 5, 1)],
+)  # fmt: skip
+def test_a_block_is_that_of_plain_pytorch(plain, n_head, n_kv_head, n_embd, n_inner, B, T):
+    config = ModelConfig(n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, n_inner=n_inner, block_size=T)
+    whole = shaken(TransformerLanguageModel(40, config, seed=1))
+    block, x, tables = whole.h[0], numbers(B, T, n_embd, seed=3), whole.rotary(T)
+    assert block.in_panels
+
+    def run(x, *parameters):
+        names = [name for name, _ in block.named_parameters()]
+        return torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), (x, *tables))
+
+    ours = outcome(run, [x, *block.parameters()])
+    assert_close(ours, plain(outcome, run, [x, *block.parameters()]))
+    tables = [t.double() for t in tables]
+    assert_close(ours, outcome(run, [t.double() for t in (x, *block.parameters())]))
+
+
+@pytest.mark.parametrize(("window", "T"), [(2, 40), (7, 70), (32, 100), (33, 100), (64, 100), (90, 70)])
+def test_a_block_with_a_window(plain, window, T):
+    config = ModelConfig(n_head=4, n_kv_head=2, n_embd=128, n_inner=32, block_size=128, window=window)
+    whole = shaken(TransformerLanguageModel(40, config, seed=1))
+    block, x, tables = whole.h[0], numbers(2, T, 128, seed=3), whole.rotary(T)
+
+    def run(x, *parameters):
+        names = [name for name, _ in block.named_parameters()]
+        return torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), (x, *tables))
+
+    inputs = [x, *block.parameters()]
+    assert_close(outcome(run, inputs), plain(outcome, run, inputs))
+
+
+def test_a_block_whose_sides_do_not_fit_takes_the_plain_form(monkeypatch):
+    config = ModelConfig(n_head=3, n_embd=48, block_size=8)
+    block = TransformerBlock(config)
+    assert not block.in_panels
+    monkeypatch.setattr(model, "block", None)  # would fail if it were called
+    whole = TransformerLanguageModel(40, config, seed=1)
+    assert torch.isfinite(whole(torch.zeros(1, 8, dtype=torch.long))).all()
+
+
+def test_rms_norm(plain):
+    inputs = [numbers(3, 5, 64, seed=1) * 3, numbers(64, seed=2)]
+    assert_close(outcome(functions.rms_norm, inputs), plain(outcome, functions.rms_norm, inputs))
+
+
+@pytest.mark.parametrize("V", [3, 16, 65, 256, 300])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_cross_entropy(plain, V, reduction):
+    logits, targets = numbers(2, 7, V, seed=1) * 20, torch.arange(14).view(2, 7) % V
+    targets[0, 3] = targets[1, 6] = -1
+
+    def run(logits):
+        return functions.cross_entropy(logits, targets, reduction)
+
+    assert_close(outcome(run, [logits]), plain(outcome, run, [logits]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(bad):
+    """Else a run that has gone wrong would not be noticed."""
+    logits = numbers(1, 4, 64, seed=1)
+    logits[0, 2, 5] = bad
+    assert not torch.isfinite(functions.cross_entropy(logits, torch.zeros(1, 4, dtype=torch.long)))
+    whole = TransformerLanguageModel(40, ModelConfig(n_head=1, n_embd=32, block_size=8), seed=1)
+    with torch.no_grad():
+        shaken(whole).h[0].attn.c_attn.weight[3, 4] = bad
+    assert not torch.isfinite(whole(torch.ones(1, 8, dtype=torch.long))).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 64, 96), (5, 96, 256)])
+def test_polynomial_iteration(plain, shape):
+    x = numbers(*shape, seed=1)
+    x = x / x.norm(dim=(1, 2), keepdim=True)
+    before = x.clone()
+    ours = functions.polynomial_iteration(x, POLAR_EXPRESS[:4])
+    assert torch.equal(x, before)
+    assert_close([ours], [plain(functions.polynomial_iteration, x, POLAR_EXPRESS[:4])])
+
+
+def dropped_block(p):
+    config = ModelConfig(n_head=2, n_embd=64, block_size=32, dropout=p)
+    whole = shaken(TransformerLanguageModel(40, config, seed=1))
+    return whole.h[0], whole.rotary(32), numbers(64, 32, 64, seed=3)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    block, tables, x = dropped_block(0.25)
+    with torch.no_grad():
+        block.mlp.c_proj.weight.zero_()  # so that only the first of the two places is seen
+        torch.manual_seed(5)
+        added = block(x, *tables) - x
+        full = block.eval()(x, *tables) - x
+    gone = added.abs() < 1e-6
+    assert gone.float().mean() == pytest.approx(0.25, abs=0.005)
+    for axis in range(3):  # no row, column or sequence is favoured
+        others = [a for a in range(3) if a != axis]
+        assert gone.float().mean(others).sub(0.25).abs().max() < 0.05
+    torch.testing.assert_close(added[~gone], full[~gone] / 0.75, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_a_function_of_the_seed():
+    block, tables, x = dropped_block(0.5)
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(block(x, *tables))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_the_gradient_knows_what_was_dropped():
+    """Finite differences along a random direction, under one mask."""
+    block, tables, x = dropped_block(0.5)
+    weight, direction = numbers(*x.shape, seed=4), numbers(*x.shape, seed=5)
+
+    def loss(x):
+        torch.manual_seed(1)
+        return (block(x, *tables).double() * weight).sum()
+
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(x), x)
+    with torch.no_grad():
+        slope = (loss(x + 1e-2 * direction) - loss(x - 1e-2 * direction)) / 2e-2
+    assert slope.item() == pytest.approx((gradient * direction).sum().item(), rel=2e-3)
+
+
+def test_the_kernels_step_aside_for_other_precisions(monkeypatch):
+    x = torch.zeros(1, 32)
+    assert functions.kernels(x) is not None
+    assert functions.kernels(x.double()) is None
+    assert functions.kernels(x.to("meta")) is None
+    monkeypatch.setattr(functions, "has_bf16", lambda: False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert functions.kernels(x) is None
+    monkeypatch.setattr(functions, "has_bf16", lambda: True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert functions.kernels(x) is kernels.load(bf16=True)
+    with torch.autocast("cpu", torch.float16):
+        assert functions.kernels(x) is None
+
+
+def rounded(x):
+    """What bf16 keeps of each number."""
+    return x.bfloat16().float()
+
+
+@pytest.mark.parametrize(
+    ("n_kv_head", "n_embd", "B", "T"), [(0, 64, 2, 16), (1, 96, 1, 7), (0, 32, 3, 23), (0, 64, 5, 33)]
+)
+def test_a_block_in_bf16_products(monkeypatch, n_kv_head, n_embd, B, T):
+    """On a processor without them they are computed in another way, to the same definition."""
+    monkeypatch.setattr(functions, "has_bf16", lambda: True)
+    config = ModelConfig(n_head=n_embd // 32, n_kv_head=n_kv_head, n_embd=n_embd, block_size=T)
+    whole = shaken(TransformerLanguageModel(40, config, seed=1))
+    block, x, tables = whole.h[0], numbers(B, T, n_embd, seed=3), whole.rotary(T)
+    names = [name for name, _ in block.named_parameters()]
+
+    def run(x, *parameters):
+        return torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), (x, *tables))
+
+    def run_bf16(*inputs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return run(*inputs)
+
+    inputs = [x, *block.parameters()]
+    ours, exact = outcome(run_bf16, inputs), outcome(run, inputs)
+    for name, a, b in zip(["y", "x", *names], ours, exact, strict=True):
+        assert a.dtype == torch.float32
+        off = ((a - b).norm() / b.norm()).item()
+        assert 1e-5 < off < 0.02, (name, off)
+
+
+def test_the_definition_of_bf16_products(monkeypatch):
+    """One product alone, of operands that are rounded to nearest, ties to even, and summed in float32."""
+    monkeypatch.setattr(functions, "has_bf16", lambda: True)
+    whole = TransformerLanguageModel(40, ModelConfig(n_head=1, n_embd=32, n_inner=32, block_size=8), seed=1)
+    block = whole.h[0]
+    with torch.no_grad():
+        block.attn.c_proj.weight.zero_()  # the first half adds nothing
+        block.mlp.c_fc.weight.normal_(generator=torch.Generator().manual_seed(1))
+        block.mlp.c_proj.weight.copy_(torch.eye(32))
+        block.mlp.c_proj.weight[3, 3] = 1 + 2**-8  # halfway between two numbers of bf16: to the even one, 1
+        block.mlp.c_proj.weight[4, 4] = 1 + 3 * 2**-8  # to 1 + 2^-6
+    x, tables = numbers(1, 8, 32, seed=3), whole.rotary(8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = block(x, *tables) - x
+    h = rounded(torch.nn.functional.rms_norm(x, (32,), block.ln_2.weight, functions.NORM_EPS))
+    gate, up = (h @ rounded(block.mlp.c_fc.weight).mT).chunk(2, -1)
+    wanted = rounded(torch.nn.functional.silu(gate) * up)
+    wanted[..., 4] *= 1 + 2**-6
+    off = (y - wanted).abs().flatten()
+    assert off.median() < 1e-6  # a few operands fall on the other side of a rounding border
+    assert (off > 1e-5).float().mean() < 0.1
+    assert off.max() < 0.02
+
+
+def test_what_is_not_finite_stays_so_in_bf16(monkeypatch):
+    monkeypatch.setattr(functions, "has_bf16", lambda: True)
+    whole = TransformerLanguageModel(40, ModelConfig(n_head=1, n_embd=32, block_size=8), seed=1)
+    with torch.no_grad():
+        shaken(whole).h[0].attn.c_attn.weight.view(torch.int32)[3, 4] = 0x7FFFFFFF  # the NaN that rounding would wrap
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.isfinite(whole(torch.ones(1, 8, dtype=torch.long))).all()
+
+
+def test_a_run_in_bf16_products(monkeypatch, text_file, tmp_path):
+    from accelerate.state import AcceleratorState
+
+    from smallm.training import cli
+    from smallm.training.checkpoint.format import read_state
+    from smallm.training.checkpoint.manager import checkpoints
+
+    def loss(precision):
+        AcceleratorState._reset_state(reset_partial_state=True)  # of this process, which had one precision so far
+        argv = ["--model.n_layer=2", "--model.n_head=1", "--model.n_embd=32", "--model.block_size=16",
+                "--train.max_steps=30", "--train.sample_length=0", f"--train.mixed_precision={precision}"]  # fmt: skip
+        assert cli.main(["--data", str(text_file), "--out", str(tmp_path / precision), *argv]) == 0
+        return read_state(checkpoints(tmp_path / precision)[-1])[0].best_val_loss
+
+    monkeypatch.setattr(functions, "has_bf16", lambda: True)
+    half, full = loss("bf16"), loss("no")
+    assert half == pytest.approx(full, abs=0.02)
+    assert half != full
+
+
+def test_bf16_is_taken_only_where_it_proves_faster(monkeypatch):
+    from smallm.training import precision
+
+    monkeypatch.setattr(precision, "has_bf16", lambda: False)
+    assert precision.best_precision() == "no"
+    monkeypatch.setattr(precision, "has_bf16", lambda: True)
+    monkeypatch.setattr(functions, "has_bf16", lambda: True)
+    monkeypatch.setattr(precision, "FASTER", 0.0)
+    assert precision.best_precision() == "no"
+    monkeypatch.setattr(precision, "FASTER", 1e9)
+    assert precision.best_precision() == "bf16"
+    monkeypatch.setattr(precision, "load", lambda bf16: None)
+    assert precision.best_precision() == "no"
+
+
+@pytest.mark.parametrize("n_kv_head", [0, 2])
+def test_the_whole_model_has_equal_loss_and_gradients(plain, n_kv_head):
+    config = ModelConfig(n_layer=2, n_head=4, n_kv_head=n_kv_head, n_embd=64, block_size=48)
+    whole = shaken(TransformerLanguageModel(256, config, seed=1))
+    ids = torch.randint(0, 256, (3, 49), generator=torch.Generator().manual_seed(3))
+
+    def run():
+        whole.zero_grad()
+        logits = whole(ids[:, :-1])
+        functions.cross_entropy(logits, ids[:, 1:]).backward()
+        return [logits.detach(), *(p.grad.clone() for p in whole.parameters())]
+
+    assert_close(run(), plain(run), tolerance=5e-5)
+
+
+def test_two_threads_compute_what_one_does():
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=64, block_size=32)
+    whole = shaken(TransformerLanguageModel(256, config, seed=1))
+    ids = torch.randint(0, 256, (5, 33), generator=torch.Generator().manual_seed(3))
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            whole.zero_grad()
+            functions.cross_entropy(whole(ids[:, :-1]), ids[:, 1:]).backward()
+            results.append([p.grad.clone() for p in whole.parameters()])
+    finally:
+        torch.set_num_threads(before)
+    for others in results[1:]:
+        assert_close(others, results[0])
+
+
+def test_a_machine_without_a_compiler_trains_and_is_told(monkeypatch, text_file, tmp_path, capsys):
+    from smallm.training import cli
+
+    monkeypatch.setattr(kernels, "load", lambda: None)
+    monkeypatch.setattr(functions, "load", lambda: None)
+    argv = ["--model.n_layer=1", "--model.n_head=1", "--model.n_embd=32", "--model.block_size=8", "--train.max_steps=2"]
+    assert cli.main(["--data", str(text_file), "--out", str(tmp_path / "run"), *argv]) == 0
+    assert capsys.readouterr().err.count("apt install gcc") == 1
+
+
+def test_a_compiler_that_fails_is_as_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("SMALLM_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", "false")
+    assert kernels.load.__wrapped__() is None
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert kernels.load.__wrapped__() is None

@@ -1,0 +1,145 @@
+"""smallm.training.guard: what is no number never reaches the weights."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from smallm.cli.main import run, train
+from smallm.training import cli
+from smallm.training.checkpoint.format import read_state
+from smallm.training.checkpoint.manager import checkpoints
+from smallm.training.config import ModelConfig, OptimConfig
+from smallm.training.model.operations import cross_entropy
+from smallm.training.model.transformer import TransformerLanguageModel
+from smallm.training.optim.guard import MOST_IN_A_ROW, StepGuard
+from smallm.training.optim.optimizers import build_optimizer, set_lr
+from smallm.training.trainer import Trainer
+
+SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=8)
+SMALL = ["--model.n_layer=1", "--model.n_head=1", "--model.n_embd=32", "--model.block_size=8", "--train.batch_size=4",
+         "--train.log_every=1", "--train.sample_length=0"]  # fmt: skip
+
+
+def stepped(name, flags, weight_decay=0.1):
+    """Weights and moments after a step for each flag: None = without a guard, 0 = let through, 1 = left out."""
+    config = OptimConfig(name=name, weight_decay=weight_decay, learning_rate=0.01)
+    model = TransformerLanguageModel(64, SHAPE, seed=1)
+    optimizer = build_optimizer(model, config)
+    set_lr(optimizer, 1.0)
+    generator = torch.Generator().manual_seed(1)
+    for flag in flags:
+        ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(3) if flag else generator)
+        cross_entropy(model(ids[:, :-1]), ids[:, 1:]).backward()
+        if flag:
+            for p in model.parameters():
+                p.grad[...] = math.nan
+        if flag is not None:
+            optimizer.found_inf = torch.tensor(float(flag))
+        optimizer.step()
+        optimizer.zero_grad()
+    state = [value for p in model.parameters() for value in optimizer.state[p].values()]
+    return [p.detach() for p in model.parameters()] + state
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw", "adam"])
+def test_the_optimisers_leave_out_a_step_by_themselves(name):
+    """As on a GPU, where nobody waits to see whether it is needed."""
+    plain, flagged, skipped = stepped(name, [None, None]), stepped(name, [0, 0]), stepped(name, [0, 1, 0])
+    for ours, theirs, others in zip(flagged, plain, skipped, strict=True):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(others, theirs)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_counts(device):
+    made = []
+    optimizer = SimpleNamespace(step=lambda: made.append(True), optimizer=SimpleNamespace())
+    accelerator = SimpleNamespace(scaler=None, device=torch.device("cpu"), distributed_type="NO")
+    guard = StepGuard(accelerator, optimizer)
+    if device != "cpu":
+        guard._on_host = False
+    for norm in (1.0, math.nan, math.inf, 2.0, -math.inf):
+        guard.step(torch.tensor(norm))
+    assert guard.counts == (3, 1)
+    assert len(made) == (2 if device == "cpu" else 5)
+    if device != "cpu":
+        assert optimizer.optimizer.found_inf == 1
+    guard.restore(7, 2)
+    guard.step(torch.tensor(math.nan))
+    assert guard.counts == (8, 3)
+    guard.step(torch.tensor(1.0))
+    assert guard.counts == (8, 0)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Makes the loss of some steps infinite or no number, whatever the model says."""
+
+    def poisoned(values):
+        def loss(logits, targets):
+            return cross_entropy(logits, targets) + values.get(current[0], 0.0)
+
+        def train_step(self, step):
+            current[0] = step
+            return plain(self, step)
+
+        current, plain = [0], Trainer.train_step
+        monkeypatch.setattr("smallm.training.trainer.cross_entropy", loss)
+        monkeypatch.setattr(Trainer, "train_step", train_step)
+
+    return poisoned
+
+
+def train_lines(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == "train"]
+
+
+@pytest.mark.parametrize("clip", ["0", "1.0"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_step_without_a_number_is_left_out_and_counted(poisoned, text_file, tmp_path, capsys, value, clip):
+    out = tmp_path / "run"
+    poisoned({3: value, 4: value})
+    argv = ["--data", str(text_file), "--out", str(out), *SMALL, "--train.max_steps=8", f"--optim.grad_clip={clip}"]
+    assert cli.main(argv) == 0
+    lines = train_lines(out)
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 0, 1, 2, 2, 2, 2]
+    assert [line["loss"] is None for line in lines] == [False] * 3 + [True] * 2 + [False] * 3
+    assert all(line["loss"] < 6 for line in lines if line["loss"])
+    state, _ = read_state(checkpoints(out)[-1])
+    assert (state.skipped_steps, state.skipped_in_a_row) == (2, 0)
+    assert math.isfinite(state.best_val_loss)
+    assert capsys.readouterr().err.count("warning: 1 step(s)") == 2
+
+
+def test_too_many_in_a_row_end_the_run_and_its_checkpoints_are_good(poisoned, text_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    poisoned(dict.fromkeys(range(7, 100), math.nan))
+    argv = ["--data", str(text_file), "--out", str(out), *SMALL, "--train.max_steps=50", "--train.save_every=5"]
+    assert run(train, argv) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"smallm: the last {MOST_IN_A_ROW} steps")
+    assert "optim.learning_rate" in line
+    newest = checkpoints(out)[-1]
+    assert read_state(newest)[0].step == 15
+    assert read_state(newest)[0].skipped_in_a_row == 8  # who resumes goes on counting
+    from safetensors.torch import load_file
+
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(newest / file).values())
+    assert run(train, ["--resume", str(out)]) == 2
+    assert "steps to step 17 " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_guard_changes_nothing_else(text_file, tmp_path, monkeypatch):
+    """The factor of 1 on the loss, and the norm that is measured without clipping."""
+    argv = ["--data", str(text_file), *SMALL, "--train.max_steps=4", "--optim.grad_clip=0"]
+    assert cli.main([*argv, "--out", str(tmp_path / "with")]) == 0
+    monkeypatch.setattr(StepGuard, "step", lambda self, norm: self._optimizer.step())
+    assert cli.main([*argv, "--out", str(tmp_path / "without")]) == 0
+    a, b = (Path(checkpoints(tmp_path / name)[-1], "model.safetensors").read_bytes() for name in ("with", "without"))
+    assert a == b

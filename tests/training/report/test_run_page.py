@@ -1,0 +1,555 @@
+"""The report of a run, and of several: that it is whole, says what the run says, and is written whatever happens."""
+
+import errno
+import json
+import math
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import tomllib
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from toys import TOY_VOCABULARY, random_model
+
+from smallm.errors import UserError
+from smallm.html.escape import visible
+from smallm.training import cli
+from smallm.training.config import Config, flatten
+from smallm.training.data.dataset import CharDataset
+from smallm.training.report import run_page as page
+from smallm.training.report.comparison import comparison_page
+from smallm.training.report.next_commands import commands, flags, line
+from smallm.training.report.outcome import read_outcomes
+from smallm.training.report.passage import read_passage
+from smallm.training.report.plot import main as plot
+from smallm.training.report.record import FILE, Keeper, Passage, Record, read_record
+from smallm.training.report.svg import Axis, Line, chart, short, thinned
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\"'\x1b[31m\u202e"
+
+
+class Page(HTMLParser):
+    """A page as it is read: fails on elements that are not closed in their order."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.attributes, self.words, self.headings = [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.words.append(data)
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.words)
+
+
+def read(file: Path) -> Page:
+    text = file.read_text(encoding="utf-8")
+    found = Page(text)
+    loaded = [value for name, value in found.attributes if name in ("src", "href", "action", "data", "poster")]
+    assert [value for value in loaded if not value.startswith("#")] == []
+    assert not re.search(r"https?://|@import|url\(", text)
+    return found
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path) -> Path:
+    """A copy of `tiny_run`, without its checkpoints: a report needs none."""
+    shutil.copytree(tiny_run, tmp_path / "runs" / "tiny", ignore=shutil.ignore_patterns("checkpoints", ".lock"))
+    return tmp_path / "runs" / "tiny"
+
+
+def edit(run: Path, **values) -> None:
+    """Changes what a run has kept."""
+    known = json.loads((run / FILE).read_text(encoding="utf-8"))
+    (run / FILE).write_text(json.dumps(known | values), encoding="utf-8")
+
+
+def metrics(run: Path, kind: str) -> list[dict]:
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_bytes().split(b"\n") if text]
+    return [values for values in lines if values["kind"] == kind]
+
+
+def page_of(run: Path) -> Page:
+    return read(page.write_report(run))
+
+
+# What a finished run leaves.
+
+
+def test_a_run_leaves_its_report(tiny_run, text_file):
+    found = read(tiny_run / "report.html")
+    best = min(values["val_loss"] for values in metrics(tiny_run, "eval"))
+    assert f"{best:.4f}" in found.text
+    assert f"{best / math.log(2):.3f}" in found.text
+    assert "finished" in found.text
+    for values in metrics(tiny_run, "eval"):
+        assert values["sample"].strip("\n") in found.text
+        assert f"{values['val_loss']:.4f}" in found.text
+    for one in json.loads((tiny_run / "yardsticks.json").read_text()):
+        assert one["name"] in found.words
+        assert f"{one['bits_per_char']:.3f}" in found.words
+        assert one["how"] in found.words
+    assert found.headings == ["Loss", "Yardsticks", "Samples", "Copies", "Surprise", "Text", "Configuration",
+                              "Speed, machine, versions", "Evaluations", "Commands"]  # fmt: skip
+    assert text_file.name in found.text
+    assert torch.__version__ in found.text
+
+
+def test_all_settings_are_shown_and_those_of_ones_own_marked(tiny_run):
+    text = (tiny_run / "report.html").read_text(encoding="utf-8")
+    rows = re.findall(r'<tr class="(changed|)"><th scope="row">([a-z_]+)</th><td>(.*?)</td><td.*?>(.*?)</td>', text)
+    config = flatten(tomllib.loads((tiny_run / "config.toml").read_text()))
+    assert len(rows) == len(config)
+    changed = {name: (unescape(value), unescape(note)) for kind, name, value, note in rows if kind}
+    assert changed.keys() == {key.split(".")[1] for key, value in config.items()
+                              if value != flatten(Config().to_dict())[key]}  # fmt: skip
+    assert changed["n_layer"] == ("2", "default 3")
+
+
+def test_the_charts_show_the_losses(tiny_run):
+    found = read(tiny_run / "report.html")
+    data = [json.loads(value) for name, value in found.attributes if name == "data-chart"]
+    assert [one["x"] for one in data] == ["step", "characters of text", "step", "step"]
+    training, validation = data[0]["lines"]
+    assert [point[2:] for point in training["points"]] == [
+        [values["step"], pytest.approx(values["loss"], rel=1e-4)] for values in metrics(tiny_run, "train")
+    ]
+    assert [point[2] for point in validation["points"]] == [20, 40, 60]
+    record, last = read_record(tiny_run), metrics(tiny_run, "train")[-1]
+    assert data[1]["lines"][0]["points"][-1][2] == pytest.approx(last["epoch"] * record.train_characters, rel=1e-4)
+
+
+def test_the_passage_is_of_the_best_step_and_coloured(tiny_run):
+    passage = read_record(tiny_run).passage
+    evaluations = metrics(tiny_run, "eval")
+    best = min(evaluations, key=lambda values: values["val_loss"])
+    assert passage.step == best["step"]
+    assert passage.text in (tiny_run / "validation.txt").read_text(encoding="utf-8")
+    assert np.mean(passage.nats) == pytest.approx(best["val_loss"], rel=0.3)  # of the whole text
+    assert passage.text in read(tiny_run / "report.html").text.replace("↵", "")
+
+
+def test_again_it_is_the_same(tiny_run, tmp_path, capsys):
+    before = (tiny_run / "report.html").read_bytes()
+    capsys.readouterr()
+    assert plot([str(tiny_run), "--html", str(tmp_path / "sub" / "again.html")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'sub' / 'again.html'}\n"
+    assert (tmp_path / "sub" / "again.html").read_bytes() == before
+    assert list((tmp_path / "sub").iterdir()) == [tmp_path / "sub" / "again.html"]
+
+
+def test_html_and_a_picture_at_once(run, tmp_path, capsys):
+    assert plot([str(run), "--html", str(tmp_path / "a.html"), "--out", str(tmp_path / "a.svg")]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "a.html"), str(tmp_path / "a.svg")]
+    assert (tmp_path / "a.svg").is_file()
+
+
+# However a run ends.
+
+
+@pytest.fixture
+def train(text_file, tmp_path, monkeypatch):
+    """Trains a toy of 12 steps into `run`; returns the folder."""
+    monkeypatch.setattr("smallm.training.report.plot.plot_runs", lambda runs, out, **options: out)
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        "model.n_layer": 1, "model.n_head": 1, "model.n_embd": 16, "model.block_size": 16, "train.batch_size": 8,
+        "train.max_steps": 12, "train.eval_every": 5, "train.log_every": 1, "train.sample_length": 8,
+    }  # fmt: skip
+
+    def train(*argv, code=0):
+        new = ["--data", str(text_file), "--out", "run", *(f"--{key}={value}" for key, value in settings.items())]
+        assert cli.main([*([] if "--resume" in argv else new), *argv]) == code
+        return Path("run")
+
+    return train
+
+
+def test_an_interrupted_run_has_one_and_a_resumed_one_another(train, monkeypatch, capsys):
+    batch = CharDataset.batch
+
+    def pressing(self, wanted, *args, **options):
+        if wanted == 7:
+            signal.raise_signal(signal.SIGINT)
+        return batch(self, wanted, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CharDataset, "batch", pressing)
+        run = train(code=130)
+    assert "report: run/report.html\n" in capsys.readouterr().err
+    found = read(run / "report.html")
+    assert "interrupted" in found.text
+    assert "8 of 12" in found.text
+    assert "python train.py --resume run" in found.words
+    passage = read_record(run).passage
+    assert passage.step == 5
+    train("--resume", "run")
+    assert "report: run/report.html\n" in capsys.readouterr().out
+    found = read(run / "report.html")
+    assert "interrupted" not in found.text
+    assert "12 of 12" in found.text
+    assert read_record(run).passage.step == 12
+
+
+def test_out_of_patience(train):
+    run = train("--train.eval_every=1", "--train.patience=1", "--optim.learning_rate=3.0", "--optim.grad_clip=0",
+                "--train.max_steps=60", "--optim.schedule=constant")  # fmt: skip
+    found = read(run / "report.html")
+    assert "ended because the validation loss no longer fell" in found.text
+    assert "python train.py --resume run --train.patience=0" in found.words
+
+
+def test_a_killed_run_gets_one_later(run):
+    (run / "report.html").unlink()
+    edit(run, state="training", copies=[])  # as it stands until the end
+    (run / "yardsticks.json").unlink()
+    found = page_of(run)
+    assert "it still trains, or was killed" in found.text
+    assert {"Loss", "Samples", "Surprise", "Text", "Commands"} <= set(found.headings)
+    assert not {"Yardsticks", "Copies"} & set(found.headings)
+
+
+def test_an_old_run_has_one_without_what_it_did_not_keep(run):
+    for name in (FILE, "config.toml", "yardsticks.json", "validation.txt", "report.html", "loss.png"):
+        (run / name).unlink()
+    found = page_of(run)
+    assert found.headings == ["Loss", "Samples", "Speed, machine, versions", "Evaluations", "Commands"]
+    assert "nan" not in found.text.lower().split()
+
+
+@pytest.mark.parametrize("name", ["report.html", FILE, "yardsticks.json"])
+def test_a_report_that_cannot_be_written_spoils_no_run(train, tmp_path, capsys, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    train()
+    out, err = capsys.readouterr()
+    assert "best validation loss" in out
+    assert "next: python export.py run" in out
+    assert [text for text in err.splitlines() if name.split(".")[0] in text and "warning: " in text]
+    assert err.count("warning") == 1
+    assert ("report: " in out) == (name != "report.html")
+    assert [file.name for file in (tmp_path / "run").glob("*report.*") if file.name not in ("report.html", FILE)] == []
+
+
+def test_a_full_disk(run, monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    before = (run / "report.html").read_bytes()
+    with pytest.raises(UserError, match=r"report\.html.*No space left on device"):
+        page.write_report(run)
+    said = []
+    keeper = Keeper(run, said.append, going_on=True)
+    keeper.keep(state="finished")
+    keeper.keep(state="interrupted")
+    assert len(said) == 1  # once is enough
+    assert "No space left on device" in said[0]
+    assert (run / "report.html").read_bytes() == before
+
+
+def test_a_new_run_keeps_nothing_of_one_before(run):
+    Keeper(run, print, going_on=False).keep(state="training")
+    assert read_record(run) == Record(state="training")
+
+
+# Files from strangers.
+
+
+def test_hostile_names_texts_and_settings_stay_text(run, tmp_path):
+    nasty = run.with_name("a & b <script>")
+    run.rename(nasty)
+    (nasty / "config.toml").write_text(f"[sample]\nseed = {json.dumps(NASTY)}\n[{json.dumps(NASTY)}]\nx = 1\n")
+    (nasty / "yardsticks.json").write_text(json.dumps([{"name": NASTY, "bits_per_char": 2.0, "how": NASTY}]))
+    places = len(NASTY)
+    passage = {"step": 1, "text": NASTY, "nats": [1.0] * places, "expected": ["<>&'\""] * places,
+               "probabilities": [[0.2] * 5] * places}  # fmt: skip
+    facts = {"text": NASTY, NASTY: NASTY}
+    edit(nasty, facts=facts, findings=[NASTY], copies=[[NASTY] * 3], began=NASTY, passage=passage)
+    values = metrics(nasty, "eval")[-1]
+    with (nasty / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        for step, text in ((61, NASTY), (62, "\ud83d half a character")):
+            file.write(json.dumps(values | {"step": step, "sample": text}) + "\n")
+    usual = page_of_tags(tmp_path, run=nasty)
+    assert usual.tags.count("script") == 2  # the passage's data and the page's own
+    assert "img" not in usual.tags
+    assert not [name for name, _ in usual.attributes if name.startswith("on")]
+    assert "a & b <script>" in usual.words
+    shown = NASTY.replace("\x1b", "␛").replace("\u202e", "\N{REPLACEMENT CHARACTER}")
+    assert usual.text.count(shown) >= 8
+    assert not [c for c in usual.text if ord(c) < 32 and c not in "\n\t"]
+
+
+def page_of_tags(tmp_path: Path, run: Path) -> Page:
+    comparison = tmp_path / "compare.html"
+    assert plot([str(run), str(run), "--html", str(comparison)]) == 0
+    assert "img" not in read(comparison).tags
+    return page_of(run)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"{", b"[]", b"null", b"\xff", b'{"version": 99}', b'{"version": 1, "passage": 3}',
+    b'{"version": 1, "nonsense": 3}', b'{"version": 1, "planned_steps": "many"}', b'{"version": 1, "findings": [3]}',
+    b'{"version": 1, "facts": {"text": [1]}}', b'{"version": 1, "copies": [[1, 2]]}', b"[" * 100_000,
+    b'{"version": 1, "passage": {"text": "ab", "nats": [1.0], "expected": ["a"], "probabilities": [[0.5]]}}',
+    b'{"version": 1, "passage": {"text": "a", "nats": [NaN], "expected": ["a"], "probabilities": [[0.5]]}}',
+    b'{"version": 1, "passage": {"text": "a", "nats": ["x"], "expected": ["a"], "probabilities": [[0.5]]}}',
+    b'{"version": 1, "passage": {"text": "a", "nats": [1.0], "expected": [1], "probabilities": [[0.5]]}}',
+    b'{"version": 1, "passage": {"text": "a", "nats": [1e999], "expected": ["a"], "probabilities": [[0.5]]}}',
+    b'{"version": 1, "passage": {"text": "a", "nats": [1.0], "expected": ["a"], "probabilities": [[2.0]]}}',
+    b'{"version": 1, "planned_steps": 1' + b"0" * 500 + b"}",
+])  # fmt: skip
+def test_a_broken_record_is_as_none(run, content):
+    (run / FILE).write_bytes(content)
+    assert read_record(run) == Record()
+    assert "Surprise" not in page_of(run).headings
+
+
+def test_a_passage_without_expected_characters(run):
+    edit(run, passage={"step": 1, "text": "ab", "nats": [1, 2.5], "expected": ["", ""], "probabilities": [[], []]})
+    assert "Surprise" in page_of(run).headings
+
+
+@pytest.mark.parametrize("name", ["config.toml", "yardsticks.json"])
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[", b'[{"name": 1}]', b'{"a": 1}', b"3", b"a = [[1], {b = 2}]"])
+def test_other_broken_files_are_left_out(run, name, content):
+    (run / name).write_bytes(content)
+    assert "Yardsticks" not in page_of(run).headings or name == "config.toml"
+
+
+def test_figures_that_are_missing_are_left_out(run):
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        for kind, loss in (("train", "loss"), ("eval", "train_loss")):
+            values = {"kind": kind, "step": 70, "epoch": None, "learning_rate": None, "val_loss": None}
+            file.write(json.dumps(values | {loss: None}) + "\n")
+    found = page_of(run)
+    assert "unknown" in found.text
+    assert not re.search(r"\bnan\b", found.text)
+
+
+@pytest.mark.parametrize("argv", [["none"], ["runs/tiny", "none"]])
+def test_what_is_no_run_is_said(run, argv, monkeypatch):
+    monkeypatch.chdir(run.parents[1])
+    with pytest.raises(UserError, match="none is not a folder"):
+        plot([*argv, "--html", "a.html"])
+    assert not Path("a.html").exists()
+
+
+# Several runs.
+
+
+def test_comparison(run, train, tmp_path):
+    other = train("--optim.schedule=cosine")
+    assert plot([str(run), str(other), "--html", str(tmp_path / "compare.html")]) == 0
+    found = read(tmp_path / "compare.html")
+    assert found.headings == ["Results", "Loss", "Configuration", "Yardsticks", "Copies", "Samples"]
+    for one in (run, other):
+        best = min(values["val_loss"] for values in metrics(one, "eval"))
+        assert f"{best:.4f}" in found.words
+        assert visible(metrics(one, "eval")[-1]["sample"].strip("\n")) in found.text
+    assert "optim.schedule" in found.words
+    assert {"'wsd'", "'cosine'"} <= set(found.words)
+    assert "optim.momentum" not in found.words
+    data = [json.loads(value) for name, value in found.attributes if name == "data-chart"]
+    assert [one["x"] for one in data] == ["step", "characters of text", "seconds", "step"]
+    assert {one["name"] for one in data[0]["lines"]} == {"tiny", "tiny, training", "run", "run, training"}
+    text = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    lowest = min(values["val_loss"] for one in (run, other) for values in metrics(one, "eval"))
+    assert re.findall(r'<td class="best">(.*?)</td>', text)[0] == f"{lowest:.4f}"
+
+
+def test_comparison_of_the_same_and_of_old_ones(run):
+    assert "The same settings." in comparison_page(read_outcomes([run, run]))
+    for name in (FILE, "config.toml", "yardsticks.json"):
+        (run / name).unlink()
+    assert Page(comparison_page(read_outcomes([run, run]))).headings == ["Results", "Loss", "Samples"]
+
+
+def test_the_benchmark_adds_up(monkeypatch, text_file, tmp_path, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[3] / "benchmarks")
+    import report_cost
+
+    from smallm.training import callbacks as words
+    from smallm.training import trainer
+    from smallm.training.report import record
+
+    monkeypatch.chdir(tmp_path)
+    for place, name in ((trainer, "beginning"), (trainer, "read_passage"), (record.Keeper, "keep"), (words, "page_of")):
+        monkeypatch.setattr(place, name, getattr(place, name))  # put back at the end
+    argv = ["--data", str(text_file), "--train.max_steps=4", "--train.eval_every=2", "--train.sample_length=0"]
+    assert report_cost.main(argv) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {name: part["calls"] for name, part in figures["parts"].items()} == {
+        "beginning": 1, "passage": 2, "keep": 6, "page": 1,
+    }  # fmt: skip
+    assert 0 < figures["parts"]["passage"]["wall_s"] < figures["whole"]["wall_s"]
+    assert not (tmp_path / "runs").exists()
+
+
+# The lines to type.
+
+
+@pytest.mark.parametrize("settings", [
+    [],
+    ["--sample.seed=a 'b' \"c\" $HOME `x` \\ \n\té\x1b", "--data=-my text;.txt", "--model.dropout=0.25"],
+    ["--train.short_windows=[64, 32]", "--train.short_until=[0.2, 0.5]", "--optim.betas=[0.9, 0.99]"],
+    ["--sample.seed=1e3", "--train.minutes=5", "--optim.learning_rate=0.00001"],
+])  # fmt: skip
+def test_the_command_gives_the_same_settings_through_a_shell(settings, tmp_path):
+    config = cli.parse([*settings, "--out", str(tmp_path / "a")]).config
+    lines = dict(commands(tmp_path / "it's\n& mine", flatten(config.to_dict()), "finished"))
+    typed = lines["reproduce without this folder"]
+    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {typed}"], capture_output=True, check=True)
+    python, script, *argv = done.stdout.decode().split("\0")[:-1]
+    assert (python, script) == ("python", "train.py")
+    request = cli.parse(argv)
+    assert request.config == config
+    assert request.out == tmp_path / "it's\n& mine-again"
+    if config.train.minutes:
+        assert request.explicit >= flatten(config.to_dict()).keys()  # nothing is left to be chosen
+
+
+def test_the_config_file_gives_the_same_run(tiny_run):
+    lines = dict(commands(tiny_run, flatten(tomllib.loads((tiny_run / "config.toml").read_text())), "finished"))
+    request = cli.parse(shlex.split(lines["reproduce"])[2:])
+    assert request.config.to_dict() == tomllib.loads((tiny_run / "config.toml").read_text())
+    longer = cli.parse(shlex.split(lines["train for longer"])[2:])
+    assert longer.config.train.max_steps == 120
+
+
+def test_flags_and_lines():
+    assert flags(flatten(Config().to_dict())) == []
+    assert line("a", "b c", "", "x\ny'") == "a 'b c' '' $'x\\ny\\''"
+    assert dict(commands(Path("-run"), {}, ""))["resume"] == "python train.py --resume ./-run"
+
+
+# The parts.
+
+
+@pytest.mark.parametrize(
+    "text", ["one café\nñ" + "x" * 40 + "\né€中 and then some\n" * 60, "a", "", "no line's end " * 200]
+)
+def test_passage_against_the_whole_text_at_once(text):
+    model = random_model(block_size=4096)
+    ids = TOY_VOCABULARY.encode(text)
+    passage = read_passage(model, SimpleNamespace(val_ids=ids, vocabulary=TOY_VOCABULARY), 7)
+    assert passage.text in text
+    assert len(passage.text) >= min(len(text) - 1, 400)
+    if not passage.text:
+        return
+    assert "\n" not in passage.text[:1] or text.startswith("\n")
+    with torch.no_grad():
+        logs = model(torch.from_numpy(ids.astype(np.int64))[None])[0].log_softmax(-1)
+    start = len(TOY_VOCABULARY.encode(text[: text.index(passage.text, 1)]))
+    at = start
+    for place, (character, nats) in enumerate(zip(passage.text, passage.nats, strict=True)):
+        spelled = TOY_VOCABULARY.encode(character).tolist()
+        expected = -sum(float(logs[at + i - 1, id]) for i, id in enumerate(spelled))
+        assert nats == pytest.approx(expected, abs=2e-3)
+        if place % 50 == 0:
+            ranked = sorted(((float(logs[at - 1, id].exp()), id) for id in whole_ids()), reverse=True)[:5]
+            assert passage.probabilities[place] == pytest.approx([p for p, _ in ranked], abs=1e-4)
+            assert passage.expected[place] == TOY_VOCABULARY.decode([id for _, id in ranked])
+        at += len(spelled)
+    assert model.training
+
+
+def whole_ids() -> list[int]:
+    texts = {id: TOY_VOCABULARY.decode([id]) for id in range(TOY_VOCABULARY.size)}
+    return [id for id, text in texts.items() if text != "\N{REPLACEMENT CHARACTER}"]
+
+
+def test_passage_in_windows_sees_a_quarter_of_a_context():
+    model = random_model(block_size=16)
+    ids = TOY_VOCABULARY.encode("\nabc def ghi\n" * 200)
+    passage = read_passage(model, SimpleNamespace(val_ids=ids, vocabulary=TOY_VOCABULARY), 1)
+    start = 1
+    place = 700  # the windows begin at multiples of 12, and count from their fifth target on
+    first = (start + place - 5) // 12 * 12
+    with torch.no_grad():
+        logs = model(torch.from_numpy(ids[first : start + place].astype(np.int64))[None])[0, -1].log_softmax(-1)
+    assert 5 <= start + place - first <= 16
+    assert passage.nats[place] == pytest.approx(-float(logs[ids[start + place]]), abs=2e-3)
+
+
+def test_ticks():
+    assert Axis("", 0, 150).ticks(6) == [0, 25, 50, 75, 100, 125, 150]
+    assert Axis("", 1.46, 3.1).ticks(5) == pytest.approx([1.5, 2, 2.5, 3])
+    assert Axis("", 1e4, 2e6, log=True).ticks(6) == pytest.approx([1e4, 3e4, 1e5, 3e5, 1e6])
+    for low, high in ((1.4, 5.6), (1e3, 1e9), (2.01, 2.02), (1e-3, 1e12)):
+        found = Axis("", low, high, log=True).ticks(6)
+        assert len(found) <= 7
+        assert all(low <= tick <= high for tick in found)
+    assert Axis.over("", [np.array([np.nan, 3.0, 3.0])]).share(np.array([3.0])) == [0]
+    assert np.isnan(Axis("", 1, 10, log=True).share(np.array([0.0, -1.0]))).all()
+    assert Axis.over("", [np.array([])], log=True).ticks(5)
+
+
+@pytest.mark.parametrize(("value", "shown"), [
+    (0, "0"), (0.02, "0.02"), (2e-5, "2e-5"), (2.5e-5, "2.5e-5"), (1.5, "1.5"), (150, "150"), (1500, "1.5 k"),
+    (25_000, "25 k"), (2.5e6, "2.5 M"), (3e9, "3 G"),
+])  # fmt: skip
+def test_short_numbers(value, shown):
+    assert short(value) == shown
+
+
+def test_a_long_line_is_thinned_and_a_gap_is_left_out():
+    shares = np.linspace(0, 1, 10_000)
+    chosen = thinned(shares)
+    assert 239 <= len(chosen) <= 241
+    assert (chosen[0], chosen[-1]) == (0, 9999)
+    assert np.diff(shares[chosen]).max() < 1 / 200
+    assert thinned(np.array([])).tolist() == []
+    assert thinned(np.array([np.nan, 0.1, 0.2, 1.0])).tolist() == [1, 2, 3]
+    drawn = Line("a", np.arange(3.0), np.array([1.0, np.nan, 2.0]))
+    found = Page(chart("t", Axis("x", 0, 2), Axis("y", 1, 2), [drawn]))
+    points = next(value for name, value in found.attributes if name == "points")
+    assert points == "58,238 422,10"
+
+
+def test_a_passage_is_whole_or_none():
+    with pytest.raises(UserError):
+        Passage(1, "ab", [1.0, 1.0], ["x", "xy"], [[0.1], [0.1]])
+
+
+def test_the_models_yardstick_is_of_the_whole_run(run):
+    values = metrics(run, "eval")[-1]
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values | {"step": 80, "val_loss": 0.5}) + "\n")
+    assert read_outcomes([run])[0].yardsticks[0].bits_per_char == pytest.approx(0.5 / math.log(2))
+
+
+def test_a_loss_that_has_risen_is_said(run):
+    assert "has risen" not in page_of(run).text
+    values = metrics(run, "eval")[-1]
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values | {"step": 80, "val_loss": 1.2 * values["val_loss"]}) + "\n")
+    assert "Since step 60 the validation loss has risen" in page_of(run).text

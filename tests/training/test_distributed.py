@@ -1,0 +1,127 @@
+"""Two real processes on one CPU (gloo): the same batches, losses and weights as one process, and one voice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smallm.training import cli
+from smallm.training.checkpoint.format import read_state
+from smallm.training.checkpoint.manager import checkpoints
+
+ROOT = Path(__file__).parents[2]
+TOY = [
+    "--model.n_layer=2", "--model.n_head=2", "--model.n_embd=32", "--model.block_size=16", "--train.batch_size=8",
+    "--train.log_every=1", "--train.eval_every=10", "--train.sample_length=8",
+    "--train.short_windows=[4, 8]", "--train.short_until=[0.04, 0.08]",
+    "--optim.learning_rate=0.01", "--optim.adam_learning_rate=0.002", "--optim.schedule=constant",
+]  # fmt: skip
+
+
+ACCELERATE = ["accelerate.commands.accelerate_cli", "launch", "--config_file", "configs/accelerate/cpu-2.yaml"]
+FSDP = ["accelerate.commands.accelerate_cli", "launch", "--config_file", "configs/accelerate/fsdp.yaml",
+        "--num_processes=2", "--mixed_precision=no"]  # fmt: skip
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def start(launcher, *argv):
+    """train.py in two processes, in a process group of its own, as a terminal has it."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "LOCAL_", "WORLD_"))}
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, str(ROOT / "train.py"), *argv],
+        cwd=ROOT, env=inherited | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def launch(launcher, *argv):
+    """train.py in two processes, to its end."""
+    with start(launcher, *argv) as process:
+        out, err = process.communicate(timeout=110)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def metrics(run, kind):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_two_processes_train_as_one_does_and_one_goes_on_from_there(text_file, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = launch(ACCELERATE, "--data", str(text_file), "--out", str(two), *TOY, "--train.max_steps=20")
+    assert done.returncode == 0, done.stderr
+    assert "2 process" in done.stderr
+    assert done.stderr.count("owls.txt") == 1  # the second process is silent
+    assert done.stdout.count("best validation loss") == 1
+    assert read_state(checkpoints(two)[-1])[0].step == 20
+
+    # It was trained at a constant rate, so it may be trained longer: by one process, as if it had been one all along.
+    assert cli.main(["--resume", str(two), "--train.max_steps=24"]) == 0
+    assert cli.main(["--data", str(text_file), "--out", str(one), *TOY, "--train.max_steps=24"]) == 0
+    same(two, one, 24)
+    ours, theirs = ({line["step"]: line["train_loss"] for line in metrics(run, "eval")} for run in (two, one))
+    assert [ours[step] for step in (10, 20)] == pytest.approx([theirs[step] for step in (10, 20)], abs=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_run_moves_from_processes_that_share_the_weights_to_four_and_to_one(text_file, tmp_path, optimizer):
+    """FSDP2 on two, then DDP on four with accumulation, then one."""
+    one, moved = tmp_path / "one", tmp_path / "moved"
+    steady = ["--train.short_windows=[]", "--train.short_until=[]"]  # short windows go by max_steps
+    toy = [*TOY, f"--optim.name={optimizer}", *steady]
+    done = launch(FSDP, "--data", str(text_file), "--out", str(moved), *toy, "--train.max_steps=8")
+    assert done.returncode == 0, done.stderr
+    assert "2 process" in done.stderr
+    four = [*TORCHRUN[:-1], "--nproc-per-node=4"]
+    done = launch(four, "--resume", str(moved), "--train.max_steps=14", "--train.micro_batch_size=1")
+    assert done.returncode == 0, done.stderr
+    assert "2 x 1 sequences" in done.stderr
+    assert cli.main(["--resume", str(moved), "--train.max_steps=18"]) == 0
+    assert cli.main(["--data", str(text_file), "--out", str(one), *toy, "--train.max_steps=18"]) == 0
+    same(moved, one, 18)
+
+
+def same(run, other, steps):
+    """Whether two runs took the same steps, up to the order in which numbers are added."""
+    assert [line["step"] for line in metrics(run, "train")] == list(range(1, steps + 1))
+    for kind, key in (("train", "loss"), ("train", "learning_rate"), ("eval", "val_loss")):
+        ours = {line["step"]: line[key] for line in metrics(run, kind)}
+        theirs = {line["step"]: line[key] for line in metrics(other, kind)}
+        assert ours == pytest.approx({step: theirs.get(step, value) for step, value in ours.items()}, abs=1e-4), key
+    for line, theirs in zip(metrics(run, "train"), metrics(other, "train"), strict=True):
+        assert line["grad_norm"] == pytest.approx(theirs["grad_norm"], abs=1e-3)
+    ours, theirs = (load_file(checkpoints(folder)[-1] / "model.safetensors") for folder in (run, other))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-3, msg=lambda text, name=name: name + text)
+
+
+def test_a_batch_that_two_cannot_share_is_one_line(text_file, tmp_path):
+    done = launch(TORCHRUN, "--data", str(text_file), "--out", str(tmp_path / "run"), *TOY, "--train.batch_size=7")
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if "smallm: " in line]
+    assert len(said) == 1, done.stderr
+    assert "train.batch_size = 7 cannot be shared by 2 process(es)" in said[0]  # whichever of them came first
+    assert "6 or 8" in said[0]
+    assert "trainer.py" not in done.stderr  # no traceback of ours; the launcher has its own
+    assert not list(tmp_path.glob("run/[!.]*"))  # the launcher may be faster than the one that clears its lock away
+
+
+def test_ctrl_c_under_a_launcher_saves(text_file, tmp_path):
+    run = tmp_path / "run"
+    endless = ["--train.max_steps=100000", "--train.eval_every=100000"]
+    with start(TORCHRUN, "--data", str(text_file), "--out", str(run), *TOY, *endless) as process:
+        give_up = time.monotonic() + 100
+        while time.monotonic() < give_up and not ((run / "metrics.jsonl").is_file() and metrics(run, "train")):
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # all of them get it, and the launcher sends it on
+        _, err = process.communicate(timeout=60)
+    (saved,) = checkpoints(run)
+    assert read_state(saved)[0].step > 0
+    assert f"--resume {run}" in err
