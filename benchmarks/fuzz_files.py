@@ -3,7 +3,7 @@
     python benchmarks/fuzz_files.py [--formats onnx text …] [--cases 2000] [--seed 1] [--workers 2] [--only N]
 
 Valid files of a tiny model are made on the spot, mutated (mutations.py) and given to the real commands in forked
-processes, whose crashes, hangs (`SECONDS`) and memory (`MOST_BYTES`, resident) are findings like a traceback is. The
+processes, whose crashes, hangs (`SECONDS`) and memory (`MAX_BYTES`, resident) are findings like a traceback is. The
 mutation of case N is a function of seed, format and N; the files of each finding are kept, and --only N runs one case
 again. Prints a table, then all figures as one line of JSON; progress goes to stderr.
 """
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 from fuzz_formats import DEFAULT, FORMATS, Home, make_home, run
 
 SECONDS = 30
-MOST_BYTES = 1 << 30
+MAX_BYTES = 1 << 30
 POLL_SECONDS = 0.02
 SPARE_BYTES = 4 << 30  # address space of a worker above what it starts with, so that a finding spares the machine
 GOOD = ("success", "refused")
@@ -127,7 +127,7 @@ def work(name: str, numbers: list[int], seed: int, home: Home, scratch: Path, pi
     for number in numbers:
         pipe.send((number, None))
         ended = perform(name, number, seed, home, scratch / f"case-{number}")
-        if ended.get("peak", 0) > MOST_BYTES:
+        if ended.get("peak", 0) > MAX_BYTES:
             ended["kind"] = f"{ended['peak'] / 1e9:.1f} GB of memory, {ended['kind']}"
         if ended["kind"] in GOOD:
             shutil.rmtree(scratch / f"case-{number}", ignore_errors=True)

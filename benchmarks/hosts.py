@@ -39,7 +39,7 @@ from smallm.errors import UserError
 from smallm.export.folder import export_checkpoint
 from smallm.export.kits.folder import write_c
 from smallm.export.kits.javascript import ORT_FILES, write_node, write_web
-from smallm.generation.draft_table import GUESSES_FILE
+from smallm.generation.draft_table import DRAFT_TABLE_FILE
 from smallm.language_model import MODEL_FILE
 from smallm.runs.layout import validation_text
 from smallm.training.checkpoint.manager import best_checkpoint
@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(__file__).with_suffix(".mjs")
 KIT_MODULES, HOST_MODULES = (ROOT / "tests" / name / "node_modules" for name in ("js", "hosts"))
 SEED_CHARACTERS, TEMPERATURE, TOP_K = 16, 0.8, 40
-MOST_SECONDS = 300  # for one text
+MAX_SECONDS = 300  # for one text
 
 
 class MissingError(Exception):
@@ -85,7 +85,7 @@ def python(folder: Path, _work: Path) -> Host:
     return Host(
         lambda task: [sys.executable, str(ROOT / "infer.py"), "--model", str(folder), *flags(task)],
         [*packages("onnxruntime", "numpy"), *(ROOT / "smallm").glob("*.py")],
-        [folder / MODEL_FILE, *folder.glob(GUESSES_FILE)],
+        [folder / MODEL_FILE, *folder.glob(DRAFT_TABLE_FILE)],
     )
 
 
@@ -230,7 +230,7 @@ def write(command: Sequence[str], seed: str, length: int) -> Trial:
         begin = time.perf_counter()
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
         with subprocess.Popen(command, env=environment, **pipes) as process:
-            timer = threading.Timer(MOST_SECONDS, process.kill)
+            timer = threading.Timer(MAX_SECONDS, process.kill)
             timer.start()
             while data := os.read(process.stdout.fileno(), 1):  # a quick host may write all of a short text at once
                 text += decoder.decode(data)

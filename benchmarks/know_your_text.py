@@ -35,7 +35,7 @@ from smallm.cli.text_file import pieces
 from smallm.language_model import LanguageModel
 from smallm.surprisal.measure import measure as measure_surprise
 from smallm.surprisal.page import PAGE_CHARACTERS
-from smallm.surprisal.spans import PlaceFinder
+from smallm.surprisal.spans import SpanFinder
 from smallm.surprisal.terminal_view import surprise
 from smallm.training.analysis.baselines import _measure
 from smallm.training.analysis.memorisation import copies
@@ -51,7 +51,7 @@ def copy_report(corpus: Corpus) -> None:
 
 def read_for_surprise(model: LanguageModel, text: Path) -> None:
     """As `infer.py --surprise` does, without printing."""
-    finder = PlaceFinder(model.vocabulary)
+    finder = SpanFinder(model.vocabulary)
     for part in measure_surprise(model, pieces(text, "utf-8")):
         finder.add(part)
     finder.finish()

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from smallm import LanguageModel
-from smallm.generation.batch import MOST_STREAMS
+from smallm.generation.batch import MAX_STREAMS
 from smallm.inference.scoring import IGNORED, nats
 
 WINDOWS = 32  # computed at a time
@@ -125,7 +125,7 @@ def main() -> None:
     speed(lm)
     text = options.text.read_text(encoding="utf-8")
     if lm.metadata.window:
-        sliding(lm, text, min(options.samples, MOST_STREAMS))
+        sliding(lm, text, min(options.samples, MAX_STREAMS))
     else:
         curve(lm, text, options.samples)
 

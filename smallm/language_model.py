@@ -11,12 +11,12 @@ from typing import NamedTuple, Unpack
 import numpy as np
 
 from smallm.errors import UserError
-from smallm.generation.batch import write_together
+from smallm.generation.batch import generate_batch
 from smallm.generation.config import Options, Request, resolve
-from smallm.generation.draft_table import GUESSES_FILE, Guesses
+from smallm.generation.draft_table import DRAFT_TABLE_FILE, DraftTable
 from smallm.generation.sampler import Sampling, ranked
-from smallm.generation.sequence_state import Draft
-from smallm.generation.text_stream import Writer
+from smallm.generation.sequence_state import SequenceState
+from smallm.generation.text_stream import TextStream
 from smallm.inference.scoring import IGNORED, Perplexity, begins_character, nats, windows
 from smallm.inference.session import Session
 from smallm.model_file.manifest import Manifest
@@ -24,8 +24,8 @@ from smallm.runs.layout import EXPORT, is_run
 from smallm.tokenizer.vocabulary import Vocabulary
 
 MODEL_FILE = "model.onnx"
-MOST_LOGITS = 1 << 22  # that are computed at a time: 16 MB; more at a time are no faster
-LEAST_PROBABILITY = 1e-6  # of the beginning of a character whose ends are looked for
+MAX_LOGITS = 1 << 22  # that are computed at a time: 16 MB; more at a time are no faster
+MIN_PROBABILITY = 1e-6  # of the beginning of a character whose ends are looked for
 
 
 class Piece(NamedTuple):
@@ -35,7 +35,7 @@ class Piece(NamedTuple):
     """Which text: the place of its seed."""
     text: str
     logprobs: list[float]
-    """As `Writer.logprobs`; empty unless they were asked for."""
+    """As `TextStream.logprobs`; empty unless they were asked for."""
     last: bool
     """Whether this ends the text."""
 
@@ -49,7 +49,7 @@ class LanguageModel:
     `model.window` has a third way, "slide": attention sees so many positions anyway, so the text has no end, exactly.
     """
 
-    def __init__(self, session: Session, guesses: Guesses | None = None):
+    def __init__(self, session: Session, guesses: DraftTable | None = None):
         self._session, self._guesses = session, guesses
         self.metadata: Manifest = session.manifest
         self.vocabulary: Vocabulary = session.manifest.vocabulary
@@ -62,8 +62,8 @@ class LanguageModel:
         With the file of guesses that the export left beside the model, text comes faster, up to twice.
         """
         file = find_model(Path(path))
-        session, beside = Session(file, threads), file.with_name(GUESSES_FILE)
-        return cls(session, Guesses.load(beside, session.manifest.vocab_size) if beside.is_file() else None)
+        session, beside = Session(file, threads), file.with_name(DRAFT_TABLE_FILE)
+        return cls(session, DraftTable.load(beside, session.manifest.vocab_size) if beside.is_file() else None)
 
     def generate(self, seed: str = "", max_length: int = 500, **options: Unpack[Options]) -> str:
         """The seed text followed by up to `max_length` new characters. Raises `UserError` for a value out of range."""
@@ -81,13 +81,13 @@ class LanguageModel:
 
     def stream(
         self, seed: str = "", max_length: int = 500, logprobs: bool = False, **options: Unpack[Options]
-    ) -> Writer:
+    ) -> TextStream:
         """The new text alone, in pieces of whole characters as they come; options as for `generate`.
 
-        What it returns can be left and gone back to, and branched, see `Writer`.
+        What it returns can be left and gone back to, and branched, see `TextStream`.
         """
         draft = self._draft(seed, resolve(self.metadata, max_length, **options), 0, logprobs)
-        return Writer(self._session, draft, self._guesses)
+        return TextStream(self._session, draft, self._guesses)
 
     def stream_many(
         self, seeds: Sequence[str], max_length: int = 500, logprobs: bool = False, **options: Unpack[Options]
@@ -97,23 +97,23 @@ class LanguageModel:
         drafts = [self._draft(seed, request, i, logprobs) for i, seed in enumerate(seeds)]
         return self._alone(*drafts) if len(drafts) == 1 else self._pieces(drafts)
 
-    def _alone(self, draft: Draft) -> Iterator[Piece]:
-        writer, last = Writer(self._session, draft, self._guesses), False
+    def _alone(self, draft: SequenceState) -> Iterator[Piece]:
+        writer, last = TextStream(self._session, draft, self._guesses), False
         for text in writer:
             last = draft.done
             yield Piece(0, text, writer.logprobs, last)
         if not last:
             yield Piece(0, "", [], True)
 
-    def _pieces(self, drafts: list[Draft]) -> Iterator[Piece]:
+    def _pieces(self, drafts: list[SequenceState]) -> Iterator[Piece]:
         numbers = {id(draft): number for number, draft in enumerate(drafts)}
-        for draft in write_together(self._session, drafts):
+        for draft in generate_batch(self._session, drafts):
             text = draft.take()
             yield Piece(numbers[id(draft)], text, draft.take_logprobs(len(text)), draft.done)
 
-    def _draft(self, seed: str, request: Request, number: int, logprobs: bool) -> Draft:
+    def _draft(self, seed: str, request: Request, number: int, logprobs: bool) -> SequenceState:
         ids = self._encode_seed(seed).tolist()
-        draft = Draft(self.vocabulary, ids, self.block_size, request, request.rng(number))
+        draft = SequenceState(self.vocabulary, ids, self.block_size, request, request.rng(number))
         draft.keeps_logprobs = logprobs
         return draft
 
@@ -132,7 +132,7 @@ class LanguageModel:
             if character:
                 if tuple(self.vocabulary.encode(character)) == path:  # else it is spelled in bytes and has an id
                     found.append((character, -negative))
-            elif len(path) < 4 and negative < -LEAST_PROBABILITY:
+            elif len(path) < 4 and negative < -MIN_PROBABILITY:
                 allowed, weights = ranked(after(path), Sampling(temperature=1.0))
                 fits = begins_character(allowed) == (not path)  # others could not become a character
                 probabilities = -negative * weights[fits] / weights.sum()
@@ -199,7 +199,7 @@ class LanguageModel:
 
     def _nats(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """inputs (B, T), targets (B, T) -> nats (B, T) float64; 0 where the target does not count."""
-        rows = max(1, MOST_LOGITS // (inputs.shape[1] * self.vocab_size))
+        rows = max(1, MAX_LOGITS // (inputs.shape[1] * self.vocab_size))
         if len(inputs) > rows:
             parts = range(0, len(inputs), rows)
             return np.concatenate([self._nats(inputs[i : i + rows], targets[i : i + rows]) for i in parts])

@@ -1,8 +1,8 @@
 """Writes tests/golden.json, the vectors that every host has to give: python tests/make_golden.py
 
 What the definition (smallm/embed/SAMPLING.md) decides is computed here by a second, slow reading of it, in plain Python
-and without the sampler of smallm; the cases themselves are edited in golden.json. Twelve ids a case, with rng_seed 7 and a
-repetition window of 8, from logits that any host computes exactly.
+and without the sampler of smallm; the cases themselves are edited in golden.json. Twelve ids a case, with rng_seed 7
+and a repetition window of 8, from logits that any host computes exactly.
 """
 
 import json
@@ -38,7 +38,7 @@ def golden_logits(step: int) -> list[float]:
     return [(mix(256 * step + id) >> 8) * 2.0**-21 - 4 for id in range(256)]
 
 
-def penalise(logits: list[float], ids: Iterable[int], penalty: float) -> list[float]:
+def apply_repetition_penalty(logits: list[float], ids: Iterable[int], penalty: float) -> list[float]:
     r, changed = single(penalty), list(logits)
     for id in ids:
         changed[id] = single(logits[id] / r if logits[id] > 0 else logits[id] * r)
@@ -88,7 +88,7 @@ def golden_ids(case: dict[str, Any]) -> list[int]:
     options = [case[name] for name in ("temperature", "top_k", "top_p", "min_p")]
     ids: list[int] = []
     for step in range(12):
-        logits = penalise(golden_logits(step % 3), ids[-8:], case["repetition_penalty"])
+        logits = apply_repetition_penalty(golden_logits(step % 3), ids[-8:], case["repetition_penalty"])
         ids.append(sample(logits, (draw(7, 0, step + 1) >> 8) / 2**24, *options))
     return ids
 

@@ -1,4 +1,4 @@
-"""`infer.py --interactive`: a conversation about a `Story`, line by line, from a terminal or from a script."""
+"""`infer.py --interactive`: a conversation about a `ReplState`, line by line, from a terminal or from a script."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from smallm.cli.infer import unescaped
-from smallm.cli.repl_state import Story
+from smallm.cli.repl_state import ReplState
 from smallm.cli.terminal import bold, ctrl_c, harmless, line_editing, on_one_line
 from smallm.errors import UserError
 from smallm.language_model import LanguageModel
@@ -62,7 +62,7 @@ def converse(model: LanguageModel, seed: str, options: Mapping[str, Any], flush:
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    console = Console(Story(model, **options), flush)
+    console = Console(ReplState(model, **options), flush)
     with line_editing(console.completions) if console.edits else nullcontext():
         console.run(seed)
 
@@ -70,7 +70,7 @@ def converse(model: LanguageModel, seed: str, options: Mapping[str, Any], flush:
 class Console:
     """Reads lines and does what they say. A mistake is one line on stderr, and the conversation goes on."""
 
-    def __init__(self, story: Story, flush: bool = True):
+    def __init__(self, story: ReplState, flush: bool = True):
         self.story, self._flush = story, flush
         self._asks, self._shows = sys.stdin.isatty(), sys.stdout.isatty()
         self.edits = self._asks and self._shows

@@ -8,7 +8,7 @@ from typing import Any
 from smallm.errors import UserError
 from smallm.generation.config import resolve
 from smallm.generation.sampler import Rng
-from smallm.generation.text_stream import Writer
+from smallm.generation.text_stream import TextStream
 from smallm.language_model import LanguageModel
 
 ENDLESS = 1 << 53  # characters: how much to write at once is for the story to count, so that a writer can go on
@@ -40,7 +40,7 @@ class Part:
 class _Paused:
     """A writer that waits at the end of a part, and what it has given beyond that."""
 
-    writer: Writer
+    writer: TextStream
     rest: str = ""
 
     def take(self, most: int) -> str:
@@ -50,7 +50,7 @@ class _Paused:
         return piece[:most]
 
 
-class Story:
+class ReplState:
     """The text so far with its branches, and the options for what comes next.
 
     The texts that share a beginning are a tree of parts: to take back is to step to the part before, a branch is a name
@@ -200,7 +200,7 @@ class Story:
         self._keep(key, waiting)
         return branch
 
-    def _writer(self, options: dict[str, Any]) -> Writer:
+    def _writer(self, options: dict[str, Any]) -> TextStream:
         wanted = options | {"max_length": ENDLESS}
         if self.here is not None and self.here.stopped:  # to go on is to go past the stop text
             wanted["min_length"] = max(1, wanted.get("min_length", 0))

@@ -15,7 +15,7 @@ from smallm.runs.layout import EXPORT, RUNS
 from smallm.runs.summary import RunFacts, find_runs, read_run
 
 NARROW, WIDE = 80, 120  # columns of a terminal that are made use of
-LEAST_NAME, LEAST_TEXT = 12, 8  # columns of what is cut
+MIN_NAME, MIN_TEXT = 12, 8  # columns of what is cut
 HEADS = ("run", "text", "size", "nats", "bits", "steps", "epochs", "time", "age", "state", "export")
 WIDE_ONLY = {"epochs", "time"}
 LEFT = {"run", "text", "state", "export"}
@@ -43,9 +43,9 @@ def lines(runs: Sequence[RunFacts], columns: int, now: float) -> list[str]:
     rows = [heads, *([_cells(run, now)[head] for head in heads] for run in runs)]
     left = [i for i, head in enumerate(heads) if head in LEFT]
     rest = sum(2 + max(columns_of(row[i]) for row in rows) for i in range(2, len(heads)))
-    room = max(LEAST_NAME + LEAST_TEXT, columns - rest - 2)
+    room = max(MIN_NAME + MIN_TEXT, columns - rest - 2)
     name, text = (max(columns_of(row[i]) for row in rows) for i in (0, 1))
-    text = min(text, max(LEAST_TEXT, room - name, room // 3))
+    text = min(text, max(MIN_TEXT, room - name, room // 3))
     name = min(name, room - text)
     return table([[shortened(row[0], name), shortened(row[1], text), *row[2:]] for row in rows], left)
 

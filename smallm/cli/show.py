@@ -14,9 +14,9 @@ from smallm.runs.summary import FINISHED, INTERRUPTED, WEIGHTS, RunFacts, bytes_
 from smallm.training.config import Config, flatten
 
 TAIL_BYTES = 1 << 20  # of the metrics
-MOST_EVALUATIONS = 8
-MOST_YARDSTICKS = 1 << 16  # bytes of a file that is worth reading
-MOST_SAMPLE, MOST_VALUE = 600, 100  # characters shown
+MAX_EVALUATIONS = 8
+MAX_YARDSTICKS = 1 << 16  # bytes of a file that is worth reading
+MAX_SAMPLE, MAX_VALUE = 600, 100  # characters shown
 LABEL = 13  # columns
 
 
@@ -43,7 +43,7 @@ def details(run: RunFacts) -> dict[str, Any]:
         "settings": changed(run.config),
         "evaluations": evaluations(run),
         "old_text": next((line for line in reversed(run.metrics) if line.get("kind") == "old_text"), None),
-        "yardsticks": yardsticks(run.path),
+        "yardsticks": baselines(run.path),
         "checkpoints": [{"name": folder.name, "step": step_of(folder), "bytes": bytes_in(folder),
                          "best": folder == run.best_checkpoint} for folder in run.checkpoints],
         "export_bytes": {name: bytes_in(run.path / name) for name in run.exports},
@@ -65,14 +65,14 @@ def evaluations(run: RunFacts) -> list[dict[str, Any]]:
     found = [line for line in run.metrics if line.get("kind") == "eval"]
     good = (int, float, type(None))
     return [{key: line.get(key) if isinstance(line.get(key), good) else None for key in keys}
-            for line in found[-MOST_EVALUATIONS:]]  # fmt: skip
+            for line in found[-MAX_EVALUATIONS:]]  # fmt: skip
 
 
-def yardsticks(run: Path) -> dict[str, float]:
+def baselines(run: Path) -> dict[str, float]:
     """Bits per character, by the name of what was measured."""
-    file = run / "yardsticks.json"
+    file = run / "baselines.json"
     try:
-        if file.stat().st_size > MOST_YARDSTICKS:
+        if file.stat().st_size > MAX_YARDSTICKS:
             return {}
         found = {str(one["name"]): float(one["bits_per_char"]) for one in json.loads(file.read_text("utf-8"))}
         return {name: bits for name, bits in found.items() if 0 <= bits < 1e6}
@@ -83,7 +83,7 @@ def yardsticks(run: Path) -> dict[str, float]:
 def last_sample(run: RunFacts) -> str:
     """What the model wrote at its last evaluation."""
     samples = [line["sample"] for line in run.metrics if isinstance(line.get("sample"), str)]
-    return samples[-1][:MOST_SAMPLE] if samples else ""
+    return samples[-1][:MAX_SAMPLE] if samples else ""
 
 
 def files(run: RunFacts) -> dict[str, int]:
@@ -156,4 +156,4 @@ def _block(label: str, found: list[str]) -> Iterator[str]:
 
 
 def _value(value: Any) -> str:
-    return shortened(json.dumps(value, ensure_ascii=False, default=str), MOST_VALUE)
+    return shortened(json.dumps(value, ensure_ascii=False, default=str), MAX_VALUE)

@@ -13,19 +13,19 @@ import onnx
 from onnx import helper
 
 from smallm.errors import UserError
-from smallm.export.draft_table import write_guesses
+from smallm.export.draft_table import write_draft_table
 from smallm.export.gguf import check_gguf, write_gguf
 from smallm.export.graph import build_graph
 from smallm.export.model_card import CARD_FILE, WEIGHTS_FILE, is_card, licence_of, model_card
 from smallm.export.parity import check_parity
 from smallm.export.portable_graph import PORTABLE_FILE, build_portable
 from smallm.export.precision import PRECISIONS, Precision, Quality, check_loss, measure, write_quantised
-from smallm.generation.draft_table import GUESSES_FILE
-from smallm.generation.speculative import guesses_a_pass
+from smallm.generation.draft_table import DRAFT_TABLE_FILE
+from smallm.generation.speculative import drafts_per_pass
 from smallm.language_model import MODEL_FILE, LanguageModel
 from smallm.model_file.manifest import MANIFEST_FILE, Manifest, genai_config
 from smallm.runs.layout import CHECKPOINTS, validation_text
-from smallm.training.analysis.baselines import read_yardsticks
+from smallm.training.analysis.baselines import read_baselines
 from smallm.training.checkpoint.format import load_model, load_vocabulary, model_files, read_state
 from smallm.training.model.transformer import TransformerLanguageModel
 
@@ -36,8 +36,8 @@ TRANSFORMERS_JS = {
     "int4": ("q4", f"{ONNX_FOLDER}/model_q4.onnx"),
 }
 """Precision -> what transformers.js calls it, and where it looks for the file."""
-MOST_MEASURED = 100_000  # characters of the validation text
-LEAST_SAMPLE, SAMPLE_LENGTH = 200, 400  # characters of the model's own
+MAX_MEASURED = 100_000  # characters of the validation text
+MIN_SAMPLE, SAMPLE_LENGTH = 200, 400  # characters of the model's own
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def export_checkpoint(
             if portable:
                 measured.append(_write_portable(model, manifest, folder / PORTABLE_FILE, text))
             sizes = {file: (folder / file).stat().st_size for file in _names(name) if (folder / file).is_file()}
-            yardsticks = read_yardsticks(checkpoint.resolve().parent.parent)
-            card = model_card(name, manifest, measured, sizes, _sample(path), licence, yardsticks)
+            baselines = read_baselines(checkpoint.resolve().parent.parent)
+            card = model_card(name, manifest, measured, sizes, _sample(path), licence, baselines)
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
@@ -99,7 +99,7 @@ def export_checkpoint(
 def _sample(path: Path) -> str:
     """Some text of the model; not much beyond its context, where characters take longer."""
     model = LanguageModel.load(path)
-    length = min(SAMPLE_LENGTH, max(LEAST_SAMPLE, model.block_size))
+    length = min(SAMPLE_LENGTH, max(MIN_SAMPLE, model.block_size))
     return "".join(model.stream(max_length=length, rng_seed=1))
 
 
@@ -113,7 +113,7 @@ def _names(name: str) -> list[str]:
     """All files that an export folder may have."""
     own = [MODEL_FILE, MANIFEST_FILE, "config.json", "generation_config.json", "tokenizer.json"]
     own += ["tokenizer_config.json", "genai_config.json", *(file for _, file in TRANSFORMERS_JS.values())]
-    return [*own, GUESSES_FILE, WEIGHTS_FILE, PORTABLE_FILE, f"{name}.gguf", CARD_FILE]
+    return [*own, DRAFT_TABLE_FILE, WEIGHTS_FILE, PORTABLE_FILE, f"{name}.gguf", CARD_FILE]
 
 
 def _write_model(
@@ -122,15 +122,15 @@ def _write_model(
     """Writes the file, compares it with PyTorch, measures it, and writes into it what was measured."""
     onnx.save(build_graph(model, manifest), path)
     difference = check_parity(model, path)
-    write_guesses(path, text)
+    write_draft_table(path, text)
     measured = [measure(path, PRECISIONS["fp32"], text)]
     if precision.bits < 32:
         difference = write_quantised(model, manifest, path, precision)
         measured.append(measure(path, precision, text, measured[0]))
         if not allow_loss:
             check_loss(measured[-1], precision)
-        if not guesses_a_pass(precision.name, path.stat().st_size // manifest.n_layer):
-            path.with_name(GUESSES_FILE).unlink(missing_ok=True)  # nobody would read it
+        if not drafts_per_pass(precision.name, path.stat().st_size // manifest.n_layer):
+            path.with_name(DRAFT_TABLE_FILE).unlink(missing_ok=True)  # nobody would read it
     return _with_quality(path, manifest, measured[-1]), difference, measured
 
 
@@ -181,7 +181,7 @@ def _validation_text(checkpoint: Path) -> str:
     except UserError:
         return ""
     with path.open(encoding="utf-8", newline="") as file:
-        return file.read(MOST_MEASURED)
+        return file.read(MAX_MEASURED)
 
 
 def build_manifest(checkpoint: Path) -> Manifest:

@@ -8,17 +8,17 @@ from pathlib import Path
 
 from smallm.export.portable_graph import PORTABLE_FILE
 from smallm.export.precision import Quality
-from smallm.generation.draft_table import GUESSES_FILE
+from smallm.generation.draft_table import DRAFT_TABLE_FILE
 from smallm.language_model import MODEL_FILE
 from smallm.model_file.manifest import MANIFEST_FILE, Manifest
-from smallm.training.analysis.baselines import Yardstick
+from smallm.training.analysis.baselines import Baseline
 
 CARD_FILE = "README.md"
 WEIGHTS_FILE = "model.safetensors"
 MARK = "<!-- Written by export.py, anew with each export; of changes, only those of the licence are kept. -->"
 UNKNOWN_LICENCE = "unknown # fill in that of the model, such as mit or cc0-1.0; mind that of the text"
 LICENCE_LINE = re.compile(r"^license: (.+)$", re.MULTILINE)
-MOST_NEW = 200  # characters that the examples write
+MAX_NEW = 200  # characters that the examples write
 
 
 def is_card(file: Path) -> bool:
@@ -39,7 +39,7 @@ def model_card(
     sizes: Mapping[str, int],
     sample: str,
     licence: str,
-    yardsticks: Iterable[Yardstick] = (),
+    baselines: Iterable[Baseline] = (),
 ) -> str:
     """The card of a model: what it is, what it is worth, and how each host opens it.
 
@@ -55,7 +55,7 @@ def model_card(
         _sample(manifest, sample),
         "## The model",
         _facts(manifest),
-        *_beside(manifest, [one for one in yardsticks if one.name != "model"]),
+        *_beside(manifest, [one for one in baselines if one.name != "model"]),
         "## Precision",
         _precision(list(measured)),
         "## Opening it",
@@ -117,13 +117,13 @@ def _facts(manifest: Manifest) -> str:
     return _table(["", ""], [[key, value] for key, value in rows.items() if value])
 
 
-def _beside(manifest: Manifest, yardsticks: list[Yardstick]) -> list[str]:
+def _beside(manifest: Manifest, baselines: list[Baseline]) -> list[str]:
     """What others need for the validation text, without which a loss says little."""
     loss = manifest.training.get("val_loss")
-    if not yardsticks or loss is None:
+    if not baselines or loss is None:
         return []
     rows = [["the model", f"{loss / math.log(2):.4f}", "on the whole validation text"]]
-    rows += [[_plain(one.name), f"{one.bits_per_char:.4f}", _plain(one.how)] for one in yardsticks]
+    rows += [[_plain(one.name), f"{one.bits_per_char:.4f}", _plain(one.how)] for one in baselines]
     return ["## Beside compressors and counted letters", _table(["", "bits per character", ""], rows)]
 
 
@@ -144,7 +144,7 @@ def _examples(manifest: Manifest, sizes: Mapping[str, int], sample: str) -> list
     """Texts and code, with this folder as the working directory."""
     seed = next((word for word in sample.split() if word.isalpha() and len(word) < 16), "The")
     length = len(manifest.vocabulary.encode(seed))
-    new = max(1, min(MOST_NEW, manifest.block_size - length))
+    new = max(1, min(MAX_NEW, manifest.block_size - length))
     values = {"seed": json.dumps(seed, ensure_ascii=False), "new": new, "all": new + length}
     values |= {"block_size": manifest.block_size} | manifest.sampling
     parts = ["The code runs in this folder.", SMALLM]
@@ -173,7 +173,8 @@ def _files(sizes: Mapping[str, int]) -> str:
         return READERS[name]
 
     rows = [[_code(name), f"{size / 1000:,.1f}", reader(name)] for name, size in sizes.items()]
-    faster = f"; with `{GUESSES_FILE}` beside it smallm writes the same text faster" if GUESSES_FILE in sizes else ""
+    table = f"; with `{DRAFT_TABLE_FILE}` beside it smallm writes the same text faster"
+    faster = table if DRAFT_TABLE_FILE in sizes else ""
     return (
         f"An app needs only the files of its host. For smallm and ONNX Runtime that is `{MODEL_FILE}`{faster}.\n\n"
         + _table(["file", "kB", "read by"], rows)
@@ -196,7 +197,7 @@ def _code(text: object) -> str:
 
 READERS = {
     MODEL_FILE: "smallm, ONNX Runtime in any language, onnxruntime-genai",
-    GUESSES_FILE: "smallm: what probably comes next, for the model to check several characters at a time",
+    DRAFT_TABLE_FILE: "smallm: what probably comes next, for the model to check several characters at a time",
     MANIFEST_FILE: f"hosts that cannot read the metadata of `{MODEL_FILE}`, which say the same",
     "config.json": "transformers, transformers.js",
     "generation_config.json": "transformers, transformers.js: how to sample",

@@ -10,7 +10,7 @@ from smallm.inference.session import Session
 from smallm.training.model.transformer import TransformerLanguageModel
 
 TOLERANCE = 1e-4  # largest allowed difference of a logit, in fp32 arithmetic
-MOST_IDS = 1024
+MAX_IDS = 1024
 
 
 def check_parity(model: TransformerLanguageModel, path: Path, longest: int | None = None) -> float:
@@ -20,7 +20,7 @@ def check_parity(model: TransformerLanguageModel, path: Path, longest: int | Non
     not a number.
     """
     session = Session(path)
-    block_size, generator = min(model.config.block_size, longest or MOST_IDS), np.random.default_rng(0)
+    block_size, generator = min(model.config.block_size, longest or MAX_IDS), np.random.default_rng(0)
     worst = 0.0
     for batch in (1, 3):
         for length in sorted({1, min(7, block_size), block_size}):

@@ -16,7 +16,7 @@ from smallm.tokenizer.vocabulary import CODE_POINTS, Vocabulary
 LEAST = (0, 0x80, 0x800, 0x10000)  # code point that UTF-8 spells in 1, 2, 3, 4 bytes
 
 
-class Permitted:
+class AllowedCharacters:
     """A set of characters, seen from the ids of a vocabulary."""
 
     def __init__(self, vocabulary: Vocabulary, allowed: str | None = None, banned: str = ""):

@@ -5,16 +5,16 @@ from itertools import islice
 
 import numpy as np
 
-from smallm.generation.sequence_state import Draft
+from smallm.generation.sequence_state import SequenceState
 from smallm.inference.session import Session
 from smallm.model_file.manifest import Manifest
 
-MOST_STREAMS = 64
-MOST_CACHE = 1 << 28  # bytes of keys and values, unless a single text takes more
+MAX_STREAMS = 64
+MAX_CACHE = 1 << 28  # bytes of keys and values, unless a single text takes more
 FULL_ENOUGH = 0.75  # share of the streams that are in use; dropping others copies the caches of these
 
 
-def write_together(session: Session, drafts: Iterable[Draft]) -> Iterator[Draft]:
+def generate_batch(session: Session, drafts: Iterable[SequenceState]) -> Iterator[SequenceState]:
     """Yields a draft each time when it has text to take or is done; those that are done make room for others.
 
     The drafts are of one request.
@@ -27,14 +27,14 @@ def write_together(session: Session, drafts: Iterable[Draft]) -> Iterator[Draft]
 def streams(model: Manifest) -> int:
     """How many texts are written at a time."""
     cache = 8 * model.n_layer * model.n_kv_head * model.head_dim * model.block_size  # bytes a text, float32
-    return max(1, min(MOST_STREAMS, MOST_CACHE // cache))
+    return max(1, min(MAX_STREAMS, MAX_CACHE // cache))
 
 
 class _Batch:
     """The streams of a decoder: each has a draft, or none is left for it."""
 
-    def __init__(self, session: Session, drafts: list[Draft], waiting: Iterator[Draft]):
-        self._drafts: list[Draft | None] = list(drafts)
+    def __init__(self, session: Session, drafts: list[SequenceState], waiting: Iterator[SequenceState]):
+        self._drafts: list[SequenceState | None] = list(drafts)
         self._waiting = waiting
         self._weigh = drafts[0].weigh
         self._decoder = session.decoder(len(drafts))
@@ -42,7 +42,7 @@ class _Batch:
         self._steps = 0  # that all can take together, before one is full
         self._logits = np.zeros((len(drafts), session.manifest.vocab_size), np.float32)
 
-    def run(self) -> Iterator[Draft]:
+    def run(self) -> Iterator[SequenceState]:
         ended = any(draft.done for draft in self._drafts)
         while any(self._drafts):
             if ended:
@@ -58,7 +58,7 @@ class _Batch:
                     elif draft.ready:
                         yield draft
 
-    def _replace(self) -> Iterator[Draft]:
+    def _replace(self) -> Iterator[SequenceState]:
         """Yields the texts that are done; those that wait take their streams."""
         self._steps = 0
         for stream, draft in enumerate(self._drafts):

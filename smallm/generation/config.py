@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from typing import Literal, TypedDict
 
 from smallm.errors import UserError
-from smallm.generation.allowed_characters import Permitted
+from smallm.generation.allowed_characters import AllowedCharacters
 from smallm.generation.sampler import Rng, Sampling, check
 from smallm.model_file.manifest import Manifest
 
@@ -55,7 +55,7 @@ class Request:
     max_length: int
     min_length: int
     stops: tuple[str, ...]
-    permitted: Permitted | None
+    permitted: AllowedCharacters | None
     repetition_penalty: float
     repetition_window: int
     overflow: Overflow
@@ -107,7 +107,7 @@ def resolve(
         max_length=max_length,
         min_length=min_length,
         stops=_stops(stop),
-        permitted=None if allowed is None and banned == "" else Permitted(model.vocabulary, allowed, banned),
+        permitted=None if allowed is None and banned == "" else AllowedCharacters(model.vocabulary, allowed, banned),
         repetition_penalty=repetition_penalty,
         repetition_window=repetition_window or size,
         overflow=overflow,

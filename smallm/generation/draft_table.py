@@ -13,22 +13,22 @@ from pathlib import Path
 import numpy as np
 
 from smallm.errors import UserError
-from smallm.generation.sampler import LEAST_TEMPERATURE
+from smallm.generation.sampler import MIN_TEMPERATURE
 
-GUESSES_FILE = "guesses.npy"
+DRAFT_TABLE_FILE = "guesses.npy"
 CONTEXT = 4  # ids at most that a guess is made from
 ALTERNATIVES = 8  # likeliest ids after a context
 STEP = 1 / 32  # nats
 NONE = 255  # in the place of nats: here is no id
 ID_BITS = 16
-MOST_IDS = (1 << ID_BITS) - 1
+MAX_IDS = (1 << ID_BITS) - 1
 WHOLE = (1 << ID_BITS * CONTEXT) - 1
 ROW = np.dtype([("context", "<u8"), ("ids", "<u2", (ALTERNATIVES,)), ("nats", "u1", (ALTERNATIVES,))])
 """A context is its ids, each plus 1, the newest in the lowest 16 bits. After it come these ids, the lowest first, each
 by so many STEPs less likely than the likeliest."""
 
 
-class Guesses:
+class DraftTable:
     """The table of one model: `export.py` writes it beside the model."""
 
     def __init__(self, table: np.ndarray):
@@ -37,7 +37,7 @@ class Guesses:
         self._temperature, self._guesser = math.nan, None  # of the last call
 
     @classmethod
-    def load(cls, path: Path, vocab_size: int) -> "Guesses":
+    def load(cls, path: Path, vocab_size: int) -> "DraftTable":
         """Raises `UserError` for a file that is no table of guesses for this vocabulary."""
         try:
             table = np.load(path)
@@ -49,17 +49,17 @@ class Guesses:
             raise UserError(f"{path} belongs to another model; export the model again, or delete the file")
         return cls(table)
 
-    def at(self, temperature: float) -> "Guesser":
+    def at(self, temperature: float) -> "Drafter":
         """The same for texts of this temperature."""
         if temperature != self._temperature:
             nats = np.where(self.table["nats"] == NONE, np.inf, self.table["nats"] * STEP)
-            shares = np.exp(-nats / max(temperature, LEAST_TEMPERATURE)).cumsum(axis=1)
-            guesser = Guesser(self.table["context"], self.table["ids"], shares / shares[:, -1:])
+            shares = np.exp(-nats / max(temperature, MIN_TEMPERATURE)).cumsum(axis=1)
+            guesser = Drafter(self.table["context"], self.table["ids"], shares / shares[:, -1:])
             self._guesser, self._temperature = guesser, temperature  # in this order: there may be other threads
         return self._guesser
 
 
-class Guesser:
+class Drafter:
     """Guesses at one temperature."""
 
     def __init__(self, contexts: np.ndarray, ids: np.ndarray, shares: np.ndarray):

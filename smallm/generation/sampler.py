@@ -2,9 +2,10 @@
 
 The definition that every host of a smallm model shares:
 
-0. The logits are the model's float32 numbers. Of ids that are not permitted they count as minus infinity. With a repetition penalty r other than 1, the logit x of each id that occurs among the last
-   `repetition_window` ids of the seed and the new text becomes x / r if x > 0 and x * r otherwise, once however often
-   it occurs, in single precision with r rounded to single (Keskar et al. 2019, CTRL, as Hugging Face has it).
+0. The logits are the model's float32 numbers. Of ids that are not permitted they count as minus infinity. With a
+   repetition penalty r other than 1, the logit x of each id that occurs among the last `repetition_window` ids of the
+   seed and the new text becomes x / r if x > 0 and x * r otherwise, once however often it occurs, in single precision
+   with r rounded to single (Keskar et al. 2019, CTRL, as Hugging Face has it).
 1. Ids are ranked by logit, the largest first; of equal logits the lower id stands first.
 2. temperature 0 takes the first. Otherwise weights are exp((logit - largest) / temperature), in double precision.
 3. top_k keeps the first k ids, top_p the shortest beginning that holds at least that share of the kept weight,
@@ -27,7 +28,7 @@ import numpy as np
 
 from smallm.errors import UserError
 
-LEAST_TEMPERATURE = 1e-200  # below it nothing changes any more, but a division could overflow
+MIN_TEMPERATURE = 1e-200  # below it nothing changes any more, but a division could overflow
 NOT_FINITE = "the model's logits are not finite: its weights are broken; train it again"
 
 
@@ -148,12 +149,12 @@ def _weigh(logits: np.ndarray, largest: float | np.ndarray, temperature: float) 
     """logits (…, K) -> weights (…, K) float64, that of the largest 1."""
     weights = logits.astype(np.float64)
     weights -= largest
-    weights /= max(temperature, LEAST_TEMPERATURE)
+    weights /= max(temperature, MIN_TEMPERATURE)
     np.exp(weights, out=weights)
     return weights
 
 
-def penalise(logits: np.ndarray, ids: Sequence[int], penalty: float) -> np.ndarray:
+def apply_repetition_penalty(logits: np.ndarray, ids: Sequence[int], penalty: float) -> np.ndarray:
     """logits (V,) -> new ones (V,), in which those of the given ids are less likely, as step 0 has it."""
     changed, ids = logits.copy(), np.array(ids, np.int64)
     seen = logits[ids]

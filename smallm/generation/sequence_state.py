@@ -6,15 +6,15 @@ from copy import copy
 import numpy as np
 
 from smallm.generation.config import Request
-from smallm.generation.sampler import Rng, log_probability, penalise, pick, sample, weigh
-from smallm.generation.stop_strings import Stops
+from smallm.generation.sampler import Rng, apply_repetition_penalty, log_probability, pick, sample, weigh
+from smallm.generation.stop_strings import StopStrings
 from smallm.tokenizer.vocabulary import Vocabulary
 
 Prediction = tuple[np.ndarray, np.ndarray | None]
-"""The logits (V,) after a text, and their weights, if they are known, see `Draft.choose`."""
+"""The logits (V,) after a text, and their weights, if they are known, see `SequenceState.choose`."""
 
 
-class Draft:
+class SequenceState:
     """Takes logits, chooses ids, and hands out the text that can no longer be part of a stop string.
 
     `history` has at least the last block_size ids (fewer if there are fewer), and its length stays bounded.
@@ -27,7 +27,7 @@ class Draft:
         self.done = request.max_length == 0
         self._plain = request.permitted is None and request.repetition_penalty == 1  # logits stay as they are
         self._decoder = vocabulary.decoder()
-        self._stops = Stops(request.stops) if request.stops else None
+        self._stops = StopStrings(request.stops) if request.stops else None
         self.ready = ""
         """New characters that are settled and not taken yet."""
         self._held = ""  # those after them, which may be the beginning of a stop
@@ -36,7 +36,7 @@ class Draft:
         """Whether `take_logprobs` has something to tell, which costs some time per id; to be set before the start."""
         self._logprobs, self._logprob = [], 0.0
 
-    def copy(self) -> "Draft":
+    def copy(self) -> "SequenceState":
         """Another text that begins with this one."""
         other = copy(self)
         other.history, other.rng, other._decoder = self.history.copy(), copy(self.rng), self._decoder.copy()
@@ -74,7 +74,8 @@ class Draft:
         if request.permitted is not None:
             logits = logits + request.permitted.mask(self._decoder.pending)
         if request.repetition_penalty != 1:
-            logits = penalise(logits, self.history[-request.repetition_window :], request.repetition_penalty)
+            recent = self.history[-request.repetition_window :]
+            logits = apply_repetition_penalty(logits, recent, request.repetition_penalty)
         return logits
 
     def window(self, fresh: bool) -> np.ndarray:

@@ -2,16 +2,16 @@
 
 from copy import copy
 
-from smallm.generation.draft_table import Guesses
-from smallm.generation.sequence_state import Draft, Prediction
-from smallm.inference.kv_cache import Decoder
+from smallm.generation.draft_table import DraftTable
+from smallm.generation.sequence_state import Prediction, SequenceState
+from smallm.inference.kv_cache import KVCache
 from smallm.inference.session import BIG_LAYER_BYTES
 
-LEAST_LUCK = 0.6  # guesses of a pass that come true, of late; with fewer, single ids are quicker
+MIN_LUCK = 0.6  # guesses of a pass that come true, of late; with fewer, single ids are quicker
 REST = 64  # ids one by one, before guessing is tried again
 
 
-def guesses_a_pass(precision: str, layer_bytes: int) -> int:
+def drafts_per_pass(precision: str, layer_bytes: int) -> int:
     """How many ids to guess for a model with layers of this size: by measurement, see benchmarks/README.md.
 
     Where a pass waits for nodes or for weights from memory, more ids cost little; products with quantised matrices that
@@ -23,25 +23,25 @@ def guesses_a_pass(precision: str, layer_bytes: int) -> int:
     return 3 if precision == "int8" else 0
 
 
-class Lookahead:
+class SpeculativeDecoder:
     """What follows a draft in a decoder of one stream: several ids a pass where guesses come true, else one."""
 
-    def __init__(self, decoder: Decoder, guesses: Guesses | None, count: int, temperature: float):
+    def __init__(self, decoder: KVCache, guesses: DraftTable | None, count: int, temperature: float):
         """count: of the guesses in a pass; without them, or without a table, all goes id by id."""
         self._decoder, self._guesses, self._count = decoder, guesses if count else None, count
         self._temperature, self._guesser = temperature, None
         self._guessed: list[int] = []  # ids in the decoder that the draft has not
         self._rows: list[tuple] = []  # what comes after its last id, and after each of those; the last first
-        self._true, self._luck, self._rest = 0, 2 * LEAST_LUCK, 0
+        self._true, self._luck, self._rest = 0, 2 * MIN_LUCK, 0
 
-    def over(self, decoder: Decoder) -> "Lookahead":
+    def over(self, decoder: KVCache) -> "SpeculativeDecoder":
         """The same in another decoder, that of a text which goes on from here."""
         other = copy(self)
         other._decoder = decoder
         return other
 
-    def known(self, draft: Draft) -> Prediction | None:
-        """What `Draft.choose` wants for the next id, if the last one was guessed; else the decoder drops the rest."""
+    def known(self, draft: SequenceState) -> Prediction | None:
+        """What `SequenceState.choose` wants for the next id, if the last one was a draft; else drops the rest."""
         if self._guessed and self._guessed[-1] == draft.history[-1]:
             self._guessed.pop()
             self._true += 1
@@ -49,8 +49,8 @@ class Lookahead:
         self.drop()
         return None
 
-    def push(self, draft: Draft) -> Prediction:
-        """What `Draft.choose` wants for the next id; the decoder has all of the draft's ids but the last, and room."""
+    def push(self, draft: SequenceState) -> Prediction:
+        """What `SequenceState.choose` wants for the next id; the decoder has all ids but the last."""
         id, decoder, count = draft.history[-1], self._decoder, self._count
         if self._guesses is None or self._rest or decoder.block_size - decoder.longest <= count:
             self._rest = max(0, self._rest - 1)
@@ -71,5 +71,5 @@ class Lookahead:
         self._guessed, self._rows = [], []
         self._luck += (self._true - self._luck) / 32
         self._true = 0
-        if self._luck < LEAST_LUCK:
-            self._luck, self._rest = 1.5 * LEAST_LUCK, REST
+        if self._luck < MIN_LUCK:
+            self._luck, self._rest = 1.5 * MIN_LUCK, REST

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-class Stops:
+class StopStrings:
     """Looks for any of several words in a text that is still coming."""
 
     def __init__(self, words: Sequence[str]):
@@ -17,9 +17,9 @@ class Stops:
         met = [n for n, search in zip(begun, self._searches, strict=True) if n == len(search.word)]
         return max(met, default=0), max(begun, default=0)
 
-    def copy(self) -> "Stops":
+    def copy(self) -> "StopStrings":
         """Another search in the same state."""
-        other = Stops([search.word for search in self._searches])
+        other = StopStrings([search.word for search in self._searches])
         for mine, search in zip(other._searches, self._searches, strict=True):
             mine.length, mine.borders = search.length, list(search.borders)
         return other

@@ -2,31 +2,31 @@
 
 from copy import copy
 
-from smallm.generation.draft_table import Guesses
+from smallm.generation.draft_table import DraftTable
 from smallm.generation.sampler import Rng
-from smallm.generation.sequence_state import Draft, Prediction
-from smallm.generation.speculative import Lookahead, guesses_a_pass
+from smallm.generation.sequence_state import Prediction, SequenceState
+from smallm.generation.speculative import SpeculativeDecoder, drafts_per_pass
 from smallm.inference.session import Session
 
 
-class Writer:
+class TextStream:
     """Gives the new text in pieces of whole characters, and computes no more of it than it is asked for.
 
     A loop over it may be left at any time; the next one goes on where that stopped. `branch` gives another writer from
     here on. Its memory does not grow with the text.
     """
 
-    def __init__(self, session: Session, draft: Draft, guesses: Guesses | None = None):
+    def __init__(self, session: Session, draft: SequenceState, guesses: DraftTable | None = None):
         self._session, self._draft = session, draft
         self._decoder = session.decoder()
-        count = guesses_a_pass(session.manifest.precision, session.layer_bytes)
-        self._ahead = Lookahead(self._decoder, guesses, count, draft.request.sampling.temperature)
+        count = drafts_per_pass(session.manifest.precision, session.layer_bytes)
+        self._ahead = SpeculativeDecoder(self._decoder, guesses, count, draft.request.sampling.temperature)
         self._kept: Prediction | None = None  # what comes after the text so far, if it is there and not used yet
         self.logprobs: list[float] = []
         """Of each character of the last piece, with `logprobs=True`: ln of its probability at temperature 1 with all
         characters permitted, the sum over its ids."""
 
-    def __iter__(self) -> "Writer":
+    def __iter__(self) -> "TextStream":
         return self
 
     def __next__(self) -> str:
@@ -41,7 +41,7 @@ class Writer:
             self.logprobs = draft.take_logprobs(len(piece))
         return piece
 
-    def branch(self, rng_seed: int | None = None, stream_number: int = 0) -> "Writer":
+    def branch(self, rng_seed: int | None = None, stream_number: int = 0) -> "TextStream":
         """Another writer that goes on from here by itself, without computing again what came before.
 
         With an `rng_seed` it draws from that one and `stream_number`; without, it would write what this one will.

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Snapshot(NamedTuple):
-    """What one stream of a `Decoder` had in its cache."""
+    """What one stream of a `KVCache` had in its cache."""
 
     cache: np.ndarray
     """Keys and values of every layer (2 n_layer, n_kv_head, length, head_dim); a copy."""
@@ -21,7 +21,7 @@ class Snapshot(NamedTuple):
         return self.cache.shape[2]
 
 
-class Decoder:
+class KVCache:
     """`streams` texts, each with a cache of its own of up to `block_size` ids. Made by `Session.decoder`.
 
     Logits are views of a buffer, valid until the next call. Shapes: B streams, T time, V vocabulary.

@@ -10,11 +10,11 @@ import numpy as np
 import onnxruntime as ort
 
 from smallm.errors import UserError
-from smallm.inference.kv_cache import Decoder
+from smallm.inference.kv_cache import KVCache
 from smallm.model_file.manifest import Manifest
 from smallm.model_file.onnx_reader import FLOAT, INT64, read_onnx
 
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 BIG_LAYER_BYTES = 1_000_000  # of weights; below it a second thread costs a single id more in hand-overs than it saves
 
 
@@ -24,8 +24,8 @@ class Session:
     def __init__(self, path: str | Path, threads: int | None = None):
         """threads: None = as many as suit the work. Raises `UserError` for a file that is not a smallm model."""
         self.path = path = Path(path)
-        if threads is not None and not 1 <= threads <= MOST_THREADS:
-            raise UserError(f"threads = {threads} is out of range; it must be 1 or more, at most {MOST_THREADS}")
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise UserError(f"threads = {threads} is out of range; it must be 1 or more, at most {MAX_THREADS}")
         if not path.is_file():
             raise UserError(f"there is no model file {path}; write one with `python export.py`")
         file = read_onnx(path)
@@ -69,7 +69,7 @@ class Session:
     def step(self, ids: np.ndarray, cache: list[np.ndarray] | None) -> tuple[np.ndarray, list[np.ndarray]]:
         """As `logits`, on top of a cache: the list that the step before returned, or None. Returns it with ids added.
 
-        This is how hosts without shared buffers do it; a `Decoder` is faster.
+        This is how hosts without shared buffers do it; a `KVCache` is faster.
         """
         logits, *cache = self._forward(self._session, ["logits", *self.present], ids, cache)
         return logits, cache
@@ -93,15 +93,15 @@ class Session:
         """What to tell the user when ONNX Runtime fails in the middle of the work."""
         return UserError(f"{self.path} is broken, export the model again; ONNX Runtime says: {_first_line(error)}")
 
-    def decoder(self, streams: int = 1) -> Decoder:
+    def decoder(self, streams: int = 1) -> KVCache:
         """New, empty caches over this model, for so many texts. Raises `UserError` if the graph is not what it says."""
         try:
-            return Decoder(self, streams)
+            return KVCache(self, streams)
         except Exception as error:  # an input that the graph does not use is none to ONNX Runtime
             raise self.failure(error) from None
 
     def bound(self, rows: int) -> tuple[ort.IOBinding, Callable[[], None]]:
-        """For so many rows of a `Decoder`: where inputs lie and outputs go, and what computes them, or raises."""
+        """For so many rows of a `KVCache`: where inputs lie and outputs go, and what computes them, or raises."""
         session = self._session_for(rows)
         binding = session.io_binding()
 

@@ -12,7 +12,7 @@ from smallm.tokenizer.vocabulary import Vocabulary
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "smallm.json"
-MOST_SAMPLING = 1 << 53  # temperature, top_k: every host's numbers hold it
+MAX_SAMPLING = 1 << 53  # temperature, top_k: every host's numbers hold it
 CACHE_ROOM = 64 << 20  # bytes that the cache of keys and values may take whatever the size of the file
 
 
@@ -109,7 +109,7 @@ class Manifest:
         if not sane:
             raise ValueError
         defaults = Sampling.resolve({}, self.sampling)
-        if max(defaults.temperature, defaults.top_k) > MOST_SAMPLING:
+        if max(defaults.temperature, defaults.top_k) > MAX_SAMPLING:
             raise ValueError
 
 

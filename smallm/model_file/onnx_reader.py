@@ -25,8 +25,8 @@ _NAMES = """
 """
 OPERATORS = frozenset(_NAMES.split())
 DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
-MOST_NODES = 20_000
-MOST_DIMENSIONS = 8
+MAX_NODES = 20_000
+MAX_DIMENSIONS = 8
 
 FLOAT, INT64 = 1, 7
 BITS = {FLOAT: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, INT64: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16,
@@ -92,7 +92,7 @@ def _checked(data: memoryview) -> OnnxFile:
     if "graph" not in model:
         raise ValueError("it has no graph")
     graph = model["graph"]
-    if len(graph["node"]) > MOST_NODES:
+    if len(graph["node"]) > MAX_NODES:
         raise UserError(f"its graph has {len(graph['node']):,} nodes")
     for node in graph["node"]:
         kind, domain = node.get("op_type", ""), node.get("domain", "")
@@ -113,7 +113,7 @@ def _check_tensor(tensor: dict[str, Any]) -> None:
     name, dims, bits = tensor.get("name", ""), tensor["dims"], BITS.get(tensor.get("data_type", 0))
     if tensor["external_data"] or tensor.get("data_location", 0):
         raise UserError(f"the tensor {name!r:.80} lies in another file")
-    if bits is None or len(dims) > MOST_DIMENSIONS or not all(0 <= n < 1 << 31 for n in dims):
+    if bits is None or len(dims) > MAX_DIMENSIONS or not all(0 <= n < 1 << 31 for n in dims):
         raise UserError(f"the tensor {name!r:.80} has an unknown type or shape")
     if (math.prod(dims) * bits + 7) // 8 != tensor.get("raw_data", 0):
         raise UserError(f"the tensor {name!r:.80} has not the size that its shape promises")

@@ -1,10 +1,10 @@
 """How little a model expected each character of a text, and where that is out of the ordinary.
 
 >>> from smallm import LanguageModel
->>> from smallm.surprisal.spans import find_places
+>>> from smallm.surprisal.spans import find_spans
 >>> from smallm.surprisal.measure import measure
 >>> lm = LanguageModel.load("runs/shakespeare")
->>> passages, words = find_places(measure(lm, ["To be, or not to bxe: that is the question."]), lm.vocabulary)
+>>> passages, words = find_spans(measure(lm, ["To be, or not to bxe: that is the question."]), lm.vocabulary)
 >>> for place in words:
 ...     print(place.peak.line, place.peak.column, place.text, place.peak.expected)
 
@@ -22,7 +22,7 @@ from smallm.tokenizer.vocabulary import Vocabulary
 
 EXPECTED = 5  # characters that the model expected most
 NOTABLE = 3.0  # nats, about 1 in 20: from here on it is always known what was expected instead
-MOST_LOGITS = 1 << 22  # that are computed at a time: 16 MB
+MAX_LOGITS = 1 << 22  # that are computed at a time: 16 MB
 NONE = -1  # in place of an id
 
 
@@ -104,9 +104,9 @@ def measure(model: Model, pieces: Iterable[str], detailed: int = 0) -> Iterator[
 def _small(
     batches: Iterable[tuple[np.ndarray, np.ndarray]], vocab_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of windows, cut into as many rows as give MOST_LOGITS, without the padding of the last window."""
+    """Batches of windows, cut into as many rows as give MAX_LOGITS, without the padding of the last window."""
     for inputs, targets in batches:
-        rows = max(1, MOST_LOGITS // (inputs.shape[1] * vocab_size))
+        rows = max(1, MAX_LOGITS // (inputs.shape[1] * vocab_size))
         for start in range(0, len(inputs), rows):
             part = targets[start : start + rows]
             used = 1 + np.flatnonzero((part != IGNORED).any(axis=0)).max(initial=-1)

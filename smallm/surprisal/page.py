@@ -33,7 +33,7 @@ class PageText:
         return Measured.join(self._parts)
 
 
-def surprise_page(
+def surprisal_page(
     model: LanguageModel,
     name: str,
     figures: Perplexity,

@@ -20,11 +20,11 @@ USUAL = 1.386  # 2 ln 2
 PARTED = 40.0  # times the mean: what a stretch may lose before it is at its end; a hundred characters lose that much
 CHAPTER = 1 << 18  # characters among which places are looked for at a time; none goes beyond
 LONGEST_WORD = 30  # characters; a longer stretch is a passage
-LEAST_EXCESS = 10.0  # nats that a passage has to have above the usual
+MIN_EXCESS = 10.0  # nats that a passage has to have above the usual
 THROWN_OFF = 0.75  # in a word, the first with that share of the highest nats counts: it throws off what follows
-LEAST_PEAK = NOTABLE / THROWN_OFF  # nats that some character of a place has to have
+MIN_PEAK = NOTABLE / THROWN_OFF  # nats that some character of a place has to have
 CONTEXT = 30  # characters that are kept of what stands before and after a place
-MOST_TEXT = 300  # and of itself
+MAX_TEXT = 300  # and of itself
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Place:
     excess: float
     """Nats above what is usual in the text."""
     text: str
-    """Its first MOST_TEXT characters."""
+    """Its first MAX_TEXT characters."""
     before: str
     after: str
     peak: Peak
@@ -63,17 +63,17 @@ class Place:
         return self.offset + self.characters
 
 
-def find_places(
+def find_spans(
     parts: Iterable[Measured], vocabulary: Vocabulary, most: int = 10
 ) -> tuple[list[Place], list[Place]]:
-    """A text as `measure` gives it -> its `most` most surprising passages and words, see `PlaceFinder.finish`."""
-    finder = PlaceFinder(vocabulary, most)
+    """A text as `measure` gives it -> its `most` most surprising passages and words, see `SpanFinder.finish`."""
+    finder = SpanFinder(vocabulary, most)
     for part in parts:
         finder.add(part)
     return finder.finish()
 
 
-class PlaceFinder:
+class SpanFinder:
     """Takes a text part by part; keeps its figures and its most surprising places, in memory that is bounded."""
 
     def __init__(self, vocabulary: Vocabulary, most: int = 10):
@@ -118,13 +118,13 @@ class PlaceFinder:
         passages, words = [], []  # what orders them, negative, then start, end and the peak, or the peak alone
         for start, end in _stretches(nats - usual, usual * PARTED / USUAL):
             highest = nats[start:end].max()
-            if highest >= LEAST_PEAK and end - start > LONGEST_WORD:
+            if highest >= MIN_PEAK and end - start > LONGEST_WORD:
                 peak = start + int(nats[start:end].argmax())
                 start, end = _whole_words(chapter.text, start, end)
                 excess = float(nats[start:end].sum() - usual * (end - start))
-                if excess >= LEAST_EXCESS:
+                if excess >= MIN_EXCESS:
                     passages.append((-excess, start, end, peak))
-            elif highest >= LEAST_PEAK:
+            elif highest >= MIN_PEAK:
                 peak = start + int(np.argmax(nats[start:end] >= THROWN_OFF * highest))
                 words.append((-nats[peak], peak))
 
@@ -168,7 +168,7 @@ class PlaceFinder:
         peak = Peak(line, column, offset, text[at], float(nats[at]), expected)
         offset, line, column = positions.at(start)
         total, length = float(nats[start:end].sum()), end - start
-        shown = text[start : start + min(length, MOST_TEXT)]
+        shown = text[start : start + min(length, MAX_TEXT)]
         before, after = text[max(0, start - CONTEXT) : start], text[end : end + CONTEXT]
         return Place(line, column, offset, length, total, total - usual * length, shown, before, after, peak)
 

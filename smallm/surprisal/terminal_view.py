@@ -17,8 +17,8 @@ from smallm.html.page import save
 from smallm.inference.scoring import Perplexity
 from smallm.language_model import LanguageModel
 from smallm.surprisal.measure import measure
-from smallm.surprisal.page import PAGE_CHARACTERS, PageText, summary, surprise_page
-from smallm.surprisal.spans import Place, PlaceFinder
+from smallm.surprisal.page import PAGE_CHARACTERS, PageText, summary, surprisal_page
+from smallm.surprisal.spans import Place, SpanFinder
 
 COLOURS = ((16, 230), (16, 222), (16, 215), (16, 209), (16, 203), (231, 160))  # of the 256: characters, background
 BYTE_ORDER_MARK = "\ufeff"
@@ -37,7 +37,7 @@ def surprise(
     if html:
         _check_writable(html, path)
     coloured = not html and not as_json and takes_colours(sys.stdout, os.environ)
-    finder, kept = PlaceFinder(model.vocabulary, most), PageText()
+    finder, kept = SpanFinder(model.vocabulary, most), PageText()
     if coloured:
         print(legend())
     text = _without_mark(text_file.pieces(path, encoding, bar=not coloured))
@@ -52,7 +52,7 @@ def surprise(
         raise UserError(f"{path} has {finder.characters} character(s); there must be at least 2")
     figures = Perplexity.of(finder.nats, finder.characters - 1)
     if html:
-        save(html, surprise_page(model, path.name, figures, passages, words, kept.measured()))
+        save(html, surprisal_page(model, path.name, figures, passages, words, kept.measured()))
     if as_json:
         print(_json({"file": str(path), **asdict(figures), "passages": passages, "words": words}))
         return

@@ -14,12 +14,12 @@ from smallm.runs.layout import METRICS
 from smallm.training import finetune as learn_on
 from smallm.training.analysis.advice import full_report, opening_lines
 from smallm.training.analysis.baselines import (
-    MOST_SHARE,
+    MAX_SHARE,
+    baselines,
     in_words,
-    known_yardsticks,
+    known_baselines,
     seconds_needed,
-    write_yardsticks,
-    yardsticks,
+    write_baselines,
 )
 from smallm.training.analysis.memorisation import copies
 from smallm.training.analysis.text_statistics import examine
@@ -99,9 +99,9 @@ def comparison(trainer: "Trainer") -> Iterator[str]:
     time kept for it; if that would be too much of it, only those are said that are known.
     """
     corpus, promised = trainer.corpus, 60 * trainer.config.train.minutes
-    too_long = 0 < MOST_SHARE * promised < seconds_needed(corpus)
+    too_long = 0 < MAX_SHARE * promised < seconds_needed(corpus)
     try:
-        measured = known_yardsticks(corpus) if too_long else yardsticks(corpus)
+        measured = known_baselines(corpus) if too_long else baselines(corpus)
     except KeyboardInterrupt:  # of someone who will not wait; the run is finished
         measured = None
     if measured is None:
@@ -109,9 +109,9 @@ def comparison(trainer: "Trainer") -> Iterator[str]:
         return
     bits = trainer.state.best_val_loss / math.log(2)
     try:
-        write_yardsticks(trainer.run, measured, bits, trainer.corpus.val_characters)
+        write_baselines(trainer.run, measured, bits, trainer.corpus.val_characters)
     except OSError as error:
-        trainer.report.say(f"warning: cannot write the yardsticks into {trainer.run} ({error.strerror})")
+        trainer.report.say(f"warning: cannot write the baselines into {trainer.run} ({error.strerror})")
     yield in_words(measured, bits)
 
 

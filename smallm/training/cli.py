@@ -109,9 +109,9 @@ def parse(argv: Sequence[str]) -> Request:
     name = Path(values["config"][-1]).stem if values["config"] else "quickstart"
     explicit = frozenset(key for key, _ in _keys(argv))
     if values["train"]["init_from"]:
-        from smallm.training.finetune import begin_with
+        from smallm.training.finetune import inherit_model_config
 
-        explicit = begin_with(values, explicit)
+        explicit = inherit_model_config(values, explicit)
     if values["train"]["minutes"]:
         values["model"] |= _fitting(values["model"], explicit)
     return Request(_config(values, flags), new_run(values["out"], name), resume=False, explicit=explicit)

@@ -13,7 +13,7 @@ from smallm.errors import UserError
 from smallm.generation.sampler import Sampling
 from smallm.training.checks import check, check_types
 
-MOST_LAYERS, WIDEST = 999, (1 << 24) - 1  # as in the manifest of an exported model
+MAX_LAYERS, WIDEST = 999, (1 << 24) - 1  # as in the manifest of an exported model
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class ModelConfig:
         most = f"must be from 0 (no window) to model.block_size = {self.block_size}"
         check(0 <= self.window <= self.block_size, "model.window", self.window, most)
         for name in ("n_layer", "n_head", "n_embd", "block_size", "n_inner"):
-            most = MOST_LAYERS if name == "n_layer" else WIDEST
+            most = MAX_LAYERS if name == "n_layer" else WIDEST
             check(getattr(self, name) <= most, f"model.{name}", getattr(self, name), f"must be at most {most}")
         check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be at least 0 and less than 1")
         check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "must be positive")

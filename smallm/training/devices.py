@@ -56,7 +56,7 @@ def prepare(
     return accelerator.prepare(model, optimizer, device_placement=[True, False])
 
 
-def of_first(accelerator: Accelerator, *values: float) -> tuple[float, ...]:
+def broadcast_from_main(accelerator: Accelerator, *values: float) -> tuple[float, ...]:
     """The numbers as the first process has them, so that all decide alike; all must call this."""
     if accelerator.num_processes == 1:
         return values

@@ -14,7 +14,7 @@ ANSWER_SECONDS = 5
 
 
 @contextmanager
-def one_voice(accelerator: Accelerator) -> Iterator[None]:
+def report_first_failure(accelerator: Accelerator) -> Iterator[None]:
     """Of all processes that fail within, the first lets its error through; the others exit with code 1, in silence.
 
     What they have to say is mostly that they lost the first one.

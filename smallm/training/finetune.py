@@ -23,7 +23,7 @@ from smallm.training.checkpoint.manager import best_checkpoint
 from smallm.training.checkpoint.safe_load import check_fits
 from smallm.training.config import Config
 from smallm.training.data.corpus import BYTES
-from smallm.training.devices import of_first
+from smallm.training.devices import broadcast_from_main
 from smallm.training.evaluate import HeldOut, evaluate
 from smallm.training.model.transformer import TransformerLanguageModel, init_embedding
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "window", "rope_theta")
 PEAK = 0.5  # of the learning rates: more forgets much more of the old text and hardly gains on the new one
-MOST_OLD = 1 << 17  # characters of the old text that are measured on
+MAX_OLD = 1 << 17  # characters of the old text that are measured on
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Origin:
     seconds: float
     """What measuring that took; it is measured once more at the end."""
 
-    def gentle(self, config: Config, explicit: Set[str]) -> Config:
+    def scale_learning_rates(self, config: Config, explicit: Set[str]) -> Config:
         """`config` with rates for a model that knows something; what is `explicit`, as `section.field`, stays."""
         o = config.optim
         peaks = {"learning_rate": PEAK * o.learning_rate, "adam_learning_rate": PEAK * o.adam_learning_rate}
@@ -57,11 +57,11 @@ class Origin:
     def hand_over(self, trainer: "Trainer") -> None:
         """Gives a new run this model; all processes must call this, and all have the same weights then."""
         vocabulary = trainer.corpus.vocabulary
-        checkpoint.load_weights(self.folder, trainer.model, lambda old: with_new_rows(old, vocabulary))
+        checkpoint.load_weights(self.folder, trainer.model, lambda old: extend_embedding(old, vocabulary))
         trainer.state.base_vocab_size, trainer.state.old_text_loss = self.vocabulary.size, self.old_text_loss
 
 
-def begin_with(values: dict[str, Any], explicit: Set[str]) -> frozenset[str]:
+def inherit_model_config(values: dict[str, Any], explicit: Set[str]) -> frozenset[str]:
     """Puts the shape of the model of `train.init_from` into the settings, and returns what is explicit now.
 
     Raises `UserError` if that is no model of ours, or if a setting contradicts it. The context may be another: rotary
@@ -114,7 +114,7 @@ def origin_of(accelerator: Accelerator, config: Config, run: Path) -> Origin:
             _keep(text, run)
         accelerator.wait_for_everyone()
         loss = old_text_loss(accelerator, checkpoint.load_model(folder, accelerator.device), vocabulary, run)
-    (seconds,) = of_first(accelerator, time.perf_counter() - started)
+    (seconds,) = broadcast_from_main(accelerator, time.perf_counter() - started)
     return Origin(folder, old, vocabulary, loss, seconds)
 
 
@@ -136,7 +136,7 @@ def _beginning(folder: Path) -> str:
 
 def _read(file: Path) -> str:
     with file.open(encoding="utf-8", errors="replace", newline="") as stream:
-        return stream.read(MOST_OLD)
+        return stream.read(MAX_OLD)
 
 
 def old_text_loss(
@@ -156,7 +156,7 @@ def opening(trainer: "Trainer") -> str:
     return f"init   {trainer.config.train.init_from}: {size - s.base_vocab_size:,} ids are new{loss}\n"
 
 
-def what_became_of_the_old_text(trainer: "Trainer") -> list[str]:
+def measure_forgetting(trainer: "Trainer") -> list[str]:
     """How the loss on the old text moved, as a line and in the metrics; all processes must call this.
 
     Measured with the best checkpoint, which then is what `trainer.model` holds.
@@ -183,7 +183,7 @@ def base_vocabulary(place: Path | None) -> Vocabulary:
     return Vocabulary(checkpoint.load_vocabulary(place).tokens[: size - 256]) if size else BYTES
 
 
-def with_new_rows(old: Tensor, vocabulary: Vocabulary) -> Tensor:
+def extend_embedding(old: Tensor, vocabulary: Vocabulary) -> Tensor:
     """Embedding (old size, C) -> (size, C), the new rows being those of a model that knows nothing.
 
     They beat the mean of the rows of the bytes that an id stands for: a model that has hardly met those bytes knows

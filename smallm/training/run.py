@@ -17,12 +17,12 @@ from smallm.training.analysis.baselines import seconds_kept
 from smallm.training.budget.clock import Clock
 from smallm.training.budget.setup import open_text, plan_run
 from smallm.training.checkpoint.format import folder_of
-from smallm.training.checkpoint.manager import newest_checkpoint, put_aside
+from smallm.training.checkpoint.manager import newest_checkpoint, quarantine
 from smallm.training.checkpoint.safe_load import check_fits
 from smallm.training.config import Config
 from smallm.training.data.corpus import Corpus
-from smallm.training.devices import build_accelerator, of_first
-from smallm.training.failure import one_voice
+from smallm.training.devices import broadcast_from_main, build_accelerator
+from smallm.training.failure import report_first_failure
 from smallm.training.finetune import Origin, base_vocabulary, origin_of
 from smallm.training.trainer import Trainer
 
@@ -38,7 +38,7 @@ def train(
     clock, planned_steps = Clock.after_imports(time.perf_counter() if started is None else started), 0
     trackers.check(config.train.trackers)
     accelerator = build_accelerator(config.train)
-    with one_voice(accelerator), _locked(accelerator, out):
+    with report_first_failure(accelerator), _locked(accelerator, out):
         place = _newest(accelerator, out) if resume else None
         origin = origin_of(accelerator, config, out) if config.train.init_from and place is None else None
         base = origin.vocabulary if origin else base_vocabulary(place)
@@ -47,7 +47,7 @@ def train(
         if config.train.minutes and place is None:
             config, corpus, planned_steps = plan_run(accelerator, config, corpus, explicit, clock, base)
         if origin:
-            config = origin.gentle(config, explicit)
+            config = origin.scale_learning_rates(config, explicit)
         try:
             if place is not None:
                 check_fits(place / "model.safetensors", config.model, corpus.vocabulary.size)
@@ -68,7 +68,7 @@ def train(
 def _with_end(accelerator: Accelerator, clock: Clock, config: Config, corpus: Corpus, origin: Origin | None) -> Clock:
     """With the time for what is measured after the last step; the same for all processes, as their steps must be."""
     end = clock.end_seconds + seconds_kept(corpus, 60 * config.train.minutes) + (origin.seconds if origin else 0)
-    return replace(clock, end_seconds=of_first(accelerator, end)[0])
+    return replace(clock, end_seconds=broadcast_from_main(accelerator, end)[0])
 
 
 def _newest(accelerator: Accelerator, run: Path) -> Path | None:
@@ -79,9 +79,9 @@ def _newest(accelerator: Accelerator, run: Path) -> Path | None:
         place = newest_checkpoint(run, damaged.setdefault)
         for folder, problem in damaged.items():
             print(f"warning: {folder} is damaged ({problem}); going on from an earlier one", file=sys.stderr)
-            put_aside(folder)
+            quarantine(folder)
         step = step if place is None else float(place.name.removeprefix("step-"))
-    (step,) = of_first(accelerator, step)
+    (step,) = broadcast_from_main(accelerator, step)
     return None if step < 0 else folder_of(run, int(step))
 
 

@@ -28,7 +28,7 @@ class Interrupt:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def anywhere(self, accelerator: Accelerator, step: int = 0) -> int:
+    def any_rank(self, accelerator: Accelerator, step: int = 0) -> int:
         """The signal that any process was sent, or 0. All must call this after each step and get one answer, or some
         would wait for the others for ever: on CPUs at any step, on several GPUs at every tenth.
         """

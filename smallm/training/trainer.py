@@ -21,13 +21,13 @@ from smallm.training.checkpoint import format as checkpoint
 from smallm.training.checkpoint import manager as shelf
 from smallm.training.checkpoint.format import Tensors, TrainingState
 from smallm.training.config import Config
-from smallm.training.data.batch_loader import Feed
+from smallm.training.data.batch_loader import BatchLoader
 from smallm.training.data.corpus import Corpus
 from smallm.training.data.dataset import CharDataset
-from smallm.training.devices import machine, of_first, prepare, warnings
+from smallm.training.devices import broadcast_from_main, machine, prepare, warnings
 from smallm.training.distributed import gathered
 from smallm.training.evaluate import a_sample, evaluate
-from smallm.training.finetune import name_of, what_became_of_the_old_text
+from smallm.training.finetune import measure_forgetting, name_of
 from smallm.training.logger import Report
 from smallm.training.meter import Meter
 from smallm.training.model.compilation import compiled, is_wanted
@@ -73,7 +73,7 @@ class Trainer:
         self.forward = self.prepared  # or its compiled form
         self.parameters = list(self.prepared.parameters())
         self.guard = StepGuard(accelerator, self.optimizer)
-        self.feed = Feed(dataset, c.batch_size, self.micro_batch_size, accelerator)
+        self.feed = BatchLoader(dataset, c.batch_size, self.micro_batch_size, accelerator)
         characters = corpus.train_characters + corpus.val_characters
         facts = {"text": corpus.name, "characters": characters, "parameters": self.model.parameter_count()}
         facts |= machine(accelerator)
@@ -108,7 +108,7 @@ class Trainer:
                 number = self._take_stock()
             if not number:
                 self._save()
-                old_text = what_became_of_the_old_text(self)
+                old_text = measure_forgetting(self)
         return self._break_off(number) if number else self._finish(old_text)
 
     def train_step(self, step: int) -> tuple[Tensor, Tensor]:
@@ -185,7 +185,7 @@ class Trainer:
     def _renew_pace(self) -> None:
         """A run by the clock goes by that of the first process."""
         if self.config.train.minutes:
-            clock = of_first(self.accelerator, self.meter.seconds, self.meter.paused_seconds)
+            clock = broadcast_from_main(self.accelerator, self.meter.seconds, self.meter.paused_seconds)
             self.pace.renew(self.state.step, *clock)
 
     def _clip(self) -> Tensor:
@@ -228,12 +228,12 @@ class Trainer:
             number = self._evaluate()
         if self._due(self.save_every) or self.state.best_step == self.state.step:
             self._save()
-        return number or self.interrupt.anywhere(self.accelerator, self.state.step)
+        return number or self.interrupt.any_rank(self.accelerator, self.state.step)
 
     def _evaluate(self) -> int:
         """Loss on the whole validation text, by all processes, and a sample. Returns the signal that broke it off."""
         with self.meter.paused():
-            asked = partial(self.interrupt.anywhere, self.accelerator)
+            asked = partial(self.interrupt.any_rank, self.accelerator)
             loss = evaluate(self.accelerator, self.model, self.corpus, self.config.model.block_size, asked)
             if loss is None:
                 return asked()
@@ -269,7 +269,7 @@ class Trainer:
                 s.seconds, s.planned_steps = self.meter.seconds, self.total_steps
                 s.scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
                 checkpoint.save_checkpoint(self.run, s, self.config, tensors, self.corpus.vocabulary)
-                shelf.rotate(self.run, s.best_step, self.config.train.keep_last)
+                shelf.prune(self.run, s.best_step, self.config.train.keep_last)
             self.accelerator.wait_for_everyone()
         self.saved = True
 

@@ -139,7 +139,7 @@ def test_json_is_one_object(infer, lm):
 
 
 def test_more_samples_than_fit_in_a_batch_come_in_order(infer, lm, monkeypatch):
-    monkeypatch.setattr("smallm.generation.batch.MOST_STREAMS", 2)
+    monkeypatch.setattr("smallm.generation.batch.MAX_STREAMS", 2)
     argv = ["--seed", "the ", "--max-length", 40, "--rng-seed", 4, "--num-samples", 5, "--stop", "o"]
     texts = [lm.generate("the ", 40, rng_seed=4, stop="o", stream_number=n) for n in range(5)]
     expected = ("\n" + "-" * 40 + "\n").join(texts) + "\n"

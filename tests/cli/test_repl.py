@@ -17,10 +17,10 @@ from smallm import LanguageModel, UserError
 from smallm.cli import main as cli
 from smallm.cli import terminal
 from smallm.cli.repl import OPTIONS, Console
-from smallm.cli.repl_state import KEPT, Story
+from smallm.cli.repl_state import KEPT, ReplState
 from smallm.generation.config import Options
-from smallm.generation.text_stream import Writer
-from smallm.inference.kv_cache import Decoder
+from smallm.generation.text_stream import TextStream
+from smallm.inference.kv_cache import KVCache
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,16 +31,16 @@ def lm(exported) -> LanguageModel:
 
 
 @pytest.fixture
-def story(lm) -> Story:
+def story(lm) -> ReplState:
     """Nothing typed yet; 20 characters at once, from rng_seed 5."""
-    return Story(lm, max_length=20, rng_seed=5)
+    return ReplState(lm, max_length=20, rng_seed=5)
 
 
 def interrupt(*_) -> None:
     raise KeyboardInterrupt
 
 
-def write(story: Story) -> str:
+def write(story: ReplState) -> str:
     return "".join(story.write())
 
 
@@ -49,7 +49,7 @@ def write(story: Story) -> str:
 
 @pytest.mark.parametrize("overflow", ["crop", "shift"])
 def test_going_on_gives_the_text_that_writing_at_once_gives(lm, overflow):
-    story = Story(lm, max_length=13, rng_seed=5, overflow=overflow, stop=["zzz"])
+    story = ReplState(lm, max_length=13, rng_seed=5, overflow=overflow, stop=["zzz"])
     story.type("Zoë ")
     for _ in range(6):  # past the context of 32
         assert len(write(story)) == 13
@@ -58,8 +58,8 @@ def test_going_on_gives_the_text_that_writing_at_once_gives(lm, overflow):
 
 def test_going_on_computes_nothing_again(story, monkeypatch):
     windows = []
-    feed = Decoder.feed
-    monkeypatch.setattr(Decoder, "feed", lambda self, ids: windows.append(len(ids)) or feed(self, ids))
+    feed = KVCache.feed
+    monkeypatch.setattr(KVCache, "feed", lambda self, ids: windows.append(len(ids)) or feed(self, ids))
     story.set("max_length", 4)
     story.type("the ")
     for _ in range(3):
@@ -110,7 +110,7 @@ def test_a_set_seed_begins_the_draws_anew(story, lm):
 
 
 def test_without_a_seed_each_is_another_and_can_be_had_again(lm):
-    story = Story(lm, max_length=40)
+    story = ReplState(lm, max_length=40)
     story.type("the ")
     texts = {}
     for _ in range(3):
@@ -136,7 +136,7 @@ def test_a_piece_that_is_broken_off_in_the_middle_of_a_step_leaves_nothing_half_
     pieces = story.write()
     begun = next(pieces) + next(pieces)
     with monkeypatch.context() as patch:
-        patch.setattr(Writer, "__next__", interrupt)
+        patch.setattr(TextStream, "__next__", interrupt)
         with pytest.raises(KeyboardInterrupt):
             next(pieces)
     assert story.text == "the " + begun
@@ -144,7 +144,7 @@ def test_a_piece_that_is_broken_off_in_the_middle_of_a_step_leaves_nothing_half_
 
     story.undo()
     with monkeypatch.context() as patch:
-        patch.setattr(Writer, "_prediction", interrupt)
+        patch.setattr(TextStream, "_prediction", interrupt)
         with pytest.raises(KeyboardInterrupt):
             write(story)
     assert story.text + write(story) == lm.generate("the " + begun, 20, rng_seed=5)
@@ -431,10 +431,10 @@ class Screen(io.StringIO):
 
 
 @pytest.fixture
-def wild(tmp_path_factory) -> Story:
+def wild(tmp_path_factory) -> ReplState:
     """A model of random weights, which writes bytes of any kind."""
     path = save_onnx(random_model(), tmp_path_factory.mktemp("toy") / "toy.onnx")
-    return Story(LanguageModel.load(path), max_length=300, rng_seed=2, temperature=2, top_k=0, top_p=1, min_p=0)
+    return ReplState(LanguageModel.load(path), max_length=300, rng_seed=2, temperature=2, top_k=0, top_p=1, min_p=0)
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ DAMAGE = {
     ],
     "no config": lambda run: (shutil.rmtree(run / "checkpoints"), (run / "config.toml").unlink()),
     "config that is no TOML": lambda run: (shutil.rmtree(run / "checkpoints"), (run / "config.toml").write_text("=")),
-    "another yardsticks": lambda run: (run / "yardsticks.json").write_text('[{"name": 7, "bits_per_char": "x"}, 3]'),
+    "another yardsticks": lambda run: (run / "baselines.json").write_text('[{"name": 7, "bits_per_char": "x"}, 3]'),
     "an export that is none": lambda run: (run / "export" / "smallm.json").write_text("["),
     "a precision that is none": lambda run: (run / "export" / "smallm.json").write_text('{"precision": 7}'),
     "a nasty text": lambda run: [edit_state(f, lambda v: v["facts"].update(text=NASTY * 50)) for f in checkpoints(run)],

@@ -57,7 +57,7 @@ def model():
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 def test_logits_agree_with_pytorch(config, tmp_path):
-    """Whole, in chunks and one by one; with caches that grow and, through `Decoder`, in a buffer that is shared."""
+    """Whole, in chunks and one by one; with caches that grow and, through `KVCache`, in a buffer that is shared."""
     model = random_model(**config)
     assert 0 < check_parity(model, save_portable(model, tmp_path / "p.onnx")) < 5e-5
 
@@ -95,7 +95,7 @@ def test_the_reference_evaluator(model, tmp_path, keep):
 
 
 def test_a_past_with_room_is_written_into(model, tmp_path):
-    """Texts of different lengths in one buffer, each mask with zeros at its end, as `Decoder` has them."""
+    """Texts of different lengths in one buffer, each mask with zeros at its end, as `KVCache` has them."""
     session = ort.InferenceSession(save_portable(model, tmp_path / "p.onnx"), providers=["CPUExecutionProvider"])
     ids, lengths = np.random.default_rng(4).integers(0, model.vocab_size, (2, 8)), np.array([3, 7])
     past, mask = empty_cache(model, 2, 16), np.zeros((2, 16), np.int64)

@@ -240,7 +240,7 @@ def test_a_broken_matrix_is_not_exported(run, monkeypatch, capsys):  # noqa: F81
 
 
 def test_the_beginning_of_a_long_validation_text(run, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(export_folder, "MOST_MEASURED", 500)
+    monkeypatch.setattr(export_folder, "MAX_MEASURED", 500)
     assert export_checkpoint(best_checkpoint(run), run / "export").measured[0].characters == 499
 
 

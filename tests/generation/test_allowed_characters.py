@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from toys import TOY_VOCABULARY
 
 from smallm.errors import UserError
-from smallm.generation.allowed_characters import Permitted
+from smallm.generation.allowed_characters import AllowedCharacters
 from smallm.tokenizer.vocabulary import Vocabulary
 
 CHARACTERS = st.text(alphabet="ab\n\x00éèñ€中\ufffd🎉🎊ß", max_size=8)
@@ -43,35 +43,35 @@ def spelled(text):
     ],
 )  # fmt: skip
 def test_by_hand(allowed, banned, pending, expected):
-    assert ids(Permitted(TOY_VOCABULARY, allowed, banned), pending) == expected
+    assert ids(AllowedCharacters(TOY_VOCABULARY, allowed, banned), pending) == expected
 
 
 @pytest.mark.parametrize("case", json.loads(make_golden.FILE.read_text(encoding="utf-8"))["permitted"], ids=str)
 def test_golden_permitted_ids(case):
-    permitted = Permitted(Vocabulary.from_hex_tokens(case["tokens"]), case["allowed"], case["banned"])
+    permitted = AllowedCharacters(Vocabulary.from_hex_tokens(case["tokens"]), case["allowed"], case["banned"])
     assert sorted(ids(permitted, bytes.fromhex(case["after"]))) == case["ids"]
 
 
 def test_bans_by_hand():
-    banned = Permitted(TOY_VOCABULARY, None, "aé")
+    banned = AllowedCharacters(TOY_VOCABULARY, None, "aé")
     everything = set(range(TOY_VOCABULARY.size))
     assert ids(banned) == everything - {97} - spelled("é")
     assert ids(banned, b"\xc3") == everything - {97, 0xA9} - spelled("é")
     # a beginning all of whose ends are banned is no way to go
     latin = "".join(map(chr, range(0xC0, 0x100)))  # all that begins with C3
-    assert 0xC3 not in ids(Permitted(TOY_VOCABULARY, None, latin))
-    assert 0xC3 in ids(Permitted(TOY_VOCABULARY, None, latin[1:]))
+    assert 0xC3 not in ids(AllowedCharacters(TOY_VOCABULARY, None, latin))
+    assert 0xC3 in ids(AllowedCharacters(TOY_VOCABULARY, None, latin[1:]))
     # bytes that are not UTF-8 come out as U+FFFD
     assert ids(banned) >= {0x80, 0xFF}
-    assert not ids(Permitted(TOY_VOCABULARY, None, "\ufffd")) & ({*range(0x80, 0xC2)} | {*range(0xF5, 0x100)})
-    assert ids(Permitted(TOY_VOCABULARY, None, "\ufffd"), b"\xc3") == set(range(0x80, 0xC0))
+    assert not ids(AllowedCharacters(TOY_VOCABULARY, None, "\ufffd")) & ({*range(0x80, 0xC2)} | {*range(0xF5, 0x100)})
+    assert ids(AllowedCharacters(TOY_VOCABULARY, None, "\ufffd"), b"\xc3") == set(range(0x80, 0xC0))
 
 
 @settings(max_examples=60)
 @given(st.none() | CHARACTERS, CHARACTERS, st.lists(st.integers(0, 10_000), min_size=1, max_size=12))
 def test_any_walk_gives_permitted_characters_and_goes_on(allowed, banned, choices):
     try:
-        permitted = Permitted(TOY_VOCABULARY, allowed, banned)
+        permitted = AllowedCharacters(TOY_VOCABULARY, allowed, banned)
     except UserError:
         assert allowed is not None
         assert not set(allowed) - set(banned)
@@ -88,7 +88,7 @@ def test_any_walk_gives_permitted_characters_and_goes_on(allowed, banned, choice
 
 @given(st.text(max_size=5), st.text(max_size=5))
 def test_every_permitted_text_can_be_written(text, banned):
-    permitted, decoder = Permitted(TOY_VOCABULARY, None, banned), TOY_VOCABULARY.decoder()
+    permitted, decoder = AllowedCharacters(TOY_VOCABULARY, None, banned), TOY_VOCABULARY.decoder()
     for character in text:
         if character in banned:
             continue
@@ -110,4 +110,4 @@ def test_every_permitted_text_can_be_written(text, banned):
 )
 def test_mistakes(allowed, banned, message):
     with pytest.raises(UserError, match=message):
-        Permitted(Vocabulary(), allowed, banned)
+        AllowedCharacters(Vocabulary(), allowed, banned)

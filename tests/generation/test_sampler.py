@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smallm.errors import UserError
-from smallm.generation.sampler import Rng, Sampling, log_probability, mix, penalise, pick, ranked, sample, weigh
+from smallm.generation.sampler import (
+    Rng,
+    Sampling,
+    apply_repetition_penalty,
+    log_probability,
+    mix,
+    pick,
+    ranked,
+    sample,
+    weigh,
+)
 
 LAST_U = 1 - 2.0**-24
 PROBABILITIES = np.array([0.1, 0.4, 0.3, 0.2])
@@ -214,7 +224,7 @@ def test_the_logits_stay_as_they_are():
     logits = np.array(LOGITS)
     for options in ({}, {"top_k": 2}, {"temperature": 0}, {"top_p": 0.5, "min_p": 0.1}):
         take(logits, 0.5, **PLAIN | options)
-        penalise(logits, [0, 1], 2.0)
+        apply_repetition_penalty(logits, [0, 1], 2.0)
         log_probability(logits, 1)
     assert (logits == LOGITS).all()
 
@@ -231,14 +241,14 @@ def test_the_logits_stay_as_they_are():
     ],
 )
 def test_repetition_penalty(ids, penalty, expected):
-    found = penalise(np.float32([2.0, -1.0, 0.0, -math.inf]), ids, penalty)
+    found = apply_repetition_penalty(np.float32([2.0, -1.0, 0.0, -math.inf]), ids, penalty)
     assert found.dtype == np.float32
     assert found.tolist() == expected
 
 
 def test_repetition_penalty_is_in_single_precision():
-    assert penalise(np.float32([3.0]), [0], 1.1)[0] == np.float32(3) / np.float32(1.1)
-    assert penalise(np.float32([-3e38]), [0], 100.0)[0] == -math.inf
+    assert apply_repetition_penalty(np.float32([3.0]), [0], 1.1)[0] == np.float32(3) / np.float32(1.1)
+    assert apply_repetition_penalty(np.float32([-3e38]), [0], 100.0)[0] == -math.inf
 
 
 def test_log_probability():
@@ -253,7 +263,8 @@ def test_golden_ids(case):
     rng, ids = Rng(7), []
     sampling = Sampling(case["temperature"], case["top_k"], case["top_p"], case["min_p"])
     for step in range(12):
-        logits = penalise(np.float32(make_golden.golden_logits(step % 3)), ids[-8:], case["repetition_penalty"])
+        logits = np.float32(make_golden.golden_logits(step % 3))
+        logits = apply_repetition_penalty(logits, ids[-8:], case["repetition_penalty"])
         ids.append(sample(logits, rng.uniform(), sampling))
     assert ids == case["ids"]
 

@@ -10,15 +10,15 @@ from toys import TOY_VOCABULARY, manifest_of, random_model
 
 from smallm.generation.config import resolve
 from smallm.generation.sampler import Rng
-from smallm.generation.sequence_state import Draft
+from smallm.generation.sequence_state import SequenceState
 
 MANIFEST = manifest_of(random_model())
 SIZE = TOY_VOCABULARY.size
 
 
-def draft(max_length=100, logprobs=False, **options) -> Draft:
+def draft(max_length=100, logprobs=False, **options) -> SequenceState:
     request = resolve(MANIFEST, max_length, temperature=0, rng_seed=1, **options)
-    made = Draft(TOY_VOCABULARY, [10], 16, request, request.rng())
+    made = SequenceState(TOY_VOCABULARY, [10], 16, request, request.rng())
     made.keeps_logprobs = logprobs
     return made
 

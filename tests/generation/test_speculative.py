@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from toys import TOY_VOCABULARY, random_model, save_onnx
 
 from smallm import LanguageModel, UserError
-from smallm.export.draft_table import LEAST_SEEN, distil, write_guesses
+from smallm.export.draft_table import MIN_SEEN, distil, write_draft_table
 from smallm.export.folder import export_checkpoint
 from smallm.generation.config import resolve
-from smallm.generation.draft_table import ALTERNATIVES, CONTEXT, GUESSES_FILE, NONE, ROW, STEP, Guesses, pack
+from smallm.generation.draft_table import ALTERNATIVES, CONTEXT, DRAFT_TABLE_FILE, NONE, ROW, STEP, DraftTable, pack
 from smallm.generation.sampler import Rng
-from smallm.generation.speculative import Lookahead, guesses_a_pass
-from smallm.inference.kv_cache import Decoder
+from smallm.generation.speculative import SpeculativeDecoder, drafts_per_pass
+from smallm.inference.kv_cache import KVCache
 from smallm.training.checkpoint.manager import best_checkpoint
 
 V = TOY_VOCABULARY.size
-GUESSED = guesses_a_pass("fp32", 0)
+GUESSED = drafts_per_pass("fp32", 0)
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +34,11 @@ def lm(path) -> LanguageModel:
     return LanguageModel.load(path)
 
 
-def guessing(lm: LanguageModel, table: Guesses) -> LanguageModel:
+def guessing(lm: LanguageModel, table: DraftTable) -> LanguageModel:
     return LanguageModel(lm._session, table)
 
 
-def rows(*entries: tuple[list[int], dict[int, int]]) -> Guesses:
+def rows(*entries: tuple[list[int], dict[int, int]]) -> DraftTable:
     """(context, {id: nats}) … -> a table."""
     table = np.zeros(len(entries), ROW)
     table["nats"] = NONE
@@ -46,7 +46,7 @@ def rows(*entries: tuple[list[int], dict[int, int]]) -> Guesses:
         row["context"] = pack(context)
         row["ids"][: len(likely)] = sorted(likely)
         row["nats"][: len(likely)] = [likely[id] for id in sorted(likely)]
-    return Guesses(np.sort(table, order="context"))
+    return DraftTable(np.sort(table, order="context"))
 
 
 # -- the table
@@ -84,7 +84,7 @@ def test_peeked_draws_are_the_next_ones():
 
 
 @st.composite
-def tables(draw) -> Guesses:
+def tables(draw) -> DraftTable:
     ids = st.integers(0, V - 1)
     likely = st.dictionaries(ids, st.integers(1, NONE - 1), max_size=ALTERNATIVES - 1)
     entries = draw(st.dictionaries(st.lists(ids, max_size=CONTEXT).map(tuple), st.tuples(likely, ids), max_size=20))
@@ -115,9 +115,9 @@ def test_no_table_changes_the_text(lm, table, seed, options):
 @pytest.fixture
 def passes(monkeypatch) -> list[int]:
     """Ids of each pass through the model."""
-    found, push, read = [], Decoder.push, Decoder.read
-    monkeypatch.setattr(Decoder, "push", lambda self, id: (found.append(1), push(self, id))[1])
-    monkeypatch.setattr(Decoder, "read", lambda self, ids: (found.append(len(ids)), read(self, ids))[1])
+    found, push, read = [], KVCache.push, KVCache.read
+    monkeypatch.setattr(KVCache, "push", lambda self, id: (found.append(1), push(self, id))[1])
+    monkeypatch.setattr(KVCache, "read", lambda self, ids: (found.append(len(ids)), read(self, ids))[1])
     return found
 
 
@@ -153,11 +153,11 @@ def test_a_table_of_no_use_is_put_aside(lm, passes):
 
 
 def test_where_another_id_is_dear_fewer_are_guessed(lm, passes):
-    assert [guesses_a_pass(p, 10**7) for p in ("fp32", "int8", "int4")] == [5, 3, 0]
-    assert {guesses_a_pass(p, 10**5) for p in ("fp32", "int8", "int4")} == {5}
+    assert [drafts_per_pass(p, 10**7) for p in ("fp32", "int8", "int4")] == [5, 3, 0]
+    assert {drafts_per_pass(p, 10**5) for p in ("fp32", "int8", "int4")} == {5}
     draft = lm._draft("x", resolve(lm.metadata, 9, temperature=0), 0, False)
     for table, count in ((rows(([], {97: 0})), 0), (None, 3), (rows(([], {97: 0})), 3)):
-        Lookahead(lm._session.decoder(), table, count, 0.0).push(draft)
+        SpeculativeDecoder(lm._session.decoder(), table, count, 0.0).push(draft)
     assert passes == [1, 1, 4]
 
 
@@ -199,7 +199,7 @@ def test_distilled_averages(lm):
             chances[t][np.argsort(chances[t])[:-ALTERNATIVES]] = 0
             for length in range(CONTEXT + 1):
                 seen.setdefault(pack(row[t + 1 - length : t + 1].tolist()), []).append(chances[t])
-    assert found.keys() == {context for context, each in seen.items() if len(each) >= LEAST_SEEN}
+    assert found.keys() == {context for context, each in seen.items() if len(each) >= MIN_SEEN}
     for context, row in found.items():
         mean = np.mean(seen[context], axis=0)
         best = np.sort(np.argsort(-mean, kind="stable")[:ALTERNATIVES])
@@ -220,7 +220,7 @@ def test_an_exported_model_guesses(tiny_run, tmp_path, passes):
     text = model.generate("an old owl", **options)
     assert text == plain
     assert len(passes) < 0.7 * alone
-    assert (tmp_path / "export" / GUESSES_FILE).stat().st_size < 400_000
+    assert (tmp_path / "export" / DRAFT_TABLE_FILE).stat().st_size < 400_000
     passes.clear()
     assert model.generate_many(["an old owl"], **options) == [plain]  # as infer.py does
     assert len(passes) < 0.7 * alone
@@ -228,8 +228,8 @@ def test_an_exported_model_guesses(tiny_run, tmp_path, passes):
 
 def test_no_table_where_there_is_nothing_to_go_by(tmp_path):
     path = save_onnx(random_model(block_size=2), tmp_path / "model.onnx")
-    write_guesses(path, "some text")
-    assert not (tmp_path / GUESSES_FILE).exists()
+    write_draft_table(path, "some text")
+    assert not (tmp_path / DRAFT_TABLE_FILE).exists()
     assert len(LanguageModel.load(path).generate("a", 9)) == 10
 
 
@@ -239,8 +239,8 @@ def test_no_table_where_there_is_nothing_to_go_by(tmp_path):
 @pytest.mark.parametrize("damage", ["empty", "no npy", "cut", "another type", "two dimensions", "pickle", "header"])
 def test_a_damaged_table(tmp_path, damage):
     path = save_onnx(random_model(), tmp_path / "model.onnx")
-    write_guesses(path, "")
-    file = tmp_path / GUESSES_FILE
+    write_draft_table(path, "")
+    file = tmp_path / DRAFT_TABLE_FILE
     table, whole = np.load(file), file.read_bytes()
     if damage in ("another type", "two dimensions", "pickle"):
         other = {"another type": table["nats"], "two dimensions": table[None], "pickle": np.array([{}])}[damage]
@@ -255,9 +255,9 @@ def test_a_damaged_table(tmp_path, damage):
 @pytest.mark.parametrize("field", ["ids", "nats"])
 def test_the_table_of_another_model(tmp_path, field):
     path = save_onnx(random_model(), tmp_path / "model.onnx")
-    write_guesses(path, "")
-    table = np.load(tmp_path / GUESSES_FILE)
+    write_draft_table(path, "")
+    table = np.load(tmp_path / DRAFT_TABLE_FILE)
     table[field][3] = {"ids": V, "nats": 1}[field]
-    np.save(tmp_path / GUESSES_FILE, table)
+    np.save(tmp_path / DRAFT_TABLE_FILE, table)
     with pytest.raises(UserError, match=r"guesses.npy belongs to another model; export the model again"):
         LanguageModel.load(path)

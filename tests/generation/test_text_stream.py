@@ -7,10 +7,10 @@ import pytest
 from toys import TOY_VOCABULARY, random_model, save_onnx, torch_text
 
 from smallm import LanguageModel, UserError
-from smallm.export.draft_table import write_guesses
+from smallm.export.draft_table import write_draft_table
 from smallm.generation import batch
 from smallm.generation.sampler import Rng, Sampling
-from smallm.inference.kv_cache import Decoder
+from smallm.inference.kv_cache import KVCache
 
 SEEDS = ["a", "", "é€" * 9, "the owl", "中🎉", "b" * 40]
 
@@ -24,7 +24,7 @@ def guessing(request) -> bool:
 def load(path, guessing: bool) -> LanguageModel:
     """The model, and beside it a table from its own text."""
     if guessing:
-        write_guesses(path, "")
+        write_draft_table(path, "")
     return LanguageModel.load(path)
 
 
@@ -76,8 +76,8 @@ def test_branches(models, overflow, taken):
 
 
 def test_branches_read_the_prompt_once(lm, monkeypatch):
-    fed, feed = [], Decoder.feed
-    monkeypatch.setattr(Decoder, "feed", lambda self, ids, stream=0: (fed.append(len(ids)), feed(self, ids, stream))[1])
+    fed, feed = [], KVCache.feed
+    monkeypatch.setattr(KVCache, "feed", lambda self, ids, stream=0: (fed.append(len(ids)), feed(self, ids, stream))[1])
     prompt = lm.stream("a prompt", 5)
     texts = ["".join(prompt.branch(rng_seed)) for rng_seed in range(4)]
     assert fed.count(len("a prompt")) == 1
@@ -132,7 +132,7 @@ def test_a_penalty_of_one_and_nothing_banned_change_nothing(lm):
 @pytest.mark.parametrize("most", [1, 2, 4, 64])
 def test_many_texts_are_those_of_one_by_one(models, monkeypatch, overflow, most):
     lm = models[overflow]
-    monkeypatch.setattr(batch, "MOST_STREAMS", most)
+    monkeypatch.setattr(batch, "MAX_STREAMS", most)
     options = {"rng_seed": 5, "overflow": overflow, "stop": ["e", "zz", "\x07"], "max_length": 50}
     expected = [lm.generate(seed, stream_number=n, **options) for n, seed in enumerate(SEEDS)]
     assert lm.generate_many(SEEDS, **options) == expected
@@ -168,8 +168,8 @@ def test_a_single_one_of_many_ends_once(lm, options):
 
 
 def test_texts_of_one_seed_read_it_once(lm, monkeypatch):
-    fed, feed = [], Decoder.feed
-    monkeypatch.setattr(Decoder, "feed", lambda self, ids, stream=0: (fed.append(len(ids)), feed(self, ids, stream))[1])
+    fed, feed = [], KVCache.feed
+    monkeypatch.setattr(KVCache, "feed", lambda self, ids, stream=0: (fed.append(len(ids)), feed(self, ids, stream))[1])
     seeds = ["a seed", "another", "a seed", "a seed"]
     texts = lm.generate_many(seeds, 8, rng_seed=1)
     assert fed == [6, 7]
@@ -177,8 +177,8 @@ def test_texts_of_one_seed_read_it_once(lm, monkeypatch):
 
 
 def test_what_is_done_is_not_computed_any_more(lm, monkeypatch):
-    widths, step = [], Decoder.step
-    monkeypatch.setattr(Decoder, "step", lambda self, ids: (widths.append(len(ids)), step(self, ids))[1])
+    widths, step = [], KVCache.step
+    monkeypatch.setattr(KVCache, "step", lambda self, ids: (widths.append(len(ids)), step(self, ids))[1])
     texts = lm.generate_many(["a"] * 16, 14, stop=[chr(c) for c in range(0, 128, 5)], rng_seed=5)
     drawn = sum(min(len(text), 14) for text in texts)  # the characters of each, and the stop
     assert len({len(text) for text in texts}) > 4
@@ -187,9 +187,9 @@ def test_what_is_done_is_not_computed_any_more(lm, monkeypatch):
 
 
 def test_more_texts_than_streams_take_turns(lm, monkeypatch):
-    monkeypatch.setattr(batch, "MOST_STREAMS", 3)
-    widths, step = [], Decoder.step
-    monkeypatch.setattr(Decoder, "step", lambda self, ids: (widths.append(len(ids)), step(self, ids))[1])
+    monkeypatch.setattr(batch, "MAX_STREAMS", 3)
+    widths, step = [], KVCache.step
+    monkeypatch.setattr(KVCache, "step", lambda self, ids: (widths.append(len(ids)), step(self, ids))[1])
     seeds = [chr(97 + n) for n in range(10)]
     assert lm.generate_many(seeds, 9, rng_seed=1) == [
         lm.generate(seed, 9, rng_seed=1, stream_number=n) for n, seed in enumerate(seeds)
@@ -198,10 +198,10 @@ def test_more_texts_than_streams_take_turns(lm, monkeypatch):
 
 
 def test_memory_of_a_batch_is_bounded(lm, monkeypatch):
-    assert batch.streams(lm.metadata) == batch.MOST_STREAMS
-    monkeypatch.setattr(batch, "MOST_CACHE", 3 * 8 * 2 * 2 * 16 * 16)
+    assert batch.streams(lm.metadata) == batch.MAX_STREAMS
+    monkeypatch.setattr(batch, "MAX_CACHE", 3 * 8 * 2 * 2 * 16 * 16)
     assert batch.streams(lm.metadata) == 3
-    monkeypatch.setattr(batch, "MOST_CACHE", 1)
+    monkeypatch.setattr(batch, "MAX_CACHE", 1)
     assert batch.streams(lm.metadata) == 1
 
 

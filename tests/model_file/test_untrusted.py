@@ -24,7 +24,7 @@ from toys import random_model, save_onnx
 
 from smallm import LanguageModel, UserError
 from smallm.cli import main as cli
-from smallm.generation.stop_strings import Stops
+from smallm.generation.stop_strings import StopStrings
 from smallm.model_file.onnx_reader import MODEL, OPERATORS, fields, packed, read_message, read_onnx
 from smallm.runs.state_file import read_json
 from smallm.training.checkpoint.qwen3 import to_qwen3
@@ -339,7 +339,7 @@ def test_seeds_and_stops_of_ten_million_characters(toy):
 
 def test_a_stop_that_almost_comes_is_found_in_linear_time():
     begun = time.perf_counter()
-    stops = Stops(["a" * 10_000 + "b"])
+    stops = StopStrings(["a" * 10_000 + "b"])
     lengths = [stops.push(character) for character in "a" * 15_000 + "b"]
     assert lengths[14_999] == (0, 10_000)
     assert lengths[15_000] == (10_001, 10_001)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from smallm import LanguageModel, UserError
 from smallm.surprisal import spans as places
 from smallm.surprisal.measure import EXPECTED, NONE, NOTABLE, Measured, id_name, measure
-from smallm.surprisal.spans import CONTEXT, LONGEST_WORD, MOST_TEXT, PlaceFinder, _stretches, find_places
+from smallm.surprisal.spans import CONTEXT, LONGEST_WORD, MAX_TEXT, SpanFinder, _stretches, find_spans
 from smallm.tokenizer.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.from_characters("é€")
@@ -175,7 +175,7 @@ def of(nats_of, text):
 def test_a_word_by_hand():
     text = "one two three.\nfour, fixve six\nseven " * 3
     at = text.index("fixve") + 2
-    passages, (word,) = find_places([of({at: 9.0}, text)], VOCABULARY)
+    passages, (word,) = find_spans([of({at: 9.0}, text)], VOCABULARY)
     assert passages == []
     assert (word.text, word.line, word.column, word.offset, word.characters) == ("fixve", 2, 7, at - 2, 5)
     assert (word.before, word.after) == (text[: at - 2], text[at + 3 : at + 3 + CONTEXT])
@@ -190,14 +190,14 @@ def test_a_word_by_hand():
 def test_a_word_stands_once_at_its_most_surprising_place():
     text = "a (Gonzalo) b, c Gonzalo: d and e " * 4
     first, second = text.index("zalo"), text.index("zalo", 20)
-    _, words = find_places([of({first: 8.0, second: 9.0, 100: 7.0}, text)], VOCABULARY)
+    _, words = find_spans([of({first: 8.0, second: 9.0, 100: 7.0}, text)], VOCABULARY)
     assert [word.peak.offset for word in words] == [second, 100]
 
 
 def test_a_passage_by_hand():
     text = "usual words in a row, " * 20 + "\nHIC IBAT SIMOIS; HIC EST SIGEIA TELLUS\n" + "usual words in a row, " * 20
     start, end = text.index("HIC"), text.index("TELLUS") + 6
-    (passage,), words = find_places([of({i: 3.0 + 2 * (i == start + 5) for i in range(start, end)}, text)], VOCABULARY)
+    (passage,), words = find_spans([of({i: 3.0 + 2 * (i == start + 5) for i in range(start, end)}, text)], VOCABULARY)
     assert words == []
     assert (passage.offset, passage.end, passage.line, passage.column) == (start, end, 2, 1)
     assert passage.text == text[start:end]
@@ -209,7 +209,7 @@ def test_no_two_places_share_a_word():
     text = "usual words in a row, " * 200
     start = text.index("usual", 1000)
     high = [*range(start + 2, start + 40), *range(start + 200, start + 240), start + 246]
-    passages, words = find_places([of(dict.fromkeys(high, 6.0) | {start: 9.0}, text)], VOCABULARY)
+    passages, words = find_spans([of(dict.fromkeys(high, 6.0) | {start: 9.0}, text)], VOCABULARY)
     bounds = sorted((place.offset, place.end) for place in [*passages, *words])
     assert len(passages) == 2
     assert all(end <= first for (_, end), (first, _) in pairwise(bounds))
@@ -218,9 +218,9 @@ def test_no_two_places_share_a_word():
 def test_long_passages_are_cut_where_they_are_kept():
     text = "usual words in a row, " * 200 + "中" * 1000
     start = text.index("中")
-    (passage,), _ = find_places([of(dict.fromkeys(range(start, len(text)), 5.0), text)], VOCABULARY)
+    (passage,), _ = find_spans([of(dict.fromkeys(range(start, len(text)), 5.0), text)], VOCABULARY)
     assert passage.characters == 1000
-    assert passage.text == "中" * MOST_TEXT
+    assert passage.text == "中" * MAX_TEXT
     assert passage.after == ""
 
 
@@ -232,8 +232,8 @@ def test_pieces_of_any_size_give_the_same_places(cuts, chapter):
     edges = [0, *sorted(cut % 1201 for cut in cuts), 1200]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(places, "CHAPTER", chapter)
-        whole = find_places([measured], VOCABULARY, most=7)
-        assert find_places([measured[a:b] for a, b in pairwise(edges)], VOCABULARY, most=7) == whole
+        whole = find_spans([measured], VOCABULARY, most=7)
+        assert find_spans([measured[a:b] for a, b in pairwise(edges)], VOCABULARY, most=7) == whole
     found = sorted((place.offset, place.end) for place in [*whole[0], *whole[1]])
     assert len(set(found)) == len(found)
     lines = text.split("\n")
@@ -250,7 +250,7 @@ def test_memory_does_not_grow_with_the_text(monkeypatch):
     monkeypatch.setattr(places, "CHAPTER", 1 << 10)
     model, piece, peaks = Bigram(block_size=64), "usual words in a row é\n" * 20, []
     for n in (10, 60):
-        finder = PlaceFinder(VOCABULARY)
+        finder = SpanFinder(VOCABULARY)
         tracemalloc.start()
         for part in measure(model, (piece for _ in range(n))):
             finder.add(part)
@@ -263,7 +263,7 @@ def test_memory_does_not_grow_with_the_text(monkeypatch):
 
 def test_the_mean_is_that_of_the_text_so_far(monkeypatch):
     text = "usual words in a row, " * 100
-    finder = PlaceFinder(VOCABULARY)
+    finder = SpanFinder(VOCABULARY)
     finder.add(of({}, text))
     finder.finish()
     assert (finder.nats, finder.characters) == (len(text) - 1, len(text))
@@ -280,7 +280,7 @@ def planted(owls, what, line):
 
 def test_a_foreign_paragraph_is_the_most_surprising_place(lm, owls):
     text = planted(owls, FOREIGN + "\n", 71)
-    passages, _ = find_places(measure(lm, [text]), lm.vocabulary)
+    passages, _ = find_spans(measure(lm, [text]), lm.vocabulary)
     start = text.index(FOREIGN)
     assert start <= passages[0].offset < start + LONGEST_WORD
     assert abs(passages[0].end - start - len(FOREIGN)) < LONGEST_WORD
@@ -296,7 +296,7 @@ def test_a_foreign_paragraph_is_the_most_surprising_place(lm, owls):
 def test_a_typo_is_the_most_surprising_word(lm, owls, right, wrong, at):
     offset = owls.index(right, len(owls) // 2)
     text = owls[:offset] + wrong + owls[offset + len(right) :]
-    passages, words = find_places(measure(lm, [text]), lm.vocabulary)
+    passages, words = find_spans(measure(lm, [text]), lm.vocabulary)
     line = text[: offset + at].count("\n") + 1
     column = offset + at - text.rindex("\n", 0, offset + at)
     assert passages == []

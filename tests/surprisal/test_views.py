@@ -19,7 +19,7 @@ import pytest
 from smallm import LanguageModel
 from smallm.cli import main as cli
 from smallm.html.escape import HIDDEN, LEVELS, level, percent, runs, visible
-from smallm.html.page import page as html
+from smallm.html import page as html
 from smallm.surprisal import terminal_view as surprise_text
 from smallm.surprisal.measure import EXPECTED, Measured, id_name, measure
 from smallm.surprisal.terminal_view import painted, takes_colours

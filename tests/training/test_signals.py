@@ -60,7 +60,7 @@ def test_several_processes_agree(device, asked, answers):
     obeyed = []
     with Interrupt() as interrupt:
         for step in range(1, 22):
-            if number := interrupt.anywhere(accelerator, step):
+            if number := interrupt.any_rank(accelerator, step):
                 assert number == signal.SIGTERM
                 obeyed.append(step)
     assert steps == list(asked)
@@ -70,6 +70,6 @@ def test_several_processes_agree(device, asked, answers):
 def test_one_process_asks_nobody():
     with Interrupt() as interrupt:
         alone = SimpleNamespace(num_processes=1)
-        assert not interrupt.anywhere(alone, 1)
+        assert not interrupt.any_rank(alone, 1)
         signal.raise_signal(signal.SIGINT)
-        assert interrupt.anywhere(alone, 1) == signal.SIGINT
+        assert interrupt.any_rank(alone, 1) == signal.SIGINT

@@ -23,19 +23,19 @@ from smallm.training.checks import check_types
 from smallm.training.data.corpus import Corpus
 
 VERSION = 1  # of what is kept
-FILE = "yardsticks.json"
-MOST_TAIL = 1 << 20  # ids of the tail that are measured on
-MOST_NGRAM = 1 << 22  # ids of the training part that the n-gram model learns from
+FILE = "baselines.json"
+MAX_TAIL = 1 << 20  # ids of the tail that are measured on
+MAX_NGRAM = 1 << 22  # ids of the training part that the n-gram model learns from
 DEFLATE_WINDOW = 1 << 15
 BZIP2_BLOCK = 900_000
 XZ_WINDOW = 1 << 22  # bytes of the training part; the dictionary holds these and the tail
-MOST_SHARE = 0.04  # of the time of a run that has only so much
+MAX_SHARE = 0.04  # of the time of a run that has only so much
 ALIKE = 0.005  # difference of two bits per character that says nothing, as a share
 SECONDS_AT_LEAST, SECONDS_PER_ID = 0.5, 3e-6  # about what all of it takes, on a slow core
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class Baseline:
     """Something that can predict text, and how well it does."""
 
     name: str
@@ -44,14 +44,14 @@ class Yardstick:
     """What it learnt from and was measured on."""
 
 
-def yardsticks(corpus: Corpus) -> list[Yardstick]:
+def baselines(corpus: Corpus) -> list[Baseline]:
     """gzip, bz2, xz and the best n-gram model on the validation text; known figures come from the cache."""
     file = corpus.val_file.with_name(FILE)
     values = remembered(file, VERSION, lambda: {"yardsticks": [asdict(one) for one in _measure(corpus)]})
     return _of(values)
 
 
-def known_yardsticks(corpus: Corpus) -> list[Yardstick] | None:
+def known_baselines(corpus: Corpus) -> list[Baseline] | None:
     """Those that were measured before."""
     values = recalled(corpus.val_file.with_name(FILE), VERSION)
     return None if values is None else _of(values)
@@ -59,23 +59,23 @@ def known_yardsticks(corpus: Corpus) -> list[Yardstick] | None:
 
 def seconds_needed(corpus: Corpus) -> float:
     """About how long measuring takes."""
-    return SECONDS_AT_LEAST + SECONDS_PER_ID * (min(len(corpus.train_ids), MOST_NGRAM) + _tail_ids(corpus))
+    return SECONDS_AT_LEAST + SECONDS_PER_ID * (min(len(corpus.train_ids), MAX_NGRAM) + _tail_ids(corpus))
 
 
 def seconds_kept(corpus: Corpus, seconds: float) -> float:
     """What to keep for measuring of a run that has so many seconds: nothing if that is done, or would be too much."""
     needed = seconds_needed(corpus)
-    return 0.0 if needed > MOST_SHARE * seconds or known_yardsticks(corpus) else needed
+    return 0.0 if needed > MAX_SHARE * seconds or known_baselines(corpus) else needed
 
 
-def in_words(measured: list[Yardstick], bits_per_char: float) -> str:
+def in_words(measured: list[Baseline], bits_per_char: float) -> str:
     """One line that sets a model's bits per character beside the yardsticks."""
     best = min(measured, key=lambda one: one.bits_per_char)
     others = ", ".join(f"{one.name} {one.bits_per_char:.3f}" for one in measured)
     return f"bits per character: the model {bits_per_char:.3f}; {others}: {verdict(best, bits_per_char)}"
 
 
-def verdict(best: Yardstick, bits_per_char: float) -> str:
+def verdict(best: Baseline, bits_per_char: float) -> str:
     """What a model is worth beside the best of the yardsticks."""
     saved = 1 - bits_per_char / best.bits_per_char if best.bits_per_char > 0 else -math.inf
     if saved >= ALIKE:
@@ -85,18 +85,18 @@ def verdict(best: Yardstick, bits_per_char: float) -> str:
     return f"it needs more than {best.name}; train longer, or a larger model"
 
 
-def write_yardsticks(run: Path, measured: list[Yardstick], bits_per_char: float, characters: int) -> None:
-    """`yardsticks.json` in a run folder: the model's best figure, over so many characters, and the yardsticks'."""
+def write_baselines(run: Path, measured: list[Baseline], bits_per_char: float, characters: int) -> None:
+    """`baselines.json` in a run folder: the model's best figure, over so many characters, and the yardsticks'."""
     how = f"the best checkpoint, on the whole validation text, {characters:,} characters"
-    model = Yardstick("model", bits_per_char, how)
+    model = Baseline("model", bits_per_char, how)
     text = json.dumps([asdict(one) for one in (model, *measured)], indent=1)
     (run / FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def read_yardsticks(run: Path) -> list[Yardstick]:
-    """What `write_yardsticks` left in a run folder; nothing of a file that is missing or broken."""
+def read_baselines(run: Path) -> list[Baseline]:
+    """What `write_baselines` left in a run folder; nothing of a file that is missing or broken."""
     try:
-        found = [Yardstick(**one) for one in json.loads((run / FILE).read_text(encoding="utf-8"))]
+        found = [Baseline(**one) for one in json.loads((run / FILE).read_text(encoding="utf-8"))]
         for one in found:
             check_types(one)
         return found
@@ -104,32 +104,32 @@ def read_yardsticks(run: Path) -> list[Yardstick]:
         return []
 
 
-def _of(values: dict) -> list[Yardstick]:
-    return [Yardstick(**one) for one in values["yardsticks"]]
+def _of(values: dict) -> list[Baseline]:
+    return [Baseline(**one) for one in values["yardsticks"]]
 
 
-def _measure(corpus: Corpus) -> list[Yardstick]:
+def _measure(corpus: Corpus) -> list[Baseline]:
     stop = _tail_ids(corpus)
     characters = len(Characters(corpus.val_ids, corpus.vocabulary).between(0, stop))
     tail = corpus.vocabulary.decode(corpus.val_ids[:stop]).encode()
-    learnt = np.asarray(corpus.train_ids[max(0, len(corpus.train_ids) - MOST_NGRAM) :])
+    learnt = np.asarray(corpus.train_ids[max(0, len(corpus.train_ids) - MAX_NGRAM) :])
     before = corpus.vocabulary.decode_bytes(learnt)
     first = "" if stop == len(corpus.val_ids) else f"the first {characters:,} characters of "
     on = f"{first}the validation text"
     with ThreadPoolExecutor() as pool:  # the compressors let go of Python's lock
         sizes = [(name, pool.submit(size, before, tail), how) for name, size, how in COMPRESSORS]
         order, bits = best_ngram(learnt, np.asarray(corpus.val_ids[1:stop]), corpus.vocabulary.size)
-        results = [Yardstick(name, 8 * size.result() / characters, f"{how}; on {on}") for name, size, how in sizes]
+        results = [Baseline(name, 8 * size.result() / characters, f"{how}; on {on}") for name, size, how in sizes]
     part = "the training part" if len(learnt) == len(corpus.train_ids) else f"its last {len(learnt):,} ids"
     how = (
         f"interpolated modified Kneser-Ney of order {order}, chosen on the end of the training part, "
         f"learnt from {part}; on {on}"
     )
-    return [*results, Yardstick(f"{order}-gram", bits / max(1, characters - 1), how)]
+    return [*results, Baseline(f"{order}-gram", bits / max(1, characters - 1), how)]
 
 
 def _tail_ids(corpus: Corpus) -> int:
-    return min(len(corpus.val_ids), MOST_TAIL)
+    return min(len(corpus.val_ids), MAX_TAIL)
 
 
 def _gzip(before: bytes, tail: bytes) -> int:

@@ -14,7 +14,7 @@ from smallm.training.data.corpus import Corpus
 
 WIDTHS = 20, 50, 100  # characters of the windows whose share is counted
 LONGEST = 1 << 14  # characters of a run, beyond which it is not followed
-LEAST_VALIDATION, PASSAGES = 10_000, 8  # characters of the validation text to compare with, and pieces of it
+MIN_VALIDATION, PASSAGES = 10_000, 8  # characters of the validation text to compare with, and pieces of it
 REMARKABLE = 3  # times the validation text's longest run, from which on a copied run is worth a line ...
 REMARKABLE_CHARACTERS = 50  # ... if it is as long as that
 ENOUGH = 1_000  # characters of which a share says something; in fewer one turn of phrase is a tenth
@@ -72,7 +72,7 @@ def copies(generated: str | Sequence[str], training: str | Corpus, validation: s
     """Looks for all that is written in `generated`, one text or several, in the training text.
 
     training: a text, or a corpus whose validation text is taken if none is given. Of the validation text there are
-    compared as many ids as characters were generated, or LEAST_VALIDATION if that is more, in PASSAGES evenly spread.
+    compared as many ids as characters were generated, or MIN_VALIDATION if that is more, in PASSAGES evenly spread.
     """
     if isinstance(training, str):
         source, tail = Characters.of(training), Characters.of(validation or "")
@@ -81,7 +81,7 @@ def copies(generated: str | Sequence[str], training: str | Corpus, validation: s
         tail = Characters(training.val_ids, training.vocabulary) if validation is None else Characters.of(validation)
     written = [Characters.of(text) for text in ([generated] if isinstance(generated, str) else generated)]
     ours = Search([text.between(0, len(text)) for text in written])
-    most = max(LEAST_VALIDATION, ours.characters)
+    most = max(MIN_VALIDATION, ours.characters)
     theirs = Search([tail.between(*part) for part in spread(len(tail), most, max(1, most // PASSAGES))])
     for codes, _ in source.pieces(keep=max(ours.reach, theirs.reach)):
         sums = Sums(codes)

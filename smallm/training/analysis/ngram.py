@@ -15,7 +15,7 @@ import numpy as np
 
 HIGHEST_ORDER = 8  # ids of an n-gram: up to seven before the one that is predicted
 KEY_BITS = 64
-HELD_OUT, MOST_HELD_OUT = 0.05, 50_000  # of the training ids, at their end, on which the order is chosen
+HELD_OUT, MAX_HELD_OUT = 0.05, 50_000  # of the training ids, at their end, on which the order is chosen
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ def best_ngram(train: np.ndarray, val: np.ndarray, vocabulary_size: int) -> tupl
 
     train, val: ids (N,), val follows train; the model of that order is then learnt from all of `train`.
     """
-    cut = len(train) - max(1, min(MOST_HELD_OUT, int(len(train) * HELD_OUT)))
+    cut = len(train) - max(1, min(MAX_HELD_OUT, int(len(train) * HELD_OUT)))
     trials = list(NGram(train[:cut], vocabulary_size).bits(train[:cut], train[cut:]))
     order = 1 + int(np.argmin(trials))
     *_, bits = NGram(train, vocabulary_size, order).bits(train, val)

@@ -1,6 +1,6 @@
 """The text doctor: reads a text's ids once, and finds what a reader of the loss and of the samples should know.
 
-It looks at no more than MOST of the characters to train on and MOST_TAIL of those to validate on, evenly spread; what
+It looks at no more than MOST of the characters to train on and MAX_TAIL of those to validate on, evenly spread; what
 was found is kept beside the ids. `advice` says in words what it means.
 """
 
@@ -20,8 +20,8 @@ from smallm.training.data.tidy import joins
 
 VERSION = 1  # of what is kept; to be raised when a finding changes its meaning
 MOST = 1 << 27  # characters of the training part that are looked at
-MOST_TAIL = 1 << 24  # and of the tail
-MOST_FORM = 1 << 22  # of each, whose Unicode form is looked at: that is slow
+MAX_TAIL = 1 << 24  # and of the tail
+MAX_FORM = 1 << 22  # of each, whose Unicode form is looked at: that is slow
 LEAK_WIDTH = 64  # characters that must stand together elsewhere
 LEAK_CHARACTERS, LEAK_PIECE = 1 << 19, 1 << 10  # of the tail that are looked for, and how many lie together
 REPEAT_SAMPLE = 1 << 20  # windows of the training part among which repeats are counted, at most
@@ -94,8 +94,8 @@ def _examine(corpus: Corpus) -> Checkup:
         leak.windows.look(sums)
         repeats.look(sums)
         learnt.look(codes[carried:])
-    kept = Reading(min(len(tail), MOST_TAIL), after=learnt)
-    for codes, _ in tail.pieces(MOST_TAIL):
+    kept = Reading(min(len(tail), MAX_TAIL), after=learnt)
+    for codes, _ in tail.pieces(MAX_TAIL):
         kept.look(codes)
     counts = learnt.counts + kept.counts
     unseen = np.where(learnt.counts == 0, kept.counts, 0)
@@ -138,7 +138,7 @@ class Reading:
         self._number = after._number if after else 0  # of lines that are over
         self._line = after._line if after else 0  # characters of the line that is not over
         self._last = after._last if after else 0  # the character before
-        self._every = -(-length // MOST_FORM)  # of so many pieces the form of one is looked at
+        self._every = -(-length // MAX_FORM)  # of so many pieces the form of one is looked at
         self._pieces = 0
 
     def look(self, codes: np.ndarray) -> None:

@@ -13,7 +13,7 @@ BASE = 0x9E3779B97F4A7C15
 _INVERSE = pow(BASE, -1, 1 << 64)
 SEPARATOR = np.uint32(0xFFFFFFFF)  # no code point
 RENEWED = 0.02  # of the windows must be found before the table is made anew without them
-MOST_BITS = 25  # of the table's index; 32 MB
+MAX_BITS = 25  # of the table's index; 32 MB
 
 
 class Sums:
@@ -59,7 +59,7 @@ class Windows:
         self._hashes, first, self._which = np.unique(hashes, return_index=True, return_inverse=True)
         self._examples = self._starts[first]
         self._found = np.zeros(len(self._hashes), bool)
-        bits = min(MOST_BITS, max(10, (32 * len(hashes)).bit_length()))
+        bits = min(MAX_BITS, max(10, (32 * len(hashes)).bit_length()))
         self._shift = np.uint64(64 - bits)
         self._table = np.zeros(1 << bits, bool)  # says "perhaps", quickly
         self._table[self._row(self._hashes)] = True

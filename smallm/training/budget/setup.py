@@ -16,16 +16,16 @@ from smallm.training.budget.planner import Plan
 from smallm.training.budget.probe import flops_per_second
 from smallm.training.config import Config, DataConfig, ModelConfig, flatten
 from smallm.training.data.corpus import BYTES, Corpus, corpus_of
-from smallm.training.devices import of_first
+from smallm.training.devices import broadcast_from_main
 from smallm.training.optim.schedule import divide_batch
 
 PROBES = {"cpu": (ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=128), 12)}  # shape, sequences of a process
 OTHER_PROBE = (ModelConfig(n_layer=8, n_head=6, n_embd=384, block_size=256), 64)
-LEAST_BATCH = {"cpu": 512}  # ids of a process below which a step gets no faster
+MIN_BATCH = {"cpu": 512}  # ids of a process below which a step gets no faster
 OTHER_LEAST_BATCH = 16384
 PROBE_SECONDS, OWN_PROBE_SECONDS, PROBE_SHARE = 2.0, 1.0, 0.015  # at most, and of the time
 SAMPLE_IDS, SAMPLE_PIECES = 1 << 20, 4  # of the text, to estimate its information
-LEAST_SECONDS = 1.0  # to plan for, however little is left
+MIN_SECONDS = 1.0  # to plan for, however little is left
 
 
 def open_text(accelerator: Accelerator, data: DataConfig, base: Vocabulary = BYTES) -> Corpus:
@@ -51,11 +51,11 @@ def plan_run(
     kept = {key: value for key, value in flatten(config.to_dict()).items() if key in explicit}
     text = {"train_ids": len(corpus.train_ids), "val_ids": len(corpus.val_ids), "information": information(corpus),
             "vocabulary": corpus.vocabulary.size, "ranks": accelerator.num_processes,
-            "least_batch": LEAST_BATCH.get(kind, OTHER_LEAST_BATCH) * accelerator.num_processes}  # fmt: skip
+            "least_batch": MIN_BATCH.get(kind, OTHER_LEAST_BATCH) * accelerator.num_processes}  # fmt: skip
 
     def choose(speed: float, explicit: Mapping[str, Any]) -> Plan:
-        (taken,) = of_first(accelerator, clock.seconds + clock.end_seconds)
-        seconds = max(LEAST_SECONDS, 60 * minutes - taken)
+        (taken,) = broadcast_from_main(accelerator, clock.seconds + clock.end_seconds)
+        seconds = max(MIN_SECONDS, 60 * minutes - taken)
         return plan.choose(**text, seconds=seconds, flops_per_second=speed, explicit=explicit)
 
     def measure(config: Config, rows: int, most: float) -> float:

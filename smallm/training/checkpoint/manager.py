@@ -52,8 +52,8 @@ def newest_checkpoint(run: Path, passed_over: Callable[[Path, str], None]) -> Pa
     return None
 
 
-def put_aside(folder: Path) -> None:
-    """Takes a damaged checkpoint out of the way; `rotate` removes it once there is a newer one."""
+def quarantine(folder: Path) -> None:
+    """Takes a damaged checkpoint out of the way; `prune` removes it once there is a newer one."""
     aside = folder.with_name(folder.name + _DAMAGED)
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
@@ -90,7 +90,7 @@ def saved_config(run: Path) -> Config:
         raise UserError(f"{run} has no checkpoint yet, nor a whole {CONFIG}; remove it and train anew") from None
 
 
-def rotate(run: Path, best_step: int, keep_last: int) -> None:
+def prune(run: Path, best_step: int, keep_last: int) -> None:
     """Removes all checkpoints but the newest `keep_last` and the best."""
     for folder in checkpoints(run)[:-keep_last]:
         if folder != folder_of(run, best_step):

@@ -12,7 +12,7 @@ RESIDENT_SHARE = 0.1  # of a GPU's free memory that the whole text may take
 PIECE = 1 << 24  # ids copied at a time
 
 
-class Feed:
+class BatchLoader:
     """The batches of a run, divided over the processes and the passes of a step.
 
     Where the text fits into a GPU's memory it is kept there, and only the offsets of the windows travel.

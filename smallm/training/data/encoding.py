@@ -18,7 +18,7 @@ from smallm.tokenizer.vocabulary import CODE_POINTS, Vocabulary, count_character
 from smallm.training.data.source import Piece, Place, Source
 from smallm.training.data.store import TRAIN_IDS, VAL_IDS, VAL_TEXT
 
-MOST_THREADS = 4  # besides the caller's; more would wait for the one that decodes for all of them
+MAX_THREADS = 4  # besides the caller's; more would wait for the one that decodes for all of them
 PLACE_CHARACTERS = 1 << 22  # between the places that are kept
 
 Item = TypeVar("Item")
@@ -101,7 +101,7 @@ def _with_each(function: Callable[[Item], Result], items: Iterable[Item]) -> Ite
 
     Numpy, hashlib and files let go of Python's lock, so all of these, and the caller, work at the same time.
     """
-    threads, items, ahead = min(MOST_THREADS, os.cpu_count() or 1), iter(items), deque()
+    threads, items, ahead = min(MAX_THREADS, os.cpu_count() or 1), iter(items), deque()
     with ThreadPoolExecutor(threads) as pool:
         fetched = pool.submit(next, items, None)
         while (item := fetched.result()) is not None:

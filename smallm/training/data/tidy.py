@@ -3,7 +3,7 @@
 import unicodedata
 from typing import NamedTuple
 
-MOST_HELD = 1 << 12  # characters; a letter with more accents than that is no text
+MAX_HELD = 1 << 12  # characters; a letter with more accents than that is no text
 
 
 class Tidy(NamedTuple):
@@ -30,11 +30,11 @@ class Tidy(NamedTuple):
         if self.normalise != "nfc":
             return int(self.newlines == "lf" and text.endswith("\r"))
         held = min(1, len(text))
-        while 0 < held < min(len(text), MOST_HELD) and joins(text[-held]):
+        while 0 < held < min(len(text), MAX_HELD) and joins(text[-held]):
             held += 1
         if self.newlines == "lf" and text[:-held].endswith("\r"):
             held += 1
-        return held if held < MOST_HELD else 0
+        return held if held < MAX_HELD else 0
 
 
 AS_IS = Tidy()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smallm.errors import UserError
 
-MOST_IN_A_ROW = 10
+MAX_IN_A_ROW = 10
 
 
 class StepGuard:
@@ -45,7 +45,7 @@ class StepGuard:
     def check(self, step: int, run: Path) -> tuple[int, int]:
         """The counts. Raises `UserError` if too many of the steps up to this one were left out in a row."""
         total, in_a_row = self.counts
-        if in_a_row >= MOST_IN_A_ROW:
+        if in_a_row >= MAX_IN_A_ROW:
             raise UserError(
                 f"the last {in_a_row} steps to step {step} had no finite gradient and were left out; lower "
                 f"optim.learning_rate or raise optim.warmup_steps, then train anew (checkpoints in {run} are good)"

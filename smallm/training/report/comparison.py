@@ -98,7 +98,7 @@ def _differences(outcomes: Sequence[Outcome]) -> str:
 
 def _yardsticks(outcomes: Sequence[Outcome]) -> str:
     """Bits per character; those of the compressors differ where the texts do."""
-    figures = [{one.name: f"{one.bits_per_char:.3f}" for one in outcome.yardsticks} for outcome in outcomes]
+    figures = [{one.name: f"{one.bits_per_char:.3f}" for one in outcome.baselines} for outcome in outcomes]
     names = list(dict.fromkeys(name for found in figures for name in found))
     rows = [(name, [found.get(name, "") for found in figures]) for name in names]
     return _columns(outcomes, rows) if rows else ""

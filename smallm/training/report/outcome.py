@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from smallm.runs.layout import CONFIG
-from smallm.training.analysis.baselines import Yardstick, read_yardsticks
+from smallm.training.analysis.baselines import Baseline, read_baselines
 from smallm.training.checks import MOST
 from smallm.training.config import flatten
 from smallm.training.report.plot import Curves, curves, distinct_names, read_metrics
@@ -31,7 +31,7 @@ class Outcome:
     """Its evaluations, by step."""
     config: dict[str, Any]
     """The settings as `section.field`; empty where config.toml is missing or broken."""
-    yardsticks: list[Yardstick]
+    baselines: list[Baseline]
     """The model's own figure first; empty where they were not measured."""
     record: Record
 
@@ -89,11 +89,11 @@ def _read(run: Path, name: str) -> Outcome:
     latest = {(row["kind"], float(row["step"])): row for row in records}  # a resumed run logs some steps again
     rows = [latest[place] for place in sorted(latest)]
     steps, evaluations = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
-    known, yardsticks = curves(name, records), read_yardsticks(run)
+    known, baselines = curves(name, records), read_baselines(run)
     if known.best is not None:  # since the file was written the run may have gone on
         bits = float(known.val["loss"][known.best]) / math.log(2)
-        yardsticks = [replace(one, bits_per_char=bits) if one.name == "model" else one for one in yardsticks]
-    return Outcome(run, name, known, steps, evaluations, _config(run), yardsticks, read_record(run))
+        baselines = [replace(one, bits_per_char=bits) if one.name == "model" else one for one in baselines]
+    return Outcome(run, name, known, steps, evaluations, _config(run), baselines, read_record(run))
 
 
 def _config(run: Path) -> dict[str, Any]:

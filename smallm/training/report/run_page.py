@@ -14,7 +14,7 @@ import numpy as np
 
 from smallm.html.page import CHARACTERS_SCRIPT, CHARACTERS_STYLE, characters, escape, legend, page, save, source, table
 from smallm.inference.scoring import perplexity
-from smallm.training.analysis.baselines import Yardstick, verdict
+from smallm.training.analysis.baselines import Baseline, verdict
 from smallm.training.config import Config, flatten
 from smallm.training.report.charts import pictures
 from smallm.training.report.next_commands import commands
@@ -53,7 +53,7 @@ def run_page(outcome: Outcome) -> str:
     return whole_page(outcome.name, [
         _header(outcome),
         section("Loss", pictures([outcome])),
-        section("Yardsticks", yardstick_bars(outcome.yardsticks)),
+        section("Yardsticks", yardstick_bars(outcome.baselines)),
         section("Samples", _samples(outcome)),
         section("Copies", _copies(outcome)),
         section("Surprise", _passage(outcome)),
@@ -82,18 +82,18 @@ def tiles(figures: Iterable[tuple[str, str]]) -> str:
     return f'<dl class="tiles">{cells}</dl>'
 
 
-def yardstick_bars(yardsticks: Sequence[Yardstick]) -> str:
+def yardstick_bars(baselines: Sequence[Baseline]) -> str:
     """The model beside what compressors and counted n-grams need, the best first."""
-    if not yardsticks:
+    if not baselines:
         return ""
-    most = max(one.bits_per_char for one in yardsticks) or 1.0
+    most = max(one.bits_per_char for one in baselines) or 1.0
     rows = "".join(
         f'<tr class="{"model" if one.name == "model" else ""}"><th scope="row">{escape(one.name)}</th><td class="bar">'
         f'<i style="width:{100 * max(0.0, one.bits_per_char) / most:.1f}%"></i></td>'
         f'<td class="number">{one.bits_per_char:.3f}</td></tr>'
-        for one in sorted(yardsticks, key=lambda one: one.bits_per_char)
+        for one in sorted(baselines, key=lambda one: one.bits_per_char)
     )
-    how = "".join(f"<dt>{escape(one.name)}</dt><dd>{escape(one.how)}</dd>" for one in yardsticks)
+    how = "".join(f"<dt>{escape(one.name)}</dt><dd>{escape(one.how)}</dd>" for one in baselines)
     return (
         '<p class="soft">Bits per character of the validation text; less is better.</p>'
         f'<table class="bars">{rows}</table>'
@@ -134,7 +134,7 @@ def _header(outcome: Outcome) -> str:
     about = " · ".join(filter(None, [text, STATES.get(record.state, ""), began]))
     return (
         f'<header>\n<h1>{escape(outcome.name)}</h1>\n<p class="soft">{escape(about)}</p>\n{tiles(_figures(outcome))}\n'
-        f"{_verdict(outcome.yardsticks)}{_risen(outcome)}</header>"
+        f"{_verdict(outcome.baselines)}{_risen(outcome)}</header>"
     )
 
 
@@ -152,9 +152,9 @@ def _figures(outcome: Outcome) -> Iterator[tuple[str, str]]:
     yield "characters per second", speed(outcome)
 
 
-def _verdict(yardsticks: Sequence[Yardstick]) -> str:
-    model = [one.bits_per_char for one in yardsticks if one.name == "model"]
-    others = [one for one in yardsticks if one.name != "model"]
+def _verdict(baselines: Sequence[Baseline]) -> str:
+    model = [one.bits_per_char for one in baselines if one.name == "model"]
+    others = [one for one in baselines if one.name != "model"]
     if not model or not others:
         return ""
     best = min(others, key=lambda one: one.bits_per_char)

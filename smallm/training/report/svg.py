@@ -15,7 +15,7 @@ from smallm.html.page import escape
 
 WIDTH, HEIGHT = 440, 280  # in units of which a letter has about 12
 LEFT, RIGHT, TOP, BOTTOM = 58, 18, 10, 42  # room for the labels
-MOST_POINTS = 240  # of a line; more are no wider than a pixel
+MAX_POINTS = 240  # of a line; more are no wider than a pixel
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ def short(value: float) -> str:
 
 
 def thinned(shares: np.ndarray) -> np.ndarray:
-    """Which points at these rising shares of the axis, (n,), to draw: MOST_POINTS evenly spread, and the last."""
+    """Which points at these rising shares of the axis, (n,), to draw: MAX_POINTS evenly spread, and the last."""
     known = np.flatnonzero(np.isfinite(shares))
-    _, first = np.unique((shares[known] * MOST_POINTS).astype(int), return_index=True)
+    _, first = np.unique((shares[known] * MAX_POINTS).astype(int), return_index=True)
     return np.union1d(known[first], known[-1:])
 
 

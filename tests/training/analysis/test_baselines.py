@@ -9,9 +9,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from smallm.training.analysis import baselines as yardsticks
+from smallm.training.analysis import baselines as baselines
 from smallm.training.analysis import ngram
-from smallm.training.analysis.baselines import Yardstick, in_words
+from smallm.training.analysis.baselines import Baseline, in_words
 from smallm.training.analysis.ngram import NGram, best_ngram
 from smallm.training.cli import main
 from smallm.training.data.corpus import open_corpus
@@ -28,7 +28,7 @@ def opened(tmp_path, text, **options):
 
 
 def figures(corpus):
-    return {one.name.split("-")[-1]: one.bits_per_char for one in yardsticks.yardsticks(corpus)}
+    return {one.name.split("-")[-1]: one.bits_per_char for one in baselines.baselines(corpus)}
 
 
 # -- the n-gram model
@@ -117,7 +117,7 @@ def test_what_the_figures_are(tmp_path):
     assert found["gram"] < found["xz"] < entropy
     source = (3 + math.log2(3) - 2 / 3) / (2 + 1 / 3)  # a syllable of eight, a space after a third of them
     assert source < found["gram"] < 1.1 * source
-    *_, last = yardsticks.yardsticks(corpus)
+    *_, last = baselines.baselines(corpus)
     assert last.name.endswith("-gram")
     assert "Kneser-Ney" in last.how
 
@@ -130,12 +130,12 @@ def test_ids_of_several_to_a_character_make_no_difference_to_compressors(tmp_pat
 
 
 def test_the_work_on_long_texts_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(yardsticks, "MOST_TAIL", 1000)
-    monkeypatch.setattr(yardsticks, "MOST_NGRAM", 5000)
+    monkeypatch.setattr(baselines, "MAX_TAIL", 1000)
+    monkeypatch.setattr(baselines, "MAX_NGRAM", 5000)
     learnt = []
-    monkeypatch.setattr(yardsticks, "best_ngram", lambda train, val, size: (
+    monkeypatch.setattr(baselines, "best_ngram", lambda train, val, size: (
         learnt.append((len(train), len(val))), best_ngram(train, val, size))[1])  # fmt: skip
-    *_, last = yardsticks.yardsticks(opened(tmp_path, TEXT))
+    *_, last = baselines.baselines(opened(tmp_path, TEXT))
     assert learnt == [(5000, 999)]
     assert "its last 5,000 ids" in last.how
     assert "the first 1,000 characters of the validation text" in last.how
@@ -149,37 +149,37 @@ def test_tiny_texts_have_figures_too(tmp_path, text):
 
 def test_figures_are_kept(tmp_path, monkeypatch):
     corpus = opened(tmp_path, TEXT)
-    assert yardsticks.known_yardsticks(corpus) is None
-    first = yardsticks.yardsticks(corpus)
-    monkeypatch.setattr(yardsticks, "_measure", lambda corpus: pytest.fail("measured again"))
-    assert yardsticks.yardsticks(corpus) == yardsticks.known_yardsticks(corpus) == first
-    (corpus.val_file.with_name(yardsticks.FILE)).write_text("{", encoding="utf-8")
-    assert yardsticks.known_yardsticks(corpus) is None
+    assert baselines.known_baselines(corpus) is None
+    first = baselines.baselines(corpus)
+    monkeypatch.setattr(baselines, "_measure", lambda corpus: pytest.fail("measured again"))
+    assert baselines.baselines(corpus) == baselines.known_baselines(corpus) == first
+    (corpus.val_file.with_name(baselines.FILE)).write_text("{", encoding="utf-8")
+    assert baselines.known_baselines(corpus) is None
 
 
 def test_a_run_by_the_clock_keeps_time_for_them(tmp_path):
     corpus = opened(tmp_path, TEXT)
-    needed = yardsticks.seconds_needed(corpus)
-    assert yardsticks.seconds_kept(corpus, 26 * needed) == needed
-    assert yardsticks.seconds_kept(corpus, 24 * needed) == 0  # too much of it
-    assert yardsticks.seconds_kept(corpus, 0) == 0  # no such run
-    yardsticks.yardsticks(corpus)
-    assert yardsticks.seconds_kept(corpus, 26 * needed) == 0
+    needed = baselines.seconds_needed(corpus)
+    assert baselines.seconds_kept(corpus, 26 * needed) == needed
+    assert baselines.seconds_kept(corpus, 24 * needed) == 0  # too much of it
+    assert baselines.seconds_kept(corpus, 0) == 0  # no such run
+    baselines.baselines(corpus)
+    assert baselines.seconds_kept(corpus, 26 * needed) == 0
 
 
 # -- beside a model
 
 
 def test_words():
-    measured = [Yardstick("gzip", 3.0, ""), Yardstick("5-gram", 2.0, "")]
+    measured = [Baseline("gzip", 3.0, ""), Baseline("5-gram", 2.0, "")]
     assert "20 % less than 5-gram" in in_words(measured, 1.6)
     assert "it needs more than 5-gram" in in_words(measured, 2.5)
     assert "about what 5-gram needs" in in_words(measured, 2.001)
-    assert "it needs more than xz" in in_words([Yardstick("xz", 0.0, "")], 0.1)  # a text that is one letter
+    assert "it needs more than xz" in in_words([Baseline("xz", 0.0, "")], 0.1)  # a text that is one letter
 
 
 def test_a_run_ends_with_them(tiny_run):
-    model, *others = json.loads((tiny_run / "yardsticks.json").read_text(encoding="utf-8"))
+    model, *others = json.loads((tiny_run / "baselines.json").read_text(encoding="utf-8"))
     assert model["name"] == "model"
     evaluations = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text("utf-8").splitlines()]
     best = min(values["bits_per_character"] for values in evaluations if values["kind"] == "eval")
@@ -191,7 +191,7 @@ def test_a_run_ends_with_them(tiny_run):
 @pytest.mark.parametrize("needed", [0.1, 1000.0])
 def test_a_run_by_the_clock_has_them_if_they_take_little_of_it(tmp_path, monkeypatch, capsys, needed):
     monkeypatch.setenv("SMALLM_CACHE", str(tmp_path / "cache"))
-    for module in ("words", "yardsticks"):
+    for module in ("callbacks", "yardsticks"):
         monkeypatch.setattr(f"smallm.training.{module}.seconds_needed", lambda corpus: needed)
     (tmp_path / "a.txt").write_text(TEXT[:20_000], encoding="utf-8")
     shape = ["--model.n_layer", "1", "--model.n_head", "1", "--model.n_embd", "32", "--model.block_size", "32"]
@@ -199,14 +199,14 @@ def test_a_run_by_the_clock_has_them_if_they_take_little_of_it(tmp_path, monkeyp
     assert main(["--data", str(tmp_path / "a.txt"), "--minutes", "0.2", "--out", str(run), *shape]) == 0
     out = capsys.readouterr().out
     assert ("gzip" in out) == (needed < 1) or "--check" in out
-    assert (run / "yardsticks.json").exists() == (needed < 1)
+    assert (run / "baselines.json").exists() == (needed < 1)
 
 
 def test_ctrl_c_leaves_them_out_of_a_finished_run(tmp_path, monkeypatch, capsys):
     def interrupted(corpus):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("smallm.training.callbacks.yardsticks", interrupted)
+    monkeypatch.setattr("smallm.training.callbacks.baselines", interrupted)
     (tmp_path / "a.txt").write_text(TEXT[:20_000], encoding="utf-8")
     shape = ["--model.n_layer", "1", "--model.n_head", "1", "--model.n_embd", "32", "--model.block_size", "32"]
     run = tmp_path / "run"

@@ -22,7 +22,7 @@ from smallm.training.checkpoint.format import TrainingState, read_state
 from smallm.training.checkpoint.manager import checkpoints
 from smallm.training.cli import parse
 from smallm.training.config import Config, TrainConfig
-from smallm.training.devices import build_accelerator, of_first
+from smallm.training.devices import broadcast_from_main, build_accelerator
 
 TINY = {
     "model.n_layer": 1, "model.n_head": 1, "model.n_embd": 32, "model.block_size": 32, "train.batch_size": 8,
@@ -203,7 +203,7 @@ def test_the_probe_measures_and_leaves_nothing_behind():
     assert 1e6 < flops_per_second(accelerator, config, 256, rows=2, seconds=0.05) < 1e16
     assert accelerator._models == accelerator._optimizers == []
     torch.manual_seed(0)
-    assert of_first(accelerator, 1.5, 2.5) == (1.5, 2.5)
+    assert broadcast_from_main(accelerator, 1.5, 2.5) == (1.5, 2.5)
     assert before is not None
 
 

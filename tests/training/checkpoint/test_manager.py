@@ -9,7 +9,7 @@ from smallm.errors import UserError
 from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training import cli
 from smallm.training.checkpoint.format import Tensors, TrainingState, read_state, save_checkpoint
-from smallm.training.checkpoint.manager import best_checkpoint, checkpoints, newest_checkpoint, rotate, saved_config
+from smallm.training.checkpoint.manager import best_checkpoint, checkpoints, newest_checkpoint, prune, saved_config
 from smallm.training.config import Config, ModelConfig
 from smallm.training.model.transformer import TransformerLanguageModel
 from smallm.training.optim.optimizers import build_optimizer
@@ -56,9 +56,9 @@ def test_rotation_keeps_the_best_and_the_last(tmp_path, save):
     for step in (5, 10, 15, 20, 25):
         save(step)
     (tmp_path / "checkpoints" / "mine").mkdir()
-    rotate(tmp_path, best_step=10, keep_last=2)
+    prune(tmp_path, best_step=10, keep_last=2)
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000010", "step-000020", "step-000025"]
-    rotate(tmp_path, best_step=25, keep_last=1)
+    prune(tmp_path, best_step=25, keep_last=1)
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000025"]
     assert (tmp_path / "checkpoints" / "mine").is_dir()
 
@@ -83,7 +83,7 @@ def test_what_a_kill_left_behind_is_cleared_away(tmp_path, save):
     (half / "model.safetensors").write_bytes(b"half")
     for step in (5, 10):
         save(step)
-        rotate(tmp_path, best_step=step, keep_last=1)
+        prune(tmp_path, best_step=step, keep_last=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000010"]
 
 

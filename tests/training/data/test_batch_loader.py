@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from smallm.training.data import batch_loader as feed
-from smallm.training.data.batch_loader import Feed
+from smallm.training.data.batch_loader import BatchLoader
 from smallm.training.data.dataset import CharDataset
 
 CPU = torch.device("cpu")
@@ -36,9 +36,9 @@ def resident(monkeypatch):
 
 @pytest.mark.parametrize(("ranks", "size"), [(1, 12), (1, 4), (2, 3), (3, 2), (4, 3)])
 def test_the_shares_are_the_batch_and_the_same_from_the_device(dataset, resident, ranks, size, monkeypatch):
-    near = [Feed(dataset, 12, size, process(rank, ranks)) for rank in range(ranks)]
+    near = [BatchLoader(dataset, 12, size, process(rank, ranks)) for rank in range(ranks)]
     monkeypatch.setattr(feed, "free_bytes", lambda device: 0)
-    far = [Feed(dataset, 12, size, process(rank, ranks)) for rank in range(ranks)]
+    far = [BatchLoader(dataset, 12, size, process(rank, ranks)) for rank in range(ranks)]
     assert {(f.text is None, n.text is None) for f, n in zip(far, near, strict=True)} == {(True, False)}
     for step in (0, 1, 10, 11, 1000):  # 11 begins the second epoch
         places = [(rank, micro_step) for micro_step in range(12 // (ranks * size)) for rank in range(ranks)]
@@ -50,7 +50,7 @@ def test_the_shares_are_the_batch_and_the_same_from_the_device(dataset, resident
 
 
 def test_short_windows_are_the_long_ones_in_pieces(dataset):
-    feed = Feed(dataset, 6, 6, process(0, 1))
+    feed = BatchLoader(dataset, 6, 6, process(0, 1))
     whole = feed.batch(3, 0, 8)
     for window in (1, 2, 4):
         for part, long in zip(feed.batch(3, 0, window), whole, strict=True):
@@ -59,18 +59,18 @@ def test_short_windows_are_the_long_ones_in_pieces(dataset):
 
 
 def test_a_text_that_is_too_long_stays_where_it_is(dataset, resident, monkeypatch):
-    assert Feed(dataset, 2, 2, process(0, 1)).text.dtype == torch.int32
+    assert BatchLoader(dataset, 2, 2, process(0, 1)).text.dtype == torch.int32
     monkeypatch.setattr(feed, "free_bytes", lambda device: 4 * 1003 * 10 - 1)
-    assert Feed(dataset, 2, 2, process(0, 1)).text is None
+    assert BatchLoader(dataset, 2, 2, process(0, 1)).text is None
 
 
 def test_a_cpu_keeps_no_copy(dataset):
-    assert Feed(dataset, 2, 2, process(0, 1)).text is None
+    assert BatchLoader(dataset, 2, 2, process(0, 1)).text is None
 
 
 def test_dropout_is_seeded_by_step_pass_and_process(dataset):
     def drawn(rank, step, micro_step):
-        Feed(dataset, 12, 2, process(rank, 2)).seed_dropout(step, micro_step)
+        BatchLoader(dataset, 12, 2, process(rank, 2)).seed_dropout(step, micro_step)
         return torch.rand(1).item()
 
     places = [(rank, step, micro_step) for rank in (0, 1) for step in (0, 1, 7) for micro_step in (0, 1)]

@@ -165,7 +165,7 @@ def test_a_piece_is_bounded_and_few_are_in_memory_at_once(monkeypatch):
     pieces = (taken.append(piece) or piece for piece in Source("text", [b"long text " * 1000]).pieces("reading", False))
     for done, (piece, length) in enumerate(encode._with_each(lambda piece: len(piece.text), pieces), 1):
         assert length == len(piece.text) == len(piece.utf8) <= 100
-        assert len(taken) - done <= encode.MOST_THREADS + 2
+        assert len(taken) - done <= encode.MAX_THREADS + 2
     assert done == 100
 
 

@@ -15,7 +15,7 @@ from smallm.training.checkpoint.manager import checkpoints
 from smallm.training.config import ModelConfig, OptimConfig
 from smallm.training.model.operations import cross_entropy
 from smallm.training.model.transformer import TransformerLanguageModel
-from smallm.training.optim.guard import MOST_IN_A_ROW, StepGuard
+from smallm.training.optim.guard import MAX_IN_A_ROW, StepGuard
 from smallm.training.optim.optimizers import build_optimizer, set_lr
 from smallm.training.trainer import Trainer
 
@@ -122,7 +122,7 @@ def test_too_many_in_a_row_end_the_run_and_its_checkpoints_are_good(poisoned, te
     argv = ["--data", str(text_file), "--out", str(out), *SMALL, "--train.max_steps=50", "--train.save_every=5"]
     assert run(train, argv) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"smallm: the last {MOST_IN_A_ROW} steps")
+    assert line.startswith(f"smallm: the last {MAX_IN_A_ROW} steps")
     assert "optim.learning_rate" in line
     newest = checkpoints(out)[-1]
     assert read_state(newest)[0].step == 15

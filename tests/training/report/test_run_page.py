@@ -114,7 +114,7 @@ def test_a_run_leaves_its_report(tiny_run, text_file):
     for values in metrics(tiny_run, "eval"):
         assert values["sample"].strip("\n") in found.text
         assert f"{values['val_loss']:.4f}" in found.text
-    for one in json.loads((tiny_run / "yardsticks.json").read_text()):
+    for one in json.loads((tiny_run / "baselines.json").read_text()):
         assert one["name"] in found.words
         assert f"{one['bits_per_char']:.3f}" in found.words
         assert one["how"] in found.words
@@ -231,7 +231,7 @@ def test_out_of_patience(train):
 def test_a_killed_run_gets_one_later(run):
     (run / "report.html").unlink()
     edit(run, state="training", copies=[])  # as it stands until the end
-    (run / "yardsticks.json").unlink()
+    (run / "baselines.json").unlink()
     found = page_of(run)
     assert "it still trains, or was killed" in found.text
     assert {"Loss", "Samples", "Surprise", "Text", "Commands"} <= set(found.headings)
@@ -239,14 +239,14 @@ def test_a_killed_run_gets_one_later(run):
 
 
 def test_an_old_run_has_one_without_what_it_did_not_keep(run):
-    for name in (FILE, "config.toml", "yardsticks.json", "validation.txt", "report.html", "loss.png"):
+    for name in (FILE, "config.toml", "baselines.json", "validation.txt", "report.html", "loss.png"):
         (run / name).unlink()
     found = page_of(run)
     assert found.headings == ["Loss", "Samples", "Speed, machine, versions", "Evaluations", "Commands"]
     assert "nan" not in found.text.lower().split()
 
 
-@pytest.mark.parametrize("name", ["report.html", FILE, "yardsticks.json"])
+@pytest.mark.parametrize("name", ["report.html", FILE, "baselines.json"])
 def test_a_report_that_cannot_be_written_spoils_no_run(train, tmp_path, capsys, name):
     (tmp_path / "run" / name).mkdir(parents=True)
     train()
@@ -288,7 +288,7 @@ def test_hostile_names_texts_and_settings_stay_text(run, tmp_path):
     nasty = run.with_name("a & b <script>")
     run.rename(nasty)
     (nasty / "config.toml").write_text(f"[sample]\nseed = {json.dumps(NASTY)}\n[{json.dumps(NASTY)}]\nx = 1\n")
-    (nasty / "yardsticks.json").write_text(json.dumps([{"name": NASTY, "bits_per_char": 2.0, "how": NASTY}]))
+    (nasty / "baselines.json").write_text(json.dumps([{"name": NASTY, "bits_per_char": 2.0, "how": NASTY}]))
     places = len(NASTY)
     passage = {"step": 1, "text": NASTY, "nats": [1.0] * places, "expected": ["<>&'\""] * places,
                "probabilities": [[0.2] * 5] * places}  # fmt: skip
@@ -338,7 +338,7 @@ def test_a_passage_without_expected_characters(run):
     assert "Surprise" in page_of(run).headings
 
 
-@pytest.mark.parametrize("name", ["config.toml", "yardsticks.json"])
+@pytest.mark.parametrize("name", ["config.toml", "baselines.json"])
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[", b'[{"name": 1}]', b'{"a": 1}', b"3", b"a = [[1], {b = 2}]"])
 def test_other_broken_files_are_left_out(run, name, content):
     (run / name).write_bytes(content)
@@ -388,7 +388,7 @@ def test_comparison(run, train, tmp_path):
 
 def test_comparison_of_the_same_and_of_old_ones(run):
     assert "The same settings." in comparison_page(read_outcomes([run, run]))
-    for name in (FILE, "config.toml", "yardsticks.json"):
+    for name in (FILE, "config.toml", "baselines.json"):
         (run / name).unlink()
     assert Page(comparison_page(read_outcomes([run, run]))).headings == ["Results", "Loss", "Samples"]
 
@@ -544,7 +544,7 @@ def test_the_models_yardstick_is_of_the_whole_run(run):
     values = metrics(run, "eval")[-1]
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(values | {"step": 80, "val_loss": 0.5}) + "\n")
-    assert read_outcomes([run])[0].yardsticks[0].bits_per_char == pytest.approx(0.5 / math.log(2))
+    assert read_outcomes([run])[0].baselines[0].bits_per_char == pytest.approx(0.5 / math.log(2))
 
 
 def test_a_loss_that_has_risen_is_said(run):
