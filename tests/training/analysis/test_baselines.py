@@ -191,7 +191,7 @@ def test_a_run_ends_with_them(tiny_run):
 @pytest.mark.parametrize("needed", [0.1, 1000.0])
 def test_a_run_by_the_clock_has_them_if_they_take_little_of_it(tmp_path, monkeypatch, capsys, needed):
     monkeypatch.setenv("SMALLM_CACHE", str(tmp_path / "cache"))
-    for module in ("callbacks", "yardsticks"):
+    for module in ("callbacks", "analysis.baselines"):
         monkeypatch.setattr(f"smallm.training.{module}.seconds_needed", lambda corpus: needed)
     (tmp_path / "a.txt").write_text(TEXT[:20_000], encoding="utf-8")
     shape = ["--model.n_layer", "1", "--model.n_head", "1", "--model.n_embd", "32", "--model.block_size", "32"]
