@@ -10,6 +10,17 @@ from hypothesis import settings
 settings.register_profile("smallm", deadline=None)  # a busy machine is no failure
 settings.load_profile("smallm")
 
+SLOW_FIXTURES = {"sanitized", "inner", "chromium", "page"}  # C programs with sanitizers, a browser
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
+def pytest_collection_modifyitems(items):
+    """Tests that need a sanitized program or a browser are slow."""
+    for item in items:
+        if SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
+
 SUBJECTS = ["the small café", "an old owl", "my naïve friend", "the river", "Zoë", "every child", "the piñata"]
 VERBS = ["sings to", "remembers", "asks for", "paints", "follows", "never sees"]
 OBJECTS = ["the moon", "a crème brûlée", "the long winter", "its façade", "ten euros (10 €)", "nothing at all"]
@@ -20,6 +31,14 @@ def interrupts():
     """Ctrl-C means something, as in a terminal: who starts a suite in the background of a shell has it ignored."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fp32():
+    """`mixed_precision = auto` means fp32 in the tests of this process, also on processors that are faster in bf16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("smallm.training.precision.bf16_pays", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

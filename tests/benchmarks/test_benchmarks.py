@@ -90,6 +90,7 @@ def test_reference_is_the_published_shape(benchmarks):
     assert rates == pytest.approx([1e-3 / 101, 1e-3 * 100 / 101, 1e-3, 5.5e-4, 1e-4])
 
 
+@pytest.mark.slow
 def test_train_speed_end_to_end(benchmarks, text_file, tmp_path, monkeypatch, capsys):
     _, train_speed = benchmarks
     peak = {"flops_per_second": 1e11, "dtype": "float32", "device": "cpu", "name": "a CPU", "threads": 1}

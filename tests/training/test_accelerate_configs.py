@@ -30,6 +30,8 @@ import torch
 from smallm.training.config import TrainConfig
 from smallm.training.devices import build_accelerator
 
+pytestmark = pytest.mark.slow
+
 accelerator = build_accelerator(TrainConfig())
 state = accelerator.state
 total = accelerator.reduce(torch.tensor(accelerator.process_index + 1)).item()

@@ -16,6 +16,8 @@ from smallm.training import cli
 from smallm.training.checkpoint.format import read_state
 from smallm.training.checkpoint.manager import checkpoints
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TOY = [
     "--model.n_layer=2", "--model.n_head=2", "--model.n_embd=32", "--model.block_size=16", "--train.batch_size=8",

@@ -7,6 +7,8 @@ import torch.multiprocessing
 
 from smallm.training.distributed import shared
 
+pytestmark = pytest.mark.slow
+
 ROWS = (1, 2, 5)
 
 

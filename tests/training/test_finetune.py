@@ -104,6 +104,7 @@ def test_new_rows_are_the_same_each_time_and_unlike_each_other():
 # What is learned, and what is said.
 
 
+@pytest.mark.slow
 def test_it_learns_faster_than_from_nothing(tiny_run, text_file):
     """A text in the language that the model knows, with a few characters that it does not."""
     text = text_file.read_text(encoding="utf-8")[:9000].replace("owl", "çok owl").replace("river", "ship")
@@ -211,6 +212,7 @@ def test_one_learns_on_from_what_has_learned_on(learned, text_file):
     assert config.train.init_from == str(best_checkpoint(learned))
 
 
+@pytest.mark.slow
 def test_two_processes_begin_and_train_as_one(tiny_run, new_text, tmp_path):
     few = ["--train.max_steps=6", "--train.eval_every=6", "--optim.learning_rate=0.001"]
     assert learn(tiny_run, new_text, "one", *few) == 0

@@ -128,6 +128,7 @@ raise SystemExit(run(train))
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 @pytest.mark.parametrize("error", ["UserError('the moon is full')", "RuntimeError('a bug of ours')"])
+@pytest.mark.slow
 def test_one_process_that_fails_ends_all_with_its_message(text_file, tmp_path, rank, error):
     script = tmp_path / "failing.py"
     script.write_text(FAILING.format(root=str(ROOT), rank=rank, error=error))
@@ -160,6 +161,7 @@ raise SystemExit(run(train))
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit")
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+@pytest.mark.slow
 def test_a_checkpoint_that_finds_no_room_leaves_the_old_ones(tiny_run, tmp_path, name):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     before = {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()}
@@ -177,6 +179,7 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_old_ones(tiny_run, tmp_path,
 
 
 @pytest.mark.parametrize(("processes", "said"), [("1", "done, shut down"), ("2", "done")])
+@pytest.mark.slow
 def test_of_several_processes_none_waits_for_pythons_shutdown(processes, said):
     script = """
 import atexit, sys

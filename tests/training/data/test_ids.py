@@ -52,6 +52,7 @@ def mapped_megabytes(file):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 @pytest.mark.parametrize("madvise", [True, False])
+@pytest.mark.slow
 def test_a_long_text_is_read_through_a_small_map(tmp_path, monkeypatch, madvise):
     monkeypatch.setattr(ids_module, "RESIDENT_BYTES", 4 << 20)
     if not madvise:  # as on Windows: it works, without giving back
