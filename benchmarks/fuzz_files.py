@@ -242,7 +242,7 @@ def preload() -> None:
     names = ("matplotlib.pyplot", "torch.distributed.tensor", "tqdm", "smallm.cli.infer", "smallm.export.folder")
     for name in (*names, "smallm.training.run"):
         import_module(name)
-    import_module("smallm.training.cli").load_config("quickstart")
+    import_module("smallm.training.request").load_config("quickstart")
 
 
 def in_child(function: Callable[..., None], *arguments: object) -> None:

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     name = argv.pop(0) if argv and not argv[0].startswith("-") else "tensorboard"
     records: list[float] = []
     starts: list[float] = []
-    report.pass_on = clocked(report.pass_on, records)
+    report.log_record = clocked(report.log_record, records)
     Accelerator.init_trackers = clocked(Accelerator.init_trackers, starts)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"

@@ -1,4 +1,4 @@
-"""Where encoded texts, what is known of them, and compiled kernels are kept from one run to the next."""
+"""The cache on disk that runs share: encoded texts, statistics of texts, compiled kernels."""
 
 import json
 import os
@@ -6,10 +6,11 @@ import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 
 def cache_folder() -> Path:
-    """$SMALLM_CACHE, or the user's cache folder."""
+    """The folder named by the environment variable SMALLM_CACHE; without it, `smallm` in the user's cache folder."""
     if folder := os.environ.get("SMALLM_CACHE"):
         return Path(folder)
     import pooch
@@ -17,9 +18,12 @@ def cache_folder() -> Path:
     return Path(pooch.os_cache("smallm"))
 
 
-def remembered(file: Path, version: int, compute: Callable[[], dict]) -> dict:
-    """What `compute` returned the last time, kept in this file; a cache that is read-only is done without."""
-    values = recalled(file, version)
+def cached_json(file: Path, version: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The values in `file` if they are of this `version`; otherwise the result of `compute()`, written to `file`.
+
+    A file that cannot be written is no error: the values are computed again the next time.
+    """
+    values = read_cached_json(file, version)
     if values is None:
         values = compute()
         with suppress(OSError):
@@ -29,10 +33,10 @@ def remembered(file: Path, version: int, compute: Callable[[], dict]) -> dict:
     return values
 
 
-def recalled(file: Path, version: int) -> dict | None:
-    """What is kept in this file, if it is of this version."""
+def read_cached_json(file: Path, version: int) -> dict[str, Any] | None:
+    """The values in `file`, or None if the file is missing, damaged or of another version."""
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-        return known["values"] if known["version"] == version else None
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return content["values"] if content["version"] == version else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

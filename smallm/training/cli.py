@@ -1,257 +1,158 @@
-"""`train.py`: from the command line and TOML files to a resolved `Config` and a run folder."""
+"""`train.py`: its flags, one for every field of `Config`, and its exit code."""
 
+import argparse
 import gc
 import os
-import re
 import sys
 import time
 import tomllib
-from argparse import ArgumentError
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from dataclasses import fields
+from types import UnionType
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from smallm.errors import UserError
-from smallm.runs.layout import new_run
-from smallm.training.checkpoint.safe_load import check_memory
-from smallm.training.config import KEYS, SECTIONS, Config, flatten, nearest
+from smallm.training.config import SECTIONS, check_keys
 from smallm.training.model.kernels.compiler import has_bf16, library
+from smallm.training.request import Request, load_config, resolve
 
 DESCRIPTION = """\
-Trains a character-level language model on a text and leaves everything in a run folder.
+Trains a character-level language model on a text and writes a run folder with checkpoints, metrics and a report.
 
   python train.py                                built-in text, half a minute on two cores
   python train.py --data my.txt                  your own text
-  python train.py --data my.txt --minutes 5      size, batch and schedule chosen for this text, machine and time
+  python train.py --data my.txt --minutes 5      size, batch and schedule are chosen for this text, machine and time
   python train.py --config configs/shakespeare-cpu.toml --data shakespeare --out runs/shakespeare
-  python train.py --resume runs/shakespeare      goes on exactly where it stopped
-  python train.py --init-from runs/shakespeare --data my.txt    goes on from its model with another text, in a new run
-  python train.py --check my.txt                 trains nothing: what is in the text, what is wrong with it, what to do
+  python train.py --resume runs/shakespeare      continues a run exactly where it stopped
+  python train.py --init-from runs/shakespeare --data my.txt    fine-tunes its model on another text, in a new run
+  python train.py --check my.txt                 reports problems of a text and how to solve them; trains nothing
 
-Every line of a TOML file is also a flag: [model] n_layer = 6 is --model.n_layer 6; flags win."""
+Every setting below is also a line of a TOML file: --model.n_layer 6 is n_layer = 6 in the section [model]. Flags
+override files."""
 
-SHORT = {"--data": "--data.source", "--encoding": "--data.encoding", "--minutes": "--train.minutes",
-         "--init-from": "--train.init_from"}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the command line asks for."""
-
-    config: Config
-    out: Path
-    resume: bool
-    check: bool = False
-    """Only look at the text."""
-    explicit: frozenset[str] = frozenset()
-    """The settings that a flag or a file gives, as `section.field`; the others are at their defaults."""
+TITLES = {"data": "the text", "model": "the Transformer", "optim": "the optimiser and the learning rate",
+          "train": "length, batches, evaluation, checkpoints", "sample": "samples and sampling defaults"}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `train.py` with these arguments."""
+    """Runs `train.py` with these arguments and returns its exit code. Raises `UserError`."""
     started = time.perf_counter()
-    request = parse(argv)
-    if request.check:
-        from smallm.training.analysis.text_check import check
-
-        return check(request.config.data)
-    check_memory(request.config.model)
-    with ThreadPoolExecutor() as beside:  # PyTorch takes as long to import as the kernels to compile
+    settings, options = _parse_flags(argv)
+    if options["check"] is not None:
+        return _check_text(settings, options)
+    request = resolve(settings, **_files(options))
+    with ThreadPoolExecutor() as beside:  # the kernels compile while PyTorch is imported
         for bf16 in {False, has_bf16()}:
             beside.submit(library, bf16)
-        gc.disable()  # an import makes no garbage; looking for it costs 0.2 s
-        from smallm.training.run import train  # mistakes were told before
+        gc.disable()  # collecting garbage during the imports would take 0.2 s and find none
+        from smallm.training.run import run_training
 
         gc.enable()
         gc.freeze()
-    code = train(request.config, request.out, resume=request.resume, explicit=request.explicit, started=started)
+    code = run_training(request, started)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _leave(code)
+        _exit_at_once(code)
     return code
 
 
-def _leave(code: int) -> None:
-    """Ends a process of several at once, without Python's shutdown.
+def parse(argv: Sequence[str]) -> Request:
+    """The training that these arguments of `train.py` ask for. Raises `UserError`."""
+    settings, options = _parse_flags(argv)
+    return resolve(settings, **_files(options))
 
-    Gloo's threads outlive their process group; one that still wants Python's lock, for a tensor it lets go of, would
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `train.py`; what is not given is left out of its result."""
+    parser = _Parser(
+        prog="train.py",
+        usage="train.py [--data TEXT] [--minutes N] [--config TOML] [--out DIR] [--section.setting VALUE ...]\n"
+        "       train.py --resume RUN [--section.setting VALUE ...]",
+        description=DESCRIPTION,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", dest="data.source", metavar="TEXT", help="text to train on; the same as --data.source")
+    add("--encoding", dest="data.encoding", metavar="NAME", help="its encoding; the same as --data.encoding")
+    add("--minutes", dest="train.minutes", metavar="N", help="time for the whole command; the same as --train.minutes")
+    add("--init-from", dest="train.init_from", metavar="RUN", help="model to fine-tune; the same as --train.init_from")
+    add("--config", action="append", default=[], metavar="TOML",
+        help="settings: a TOML file or the name of one in configs/; of several, later files win")  # fmt: skip
+    add("--out", default=None, metavar="DIR", help="run folder (default: runs/<name of the config>)")
+    add("--resume", default=None, metavar="RUN", help="continue this run")
+    add("--check", default=None, metavar="TEXT", help="report problems of this text and train nothing")
+    for name, section in SECTIONS.items():
+        group = parser.add_argument_group(f"[{name}] {TITLES[name]}")
+        for f in fields(section):
+            text = f"{f.metadata['help']} (default: {_shown(f.default)})".replace("%", "%%")
+            group.add_argument(f"--{name}.{f.name}", metavar=_metavar(f.type), help=text)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def _parse_flags(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings that are given, by `section.field`, and the other options."""
+    namespace, unknown = build_parser().parse_known_args(argv)
+    check_keys({argument.removeprefix("--").split("=")[0]: None for argument in unknown})
+    given = vars(namespace)
+    options = {name: given.pop(name) for name in ("config", "out", "resume", "check")}
+    types = {f"{name}.{f.name}": f.type for name, section in SECTIONS.items() for f in fields(section)}
+    return {key: _read(text, types[key]) for key, text in given.items()}, options
+
+
+def _files(options: dict[str, Any]) -> dict[str, Any]:
+    return {"configs": options["config"], "out": options["out"], "resume": options["resume"]}
+
+
+def _check_text(settings: dict[str, Any], options: dict[str, Any]) -> int:
+    if options["resume"] or options["out"]:
+        raise UserError("--check only reports on a text; leave out --resume and --out, or --check")
+    from smallm.training.analysis.text_check import check
+
+    return check(load_config(*options["config"], settings=settings | {"data.source": options["check"]}).data)
+
+
+def _read(text: str, kind: Any) -> Any:
+    """The value of a flag; a text that is no such value is returned as it is, and `Config` refuses it by name."""
+    try:
+        if kind in (int, float):
+            return kind(text)
+        if text.startswith("[") and get_origin(kind) in (tuple, UnionType):
+            return tomllib.loads(f"x = {text}")["x"]
+        if get_origin(kind) is tuple:
+            return [get_args(kind)[0](part) for part in text.split(",")]
+    except ValueError:
+        pass
+    return text
+
+
+def _metavar(kind: Any) -> str:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return f"{{{','.join(parts)}}}"
+    if origin is tuple:
+        return f"{_metavar(parts[0])},..."
+    return {int: "N", float: "X"}.get(kind, "TEXT")
+
+
+def _shown(default: Any) -> str:
+    if default in ("", ()):
+        return "none"
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _exit_at_once(code: int) -> NoReturn:
+    """Ends one process of several without Python's shutdown.
+
+    Gloo's threads outlive their process group; a thread that still needs Python's lock, to release a tensor, would
     abort a run that has succeeded (pytorch/pytorch#179291).
     """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def parse(argv: Sequence[str]) -> Request:
-    """Defaults, then the TOML file (or the resumed run's settings), then flags; `UserError` for any mistake."""
-    argv = _config_first([_long(argument) for argument in argv])
-    parser = _parser()
-    values = _parse(parser, argv)
-    flags = {key for key, file in _keys(argv) if not file}
-    if values["check"] is not None:
-        if values["resume"] or values["out"]:
-            raise UserError("--check only looks at a text; leave out --resume and --out, or --check")
-        values["data"]["source"] = values["check"]
-        return Request(_config(values, flags), Path(), resume=False, check=True)
-    if values["resume"]:
-        run = Path(values["resume"])
-        if values["config"] or values["out"]:
-            raise UserError("--resume takes its settings and its folder from the run; leave out --config and --out")
-        if "train.init_from" in flags:
-            raise UserError("--resume goes on with a run and --init-from begins one; leave out one of them")
-        from smallm.training.checkpoint.manager import saved_config
-
-        parser.set_defaults(flatten(saved_config(run).to_dict()))
-        values = _parse(parser, argv)
-        return Request(_config(values, flags), run, resume=True, explicit=frozenset(KEYS))
-    name = Path(values["config"][-1]).stem if values["config"] else "quickstart"
-    explicit = frozenset(key for key, _ in _keys(argv))
-    if values["train"]["init_from"]:
-        from smallm.training.finetune import inherit_model_config
-
-        explicit = inherit_model_config(values, explicit)
-    if values["train"]["minutes"]:
-        values["model"] |= _fitting(values["model"], explicit)
-    return Request(_config(values, flags), new_run(values["out"], name), resume=False, explicit=explicit)
-
-
-def load_config(path: str | Path) -> Config:
-    """A TOML file's settings over the defaults. Raises `UserError`."""
-    return _config(_parse(_parser(), ["--config", str(find_config(path))]))
-
-
-def find_config(name: str | Path) -> Path:
-    """A TOML file, or the name of one that comes with smallm: `shakespeare-cpu`."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    bare = str(path.parent) == "."
-    package = Path(__file__).parents[1]
-    folders = [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
-    for folder in folders:
-        if bare and path.suffix in ("", ".toml") and (shipped := folder / f"{path.stem}.toml").is_file():
-            return shipped
-    names = sorted({file.stem for folder in folders for file in folder.glob("*.toml")})
-    raise UserError(f"there is no config {name}; give a TOML file or one of: {', '.join(names)}")
-
-
-def _parser():
-    from argparse import RawDescriptionHelpFormatter
-
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
-
-    class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-        """Types and defaults from the one, the description's own lines from the other."""
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog="train.py",
-        description=DESCRIPTION,
-        parser_mode="toml",
-        print_config=None,
-        exit_on_error=False,
-        allow_abbrev=False,
-        formatter_class=Formatter,
-    )
-    parser.add_argument("--config", action="config", metavar="TOML", help="settings; a file or a shipped name")
-    parser.add_argument("--out", type=str, default=None, metavar="DIR", help="run folder; default: runs/<config>")
-    parser.add_argument("--resume", type=str, default=None, metavar="RUN", help="go on with an interrupted run")
-    parser.add_argument("--check", type=str, default=None, metavar="TEXT", help="look at a text, and train nothing")
-    for name, section in SECTIONS.items():
-        parser.add_class_arguments(section, name, as_group=False)
-    return parser
-
-
-def _parse(parser, argv: Sequence[str]) -> dict[str, Any]:
-    _refuse_unknown_keys(argv)
-    try:
-        return parser.parse_args(argv).as_dict()
-    except ArgumentError as error:
-        raise UserError(f"{_plain(str(error))}; see --help") from None
-    except OverflowError:
-        raise UserError("a number is too large; see --help") from None
-
-
-def _plain(message: str) -> str:
-    """The parser's message on one line, without the words of Python's type system."""
-    message = " ".join(message.split())
-    for pattern, words in (
-        (r'^Parser key "([\w.]+)": ', r"\1: "),
-        (r"Expected an? <class 'int'>", "expected a whole number"),
-        (r"Expected an? <class 'float'>", "expected a number"),
-        (r"Expected an? <class 'bool'>", "expected true or false"),
-        (r"Expected an? typing\.Literal\[([^]]*)\]", r"expected one of \1"),
-        (r"Expected an? <class '(\w+)'>", r"expected \1"),
-        (r"\. Got value: (.*)", r", not \1"),
-    ):
-        message = re.sub(pattern, words, message)
-    return message
-
-
-def _config(values: dict[str, Any], flags: Set[str] = frozenset()) -> Config:
-    """The settings; a flag that says how long the run is displaces what a file or the resumed run says of it."""
-    sections = {name: dict(values[name]) for name in SECTIONS}
-    train = sections["train"]
-    if "train.minutes" in flags and not train["minutes"]:
-        raise UserError("--minutes 0 leaves no time to train; give it more, such as --minutes 5")
-    by_time = "train.minutes" in flags
-    by_steps = any(f"train.{name}" in flags and train[name] for name in ("max_steps", "epochs"))
-    if by_time and not by_steps:
-        train |= {"max_steps": 0, "epochs": 0.0}
-    elif by_steps and not by_time:
-        train["minutes"] = 0.0
-    return Config.from_dict(sections)
-
-
-def _fitting(model: dict[str, Any], explicit: Set[str]) -> dict[str, int]:
-    """Heads or width to go with the other one, where only that is set; under --minutes they are chosen later."""
-    width, heads = "model.n_embd" in explicit, "model.n_head" in explicit
-    if width and not heads:
-        return {"n_head": 1}
-    return {"n_embd": 32 * model["n_head"]} if heads and not width else {}
-
-
-def _refuse_unknown_keys(argv: Sequence[str]) -> None:
-    """The commonest mistake gets a better line than the parser's: one that names the nearest setting."""
-    for key, file in _keys(argv):
-        if key not in KEYS:
-            place = f" in {file}" if file else ""
-            raise UserError(f"unknown setting {key}{place}{nearest(key)}")
-
-
-def _keys(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Each setting that is given, and the file that gives it, or nothing for a flag."""
-    for argument, value in pairwise([*argv, ""]):
-        key = argument.removeprefix("--").split("=")[0]
-        if argument == "--config":
-            yield from ((key, value) for key in flatten(_toml(Path(value))))
-        elif argument.startswith("--") and key not in ("out", "resume", "check", "help"):
-            yield key, ""
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a readable TOML file: {error}") from None
-
-
-def _long(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    return SHORT.get(name, name) + equals + value
-
-
-def _config_first(argv: list[str]) -> list[str]:
-    """Moves `--config FILE` to the front, so that flags win wherever they stand."""
-    configs, rest = [], []
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument == "--config":
-            argument = f"--config={next(arguments, '')}"
-        if argument.startswith("--config="):
-            configs += ["--config", str(find_config(argument.removeprefix("--config=")))]
-        else:
-            rest.append(argument)
-    return configs + rest

@@ -1,77 +1,80 @@
 """Everything that can be set, in five sections: `[data] [model] [optim] [train] [sample]`.
 
-The same field is a line in a TOML file (`[model]` / `n_layer = 6`), a flag (`--model.n_layer 6`) and an attribute
-(`config.model.n_layer`). The defaults below are the quick start, `configs/quickstart.toml`.
+Each field is at once a line in a TOML file (`[model]` / `n_layer = 6`), a flag (`--model.n_layer 6`), a keyword of
+`smallm.train` (`model={"n_layer": 6}`) and an attribute (`config.model.n_layer`). The defaults are the quick start,
+`configs/quickstart.toml`.
 """
 
+import operator
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from itertools import pairwise
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
 
 from smallm.errors import UserError
 from smallm.generation.sampler import Sampling
-from smallm.training.checks import check, check_types
 
-MAX_LAYERS, WIDEST = 999, (1 << 24) - 1  # as in the manifest of an exported model
+MAX_LAYERS, MAX_WIDTH = 999, (1 << 24) - 1  # the limits of an exported model's manifest
+MAX_NUMBER = 1 << 53  # the largest whole number up to which a float tells all neighbours apart
+MAX_SAMPLE = 100_000  # characters
+BOUNDS = {"at_least": operator.ge, "more_than": operator.gt, "at_most": operator.le, "less_than": operator.lt}
+
+
+def option(default: Any, help: str, **bounds: float) -> Any:
+    """A dataclass field with a line for `--help` and bounds for its value (or for each number of a tuple).
+
+    bounds: any of `at_least`, `more_than`, `at_most`, `less_than`.
+    """
+    return field(default=default, metadata={"help": help, "bounds": bounds})
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "python-docs"
-    """Text to train on: a file, a folder of .txt files, or a name: python-docs, shakespeare."""
-    encoding: str = "utf-8"
-    """Encoding of the files."""
-    min_count: int = 10
-    """A non-ASCII character seen at least this often gets an id of its own; rarer ones are spelled in UTF-8 bytes."""
-    val_fraction: float = 0.1
-    """Share of the text, at its end, that is kept for validation."""
-    normalise: Literal["none", "nfc"] = "none"
-    """Unicode form to bring the text into; nfc = a letter and its accents are one character where Unicode has it."""
-    newlines: Literal["keep", "lf"] = "keep"
-    """What becomes of line ends; lf = CR LF and CR are read as one LF."""
+    source: str = option(
+        "python-docs", "Text to train on: a file, a folder of .txt files, or a built-in one: python-docs, shakespeare."
+    )
+    encoding: str = option("utf-8", "Encoding of the files.")
+    min_count: int = option(
+        10, "Number of times that a non-ASCII character must occur to get its own id; rarer characters are spelled in "
+        "UTF-8 bytes.", at_least=1,
+    )  # fmt: skip
+    val_fraction: float = option(
+        0.1, "Fraction of the text, at its end, that is held out for validation.", more_than=0, less_than=1
+    )
+    normalise: Literal["none", "nfc"] = option(
+        "none", "Unicode normalisation; nfc joins a letter and its accents into one character where Unicode has one."
+    )
+    newlines: Literal["keep", "lf"] = option("keep", "Line ends; lf replaces CR LF and CR by LF.")
 
     def __post_init__(self) -> None:
-        check_types(self, "data.")
-        check(self.min_count >= 1, "data.min_count", self.min_count, "must be at least 1")
-        check(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "must lie between 0 and 1")
+        check_section(self, "data")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    n_layer: int = 3
-    """Number of Transformer blocks."""
-    n_head: int = 3
-    """Number of attention heads."""
-    n_kv_head: int = 0
-    """Number of key/value heads (grouped-query attention); 0 = n_head."""
-    n_embd: int = 96
-    """Width of the model."""
-    n_inner: int = 0
-    """Width of the feed-forward layer; 0 = 8/3 of n_embd, rounded up to a multiple of 32."""
-    block_size: int = 128
-    """Longest context, in ids (one id a character, for ASCII text)."""
-    window: int = 0
-    """Positions that attention sees, its own included: a model with a window writes endless texts exactly, at constant
-    speed; 0 = the whole context."""
-    dropout: float = 0.0
-    """Probability of dropping an activation in training."""
-    rope_theta: float = 10000.0
-    """Base of the rotary position embedding."""
+    n_layer: int = option(3, "Number of Transformer blocks.", at_least=1, at_most=MAX_LAYERS)
+    n_head: int = option(3, "Number of attention heads.", at_least=1, at_most=MAX_WIDTH)
+    n_kv_head: int = option(0, "Number of key/value heads (grouped-query attention); 0 = n_head.", at_least=0)
+    n_embd: int = option(96, "Width of the model (the embedding).", at_least=1, at_most=MAX_WIDTH)
+    n_inner: int = option(
+        0, "Width of the feed-forward layer; 0 = 8/3 of n_embd, rounded up to a multiple of 32.", at_least=0,
+        at_most=MAX_WIDTH,
+    )  # fmt: skip
+    block_size: int = option(128, "Context length in ids; an ASCII character is one id.", at_least=1, at_most=MAX_WIDTH)
+    window: int = option(
+        0, "Positions that attention sees, including the current one; 0 = the whole context. A model with a window "
+        "generates texts longer than block_size exactly and at constant speed.", at_least=0,
+    )  # fmt: skip
+    dropout: float = option(0.0, "Dropout probability during training.", at_least=0, less_than=1)
+    rope_theta: float = option(10000.0, "Base of the rotary position embedding.", more_than=0)
 
     def __post_init__(self) -> None:
-        check_types(self, "model.")
-        for name in ("n_layer", "n_head", "n_embd", "block_size"):
-            check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
-        for name in ("n_kv_head", "n_inner"):
-            check(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must be 0 (automatic) or more")
-        most = f"must be from 0 (no window) to model.block_size = {self.block_size}"
-        check(0 <= self.window <= self.block_size, "model.window", self.window, most)
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "n_inner"):
-            most = MAX_LAYERS if name == "n_layer" else WIDEST
-            check(getattr(self, name) <= most, f"model.{name}", getattr(self, name), f"must be at most {most}")
-        check(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be at least 0 and less than 1")
-        check(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "must be positive")
+        check_section(self, "model")
+        if self.window > self.block_size:
+            raise UserError(f"model.window = {self.window} must be at most model.block_size = {self.block_size}")
         if self.n_embd % self.n_head:
             raise UserError(
                 f"model.n_embd = {self.n_embd} is not divisible by model.n_head = {self.n_head}; "
@@ -82,7 +85,7 @@ class ModelConfig:
         if self.head_dim % 16:
             raise UserError(
                 f"model.n_embd / model.n_head = {self.head_dim} is not a multiple of 16, which the exported model "
-                "needs; 32 or 64 are good sizes of a head"
+                "needs; heads of 32 or 64 work well"
             )
 
     @property
@@ -109,105 +112,105 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: Literal["adam", "adamw", "muon"] = "muon"
-    """Optimiser; muon = Muon for the matrices of the blocks, AdamW for embedding and gains."""
-    learning_rate: float = 0.02
-    """Peak learning rate (under muon: of the matrices)."""
-    adam_learning_rate: float = 0.005
-    """Peak learning rate of embedding and gains under muon; unused by adam and adamw."""
-    schedule: Literal["constant", "exponential", "cosine", "wsd"] = "wsd"
-    """Course of the learning rate after warm-up; wsd = warm-up, stable, linear decay."""
-    gamma: float = 0.95
-    """Factor per epoch of the exponential schedule."""
-    warmup_steps: int = 10
-    """Steps of linear warm-up."""
-    decay_fraction: float = 0.6
-    """Last part of the run in which wsd decays."""
-    min_lr: float = 0.0
-    """Learning rate at the end of cosine and wsd."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of the matrices (adamw and muon)."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of Adam's moments."""
-    momentum: float = 0.9
-    """Momentum of Muon."""
-    newton_schulz_steps: int = 3
-    """Iterations of Muon's orthogonalisation."""
-    grad_clip: float = 1.0
-    """Largest gradient norm; 0 = no clipping."""
+    name: Literal["adam", "adamw", "muon"] = option(
+        "muon", "Optimiser; muon = Muon for the weight matrices of the blocks, AdamW for the embedding and the gains."
+    )
+    learning_rate: float = option(0.02, "Peak learning rate; with muon, that of the matrices.", more_than=0)
+    adam_learning_rate: float = option(
+        0.005, "Peak learning rate of the embedding and the gains with muon; adam and adamw ignore it.", more_than=0
+    )
+    schedule: Literal["constant", "exponential", "cosine", "wsd"] = option(
+        "wsd", "Learning rate after the warm-up; exponential = times gamma each epoch, cosine = falls to min_lr, "
+        "wsd = stays at the peak, then falls linearly to min_lr.",
+    )  # fmt: skip
+    gamma: float = option(0.95, "Factor per epoch of the exponential schedule.", more_than=0)
+    warmup_steps: int = option(10, "Steps of linear warm-up.", at_least=0)
+    decay_fraction: float = option(
+        0.6, "Fraction of the run, at its end, in which wsd lowers the learning rate.", at_least=0, at_most=1
+    )
+    min_lr: float = option(0.0, "Learning rate at the end of cosine and wsd.", at_least=0)
+    weight_decay: float = option(0.0, "Decoupled weight decay of the matrices (adamw and muon).", at_least=0)
+    betas: tuple[float, float] = option(
+        (0.9, 0.95), "Decay rates of Adam's first and second moments.", at_least=0, less_than=1
+    )
+    momentum: float = option(0.9, "Momentum of Muon.", at_least=0, less_than=1)
+    newton_schulz_steps: int = option(3, "Newton-Schulz iterations of Muon.", at_least=1, at_most=8)
+    grad_clip: float = option(
+        1.0, "Largest gradient norm; a longer gradient is scaled down to this norm; 0 = no clipping.", at_least=0
+    )
 
     def __post_init__(self) -> None:
-        check_types(self, "optim.")
-        for name in ("learning_rate", "adam_learning_rate", "gamma"):
-            check(getattr(self, name) > 0, f"optim.{name}", getattr(self, name), "must be positive")
-        for name in ("warmup_steps", "min_lr", "weight_decay", "grad_clip"):
-            check(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must not be negative")
-        steps = self.newton_schulz_steps
-        check(1 <= steps <= 8, "optim.newton_schulz_steps", steps, "must lie between 1 and 8")
-        for value in (*self.betas, self.momentum):
-            check(0 <= value < 1, "optim.betas and optim.momentum", value, "must be at least 0 and less than 1")
-        check(0 <= self.decay_fraction <= 1, "optim.decay_fraction", self.decay_fraction, "must lie between 0 and 1")
-        check(self.min_lr <= self.learning_rate, "optim.min_lr", self.min_lr, "must not exceed learning_rate")
+        check_section(self, "optim")
+        if self.min_lr > self.learning_rate:
+            raise UserError(f"optim.min_lr = {self.min_lr} must be at most optim.learning_rate = {self.learning_rate}")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    batch_size: int = 12
-    """Sequences per step over all processes."""
-    short_windows: tuple[int, ...] = ()
-    """Window lengths that the run begins with instead of block_size, such as 64 128; the ids per step stay the same."""
-    short_until: tuple[float, ...] = ()
-    """Share of the run at which each of the short windows ends, such as 0.2 0.8."""
-    micro_batch_size: int = 0
-    """Sequences per process and forward pass; 0 = batch_size / processes, without accumulation."""
-    max_steps: int = 0
-    """Steps (optimiser updates) to train; 0 = as many as epochs says, or 560 if that is 0 too."""
-    epochs: float = 0.0
-    """Passes over the training text; 0 = as many as max_steps says. With both, what comes first ends the run."""
-    minutes: float = 0.0
-    """Minutes that all may take; what is not set is chosen for them. 0 = as long as max_steps and epochs say."""
-    eval_every: int = 140
-    """Steps between evaluations on the whole validation text; 0 = once an epoch."""
-    save_every: int = 0
-    """Steps between checkpoints, besides those at the best evaluation and at the end; 0 = eval_every."""
-    keep_last: int = 2
-    """Newest checkpoints to keep, besides the best."""
-    patience: int = 0
-    """Evaluations without improvement after which the run stops; 0 = never."""
-    log_every: int = 10
-    """Steps between lines in metrics.jsonl."""
-    log_with: tuple[str, ...] | str = ()
-    """Trackers that get the figures and samples too, such as tensorboard or wandb (offline unless
-    WANDB_MODE says more); several with commas; nothing = none."""
-    sample_length: int = 120
-    """Characters generated at each evaluation; 0 = none."""
-    init_from: str = ""
-    """Run or checkpoint whose model to go on from with another text, in a new run; empty = from nothing."""
-    seed: int = 1
-    """Random seed of initialisation, batches and dropout."""
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Arithmetic; auto = bf16 or fp16 on a GPU that has it, bf16 on a CPU where it proves faster, else fp32."""
-    compile: Literal["auto", "yes", "no"] = "auto"
-    """Use torch.compile; auto = on a GPU, for runs of over about three minutes."""
+    batch_size: int = option(12, "Sequences per step, over all processes.", at_least=1)
+    short_windows: tuple[int, ...] = option(
+        (), "Context lengths below block_size to start training with, such as 64,128; the ids per step stay the same."
+    )
+    short_until: tuple[float, ...] = option(
+        (), "Fraction of the run at which each of the short windows ends, such as 0.2,0.8."
+    )
+    micro_batch_size: int = option(
+        0, "Sequences per process and forward pass; 0 = batch_size / processes, without gradient accumulation.",
+        at_least=0,
+    )  # fmt: skip
+    max_steps: int = option(
+        0, "Steps (optimiser updates) to train; 0 = the number given by epochs, or 560 if epochs is 0 too.", at_least=0
+    )
+    epochs: float = option(
+        0.0, "Passes over the training text; 0 = the number given by max_steps. With both, the shorter run counts.",
+        at_least=0,
+    )  # fmt: skip
+    minutes: float = option(
+        0.0, "Time for the whole command, in minutes; every setting that is not given is chosen to suit this time, the "
+        "machine and the text. 0 = no limit; max_steps and epochs give the length.", at_least=0,
+    )  # fmt: skip
+    eval_every: int = option(
+        140, "Steps between evaluations on the whole validation text; 0 = once per epoch.", at_least=0
+    )
+    save_every: int = option(
+        0, "Steps between checkpoints, in addition to those of the best evaluation and of the last step; "
+        "0 = eval_every.", at_least=0,
+    )  # fmt: skip
+    keep_last: int = option(2, "Number of newest checkpoints to keep, in addition to the best one.", at_least=1)
+    patience: int = option(
+        0, "Number of evaluations in a row without improvement after which the run stops; 0 = never.", at_least=0
+    )
+    log_every: int = option(10, "Steps between records in metrics.jsonl.", at_least=1)
+    log_with: tuple[str, ...] | str = option(
+        (), "Experiment trackers that get the metrics and samples too, separated by commas, such as tensorboard,wandb. "
+        "They stay offline unless the environment says otherwise (WANDB_MODE=online).",
+    )  # fmt: skip
+    sample_length: int = option(
+        120, "Characters to generate at each evaluation; 0 = no sample.", at_least=0, at_most=MAX_SAMPLE
+    )
+    init_from: str = option(
+        "", "Run or checkpoint whose model a new run starts from, to learn another text (fine-tuning); empty = random "
+        "weights.",
+    )  # fmt: skip
+    seed: int = option(1, "Random seed of initialisation, batches and dropout.", at_least=0, less_than=1 << 32)
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
+        "auto", "Precision of the arithmetic; auto = bf16 or fp16 on a GPU that has it, bf16 on a CPU if a short "
+        "measurement finds it faster, no (fp32) otherwise.",
+    )  # fmt: skip
+    compile: Literal["auto", "yes", "no"] = option(
+        "auto", "Whether to use torch.compile; auto = on a GPU, for runs longer than about three minutes."
+    )
 
     def __post_init__(self) -> None:
-        check_types(self, "train.")
-        for name in ("batch_size", "keep_last", "log_every"):
-            check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
-        for name in ("micro_batch_size", "max_steps", "epochs", "eval_every", "save_every", "patience",
-                     "sample_length", "seed"):  # fmt: skip
-            check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
-        most = 100_000
-        check(self.sample_length <= most, "train.sample_length", self.sample_length, f"must be at most {most}")
-        check(self.minutes >= 0, "train.minutes", self.minutes, "must be a number of minutes, such as 5")
+        check_section(self, "train")
         other = next((name for name in ("max_steps", "epochs") if getattr(self, name)), "")
         if self.minutes and other:
-            raise UserError(f"train.minutes and train.{other} both say how long the run is; set one of them to 0")
-        until, number = self.short_until, len(self.short_windows)
-        check(len(until) == number, "train.short_until", until, f"must be {number} numbers, one per short window")
-        rises = all(a < b for a, b in pairwise((0.0, *until, 1.0)))
-        check(rises, "train.short_until", until, "must rise from above 0 to below 1")
-        check(self.seed < 1 << 32, "train.seed", self.seed, "must be less than 4294967296")
+            raise UserError(f"train.minutes and train.{other} both give the length of the run; set one of them to 0")
+        until, count = self.short_until, len(self.short_windows)
+        if len(until) != count:
+            raise UserError(f"train.short_until = {until} must be {count} numbers, one per short window")
+        if not all(a < b for a, b in pairwise((0.0, *until, 1.0))):
+            raise UserError(f"train.short_until = {until} must rise from above 0 to below 1")
 
     @property
     def trackers(self) -> tuple[str, ...]:
@@ -218,30 +221,27 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    seed: str = ""
-    """Seed text of the samples shown in training; empty = as at the start of a line."""
-    temperature: float = 0.8
-    """Default temperature; 0 = always the likeliest character."""
-    top_k: int = 40
-    """Default number of likeliest ids to choose from; 0 = all."""
-    top_p: float = 1.0
-    """Default share of probability to choose from."""
-    min_p: float = 0.0
-    """Default least probability, relative to the likeliest id."""
+    seed: str = option("", "Seed text of the samples shown during training; empty = a newline.")
+    temperature: float = option(0.8, "Default sampling temperature of the model; 0 = always the most likely character.")
+    top_k: int = option(40, "Default number of most likely ids to sample from; 0 = all.")
+    top_p: float = option(1.0, "Default probability mass to sample from (nucleus sampling); 1 = all.")
+    min_p: float = option(
+        0.0, "Default lower limit of an id's probability, as a fraction of the most likely id's; 0 = no limit."
+    )
 
     def __post_init__(self) -> None:
-        check_types(self, "sample.")
+        check_section(self, "sample")
         _ = self.sampling  # checks the ranges
 
     @property
     def sampling(self) -> Sampling:
-        """The defaults as the sampler takes them."""
+        """The defaults in the sampler's form."""
         return Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run, resolved; saved in each checkpoint."""
+    """All settings of a run, with every value resolved; stored in each checkpoint."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -252,16 +252,24 @@ class Config:
     def __post_init__(self) -> None:
         T = self.model.block_size
         for window in self.train.short_windows:
-            divides = 0 < window < T and T % window == 0
-            check(divides, "train.short_windows", window, f"must be shorter than model.block_size = {T} and divide it")
+            if not 0 < window < T or T % window:
+                raise UserError(
+                    f"train.short_windows = {window} must be shorter than model.block_size = {T} and divide it"
+                )
 
     @classmethod
-    def from_dict(cls, values: dict[str, dict[str, Any]]) -> "Config":
-        """The inverse of `to_dict`; a missing field takes its default, an unknown one is a `UserError`."""
-        for key in flatten(values):
-            if key not in KEYS:
-                raise UserError(f"unknown setting {key}{nearest(key)}")
-        return cls(**{name: section(**_tuples(values.get(name, {}))) for name, section in SECTIONS.items()})
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+        """The inverse of `to_dict`; also takes keys like `model.n_layer`. A missing field takes its default.
+
+        Raises `UserError` for an unknown setting and for a value of the wrong type or out of range.
+        """
+        flat = {key: tuple(value) if isinstance(value, list) else value for key, value in flatten(values).items()}
+        check_keys(flat)
+        sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+        for key, value in flat.items():
+            section, name = key.split(".")
+            sections[section][name] = value
+        return cls(**{name: SECTIONS[name](**section) for name, section in sections.items()})
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain sections of numbers, strings and lists, as TOML and JSON hold them."""
@@ -269,27 +277,82 @@ class Config:
                 for name, section in asdict(self).items()}  # fmt: skip
 
 
-SECTIONS = {f.name: f.default_factory for f in fields(Config)}
+SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in fields(Config)}
 KEYS = tuple(f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section))
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"model": {"n_layer": 6}}` -> `{"model.n_layer": 6}`."""
     flat = {}
     for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 
-def nearest(key: str) -> str:
-    """`; did you mean model.n_layer?`, or nothing when no setting is like `key`."""
-    from difflib import get_close_matches
+def check_keys(settings: Mapping[str, Any], file: object = "") -> None:
+    """Raises `UserError`, which names the nearest setting, if a key such as `model.n_layer` is unknown.
 
+    file: the file that holds the settings, for the message.
+    """
+    for key in settings:
+        if key not in KEYS:
+            raise UserError(f"unknown setting {key}{f' in {file}' if file else ''}{_suggestion(key)}")
+
+
+def check_section(section: Any, name: str) -> None:
+    """Raises `UserError` if a field of a section has the wrong type or is out of its bounds."""
+    check_types(section, f"{name}.")
+    for f in fields(section):
+        value = getattr(section, f.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not all(BOUNDS[bound](number, limit) for bound, limit in f.metadata["bounds"].items()):
+                rule = " and ".join(f"{k.replace('_', ' ')} {limit}" for k, limit in f.metadata["bounds"].items())
+                raise UserError(f"{name}.{f.name} = {value} must be {rule}")
+
+
+def check_types(values: Any, prefix: str = "") -> None:
+    """Raises `UserError` if a field of a dataclass does not have its annotated type, or is not finite, or is huge.
+
+    prefix: written before the name of the field in the message.
+    """
+    for f in fields(values):
+        if not _fits(value := getattr(values, f.name), f.type):
+            raise UserError(f"{prefix}{f.name} = {value!r:.80} must be {_described(f.type)}")
+
+
+def _fits(value: object, kind: Any) -> bool:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in parts
+    if origin is tuple:
+        count = len(value) if Ellipsis in parts and isinstance(value, tuple) else len(parts)
+        return isinstance(value, tuple) and len(value) == count and all(_fits(v, parts[0]) for v in value)
+    if origin is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if kind is str:
+        return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)  # UTF-8 has no surrogates
+    if kind in (int, float):
+        return type(value) in (int, kind) and -MAX_NUMBER <= value <= MAX_NUMBER  # NaN fails the comparison
+    return isinstance(value, origin or kind)
+
+
+def _described(kind: Any) -> str:
+    """The type in words."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if origin is UnionType:
+        return " or ".join(map(_described, parts))
+    if origin is tuple:
+        number = "a list, each item" if Ellipsis in parts else f"a list of {len(parts)}, each item"
+        return f"{number} {_described(parts[0])}"
+    words = {int: "a whole number", float: "a number", str: "a text that UTF-8 can encode", bool: "true or false"}
+    return words.get(kind, str(kind))
+
+
+def _suggestion(key: str) -> str:
+    """`; did you mean model.n_layer?`, or nothing if no setting resembles `key`."""
     close = get_close_matches(key, KEYS, n=1, cutoff=0.5)
-    if not close:  # a right name in the wrong section, or without one
-        close = [k for k in KEYS if k.split(".")[1] == key.split(".")[-1]]
+    if not close:  # the right name in the wrong section, or without a section
+        close = [known for known in KEYS if known.split(".")[1] == key.split(".")[-1]]
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def _tuples(section: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast, parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -27,6 +28,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         precision = launched if launched in ("bf16", "fp16") else best_precision()
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.mixed_precision = fp16 needs a GPU; use auto, no or bf16")
+    # Accelerate keeps its settings in a singleton and refuses others; a process may train twice, with two precisions.
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # said outright, or a launcher of several processes expects GPUs
         mixed_precision=precision,

@@ -9,7 +9,7 @@ from accelerate.tracking import GeneralTracker
 from tqdm import tqdm
 
 from smallm.training.checkpoint.format import TrainingState
-from smallm.training.trackers import pass_on
+from smallm.training.trackers import log_record
 
 
 class Report:
@@ -81,7 +81,7 @@ class Report:
         if self.enabled:
             self._file.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
             self._file.flush()
-            pass_on(values, self._trackers, self.say)
+            log_record(values, self._trackers, self.say)
 
 
 def _lines_until(metrics: Path, step: int) -> list[bytes]:

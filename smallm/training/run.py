@@ -1,16 +1,19 @@
-"""A run from its config to its exit code: everything around the loop that can go wrong."""
+"""A run from its request to its exit code: the lock, the text, the plan, the loop, and errors on the way."""
 
+import os
 import sys
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
+from torch.distributed import TCPStore
 
-from smallm.errors import UserError
+from smallm.errors import ProcessError, UserError
 from smallm.runs.layout import LOCK
 from smallm.training import trackers
 from smallm.training.analysis.baselines import seconds_kept
@@ -22,82 +25,117 @@ from smallm.training.checkpoint.safe_load import check_fits
 from smallm.training.config import Config
 from smallm.training.data.corpus import Corpus
 from smallm.training.devices import broadcast_from_main, build_accelerator
-from smallm.training.failure import report_first_failure
 from smallm.training.finetune import Origin, base_vocabulary, origin_of
+from smallm.training.request import Request
 from smallm.training.trainer import Trainer
 
+STORE_SECONDS = 5  # to wait for the launcher's store when a process has failed
 
-def train(
-    config: Config, out: Path, resume: bool = False, explicit: Set[str] = frozenset(), started: float | None = None
-) -> int:
-    """Trains by `config` into the run folder `out`, and returns the exit code. Raises `UserError`.
 
-    explicit: settings, as `section.field`, that `train.minutes` must not choose; started: time.perf_counter() as the
-    program began, by default now.
+def run_training(request: Request, started: float | None = None) -> int:
+    """Trains, and returns 0, or 128 + the number of the signal that interrupted the run.
+
+    started: time.perf_counter() when the program began, by default now; a time budget counts from there.
+    Raises `UserError`.
     """
-    clock, planned_steps = Clock.after_imports(time.perf_counter() if started is None else started), 0
+    clock = Clock.after_imports(time.perf_counter() if started is None else started)
+    config, out = request.config, request.out
     trackers.check(config.train.trackers)
     accelerator = build_accelerator(config.train)
     with report_first_failure(accelerator), _locked(accelerator, out):
-        place = _newest(accelerator, out) if resume else None
-        origin = origin_of(accelerator, config, out) if config.train.init_from and place is None else None
-        base = origin.vocabulary if origin else base_vocabulary(place)
+        folder = _newest_checkpoint(accelerator, out) if request.resume else None
+        origin = origin_of(accelerator, config, out) if config.train.init_from and folder is None else None
+        base = origin.vocabulary if origin else base_vocabulary(folder)
         corpus = open_text(accelerator, config.data, base)
-        clock = _with_end(accelerator, clock, config, corpus, origin)
-        if config.train.minutes and place is None:
-            config, corpus, planned_steps = plan_run(accelerator, config, corpus, explicit, clock, base)
+        clock = _reserve_end(accelerator, clock, config, corpus, origin)
+        planned_steps = 0
+        if config.train.minutes and folder is None:
+            config, corpus, planned_steps = plan_run(accelerator, config, corpus, request.explicit, clock, base)
         if origin:
-            config = origin.scale_learning_rates(config, explicit)
+            config = origin.scale_learning_rates(config, request.explicit)
         try:
-            if place is not None:
-                check_fits(place / "model.safetensors", config.model, corpus.vocabulary.size)
+            if folder is not None:
+                check_fits(folder / "model.safetensors", config.model, corpus.vocabulary.size)
             trainer = Trainer(accelerator, config, corpus, out, clock, planned_steps)
-            if place is not None:
-                trainer.resume(place)
+            if folder is not None:
+                trainer.resume(folder)
             elif origin:
                 origin.hand_over(trainer)
             with trackers.started(accelerator, config, out, trainer.state.step):
                 code = trainer.train()
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"cannot write to {out}: {reason}; make room, then go on with --resume {out}") from None
+            raise UserError(f"cannot write to {out}: {reason}; free some space, then use --resume {out}") from None
     accelerator.end_training()
     return code
 
 
-def _with_end(accelerator: Accelerator, clock: Clock, config: Config, corpus: Corpus, origin: Origin | None) -> Clock:
-    """With the time for what is measured after the last step; the same for all processes, as their steps must be."""
+@contextmanager
+def report_first_failure(accelerator: Accelerator) -> Iterator[None]:
+    """Of several processes, the first to fail within reports its error; the others exit silently with code 1.
+
+    The errors of the others mostly say that they lost the connection to the first.
+    """
+    try:
+        yield
+    except Exception as error:
+        if accelerator.num_processes == 1:
+            raise
+        if not _is_first_failure():
+            raise SystemExit(1) from None
+        if isinstance(error, UserError) and accelerator.process_index:
+            raise ProcessError(f"process {accelerator.process_index}: {error}") from None
+        raise
+
+
+def _is_first_failure() -> bool:
+    """Counts the failures in the store through which the processes met; True as well if the store does not answer."""
+    try:
+        timeout = timedelta(seconds=STORE_SECONDS)
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+        return store.add(f"smallm/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):
+        return True
+
+
+def _reserve_end(
+    accelerator: Accelerator, clock: Clock, config: Config, corpus: Corpus, origin: Origin | None
+) -> Clock:
+    """Reserves time for what is measured after the last step; the same on all processes, so that their steps agree."""
     end = clock.end_seconds + seconds_kept(corpus, 60 * config.train.minutes) + (origin.seconds if origin else 0)
     return replace(clock, end_seconds=broadcast_from_main(accelerator, end)[0])
 
 
-def _newest(accelerator: Accelerator, run: Path) -> Path | None:
-    """The newest intact checkpoint of a run, None before its first; damaged ones are said and put aside."""
+def _newest_checkpoint(accelerator: Accelerator, run: Path) -> Path | None:
+    """The newest intact checkpoint of a run, None before its first one; damaged ones are reported and quarantined."""
     step = -1.0
     if accelerator.is_main_process:
-        damaged = {}
-        place = newest_checkpoint(run, damaged.setdefault)
+        damaged: dict[Path, str] = {}
+        newest = newest_checkpoint(run, damaged.setdefault)
         for folder, problem in damaged.items():
-            print(f"warning: {folder} is damaged ({problem}); going on from an earlier one", file=sys.stderr)
+            print(f"warning: {folder} is damaged ({problem}); an earlier checkpoint is used", file=sys.stderr)
             quarantine(folder)
-        step = step if place is None else float(place.name.removeprefix("step-"))
+        step = step if newest is None else float(newest.name.removeprefix("step-"))
     (step,) = broadcast_from_main(accelerator, step)
     return None if step < 0 else folder_of(run, int(step))
 
 
 @contextmanager
 def _locked(accelerator: Accelerator, run: Path) -> Iterator[None]:
-    """The run is ours alone within; the system takes the lock back from a process that is killed."""
+    """Holds the lock of the run folder; the system releases the lock of a process that is killed.
+
+    A folder that is still empty afterwards, because the training failed before it wrote anything, is removed.
+    """
     if not accelerator.is_main_process:
         yield
         return
-    made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    created = [folder for folder in (run, *run.parents) if not folder.exists()]
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = FileLock(run / LOCK).acquire(timeout=0)
     except Timeout:
         raise UserError(f"{run} is being trained by another process; wait for it, or choose another --out") from None
-    except NotImplementedError:  # a file system that knows no locks
+    except NotImplementedError:  # a file system without locks
         yield
         return
     except OSError as error:
@@ -106,7 +144,7 @@ def _locked(accelerator: Accelerator, run: Path) -> Iterator[None]:
         with lock:
             yield
     finally:
-        if [file.name for file in run.iterdir()] == [LOCK]:  # nothing came of it
+        if [file.name for file in run.iterdir()] == [LOCK]:
             (run / LOCK).unlink()
-            for folder in made:
+            for folder in created:
                 folder.rmdir()

@@ -88,7 +88,7 @@ def _quiet_threads() -> Iterator[None]:
         threading.excepthook = before
 
 
-def pass_on(record: dict[str, Any], trackers: list[GeneralTracker], say: Callable[[str], None]) -> None:
+def log_record(record: dict[str, Any], trackers: list[GeneralTracker], say: Callable[[str], None]) -> None:
     """A record of metrics.jsonl to all trackers; one that fails is said, and left out from then on."""
     kind, step = record["kind"], record["step"]
     numbers = {f"{kind}/{key}": value for key, value in record.items() if isinstance(value, int | float)}

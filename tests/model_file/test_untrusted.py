@@ -29,8 +29,7 @@ from smallm.model_file.onnx_reader import MODEL, OPERATORS, fields, packed, read
 from smallm.runs.state_file import read_json
 from smallm.training.checkpoint.qwen3 import to_qwen3
 from smallm.training.checkpoint.safe_load import check_fits, weight_shapes
-from smallm.training.checks import check_types
-from smallm.training.config import Config, ModelConfig
+from smallm.training.config import Config, ModelConfig, check_types
 from smallm.training.model.transformer import TransformerLanguageModel
 
 CASES = {

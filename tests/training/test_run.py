@@ -1,4 +1,4 @@
-"""smallm.training.launch and failure: locks, signals, a start that was killed, processes that fail."""
+"""smallm.training.run: locks, signals, a start that was killed, processes that fail."""
 
 import os
 import shutil
@@ -186,7 +186,7 @@ import atexit, sys
 import smallm.training.run
 from smallm.training import cli
 
-smallm.training.run.train = lambda *args, **options: print("done", end="") or 7
+smallm.training.run.run_training = lambda request, started: print("done", end="") or 7
 atexit.register(print, ", shut down")
 sys.exit(cli.main([]))
 """

@@ -18,8 +18,8 @@ import numpy as np
 from smallm.errors import UserError
 from smallm.training.analysis.characters import Characters
 from smallm.training.analysis.ngram import best_ngram
-from smallm.training.cache import recalled, remembered
-from smallm.training.checks import check_types
+from smallm.training.cache import cached_json, read_cached_json
+from smallm.training.config import check_types
 from smallm.training.data.corpus import Corpus
 
 VERSION = 1  # of what is kept
@@ -47,13 +47,13 @@ class Baseline:
 def baselines(corpus: Corpus) -> list[Baseline]:
     """gzip, bz2, xz and the best n-gram model on the validation text; known figures come from the cache."""
     file = corpus.val_file.with_name(FILE)
-    values = remembered(file, VERSION, lambda: {"yardsticks": [asdict(one) for one in _measure(corpus)]})
+    values = cached_json(file, VERSION, lambda: {"yardsticks": [asdict(one) for one in _measure(corpus)]})
     return _of(values)
 
 
 def known_baselines(corpus: Corpus) -> list[Baseline] | None:
     """Those that were measured before."""
-    values = recalled(corpus.val_file.with_name(FILE), VERSION)
+    values = read_cached_json(corpus.val_file.with_name(FILE), VERSION)
     return None if values is None else _of(values)
 
 

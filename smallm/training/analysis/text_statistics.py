@@ -14,7 +14,7 @@ import numpy as np
 from smallm.tokenizer.vocabulary import CODE_POINTS
 from smallm.training.analysis.characters import Characters, as_text, spread
 from smallm.training.analysis.windows import Sums, Windows
-from smallm.training.cache import remembered
+from smallm.training.cache import cached_json
 from smallm.training.data.corpus import Corpus
 from smallm.training.data.tidy import joins
 
@@ -82,7 +82,7 @@ class Checkup:
 
 def examine(corpus: Corpus) -> Checkup:
     """The findings; known ones come from the cache."""
-    values = remembered(corpus.val_file.with_name("doctor.json"), VERSION, lambda: asdict(_examine(corpus)))
+    values = cached_json(corpus.val_file.with_name("doctor.json"), VERSION, lambda: asdict(_examine(corpus)))
     return Checkup(**values)
 
 

@@ -27,8 +27,7 @@ from smallm.runs.state_file import FORMAT_VERSION, STATE_FILE, read_json, read_s
 from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.checkpoint.qwen3 import from_qwen3, to_qwen3
 from smallm.training.checkpoint.safe_load import check_fits
-from smallm.training.checks import check_types
-from smallm.training.config import Config
+from smallm.training.config import Config, check_types
 from smallm.training.distributed import gathered, like
 from smallm.training.model.operations import NORM_EPS
 from smallm.training.model.transformer import TransformerLanguageModel

@@ -12,8 +12,7 @@ import numpy as np
 
 from smallm.runs.layout import CONFIG
 from smallm.training.analysis.baselines import Baseline, read_baselines
-from smallm.training.checks import MOST
-from smallm.training.config import flatten
+from smallm.training.config import MAX_NUMBER, flatten
 from smallm.training.report.plot import Curves, curves, distinct_names, read_metrics
 from smallm.training.report.record import Record, read_record
 
@@ -76,7 +75,7 @@ def read_outcomes(runs: Sequence[Path]) -> list[Outcome]:
 def number(row: dict[str, Any], key: str) -> float:
     """A figure of a record; NaN if there is none."""
     value = row.get(key)
-    return float(value) if isinstance(value, int | float) and -MOST <= value <= MOST else math.nan
+    return float(value) if isinstance(value, int | float) and -MAX_NUMBER <= value <= MAX_NUMBER else math.nan
 
 
 def column(rows: Sequence[dict[str, Any]], key: str) -> np.ndarray:

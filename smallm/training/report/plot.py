@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from smallm.errors import UserError
-from smallm.training.checks import MOST
+from smallm.training.config import MAX_NUMBER
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5195", "#8c6d1f", "#56a3d9", "#4d4d4d")
 
@@ -65,7 +65,7 @@ def _check(point: Curves) -> None:
     """Raises ValueError unless the one point has a step, and no figure that is too large for a picture."""
     numbers = np.concatenate([value for part in (point.train, point.val) for value in part.values()])
     steps = [*point.train["step"], *point.val["step"]]
-    if (np.abs(numbers[np.isfinite(numbers)]) > MOST).any() or not np.isfinite(steps).all():
+    if (np.abs(numbers[np.isfinite(numbers)]) > MAX_NUMBER).any() or not np.isfinite(steps).all():
         raise ValueError("a number is none")
 
 

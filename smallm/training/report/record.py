@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from smallm.errors import UserError
-from smallm.training.checks import MOST, check_types
+from smallm.training.config import MAX_NUMBER, check_types
 
 FILE = "report.json"
 VERSION = 1
@@ -41,7 +41,7 @@ class Passage:
         if len(lengths) > 1 or len(widths) > 1 or not all(isinstance(row, str) for row in self.expected):
             raise UserError("a passage is not whole")
         shares = chain(*self.probabilities)
-        if not all(0 <= value <= MOST for value in self.nats) or not all(0 <= share <= 1 for share in shares):
+        if not all(0 <= value <= MAX_NUMBER for value in self.nats) or not all(0 <= share <= 1 for share in shares):
             raise UserError("a passage has a figure that is none")
 
 

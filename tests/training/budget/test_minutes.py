@@ -52,7 +52,7 @@ def test_what_is_set_is_known(folder):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--minutes", "0"], ["--minutes"]),
+        (["--minutes", "0"], ["minutes = 0", "such as 5"]),
         (["--minutes", "-1"], ["train.minutes", "-1"]),
         (["--minutes", "nan"], ["train.minutes", "nan"]),
         (["--minutes", "inf"], ["train.minutes", "inf"]),

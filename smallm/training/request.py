@@ -1,0 +1,141 @@
+"""From config files and settings to a `Request`: the resolved `Config` of a run and its folder.
+
+`train.py` and `smallm.train` share this module; it does not import PyTorch, so that mistakes are reported at once.
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smallm.errors import UserError
+from smallm.runs.layout import new_run
+from smallm.training.checkpoint.safe_load import check_memory
+from smallm.training.config import KEYS, Config, check_keys, flatten
+
+
+@dataclass(frozen=True)
+class Request:
+    """A training that was asked for."""
+
+    config: Config
+    out: Path
+    """The run folder."""
+    resume: bool
+    explicit: frozenset[str] = frozenset()
+    """The settings that a config file or the caller gives, as `section.field`; `train.minutes` leaves them alone."""
+
+
+def resolve(
+    settings: Mapping[str, Any],
+    *,
+    configs: Sequence[str | Path] = (),
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+) -> Request:
+    """What to train, from the defaults, then config files (or the resumed run's settings), then `settings`.
+
+    settings: by `section.field`; configs: TOML files or names of shipped ones, later files win; out: the run folder, by
+    default the first free one of `runs/<config>`, `runs/<config>-2`, …; resume: a run to continue.
+    Raises `UserError` for every mistake.
+    """
+    check_keys(settings)
+    if resume:
+        request = _resumed(settings, Path(resume), bool(configs or out))
+    else:
+        files = [find_config(config) for config in configs]
+        values, explicit = _merge(settings, files)
+        if values["train"]["init_from"]:
+            from smallm.training.finetune import inherit_model_config
+
+            explicit = inherit_model_config(values, explicit)
+        if values["train"]["minutes"]:
+            values["model"] |= _matching_shape(values["model"], explicit)
+        config = Config.from_dict(_one_length(values, settings))
+        request = Request(config, new_run(out, files[-1].stem if files else "quickstart"), False, explicit)
+    check_memory(request.config.model)
+    return request
+
+
+def load_config(*configs: str | Path, settings: Mapping[str, Any] | None = None) -> Config:
+    """The settings of TOML files over the defaults, and `settings` (by `section.field`) over them.
+
+    Raises `UserError`.
+    """
+    values, _ = _merge(settings or {}, [find_config(config) for config in configs])
+    return Config.from_dict(_one_length(values, settings or {}))
+
+
+def find_config(name: str | Path) -> Path:
+    """The path of a TOML file, or of one that comes with smallm and has this name, such as `shakespeare-cpu`."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    bare = str(path.parent) == "."
+    package = Path(__file__).parents[1]
+    folders = [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
+    for folder in folders:
+        if bare and path.suffix in ("", ".toml") and (shipped := folder / f"{path.stem}.toml").is_file():
+            return shipped
+    names = sorted({file.stem for folder in folders for file in folder.glob("*.toml")})
+    raise UserError(f"there is no config {name}; give a TOML file or one of: {', '.join(names)}")
+
+
+def _resumed(settings: Mapping[str, Any], run: Path, more: bool) -> Request:
+    if more:
+        raise UserError("resume takes the settings and the folder of the run; leave out config and out")
+    if "train.init_from" in settings:
+        raise UserError("resume continues a run and init_from starts a new one; leave out one of them")
+    from smallm.training.checkpoint.manager import saved_config
+
+    values = _nested(flatten(saved_config(run).to_dict()) | settings)
+    return Request(Config.from_dict(_one_length(values, settings)), run, True, frozenset(KEYS))
+
+
+def _merge(settings: Mapping[str, Any], files: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], frozenset[str]]:
+    """All values by section, and the settings that are not defaults."""
+    given: dict[str, Any] = {}
+    for file in files:
+        given |= _read_toml(file)
+    given |= settings
+    return _nested(flatten(Config().to_dict()) | given), frozenset(given)
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        settings = flatten(tomllib.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not a readable TOML file: {error}") from None
+    check_keys(settings, file)
+    return settings
+
+
+def _nested(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        section, name = key.split(".")
+        sections.setdefault(section, {})[name] = value
+    return sections
+
+
+def _one_length(values: dict[str, dict[str, Any]], settings: Set[str] | Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A length of the run in `settings` (minutes, or steps and epochs) replaces one from a file or a resumed run."""
+    train = values["train"]
+    by_time = "train.minutes" in settings
+    if by_time and not train["minutes"]:
+        raise UserError("minutes = 0 leaves no time to train; give more, such as 5")
+    by_steps = any(f"train.{name}" in settings and train[name] for name in ("max_steps", "epochs"))
+    if by_time and not by_steps:
+        return values | {"train": train | {"max_steps": 0, "epochs": 0.0}}
+    if by_steps and not by_time:
+        return values | {"train": train | {"minutes": 0.0}}
+    return values
+
+
+def _matching_shape(model: Mapping[str, Any], explicit: Set[str]) -> dict[str, int]:
+    """The number of heads for a given width, or the width for a given number of heads, until the planner chooses it."""
+    width, heads = "model.n_embd" in explicit, "model.n_head" in explicit
+    if width and not heads:
+        return {"n_head": 1}
+    return {"n_embd": 32 * model["n_head"]} if heads and not width else {}
