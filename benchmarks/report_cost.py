@@ -3,7 +3,7 @@
     python benchmarks/report_cost.py [--out DIR] [any flag of train.py]
 
 Trains as train.py does, by default the quick start, in this process, and adds up the time spent in the report's parts:
-`beginning` (text and machine), `passage` at each best evaluation, `keep` (report.json, within and beside the others),
+`beginning` (text and machine), `passage` at each best evaluation, `record` (report.json, within and beside the others),
 `page` (its imports included). Shares are of the whole process, from before PyTorch is imported, in wall time and in
 processor time, so they hold on a busy machine too. Prints a table, then all figures as one line of JSON.
 """
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     page = words.page_of
     trainer.beginning = watch("beginning", trainer.beginning)
     trainer.read_passage = watch("passage", trainer.read_passage)
-    record.Keeper.keep = watch("keep", record.Keeper.keep)
+    record.RecordWriter.update = watch("record", record.RecordWriter.update)
     words.page_of = watch("page", lambda *args: iter(list(page(*args))))  # its lines at once: it is a generator
     with tempfile.TemporaryDirectory() as folder:
         given = argv if "--out" in argv else ["--out", f"{folder}/run", *argv]

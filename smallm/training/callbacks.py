@@ -23,7 +23,7 @@ from smallm.training.analysis.baselines import (
 )
 from smallm.training.analysis.memorisation import copies
 from smallm.training.analysis.text_statistics import examine
-from smallm.training.report.record import Keeper, machine_facts
+from smallm.training.report.record import RecordWriter, machine_facts
 
 if TYPE_CHECKING:
     from smallm.training.trainer import Trainer
@@ -49,14 +49,14 @@ def opening(trainer: "Trainer") -> str:
     )
 
 
-def beginning(trainer: "Trainer") -> Keeper:
+def beginning(trainer: "Trainer") -> RecordWriter:
     """Where the run keeps what its report will say, with text and machine in it; of a new run, says the findings."""
     corpus, step, main = trainer.corpus, trainer.state.step, trainer.accelerator.is_main_process
-    keeper = Keeper(trainer.run, trainer.report.say, going_on=step > 0, enabled=main)
+    record = RecordWriter(trainer.run, trainer.report.say, resumed=step > 0, enabled=main)
     if not main:
-        return keeper
+        return record
     checkup = examine(corpus)
-    keeper.keep(
+    record.update(
         state="training",
         planned_steps=trainer.total_steps,
         facts=trainer.state.facts | machine_facts(),
@@ -65,9 +65,9 @@ def beginning(trainer: "Trainer") -> Keeper:
         findings=full_report(corpus, checkup),
     )
     if not step:
-        keeper.keep(began=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
+        record.update(began=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
         trainer.report.say("\n".join(opening_lines(checkup)))
-    return keeper
+    return record
 
 
 def broken_off(trainer: "Trainer", number: int) -> Iterator[str]:
@@ -123,7 +123,7 @@ def copied(trainer: "Trainer") -> Iterator[str]:
         lines = (trainer.run / METRICS).read_bytes().splitlines()
         samples = [values["sample"] for values in map(json.loads, lines) if values["kind"] == "eval"][-LAST_SAMPLES:]
         report = copies([sample for sample in samples if sample], trainer.corpus)
-        trainer.record.keep(copies=report.rows())
+        trainer.record.update(memorisation=report.rows())
         if report.is_remarkable:
             yield f"its samples are copies: {report.lines()[0]}; more text, --model.dropout 0.2 or fewer steps help"
 
@@ -132,7 +132,7 @@ def page_of(trainer: "Trainer", state: str) -> Iterator[str]:
     """Writes the report, and says where it is; one that cannot be written spoils no run."""
     from smallm.training.report.run_page import write_report
 
-    trainer.record.keep(state=state, planned_steps=trainer.total_steps)
+    trainer.record.update(state=state, planned_steps=trainer.total_steps)
     try:
         yield f"report: {write_report(trainer.run)}"
     except UserError as error:

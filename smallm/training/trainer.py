@@ -241,7 +241,7 @@ class Trainer:
                 raise UserError(f"the validation loss is {loss} at step {self.state.step}; lower optim.learning_rate")
             better = self.state.best_val_loss is None or loss < self.state.best_val_loss
             if better:
-                self.record.keep(passage=read_passage(self.model, self.corpus, self.state.step))
+                self.record.update(passage=read_passage(self.model, self.corpus, self.state.step))
             text = a_sample(self.model, self.corpus, self.config)  # by every process, for what they have to do together
         s = self.state
         s.val_loss, self.saved = loss, False

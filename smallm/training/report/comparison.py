@@ -106,7 +106,7 @@ def _yardsticks(outcomes: Sequence[Outcome]) -> str:
 
 def _copies(outcomes: Sequence[Outcome]) -> str:
     """Of the samples."""
-    figures = [{row[0]: row[1] for row in one.record.copies if len(row) > 1} for one in outcomes]
+    figures = [{row[0]: row[1] for row in one.record.memorisation if len(row) > 1} for one in outcomes]
     names = list(dict.fromkeys(name for found in figures for name in found))
     rows = [(name, [found.get(name, "") for found in figures]) for name in names]
     return _columns(outcomes, rows) if rows else ""

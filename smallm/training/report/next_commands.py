@@ -13,7 +13,7 @@ from smallm.training.optim.schedule import QUICK_STEPS
 def commands(run: Path, config: Mapping[str, Any], state: str) -> Iterator[tuple[str, str]]:
     """What for, and the line.
 
-    config: the run's settings as `section.field`, or nothing where they are not known; state: as in a `Record`.
+    config: the run's settings as `section.field`, or nothing where they are not known; state: as in a `RunRecord`.
     """
     folder = f"./{run}" if str(run).startswith("-") else str(run)
     if config:

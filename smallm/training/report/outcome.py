@@ -14,7 +14,7 @@ from smallm.runs.layout import CONFIG
 from smallm.training.analysis.baselines import Baseline, read_baselines
 from smallm.training.config import MAX_NUMBER, flatten
 from smallm.training.report.plot import Curves, curves, distinct_names, read_metrics
-from smallm.training.report.record import Record, read_record
+from smallm.training.report.record import RunRecord, read_record
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Outcome:
     """The settings as `section.field`; empty where config.toml is missing or broken."""
     baselines: list[Baseline]
     """The model's own figure first; empty where they were not measured."""
-    record: Record
+    record: RunRecord
 
     @property
     def best(self) -> float:

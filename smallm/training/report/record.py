@@ -1,6 +1,6 @@
-"""What a run keeps for its report, besides its metrics: `report.json`, written while it trains.
+"""`report.json`: what a run stores for its report besides its metrics, updated while the run trains.
 
-So the report can be made at any time without the weights and the text, also of a run that was killed.
+With this file the report can be written at any time without the weights and the text, even for a run that was killed.
 """
 
 import json
@@ -18,99 +18,106 @@ from smallm.training.config import MAX_NUMBER, check_types
 
 FILE = "report.json"
 VERSION = 1
+OLD_FIELDS = {"copies": "memorisation"}  # names in files of earlier versions
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A piece of the validation text as the model read it; n characters, K expected ones each."""
+    """A passage of the validation text with the model's predictions: n characters, K likeliest candidates for each."""
 
     step: int = 0
-    """Of the model."""
+    """Step of the model that predicted."""
     text: str = ""
+    """The n characters."""
     nats: list[float] = field(default_factory=list)
-    """(n,)"""
+    """(n,), the surprisal of each character in nats."""
     expected: list[str] = field(default_factory=list)
-    """(n,) texts of K characters: those that it held likeliest, the likeliest first."""
+    """(n,), for each position a string of the K likeliest characters, likeliest first."""
     probabilities: list[list[float]] = field(default_factory=list)
-    """(n, K) of them."""
+    """(n, K), the probabilities of the characters in `expected`."""
 
     def __post_init__(self) -> None:
         check_types(self)
         lengths = {len(self.text), len(self.nats), len(self.expected), len(self.probabilities)}
         widths = {len(row) for row in [*self.expected, *self.probabilities]}
         if len(lengths) > 1 or len(widths) > 1 or not all(isinstance(row, str) for row in self.expected):
-            raise UserError("a passage is not whole")
-        shares = chain(*self.probabilities)
-        if not all(0 <= value <= MAX_NUMBER for value in self.nats) or not all(0 <= share <= 1 for share in shares):
-            raise UserError("a passage has a figure that is none")
+            raise UserError("a passage is incomplete")
+        probabilities = chain(*self.probabilities)
+        if not all(0 <= nats <= MAX_NUMBER for nats in self.nats) or not all(0 <= p <= 1 for p in probabilities):
+            raise UserError("a passage holds a number that is out of range")
 
 
 @dataclass(frozen=True)
-class Record:
-    """What is known of a run; empty where nothing was kept."""
+class RunRecord:
+    """What `report.json` holds. Fields keep their defaults where nothing was stored."""
 
     state: str = ""
-    """`training`, until the run says how it ended: `finished`, `out of patience` or `interrupted`."""
+    """How the run ended: `finished`, `out of patience` or `interrupted`; `training` before that."""
     planned_steps: int = 0
     began: str = ""
-    """When."""
+    """Date and time of the first step, in UTC."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Text, parameters, device, versions."""
+    """Text, parameters, device, versions: name -> string or number."""
     train_characters: int = 0
     val_characters: int = 0
     findings: list[str] = field(default_factory=list)
-    """What the text doctor says, a line each."""
-    copies: list[list[str]] = field(default_factory=list)
-    """What of the last samples stands in the training text, what of the validation text does: a row for each figure."""
+    """The lines of the text check."""
+    memorisation: list[list[str]] = field(default_factory=list)
+    """Rows of a table: name of a figure, its value for the last samples, its value for the validation text."""
     passage: Passage = field(default_factory=Passage)
 
     def __post_init__(self) -> None:
         check_types(self)
-        if not all(isinstance(line, str) for line in [*self.findings, *chain(*self.copies)]):
-            raise UserError("a line is none")
+        if not all(isinstance(line, str) for line in [*self.findings, *chain(*self.memorisation)]):
+            raise UserError("a line is not a string")
         if not all(isinstance(value, str | int | float) for value in self.facts.values()):
-            raise UserError("a fact is none")
+            raise UserError("a fact is neither a string nor a number")
 
 
-class Keeper:
-    """Keeps the record of a run as it trains: for each part that is new the file is written anew, as a whole."""
+class RecordWriter:
+    """Stores the record of a run while it trains; each update replaces the whole file.
 
-    def __init__(self, run: Path, say: Callable[[str], None], going_on: bool, enabled: bool = True):
-        """going_on: with what the run has kept before. Where not enabled, or cannot write, it keeps nothing."""
-        self._file, self._say, self._enabled = run / FILE, say, enabled
-        self._record = read_record(run) if going_on else Record()
+    run: the run folder.
+    warn: called with one line, once, if the file cannot be written; after that nothing more is stored.
+    resumed: start from the record that the folder holds; otherwise from an empty one.
+    enabled: False on all ranks but the first, which then store nothing.
+    """
 
-    def keep(self, **parts: Any) -> None:
-        """Adds to the record, or replaces in it."""
+    def __init__(self, run: Path, warn: Callable[[str], None], resumed: bool, enabled: bool = True):
+        self._file, self._warn, self._enabled = run / FILE, warn, enabled
+        self._record = read_record(run) if resumed else RunRecord()
+
+    def update(self, **fields: Any) -> None:
+        """Sets fields of the `RunRecord` and writes the file."""
         if not self._enabled:
             return
-        self._record = replace(self._record, **parts)
-        aside = self._file.with_name(f".{FILE}")
+        self._record = replace(self._record, **fields)
+        unfinished = self._file.with_name(f".{FILE}")
         try:
             values = {"version": VERSION, **vars(self._record), "passage": vars(self._record.passage)}
-            text = json.dumps(values)
-            aside.write_text(text + "\n", encoding="utf-8")
-            aside.replace(self._file)
+            unfinished.write_text(json.dumps(values) + "\n", encoding="utf-8")
+            unfinished.replace(self._file)
         except OSError as error:
             self._enabled = False
             with suppress(OSError):
-                aside.unlink()
-            self._say(f"warning: cannot write {self._file} ({error.strerror}); the report will lack what it would hold")
+                unfinished.unlink()
+            self._warn(f"warning: cannot write {self._file} ({error.strerror}); the report will be incomplete")
 
 
-def read_record(run: Path) -> Record:
-    """What a run has kept; an empty record if there is none, or one that is broken or of another version."""
+def read_record(run: Path) -> RunRecord:
+    """The record of a run; an empty one if the file is missing, broken or of another version."""
     try:
         values = json.loads((run / FILE).read_text(encoding="utf-8"))
         if values.pop("version") != VERSION:
-            return Record()
-        return Record(**values | {"passage": Passage(**values.get("passage", {}))})
+            return RunRecord()
+        values = {OLD_FIELDS.get(name, name): value for name, value in values.items()}
+        return RunRecord(**values | {"passage": Passage(**values.get("passage", {}))})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, UserError):
-        return Record()
+        return RunRecord()
 
 
 def machine_facts() -> dict[str, str | int]:
-    """Processor, its number of cores that we may use, and the system."""
+    """Name of the processor, number of cores that this process may use, and operating system."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"processor": _processor(), "cores": cores or 0, "system": f"{platform.system()} {platform.release()}"}
 

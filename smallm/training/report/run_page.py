@@ -192,7 +192,7 @@ def figure_of(title: str, text: str) -> str:
 
 
 def _copies(outcome: Outcome) -> str:
-    rows = outcome.record.copies
+    rows = outcome.record.memorisation
     if not rows:
         return ""
     what = "What stands word for word in the training text: of the last samples, and of real text that it never had."

@@ -30,7 +30,7 @@ from smallm.training.report.next_commands import commands, flags, line
 from smallm.training.report.outcome import read_outcomes
 from smallm.training.report.passage import read_passage
 from smallm.training.report.plot import main as plot
-from smallm.training.report.record import FILE, Keeper, Passage, Record, read_record
+from smallm.training.report.record import FILE, Passage, RecordWriter, RunRecord, read_record
 from smallm.training.report.svg import Axis, Line, chart, short, thinned
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -230,7 +230,7 @@ def test_out_of_patience(train):
 
 def test_a_killed_run_gets_one_later(run):
     (run / "report.html").unlink()
-    edit(run, state="training", copies=[])  # as it stands until the end
+    edit(run, state="training", memorisation=[])  # as it stands until the end
     (run / "baselines.json").unlink()
     found = page_of(run)
     assert "it still trains, or was killed" in found.text
@@ -268,17 +268,17 @@ def test_a_full_disk(run, monkeypatch):
     with pytest.raises(UserError, match=r"report\.html.*No space left on device"):
         page.write_report(run)
     said = []
-    keeper = Keeper(run, said.append, going_on=True)
-    keeper.keep(state="finished")
-    keeper.keep(state="interrupted")
+    writer = RecordWriter(run, said.append, resumed=True)
+    writer.update(state="finished")
+    writer.update(state="interrupted")
     assert len(said) == 1  # once is enough
     assert "No space left on device" in said[0]
     assert (run / "report.html").read_bytes() == before
 
 
 def test_a_new_run_keeps_nothing_of_one_before(run):
-    Keeper(run, print, going_on=False).keep(state="training")
-    assert read_record(run) == Record(state="training")
+    RecordWriter(run, print, resumed=False).update(state="training")
+    assert read_record(run) == RunRecord(state="training")
 
 
 # Files from strangers.
@@ -293,7 +293,7 @@ def test_hostile_names_texts_and_settings_stay_text(run, tmp_path):
     passage = {"step": 1, "text": NASTY, "nats": [1.0] * places, "expected": ["<>&'\""] * places,
                "probabilities": [[0.2] * 5] * places}  # fmt: skip
     facts = {"text": NASTY, NASTY: NASTY}
-    edit(nasty, facts=facts, findings=[NASTY], copies=[[NASTY] * 3], began=NASTY, passage=passage)
+    edit(nasty, facts=facts, findings=[NASTY], memorisation=[[NASTY] * 3], began=NASTY, passage=passage)
     values = metrics(nasty, "eval")[-1]
     with (nasty / "metrics.jsonl").open("a", encoding="utf-8") as file:
         for step, text in ((61, NASTY), (62, "\ud83d half a character")):
@@ -318,7 +318,7 @@ def page_of_tags(tmp_path: Path, run: Path) -> Page:
 @pytest.mark.parametrize("content", [
     b"", b"{", b"[]", b"null", b"\xff", b'{"version": 99}', b'{"version": 1, "passage": 3}',
     b'{"version": 1, "nonsense": 3}', b'{"version": 1, "planned_steps": "many"}', b'{"version": 1, "findings": [3]}',
-    b'{"version": 1, "facts": {"text": [1]}}', b'{"version": 1, "copies": [[1, 2]]}', b"[" * 100_000,
+    b'{"version": 1, "facts": {"text": [1]}}', b'{"version": 1, "memorisation": [[1, 2]]}', b"[" * 100_000,
     b'{"version": 1, "passage": {"text": "ab", "nats": [1.0], "expected": ["a"], "probabilities": [[0.5]]}}',
     b'{"version": 1, "passage": {"text": "a", "nats": [NaN], "expected": ["a"], "probabilities": [[0.5]]}}',
     b'{"version": 1, "passage": {"text": "a", "nats": ["x"], "expected": ["a"], "probabilities": [[0.5]]}}',
@@ -329,7 +329,7 @@ def page_of_tags(tmp_path: Path, run: Path) -> Page:
 ])  # fmt: skip
 def test_a_broken_record_is_as_none(run, content):
     (run / FILE).write_bytes(content)
-    assert read_record(run) == Record()
+    assert read_record(run) == RunRecord()
     assert "Surprise" not in page_of(run).headings
 
 
@@ -402,13 +402,14 @@ def test_the_benchmark_adds_up(monkeypatch, text_file, tmp_path, capsys):
     from smallm.training.report import record
 
     monkeypatch.chdir(tmp_path)
-    for place, name in ((trainer, "beginning"), (trainer, "read_passage"), (record.Keeper, "keep"), (words, "page_of")):
+    timed = (trainer, "beginning"), (trainer, "read_passage"), (record.RecordWriter, "update"), (words, "page_of")
+    for place, name in timed:
         monkeypatch.setattr(place, name, getattr(place, name))  # put back at the end
     argv = ["--data", str(text_file), "--train.max_steps=4", "--train.eval_every=2", "--train.sample_length=0"]
     assert report_cost.main(argv) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {name: part["calls"] for name, part in figures["parts"].items()} == {
-        "beginning": 1, "passage": 2, "keep": 6, "page": 1,
+        "beginning": 1, "passage": 2, "record": 6, "page": 1,
     }  # fmt: skip
     assert 0 < figures["parts"]["passage"]["wall_s"] < figures["whole"]["wall_s"]
     assert not (tmp_path / "runs").exists()
