@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast, parse_flag_from_env
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -57,14 +57,6 @@ def prepare(
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)
     # The optimiser has no state yet that would have to be moved, and moving it imports PyTorch's whole compiler.
     return accelerator.prepare(model, optimizer, device_placement=[True, False])
-
-
-def broadcast_from_main(accelerator: Accelerator, *values: float) -> tuple[float, ...]:
-    """The numbers as the first process has them, so that all decide alike; all must call this."""
-    if accelerator.num_processes == 1:
-        return values
-    numbers = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
-    return tuple(broadcast(numbers).tolist())
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,18 +1,28 @@
-"""Tensors that are spread over processes (FSDP2), made whole and spread again; work that processes share."""
+"""Values and tensors shared between processes: broadcasts, FSDP2 shards made whole and split again, divided work."""
 
 from collections.abc import Callable
 
-import torch.distributed
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """The whole tensor. Of one that is spread all processes must call this."""
+def broadcast_from_main(accelerator: Accelerator, *values: float) -> tuple[float, ...]:
+    """The values of the main process, so that all processes decide alike; all processes must call this."""
+    if accelerator.num_processes == 1:
+        return values
+    numbers = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
+    return tuple(broadcast(numbers).tolist())
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor. If the tensor is sharded (FSDP2), all processes must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def like(parameter: Tensor | None, tensor: Tensor) -> Tensor:
-    """The whole tensor spread as the parameter is; itself, if that one is whole."""
+def shard_like(parameter: Tensor | None, tensor: Tensor) -> Tensor:
+    """A whole tensor, sharded as `parameter` is; unchanged if `parameter` is not sharded."""
     if not hasattr(parameter, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -21,17 +31,18 @@ def like(parameter: Tensor | None, tensor: Tensor) -> Tensor:
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def shared(work: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """work(rows), where work treats each row (n, …) by itself and keeps its shape: every process does its part of them.
+def divide_rows(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """function(rows), computed by all processes together: each process computes a slice of the rows.
 
-    All processes must call this with the same rows, and all get the same result.
+    `function` must treat each row (n, …) separately and keep its shape. All processes must call this with the same
+    rows, and all get the whole result.
     """
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if ranks == 1:
-        return work(rows)
-    rank, done = torch.distributed.get_rank(), torch.zeros_like(rows)
+        return function(rows)
+    rank, result = torch.distributed.get_rank(), torch.zeros_like(rows)
     mine = slice(len(rows) * rank // ranks, len(rows) * (rank + 1) // ranks)
     if mine.start < mine.stop:
-        done[mine] = work(rows[mine])
-    torch.distributed.all_reduce(done)  # a sum with zeros; gathering parts is no faster over gloo
-    return done
+        result[mine] = function(rows[mine])
+    torch.distributed.all_reduce(result)  # a sum with zeros; all_gather of the slices is no faster over gloo
+    return result

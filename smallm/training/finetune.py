@@ -23,7 +23,7 @@ from smallm.training.checkpoint.manager import best_checkpoint
 from smallm.training.checkpoint.safe_load import check_fits
 from smallm.training.config import Config
 from smallm.training.data.corpus import BYTES
-from smallm.training.devices import broadcast_from_main
+from smallm.training.distributed import broadcast_from_main
 from smallm.training.evaluate import HeldOut, evaluate
 from smallm.training.model.transformer import TransformerLanguageModel, init_embedding
 

@@ -24,7 +24,8 @@ from smallm.training.checkpoint.manager import newest_checkpoint, quarantine
 from smallm.training.checkpoint.safe_load import check_fits
 from smallm.training.config import Config
 from smallm.training.data.corpus import Corpus
-from smallm.training.devices import broadcast_from_main, build_accelerator
+from smallm.training.devices import build_accelerator
+from smallm.training.distributed import broadcast_from_main
 from smallm.training.finetune import Origin, base_vocabulary, origin_of
 from smallm.training.request import Request
 from smallm.training.trainer import Trainer

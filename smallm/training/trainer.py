@@ -24,8 +24,8 @@ from smallm.training.config import Config
 from smallm.training.data.batch_loader import BatchLoader
 from smallm.training.data.corpus import Corpus
 from smallm.training.data.dataset import CharDataset
-from smallm.training.devices import broadcast_from_main, machine, prepare, warnings
-from smallm.training.distributed import gathered
+from smallm.training.devices import machine, prepare, warnings
+from smallm.training.distributed import broadcast_from_main, full_tensor
 from smallm.training.evaluate import a_sample, evaluate
 from smallm.training.finetune import measure_forgetting, name_of
 from smallm.training.logger import Report
@@ -191,8 +191,8 @@ class Trainer:
     def _clip(self) -> Tensor:
         """The norm of the whole gradient, which is cut down to `grad_clip` if that is set."""
         if most := self.config.optim.grad_clip:
-            return gathered(self.accelerator.clip_grad_norm_(self.parameters, most))
-        return gathered(get_total_norm([p.grad for p in self.parameters]))
+            return full_tensor(self.accelerator.clip_grad_norm_(self.parameters, most))
+        return full_tensor(get_total_norm([p.grad for p in self.parameters]))
 
     def _log(self, loss: Tensor, norm: Tensor, factor: float) -> None:
         """Every `log_every` steps: mean loss over the steps and the processes, to the bar and to metrics.jsonl."""

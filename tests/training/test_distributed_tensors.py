@@ -1,11 +1,11 @@
-"""smallm.training.spread: work that processes share gives what one would get, and each does its part only."""
+"""Work divided over processes gives the result of one process, and each process computes only its slice."""
 
 import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
 
-from smallm.training.distributed import shared
+from smallm.training.distributed import divide_rows
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +19,7 @@ def double(rank, processes, folder):
     for n in ROWS:
         seen = []
         rows = torch.arange(3.0 * n).view(n, 3)
-        result = shared(lambda mine, seen=seen: (seen.append(len(mine)), 2 * mine)[1], rows)
+        result = divide_rows(lambda mine, seen=seen: (seen.append(len(mine)), 2 * mine)[1], rows)
         found[n] = (result, sum(seen))
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -27,7 +27,7 @@ def double(rank, processes, folder):
 
 def test_one_process_does_it_all():
     rows = torch.arange(6.0).view(2, 3)
-    assert (shared(lambda mine: 2 * mine, rows) == 2 * rows).all()
+    assert (divide_rows(lambda mine: 2 * mine, rows) == 2 * rows).all()
 
 
 @pytest.mark.parametrize("processes", [2, 3])

@@ -16,7 +16,7 @@ from smallm.training.budget.planner import Plan
 from smallm.training.budget.probe import flops_per_second
 from smallm.training.config import Config, DataConfig, ModelConfig, flatten
 from smallm.training.data.corpus import BYTES, Corpus, corpus_of
-from smallm.training.devices import broadcast_from_main
+from smallm.training.distributed import broadcast_from_main
 from smallm.training.optim.schedule import divide_batch
 
 PROBES = {"cpu": (ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=128), 12)}  # shape, sequences of a process

@@ -28,7 +28,7 @@ from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.checkpoint.qwen3 import from_qwen3, to_qwen3
 from smallm.training.checkpoint.safe_load import check_fits
 from smallm.training.config import Config, check_types
-from smallm.training.distributed import gathered, like
+from smallm.training.distributed import full_tensor, shard_like
 from smallm.training.model.operations import NORM_EPS
 from smallm.training.model.transformer import TransformerLanguageModel
 from smallm.training.optim.optimizers import moments_of
@@ -78,9 +78,9 @@ class Tensors:
     @classmethod
     def of(cls, model: TransformerLanguageModel, optimizer: torch.optim.Optimizer) -> "Tensors":
         """Gathers what is spread over processes: all of them must call this."""
-        weights = to_qwen3({name: gathered(tensor) for name, tensor in model.state_dict().items()}, model.config)
+        weights = to_qwen3({name: full_tensor(tensor) for name, tensor in model.state_dict().items()}, model.config)
         moments = {
-            f"{name}.{key}": gathered(tensor).detach().cpu().contiguous()
+            f"{name}.{key}": full_tensor(tensor).detach().cpu().contiguous()
             for name, parameter in model.named_parameters()
             for key, tensor in optimizer.state.get(parameter, {}).items()
         }
@@ -202,7 +202,7 @@ def load_weights(
     try:
         weights = from_qwen3(tensors, model.config)
         weights["wte.weight"] = extend(weights["wte.weight"])
-        weights = {name: like(parameters.get(name), tensor) for name, tensor in weights.items()}
+        weights = {name: shard_like(parameters.get(name), tensor) for name, tensor in weights.items()}
         model.load_state_dict(weights, strict=True)
     except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
@@ -218,7 +218,8 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
             tensor = tensors.pop(f"{name}.{key}", None)
             if tensor is None or tensor.shape != (() if key == "step" else parameter.shape):
                 raise UserError(f"{file} does not fit the optimiser of this run: see {name}.{key}")
-            optimizer.state[parameter][key] = like(None if key == "step" else parameter, tensor.to(parameter.device))
+            tensor = tensor.to(parameter.device)
+            optimizer.state[parameter][key] = tensor if key == "step" else shard_like(parameter, tensor)
     if tensors:
         raise UserError(f"{file} does not fit the optimiser of this run: {next(iter(tensors))} is left over")
 

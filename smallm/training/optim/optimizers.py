@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from smallm.training.config import OptimConfig
-from smallm.training.distributed import gathered, like, shared
+from smallm.training.distributed import divide_rows, full_tensor, shard_like
 from smallm.training.model.operations import polynomial_iteration
 
 # The steps of Polar Express (Amsel et al. 2025), each the best quintic for the singular values that the one before it
@@ -106,14 +106,14 @@ class MuonAdamW(torch.optim.Optimizer):
             keep = 1 - self.found_inf
             gradients = [torch.where(keep.bool(), g, m) for g, m in zip(gradients, momenta, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
-        nesterov = [gathered(update) for update in torch._foreach_lerp(gradients, momenta, self.momentum)]
+        nesterov = [full_tensor(update) for update in torch._foreach_lerp(gradients, momenta, self.momentum)]
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * keep)
         # Of a parameter that is spread over processes each of them has a part; the update needs whole matrices.
         weights = [p if u is None else u for p, u in zip(parameters, map(_blank, parameters), strict=True)]
         rows = [each for p, each in zip(group["params"], group["rows"], strict=True) if p.grad is not None]
         for matrices in _by_shape(_matrices(weights, nesterov, rows)):
-            updates = shared(self._orthogonalise, torch.stack([_lying(update) for _, update in matrices]))
+            updates = divide_rows(self._orthogonalise, torch.stack([_lying(update) for _, update in matrices]))
             if self.found_inf is not None:
                 updates = updates * keep
             for (weight, _), update in zip(matrices, updates, strict=True):
@@ -122,7 +122,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 weight.add_(update if rows <= columns else update.mT, alpha=-step)
         for parameter, weight in zip(parameters, weights, strict=True):
             if weight is not parameter:
-                parameter.add_(like(parameter, weight))
+                parameter.add_(shard_like(parameter, weight))
 
     def _orthogonalise(self, matrices: Tensor) -> Tensor:
         return orthogonalise(matrices, self.coefficients)

@@ -22,7 +22,8 @@ from smallm.training.checkpoint.format import TrainingState, read_state
 from smallm.training.checkpoint.manager import checkpoints
 from smallm.training.cli import parse
 from smallm.training.config import Config, TrainConfig
-from smallm.training.devices import broadcast_from_main, build_accelerator
+from smallm.training.devices import build_accelerator
+from smallm.training.distributed import broadcast_from_main
 
 TINY = {
     "model.n_layer": 1, "model.n_head": 1, "model.n_embd": 32, "model.block_size": 32, "train.batch_size": 8,
