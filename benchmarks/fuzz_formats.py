@@ -131,14 +131,14 @@ def replace(file: Path, rng: random.Random) -> None:
         os.truncate(file, (kind - 2) << 31)
 
 
-def checkpoint_case(name: str, mutate: Mutation, seal: float = 0.8) -> Make:
+def checkpoint_case(name: str, mutate: Mutation, mended: float = 0.8) -> Make:
     """One file of the newest checkpoint; a stranger can mend its checksums too, so most of the time they are mended."""
 
     def case(home: Home, folder: Path, rng: random.Random) -> Case:
         shutil.copytree(home.run, folder / "run")
         newest = sorted((folder / "run" / "checkpoints").glob("step-*"))[-1]
         (newest / name).write_bytes(mutate((newest / name).read_bytes(), rng))
-        if rng.random() < seal:
+        if rng.random() < mended:
             mend(newest)
         if name != "optimizer.safetensors" and rng.random() < 0.6:
             return "export", [str(rng.choice((newest, folder / "run"))), "--out", str(folder / "out")]
@@ -152,8 +152,8 @@ def mend(folder: Path) -> None:
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         values = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
         values["sha256"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in values["sha256"]}
-        del values["seal"]
-        values["seal"] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        del values["checksum"]
+        values["checksum"] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         (folder / "training_state.json").write_text(json.dumps(values), encoding="utf-8")
 
 

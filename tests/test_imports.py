@@ -141,8 +141,6 @@ def rooms(names, *rooms):
 
 @pytest.mark.parametrize("file", RUNTIME, ids=module_of)
 def test_the_runtime_imports_neither_training_nor_export_nor_what_those_need(file):
-    if module_of(file) == "smallm.cli.show":
-        pytest.xfail("it still reads the trainer's Config")
     names = imported(file)
     assert not rooms(names, "smallm.training", "smallm.export", *HEAVY, "transformers", "tokenizers")
     outside = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)

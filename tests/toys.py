@@ -85,10 +85,10 @@ def torch_text(
 
 
 def edit_state(folder: Path, edit: Callable[[dict], object] = lambda values: None) -> None:
-    """Changes `training_state.json` of a checkpoint, and makes its checksums and its seal those of what is there."""
+    """Changes `training_state.json` of a checkpoint, and updates the checksums of the files and of the state."""
     file = folder / checkpoint.STATE_FILE
     values = json.loads(file.read_text(encoding="utf-8"))
     values["sha256"] = {other.name: checkpoint._sha256(other) for other in folder.iterdir() if other != file}
     edit(values)
-    values.pop("seal", None)
-    file.write_text(json.dumps(values | {"seal": checkpoint.seal(values)}), encoding="utf-8")
+    values.pop("checksum", None)
+    file.write_text(json.dumps(values | {"checksum": checkpoint.checksum(values)}), encoding="utf-8")

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from smallm.cli import text_file
+from smallm.cli.arguments import ArgumentParser
 from smallm.errors import UserError
 from smallm.runs.layout import newest_run, validation_text
 
@@ -148,18 +149,12 @@ def _perplexity(model, path: Path, options: argparse.Namespace) -> None:
         )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; see --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="infer.py",
         description="Generates text with an exported model, or measures it on a text.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model", "--model_path", metavar="PATH", help="run, export folder or .onnx file; default: the newest run")

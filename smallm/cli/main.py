@@ -1,5 +1,6 @@
 """The `smallm` command, and the one place where a user's mistake becomes a line on stderr."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -7,47 +8,25 @@ from functools import partial
 from importlib import import_module
 
 from smallm.errors import ProcessError, UserError
+from smallm.html.escape import printable
 
 USAGE = """\
-usage: smallm COMMAND [options]
+usage: smallm COMMAND [options]    (also: python -m smallm COMMAND)
 
   smallm train    train a model on a text            (also: python train.py)
   smallm export   write a trained model as ONNX      (also: python export.py)
   smallm infer    generate text, measure perplexity  (also: python infer.py)
-  smallm runs     what is in runs/, newest first
+  smallm runs     list the runs in runs/, newest first
   smallm show     all about one run
+  smallm plot     draw the losses of one or several runs
 
 `smallm COMMAND --help` lists the options of a command."""
 
-LONGEST_LINE = 2000  # characters of a complaint
-
+MAX_MESSAGE = 2000  # characters of an error message
 COMMANDS = {"train": "smallm.training.cli", "export": "smallm.export.cli", "infer": "smallm.cli.infer",
-            "runs": "smallm.cli.runs", "show": "smallm.cli.show"}  # fmt: skip
-
-
-def train(argv: Sequence[str]) -> int | None:
-    """`smallm train`; needs the `train` extra."""
-    return _call("train", argv)
-
-
-def export(argv: Sequence[str]) -> int | None:
-    """`smallm export`; needs the `train` extra."""
-    return _call("export", argv)
-
-
-def infer(argv: Sequence[str]) -> int | None:
-    """`smallm infer`; the base install is enough."""
-    return _call("infer", argv)
-
-
-def runs(argv: Sequence[str]) -> int | None:
-    """`smallm runs`; the base install is enough."""
-    return _call("runs", argv)
-
-
-def show(argv: Sequence[str]) -> int | None:
-    """`smallm show`; the base install is enough."""
-    return _call("show", argv)
+            "runs": "smallm.cli.runs", "show": "smallm.cli.show", "plot": "smallm.training.report.plot"}  # fmt: skip
+"""Command -> the module whose `main(argv)` runs it."""
+NEED_TRAIN_EXTRA = ("train", "export", "plot")
 
 
 def main() -> int:
@@ -65,41 +44,44 @@ def main() -> int:
 
 
 def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code; a `UserError` is one line on stderr and code 2."""
+    """Runs a command and returns its exit code; a `UserError` is one line on stderr and code 2.
+
+    argv: the arguments; default: those of the process.
+    """
     try:
         return command(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
         if isinstance(error, ProcessError):
-            print(file=sys.stderr)  # below the progress bar of the first process
-            _complain(str(error))
-        elif os.environ.get("RANK", "0") == "0":  # several processes make the same mistake; one says so
-            _complain(str(error))
+            print(file=sys.stderr)  # below the progress bar of the main process
+            _print_error(str(error))
+        elif os.environ.get("RANK", "0") == "0":  # all processes make the same mistake; one of them prints the error
+            _print_error(str(error))
         return 2
-    except (MemoryError, RuntimeError) as error:  # PyTorch's is of the second kind
+    except (MemoryError, RuntimeError) as error:  # PyTorch raises RuntimeError when it runs out of memory
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        _complain("there is not enough memory for this; use a smaller model, batch or text")
+        _print_error("there is not enough memory for this; use a smaller model, batch or text")
         return 2
     except KeyboardInterrupt:
         print("smallm: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our stdout (head, less) has seen enough
-        _give_up_stdout()
+    except BrokenPipeError:  # the reader of our stdout, such as `head`, has closed it
+        _discard_stdout()
         return 0
-    except OSError as error:  # a full disk behind our stdout, say
-        _give_up_stdout()
-        _complain(f"{error}; make room or write elsewhere")
+    except OSError as error:  # for instance a full disk behind our stdout
+        _discard_stdout()
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        _print_error(f"{error}; make room or write elsewhere" if full else str(error))
         return 2
 
 
-def _complain(message: str) -> None:
-    """One line, whatever it quotes: names and values from strangers may hold newlines and commands to the terminal."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:LONGEST_LINE])
-    print(f"smallm: {line}", file=sys.stderr)
+def _print_error(message: str) -> None:
+    """One line, because names and values from strangers may hold newlines and control characters."""
+    print(f"smallm: {printable(message[:MAX_MESSAGE])}", file=sys.stderr)
 
 
-def _give_up_stdout() -> None:
-    """What is still buffered goes nowhere, or Python would complain about it at its exit."""
+def _discard_stdout() -> None:
+    """Discards what is still buffered; otherwise Python would report an error when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -111,5 +93,8 @@ def _call(command: str, argv: Sequence[str]) -> int | None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "smallm":
             raise
-        extra = "smallm[train]" if command in ("train", "export") else "smallm"
+        extra = "smallm[train]" if command in NEED_TRAIN_EXTRA else "smallm"
         raise UserError(f"{command} needs the package {error.name!r}; install it with: pip install '{extra}'") from None
+
+
+train, export, infer, runs, show, plot = (partial(_call, name) for name in COMMANDS)

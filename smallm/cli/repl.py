@@ -13,8 +13,9 @@ from typing import Any
 
 from smallm.cli.infer import unescaped
 from smallm.cli.repl_state import ReplState
-from smallm.cli.terminal import bold, ctrl_c, harmless, line_editing, on_one_line
+from smallm.cli.terminal import bold, ctrl_c, line_editing
 from smallm.errors import UserError
+from smallm.html.escape import printable
 from smallm.language_model import LanguageModel
 
 WELCOME = "type a beginning and the model goes on; an empty line asks for more; /help lists the commands"
@@ -92,7 +93,7 @@ class Console:
             try:
                 goes_on = turn() is not False
             except UserError as error:
-                print(f"smallm: {on_one_line(str(error))}", file=sys.stderr)
+                print(f"smallm: {printable(str(error))}", file=sys.stderr)
             except KeyboardInterrupt:
                 if not self._asks:  # a script is ended like any other program
                     raise
@@ -142,7 +143,7 @@ class Console:
     def _print(self, text: str, end: str = "\n", typed: bool = False) -> None:
         """To stdout; if that is a terminal, with nothing in it that would command it."""
         if self._shows:
-            text = harmless(text)
+            text = printable(text, keep="\n\t")
         print(bold(text) if typed and self._colours else text, end=end, flush=self._flush)
 
     def _stream(self, pieces: Iterator[str]) -> None:
@@ -159,7 +160,7 @@ class Console:
             print("a stop text came at once; an empty line goes on past it", file=sys.stderr)
 
     def _place(self, text: str) -> str:
-        end = on_one_line(text[-END_SHOWN:])
+        end = printable(text[-END_SHOWN:])
         return f"{len(text):,} characters{': ' if end else ''}{'…' if len(text) > END_SHOWN else ''}{end}"
 
     # The commands.

@@ -1,6 +1,5 @@
-"""`smallm runs`: what is in `runs/`, newest first. Starts at once, changes nothing."""
+"""`smallm runs`: lists the runs in a folder, newest first. Reads only."""
 
-import argparse
 import json
 import shutil
 import sys
@@ -9,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from smallm.cli.table import NONE, columns_of, printable, short_count, short_time, shortened, table
-from smallm.errors import UserError
+from smallm.cli.arguments import ArgumentParser
+from smallm.cli.table import MISSING, columns_of, duration, short_count, shortened, table
+from smallm.html.escape import printable
 from smallm.runs.layout import EXPORT, RUNS
-from smallm.runs.summary import RunFacts, find_runs, read_run
+from smallm.runs.summary import Run, find_runs, read_run
 
-NARROW, WIDE = 80, 120  # columns of a terminal that are made use of
-MIN_NAME, MIN_TEXT = 12, 8  # columns of what is cut
+MIN_COLUMNS, MAX_COLUMNS = 80, 120  # width of the table
+MIN_NAME, MIN_TEXT = 12, 8  # columns left for the names of the run and of its text
 HEADS = ("run", "text", "size", "nats", "bits", "steps", "epochs", "time", "age", "state", "export")
 WIDE_ONLY = {"epochs", "time"}
 LEFT = {"run", "text", "state", "export"}
@@ -30,15 +30,15 @@ def main(argv: Sequence[str]) -> int:
     if options.json:
         print(json.dumps([as_json(run) for run in runs], ensure_ascii=True, indent=1))
     elif runs:
-        print(*lines(runs, shutil.get_terminal_size((WIDE, 24)).columns, time.time()), sep="\n")
+        print(*lines(runs, shutil.get_terminal_size((MAX_COLUMNS, 24)).columns, time.time()), sep="\n")
     else:
         print(f"no runs in {printable(str(folder))}; train one with: python train.py", file=sys.stderr)
     return 0
 
 
-def lines(runs: Sequence[RunFacts], columns: int, now: float) -> list[str]:
-    """The table, in as many columns of a terminal; now: seconds since 1970."""
-    columns = max(NARROW, min(WIDE, columns))
+def lines(runs: Sequence[Run], columns: int, now: float) -> list[str]:
+    """The lines of the table. columns: width of the terminal; now: the time in seconds since 1970."""
+    columns = max(MIN_COLUMNS, min(MAX_COLUMNS, columns))
     heads = [head for head in HEADS if columns >= 100 or head not in WIDE_ONLY]
     rows = [heads, *([_cells(run, now)[head] for head in heads] for run in runs)]
     left = [i for i, head in enumerate(heads) if head in LEFT]
@@ -50,28 +50,28 @@ def lines(runs: Sequence[RunFacts], columns: int, now: float) -> list[str]:
     return table([[shortened(row[0], name), shortened(row[1], text), *row[2:]] for row in rows], left)
 
 
-def _cells(run: RunFacts, now: float) -> dict[str, str]:
+def _cells(run: Run, now: float) -> dict[str, str]:
     return {
         "run": printable(run.path.resolve().name),
-        "text": printable(run.text or NONE),
+        "text": printable(run.text or MISSING),
         "size": short_count(run.parameters),
         "nats": _figure(run.val_loss),
         "bits": _figure(run.bits_per_character),
-        "steps": NONE if run.step is None else f"{run.step:,}",
-        "epochs": NONE if run.epoch is None else f"{run.epoch:.1f}",
-        "time": short_time(run.seconds),
-        "age": short_time(now - run.written),
+        "steps": MISSING if run.step is None else f"{run.step:,}",
+        "epochs": MISSING if run.epoch is None else f"{run.epoch:.1f}",
+        "time": duration(run.seconds),
+        "age": duration(now - run.written),
         "state": run.state,
-        "export": shortened(printable(run.exports.get(EXPORT) or next(iter(run.exports.values()), NONE)), 8),
+        "export": shortened(printable(run.exports.get(EXPORT) or next(iter(run.exports.values()), MISSING)), 8),
     }
 
 
 def _figure(value: float | None) -> str:
-    return NONE if value is None else f"{value:.3f}" if value < 100 else f"{value:.2g}"
+    return MISSING if value is None else f"{value:.3f}" if value < 100 else f"{value:.2g}"
 
 
-def as_json(run: RunFacts) -> dict[str, Any]:
-    """What a program may want to know of a run; times in seconds, losses per character."""
+def as_json(run: Run) -> dict[str, Any]:
+    """The values of `--json`: times in seconds, losses in nats per character."""
     return {
         "name": run.path.resolve().name, "path": str(run.path), "state": run.state, "problem": run.problem,
         "text": run.text, "parameters": run.parameters, "val_loss": run.val_loss,
@@ -81,15 +81,8 @@ def as_json(run: RunFacts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class Parser(argparse.ArgumentParser):
-    """One whose complaints are a `UserError`."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; see --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="smallm runs", description=__doc__, allow_abbrev=False)
-    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="where to look; default: runs")
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="smallm runs", description="Lists the runs in a folder, newest first.")
+    parser.add_argument("folder", nargs="?", type=Path, help="folder of runs, or one run; default: runs")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     return parser

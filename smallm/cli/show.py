@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from smallm.cli.runs import Parser, as_json
-from smallm.cli.table import NONE, printable, short_count, short_time, shortened, table
+from smallm.cli.arguments import ArgumentParser
+from smallm.cli.runs import as_json
+from smallm.cli.table import MISSING, duration, short_count, shortened, table
 from smallm.errors import UserError
+from smallm.html.escape import printable
+from smallm.runs.config_file import flatten
 from smallm.runs.layout import CHECKPOINTS, LOCK, newest_run
-from smallm.runs.summary import FINISHED, INTERRUPTED, WEIGHTS, RunFacts, bytes_in, find_runs, read_run, step_of
-from smallm.training.config import Config, flatten
+from smallm.runs.summary import FINISHED, INTERRUPTED, WEIGHTS, Run, bytes_in, find_runs, read_run, step_of
 
 TAIL_BYTES = 1 << 20  # of the metrics
 MAX_EVALUATIONS = 8
@@ -22,7 +24,7 @@ LABEL = 13  # columns
 
 def main(argv: Sequence[str]) -> int:
     """Runs `smallm show` with these arguments."""
-    parser = Parser(prog="smallm show", description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser(prog="smallm show", description="Shows all about one run.")
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run; default: the newest one")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     options = parser.parse_args(argv)
@@ -37,10 +39,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def details(run: RunFacts) -> dict[str, Any]:
+def details(run: Run) -> dict[str, Any]:
     """What a program may want to know: as `smallm runs --json` has it, and more; sizes in bytes."""
     return as_json(run) | {
-        "settings": changed(run.config),
+        "settings": run.changed_settings,
         "evaluations": evaluations(run),
         "old_text": next((line for line in reversed(run.metrics) if line.get("kind") == "old_text"), None),
         "yardsticks": baselines(run.path),
@@ -53,13 +55,7 @@ def details(run: RunFacts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def changed(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that are not at their defaults, as `section.field` -> value."""
-    defaults = flatten(Config().to_dict())
-    return {key: value for key, value in flatten(config).items() if defaults.get(key) != value}
-
-
-def evaluations(run: RunFacts) -> list[dict[str, Any]]:
+def evaluations(run: Run) -> list[dict[str, Any]]:
     """Step and losses, in nats per character, of the last evaluations."""
     keys = ("step", "epoch", "train_loss", "val_loss")
     found = [line for line in run.metrics if line.get("kind") == "eval"]
@@ -80,19 +76,19 @@ def baselines(run: Path) -> dict[str, float]:
         return {}
 
 
-def last_sample(run: RunFacts) -> str:
+def last_sample(run: Run) -> str:
     """What the model wrote at its last evaluation."""
     samples = [line["sample"] for line in run.metrics if isinstance(line.get("sample"), str)]
     return samples[-1][:MAX_SAMPLE] if samples else ""
 
 
-def files(run: RunFacts) -> dict[str, int]:
+def files(run: Run) -> dict[str, int]:
     """The files at the top of the folder, with their sizes."""
     found = sorted(file for file in run.path.iterdir() if file.is_file() and file.name != LOCK)
     return {file.name: file.stat().st_size for file in found}
 
 
-def what_next(run: RunFacts) -> list[str]:
+def what_next(run: Run) -> list[str]:
     """The commands that make sense now."""
     commands = []
     if run.state == INTERRUPTED:
@@ -108,16 +104,16 @@ def what_next(run: RunFacts) -> list[str]:
     return commands
 
 
-def lines(run: RunFacts) -> Iterator[str]:
+def lines(run: Run) -> Iterator[str]:
     """All of it in words."""
     said = details(run)
     yield _line("run", f"{run.path}: {run.state}" + (f"; {run.problem}" if run.problem else ""))
-    yield _line("text", run.text or NONE)
+    yield _line("text", run.text or MISSING)
     size = "" if run.parameters is None else f"{short_count(run.parameters)} parameters, "
-    steps = NONE if run.step is None else f"{run.step:,}"
+    steps = MISSING if run.step is None else f"{run.step:,}"
     of = f" of {run.total_steps:,}" if run.total_steps and run.state != FINISHED else ""
     epochs = "" if run.epoch is None else f" ({run.epoch:.2f} epochs)"
-    yield _line("length", f"{size}{steps}{of} steps{epochs}, {short_time(run.seconds)}")
+    yield _line("length", f"{size}{steps}{of} steps{epochs}, {duration(run.seconds)}")
     yield _line("written", time.strftime("%Y-%m-%d %H:%M", time.localtime(run.written)))
     if run.val_loss is not None:
         yield _line("best loss", f"{run.val_loss:.4f} nats per character, {run.bits_per_character:.3f} bits, at step "
@@ -141,7 +137,7 @@ def lines(run: RunFacts) -> Iterator[str]:
 
 
 def _evaluations(found: list[dict[str, Any]]) -> list[str]:
-    rows = [[NONE if one[key] is None else f"{one[key]:,.{digits}f}" for key, digits in
+    rows = [[MISSING if one[key] is None else f"{one[key]:,.{digits}f}" for key, digits in
              (("step", 0), ("epoch", 2), ("train_loss", 4), ("val_loss", 4))] for one in found]  # fmt: skip
     return table([["step", "epoch", "train", "validation"], *rows], left=()) if rows else []
 

@@ -1,7 +1,6 @@
 """What a conversation wants of a terminal: lines with a history, Ctrl-C as a wish, texts that command nothing."""
 
 import os
-import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -9,22 +8,11 @@ from pathlib import Path
 
 BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
 HISTORY_LINES = 1000
-UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # controls, turned text
 
 
 def bold(text: str) -> str:
     """The text as a colour terminal shows it in bold."""
     return f"{BOLD}{text}{PLAIN}" if text else ""
-
-
-def harmless(text: str) -> str:
-    """The text with control characters spelled out, but for newlines and tabs."""
-    return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
-
-
-def on_one_line(text: str) -> str:
-    """The same with newlines spelled out too."""
-    return harmless(text).replace("\n", "\\n")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from smallm.cli.arguments import ArgumentParser
 from smallm.errors import UserError
 from smallm.runs.layout import CHECKPOINTS, EXPORT, newest_run
 
@@ -17,15 +18,10 @@ PRECISIONS = ("fp32", "int8", "int4")
 KITS = ("c", "node", "web")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; see --help")
-
-
 def main(argv: Sequence[str]) -> int:
     """Runs `export.py` with these arguments."""
-    parser = _Parser(prog="export.py", description=DESCRIPTION, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = ArgumentParser(prog="export.py", description=DESCRIPTION,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("run", nargs="?", type=Path, help="run, or one of its checkpoints; default: the newest run")
     parser.add_argument("--kit", choices=KITS,
                         help="write a kit instead: the model as part of a program or a web page")  # fmt: skip
@@ -42,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     from smallm.export.folder import export_checkpoint  # torch and onnx are slow to import: mistakes are told before
     from smallm.export.kits.folder import write_kit
     from smallm.export.portable_graph import PORTABLE_FILE
-    from smallm.export.precision import table
+    from smallm.export.precision import quality_table
     from smallm.language_model import MODEL_FILE
     from smallm.training.checkpoint.format import STATE_FILE, damage
     from smallm.training.checkpoint.manager import best_checkpoint
@@ -75,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     for name, size in export.sizes.items():
         if name == PORTABLE_FILE or name.endswith(".gguf"):
             print(f"{out / name}: {size / 1e6:.2f} MB")
-    print(table(export.measured))
+    print(quality_table(export.measured))
     if quality.loss is not None:
         print(f"{quality.precision} costs {quality.loss:.4f} bits per character")
     if options.kit:

@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 import torch
 
+from smallm.cli.table import table
 from smallm.errors import UserError
 from smallm.export.calibration import own_text, second_moments
 from smallm.export.graph import EXACT, build_graph, has_table, set_accuracy
@@ -138,12 +139,11 @@ def check_loss(quality: Quality, precision: Precision) -> None:
         )
 
 
-def table(rows: list[Quality]) -> str:
-    """For people."""
+def quality_table(rows: list[Quality]) -> str:
+    """The measurements as a table for the terminal."""
     cells = [["precision", "MB", "bits/char", "characters/s", "ONNX Runtime"]] + [
         [row.precision, f"{row.bytes / 1e6:.2f}", "-" if row.bits_per_char is None else f"{row.bits_per_char:.4f}",
          f"{row.chars_per_second:,.0f}", f"{row.onnxruntime} or newer"]
         for row in rows
     ]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
+    return "\n".join(table(cells))

@@ -1,4 +1,4 @@
-"""`training_state.json`: where a run stood at a checkpoint, under a seal. Read here without PyTorch too."""
+"""`training_state.json`: the state of training at a checkpoint, with a checksum; read here without PyTorch."""
 
 import hashlib
 import json
@@ -10,41 +10,44 @@ from smallm.errors import UserError
 
 STATE_FILE = "training_state.json"
 FORMAT_VERSION = 2
-DEEPEST = 32  # levels of JSON; ours have four
+CHECKSUM, OLD_CHECKSUM = "checksum", "seal"  # keys in the file; the old key is still read
+CHANGED = "changed_settings"  # key of the settings that differ from their defaults, for readers without PyTorch
+MAX_DEPTH = 32  # levels of nested JSON; our files have four
 
 
-def read_sealed(folder: Path) -> dict[str, Any]:
-    """What the state file of a checkpoint holds, if it is as it was written. Raises `UserError`."""
+def read_state_file(folder: Path) -> dict[str, Any]:
+    """The values in the state file of a checkpoint, without the checksum. Raises `UserError` if they were altered."""
     file = folder / STATE_FILE
     try:
         values = read_json(file)
-        version, sealed = values["format_version"], values["seal"]
+        version = values["format_version"]
+        expected = values.pop(CHECKSUM if CHECKSUM in values else OLD_CHECKSUM)
     except (OSError, ValueError, KeyError):
         raise UserError(f"{file} is missing or broken; use another checkpoint") from None
     if version != FORMAT_VERSION:
-        raise UserError(f"{file} was written by another version of smallm; train anew, or use that version")
-    if sealed != seal({key: value for key, value in values.items() if key != "seal"}):
-        raise UserError(f"{file} is not as it was written; use another checkpoint")
+        raise UserError(f"{file} was written by another version of smallm; train again, or use that version")
+    if expected != checksum(values):
+        raise UserError(f"{file} does not match its checksum; use another checkpoint")
     return values
 
 
-def seal(values: Mapping[str, Any]) -> str:
-    """sha256 of what the state file says, however it is set out."""
+def checksum(values: Mapping[str, Any]) -> str:
+    """SHA-256 of the values of a state file; detects damage, protects against nobody."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises `ValueError` for anything else, `OSError` if there is no such file."""
+    """A JSON object. Raises `ValueError` for any other content, `OSError` if the file cannot be read."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        json.dumps(content, ensure_ascii=False).encode()  # halves of characters, which JSON can spell, are no text
+        json.dumps(content, ensure_ascii=False).encode()  # JSON can spell lone surrogates, which are not valid text
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    if not isinstance(content, dict) or _deeper(content, DEEPEST):
-        raise ValueError("it is no JSON object, or one that is nested too deep")
+        raise ValueError("nested too deeply") from None
+    if not isinstance(content, dict) or _is_deeper(content, MAX_DEPTH):
+        raise ValueError("not a JSON object, or nested too deeply")
     return content
 
 
-def _deeper(content: Any, levels: int) -> bool:
+def _is_deeper(content: Any, levels: int) -> bool:
     values = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
-    return not levels or any(_deeper(value, levels - 1) for value in values)
+    return not levels or any(_is_deeper(value, levels - 1) for value in values)

@@ -1,12 +1,10 @@
-"""What a run folder tells of its run: read without PyTorch, and without reading more than the end of its metrics.
+"""What the folder of a run tells about the run, read without PyTorch.
 
-Run folders come from strangers too, and from runs that were killed: what is missing, broken or implausible is None.
+Run folders may come from strangers and from killed runs: a value that is missing, broken or implausible is None.
 """
 
-import json
 import math
 import re
-import tomllib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,57 +12,76 @@ from typing import Any
 
 from smallm.errors import UserError
 from smallm.model_file.manifest import MANIFEST_FILE
+from smallm.runs.config_file import flatten, read_config
 from smallm.runs.layout import CHECKPOINTS, CONFIG, LOCK, METRICS
-from smallm.runs.state_file import read_json, read_sealed
+from smallm.runs.metrics import Record, read_metrics
+from smallm.runs.state_file import CHANGED, read_json, read_state_file
 
-TAIL_BYTES = 1 << 16  # of the metrics
+TAIL_BYTES = 1 << 16  # of metrics.jsonl
 WEIGHTS = "model.safetensors"
 RUNNING, FINISHED, INTERRUPTED, BROKEN = "running", "finished", "interrupted", "broken"
 
 
 @dataclass(frozen=True)
-class RunFacts:
-    """A run, as far as its folder tells."""
+class Run:
+    """A training run, as its folder describes the run at one moment.
+
+    Losses are cross-entropies of the validation text in nats per character. `val_loss` and `best_step` belong to the
+    best evaluation, `step`, `epoch` and `seconds` to the newest state. A value that the folder does not tell is None.
+
+    >>> run = read_run(Path("runs/shakespeare"))
+    >>> print(run.val_loss, run.bits_per_character, run.best_checkpoint)
+    >>> losses = [(line["step"], line["val_loss"]) for line in run.metrics if line["kind"] == "eval"]
+    """
 
     path: Path
+    """The folder."""
     state: str
-    """running, finished, interrupted (it can be resumed) or broken."""
+    """"running", "finished", "interrupted" (training can be resumed) or "broken"."""
     problem: str
-    """What is wrong, in a few words; nothing if all is well."""
+    """What is wrong with the folder, in a few words; empty if nothing is."""
     text: str | None
+    """Name of the training text."""
     parameters: int | None
+    """Number of weights of the model."""
     val_loss: float | None
-    """The best, in nats per character."""
+    """Lowest validation loss, in nats per character."""
     best_step: int | None
+    """The step at which `val_loss` was measured."""
     step: int | None
+    """Optimiser steps done."""
     total_steps: int | None
-    """Of the whole run; under train.minutes as they were expected last."""
+    """Steps of the whole run; with train.minutes the last estimate."""
     epoch: float | None
+    """Passes over the training text."""
     seconds: float | None
+    """Time spent on training."""
     written: float
-    """When the folder was last written to, in seconds since 1970."""
+    """Time of the last change, in seconds since 1970."""
     exports: dict[str, str]
-    """Folder in the run -> precision."""
+    """Precision of each export, by the name of its folder within the run."""
     checkpoints: tuple[Path, ...]
-    """Oldest first."""
+    """Folders of the checkpoints, oldest first."""
     config: dict[str, Any]
-    """The settings by section, if they can be read."""
-    metrics: tuple[dict[str, Any], ...]
-    """The last lines of metrics.jsonl."""
+    """The settings, by section and field; empty if they cannot be read."""
+    changed_settings: dict[str, Any]
+    """The settings that differ from their defaults, by `section.field`; all settings where the run does not tell."""
+    metrics: tuple[Record, ...]
+    """Records of metrics.jsonl in the order written: all of them, or those at the end of the file."""
 
     @property
     def bits_per_character(self) -> float | None:
-        """The best validation loss, in bits."""
+        """`val_loss` in bits per character."""
         return None if self.val_loss is None else self.val_loss / math.log(2)
 
     @property
     def best_checkpoint(self) -> Path | None:
-        """That of the best evaluation, if it is there."""
+        """Folder of the checkpoint with the lowest validation loss; None if that checkpoint is missing."""
         return next((folder for folder in self.checkpoints if step_of(folder) == self.best_step), None)
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The runs in a folder, or the one that it is itself."""
+    """The runs in a folder; a folder that is a run itself is the only one. Raises `UserError`."""
     if _is_begun(folder):
         return [folder]
     try:
@@ -73,23 +90,26 @@ def find_runs(folder: Path) -> list[Path]:
         raise UserError(f"cannot read {folder}: {error.strerror}; name a folder of runs") from None
 
 
-def read_run(run: Path, tail_bytes: int = TAIL_BYTES) -> RunFacts:
-    """All that there is to know of a run. tail_bytes: how much of the end of its metrics to read."""
+def read_run(run: Path, max_bytes: int | None = TAIL_BYTES) -> Run:
+    """Reads the folder of a run.
+
+    max_bytes: how many bytes at the end of metrics.jsonl to read; None for the whole file.
+    """
     checkpoints = _checkpoints(run)
     state, problem = _newest_state(checkpoints)
-    config = state.get("config") or _config(run)
+    config = state.get("config") or read_config(run)
     config = {name: section for name, section in config.items() if isinstance(section, dict)}
-    metrics = _tail(run / METRICS, tail_bytes)
+    metrics = tuple(read_metrics(run, max_bytes))
     running = is_running(run)
     last = next((line for line in reversed(metrics) if line.get("kind") == "train"), {}) if running or not state else {}
     facts = _section(state, "facts")
     step = _whole(last.get("step", state.get("step")))
     epochs = [line["epoch"] for line in metrics if _whole(line.get("step")) == step and _number(line.get("epoch"))]
     best, best_step = _best(state, metrics if running or not state else ())
-    return RunFacts(
+    return Run(
         path=run,
         state=RUNNING if running else _state(state, checkpoints, config),
-        problem=problem or ("" if state or config else f"it has no checkpoint and no whole {CONFIG}"),
+        problem=problem or ("" if state or config else f"it has no checkpoint and no complete {CONFIG}"),
         text=_text(facts.get("text")) or _source(config),
         parameters=_whole(facts.get("parameters")),
         val_loss=best,
@@ -102,17 +122,18 @@ def read_run(run: Path, tail_bytes: int = TAIL_BYTES) -> RunFacts:
         exports=_exports(run),
         checkpoints=checkpoints,
         config=config,
+        changed_settings=_section(state, CHANGED) or flatten(config),
         metrics=metrics,
     )
 
 
 def is_running(run: Path) -> bool:
-    """Whether a trainer holds the lock of this run; never so where the system has no locks of this kind."""
+    """Whether a trainer holds the lock of this run; always False on systems without `fcntl`."""
     try:
         import fcntl
 
         with (run / LOCK).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # gone with the file, in a moment
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released when the file is closed
     except BlockingIOError:
         return True
     except (ImportError, OSError):
@@ -121,12 +142,12 @@ def is_running(run: Path) -> bool:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint was written at."""
+    """The step at which a checkpoint was written, from the name of its folder."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def bytes_in(folder: Path) -> int:
-    """The size of all files below a folder."""
+    """The total size of all files in a folder and its subfolders."""
     total = 0
     with suppress(OSError):
         for file in folder.rglob("*"):
@@ -144,11 +165,11 @@ def _checkpoints(run: Path) -> tuple[Path, ...]:
 
 
 def _newest_state(checkpoints: tuple[Path, ...]) -> tuple[dict[str, Any], str]:
-    """What the newest readable checkpoint says, and what is wrong with the one that a resumed run would want."""
+    """The state of the newest intact checkpoint, and what is wrong with the newest checkpoint."""
     problem = ""
     for folder in reversed(checkpoints):
         try:
-            values = read_sealed(folder)
+            values = read_state_file(folder)
             if not (folder / WEIGHTS).is_file():
                 raise UserError(f"{folder / WEIGHTS} is missing; use another checkpoint")
             return values, problem
@@ -171,32 +192,6 @@ def _best(state: dict[str, Any], metrics: tuple[dict[str, Any], ...]) -> tuple[f
     losses = [(_number(state.get("best_val_loss")), _whole(state.get("best_step")))]
     losses += [(_number(line.get("val_loss")), _whole(line.get("step"))) for line in metrics]
     return min(((loss, step) for loss, step in losses if loss is not None and step is not None), default=(None, None))
-
-
-def _tail(file: Path, size: int) -> tuple[dict[str, Any], ...]:
-    """The last lines of JSON Lines; those that are none, as after a kill, are left out."""
-    try:
-        if not file.is_file():
-            return ()
-        with file.open("rb") as stream:
-            start = max(0, stream.seek(0, 2) - size)
-            stream.seek(start)
-            lines = stream.read(size).split(b"\n")[1 if start else 0 :]
-    except OSError:
-        return ()
-    found = []
-    for line in lines:
-        with suppress(ValueError, RecursionError):
-            values = json.loads(line)
-            found += [values] if isinstance(values, dict) else []
-    return tuple(found)
-
-
-def _config(run: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads((run / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
 
 
 def _exports(run: Path) -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
-from smallm.html.escape import percent, visible
-from smallm.html.page import CHARACTERS_SCRIPT, CHARACTERS_STYLE, characters, escape, legend, page, source
+from smallm.html.characters import CHARACTERS_STATIC, characters, legend, percent
+from smallm.html.escape import escape, visible
+from smallm.html.page import page
 from smallm.inference.scoring import Perplexity
 from smallm.language_model import LanguageModel
 from smallm.surprisal.measure import Measured, id_name
@@ -66,8 +67,7 @@ def surprisal_page(
             kept.text, kept.nats, kept.expected, kept.probabilities, lambda id: id_name(model.vocabulary, id), marked
         )
     )
-    style = CHARACTERS_STYLE + source("places.css")
-    return page(f"Surprise: {name}", "\n".join(body), style, CHARACTERS_SCRIPT)
+    return page(f"Surprise: {name}", "\n".join(body), (*CHARACTERS_STATIC, "spans.css"))
 
 
 def summary(model: LanguageModel, figures: Perplexity) -> str:
@@ -89,7 +89,7 @@ def _figures(model: LanguageModel, figures: Perplexity) -> str:
 
 
 def _list(items: Iterable[str]) -> str:
-    return '<ol class="places">\n' + "\n".join(items) + "\n</ol>"
+    return '<ol class="spans">\n' + "\n".join(items) + "\n</ol>"
 
 
 def _passage(place: Place, anchor: str | None) -> str:

@@ -12,7 +12,8 @@ import numpy as np
 
 from smallm.cli import text_file
 from smallm.errors import UserError
-from smallm.html.escape import LEVELS, level, percent, runs, visible
+from smallm.html.characters import LEVELS, level, percent, runs
+from smallm.html.escape import visible
 from smallm.html.page import save
 from smallm.inference.scoring import Perplexity
 from smallm.language_model import LanguageModel

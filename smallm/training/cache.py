@@ -2,11 +2,12 @@
 
 import json
 import os
-import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from smallm.atomic_write import atomic_write
 
 
 def cache_folder() -> Path:
@@ -27,9 +28,7 @@ def cached_json(file: Path, version: int, compute: Callable[[], dict[str, Any]])
     if values is None:
         values = compute()
         with suppress(OSError):
-            unfinished = file.with_suffix(f".{secrets.token_hex(4)}")
-            unfinished.write_text(json.dumps({"version": version, "values": values}), encoding="utf-8")
-            unfinished.replace(file)
+            atomic_write(file, json.dumps({"version": version, "values": values}))
     return values
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from smallm.errors import UserError
 from smallm.generation.sampler import Sampling
+from smallm.runs.config_file import flatten
 
 MAX_LAYERS, MAX_WIDTH = 999, (1 << 24) - 1  # the limits of an exported model's manifest
 MAX_NUMBER = 1 << 53  # the largest whole number up to which a float tells all neighbours apart
@@ -276,17 +277,14 @@ class Config:
         return {name: {k: list(v) if isinstance(v, tuple) else v for k, v in section.items()}
                 for name, section in asdict(self).items()}  # fmt: skip
 
+    def changed(self) -> dict[str, Any]:
+        """The settings that differ from their defaults, by `section.field`."""
+        defaults = flatten(Config().to_dict())
+        return {key: value for key, value in flatten(self.to_dict()).items() if value != defaults[key]}
+
 
 SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in fields(Config)}
 KEYS = tuple(f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section))
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"model": {"n_layer": 6}}` -> `{"model.n_layer": 6}`."""
-    flat = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def check_keys(settings: Mapping[str, Any], file: object = "") -> None:

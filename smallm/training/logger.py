@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate.tracking import GeneralTracker
 from tqdm import tqdm
 
+from smallm.atomic_write import atomic_write
 from smallm.training.checkpoint.format import TrainingState
 from smallm.training.trackers import log_record
 
@@ -24,9 +25,7 @@ class Report:
         """
         self.enabled, self._trackers = enabled, trackers
         if enabled:
-            aside = metrics.with_name(f".{metrics.name}")
-            aside.write_bytes(b"".join(_lines_until(metrics, state.step)))
-            aside.replace(metrics)
+            atomic_write(metrics, b"".join(_lines_until(metrics, state.step)))
             self._file = metrics.open("ab")
         self._step, self._total_steps = state.step, total_steps
 

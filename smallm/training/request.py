@@ -3,16 +3,16 @@
 `train.py` and `smallm.train` share this module; it does not import PyTorch, so that mistakes are reported at once.
 """
 
-import tomllib
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from smallm.errors import UserError
+from smallm.runs.config_file import flatten, read_toml
 from smallm.runs.layout import new_run
 from smallm.training.checkpoint.safe_load import check_memory
-from smallm.training.config import KEYS, Config, check_keys, flatten
+from smallm.training.config import KEYS, Config, check_keys
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,11 @@ def _merge(settings: Mapping[str, Any], files: Sequence[Path]) -> tuple[dict[str
     """All values by section, and the settings that are not defaults."""
     given: dict[str, Any] = {}
     for file in files:
-        given |= _read_toml(file)
+        settings_of_file = flatten(read_toml(file))
+        check_keys(settings_of_file, file)
+        given |= settings_of_file
     given |= settings
     return _nested(flatten(Config().to_dict()) | given), frozenset(given)
-
-
-def _read_toml(file: Path) -> dict[str, Any]:
-    try:
-        settings = flatten(tomllib.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not a readable TOML file: {error}") from None
-    check_keys(settings, file)
-    return settings
 
 
 def _nested(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

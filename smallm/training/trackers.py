@@ -20,7 +20,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, filter_tra
 from accelerate.utils import LoggerType
 
 from smallm.errors import UserError
-from smallm.training.config import Config, flatten
+from smallm.runs.config_file import flatten
+from smallm.training.config import Config
 
 LOGS = "logs"
 """The folder of a run that trackers write to."""

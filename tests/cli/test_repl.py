@@ -15,11 +15,11 @@ from toys import random_model, save_onnx
 
 from smallm import LanguageModel, UserError
 from smallm.cli import main as cli
-from smallm.cli import terminal
 from smallm.cli.repl import OPTIONS, Console
 from smallm.cli.repl_state import KEPT, ReplState
 from smallm.generation.config import Options
 from smallm.generation.text_stream import TextStream
+from smallm.html.escape import printable
 from smallm.inference.kv_cache import KVCache
 
 ROOT = Path(__file__).parents[2]
@@ -459,8 +459,8 @@ def test_what_was_typed_is_bold_and_nothing_the_model_writes_commands_the_termin
     assert not [c for c in rest if not c.isprintable() and c not in "\n\t"]
     written = wild.here.text
     assert [c for c in written if not c.isprintable() and c not in "\n\t"]  # and there was something to keep away
-    assert rest == terminal.harmless(written) + "\n"
-    assert "\\x1b" in terminal.harmless("\x1b[2J")
+    assert rest == printable(written, keep="\n\t") + "\n"
+    assert "\\x1b" in printable("\x1b[2J")
 
 
 def test_a_pipe_gets_the_text_as_it_is(wild, monkeypatch, capsys):
@@ -469,10 +469,11 @@ def test_a_pipe_gets_the_text_as_it_is(wild, monkeypatch, capsys):
     assert capsys.readouterr().out == wild.text + "\n"
 
 
-def test_harmless():
+def test_hidden_characters_are_spelled_out():
     text = "a\tb\n\x07\r\x1b]0;x\x07\x9b1m\u202eabc\u2066\x7f中\u200d🎉\u3000\xa0é"
-    assert terminal.harmless(text) == ("a\tb\n\\x07\\r\\x1b]0;x\\x07\\x9b1m\\u202eabc\\u2066\\x7f中\u200d🎉\u3000\xa0é")
-    assert terminal.on_one_line("a\nb\x1b") == r"a\nb\x1b"
+    spelled = "a\tb\n\\x07\\r\\x1b]0;x\\x07\\x9b1m\\u202eabc\\u2066\\x7f中\u200d🎉\u3000\xa0é"
+    assert printable(text, keep="\n\t") == spelled
+    assert printable("a\nb\x1b") == r"a\nb\x1b"
 
 
 def test_completions(story):

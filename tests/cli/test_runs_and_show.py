@@ -16,7 +16,8 @@ from toys import edit_state
 
 from smallm.cli import main as cli
 from smallm.cli.runs import lines
-from smallm.cli.table import columns_of, printable, short_count, short_time, shortened, table
+from smallm.cli.table import columns_of, duration, short_count, shortened, table
+from smallm.html.escape import printable
 from smallm.runs.summary import TAIL_BYTES, find_runs, read_run
 from smallm.training.checkpoint.manager import best_checkpoint, checkpoints
 
@@ -143,6 +144,14 @@ def test_show_as_json(runs, capsys):
     assert best["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
     assert run["yardsticks"].keys() >= {"model", "gzip", "xz"}
     assert run["sample"] == evaluated(runs / "tiny")[-1]["sample"]
+
+
+def test_a_run_that_does_not_tell_its_changed_settings_shows_all_settings(runs, capsys):
+    for folder in checkpoints(runs / "tiny"):
+        edit_state(folder, lambda values: values.pop("changed_settings"))
+    run = json.loads(shown(capsys, "runs/tiny", "--json"))
+    assert run["settings"]["model.n_embd"] == 32
+    assert "model.dropout" in run["settings"]
 
 
 def test_show_takes_the_newest_run(runs, capsys):
@@ -305,8 +314,9 @@ def test_names_are_cut_in_the_middle(text, most, expected):
 def test_figures():
     counts = {None: "-", 0: "0", 999: "999", 12_345: "12.3k", 840_000: "840k", 999_900: "1,000k", 10_650_000: "10.7M"}
     assert {number: short_count(number) for number in counts} == counts
-    times = {None: "-", 0: "0 s", 59.4: "59 s", 90: "2 min", 8000: "2.2 h", 40_000: "11 h", 200_000: "2.3 d"}
-    assert {seconds: short_time(seconds) for seconds in times} == times
+    times = {None: "-", math.nan: "-", 0: "0 s", 59.4: "59 s", 90: "1.5 min", 700: "12 min", 8000: "2.2 h",
+             40_000: "11 h", 200_000: "2.3 d"}  # fmt: skip
+    assert {seconds: duration(seconds) for seconds in times} == times
     assert printable("a\x1b\n€") == r"a\x1b\n€"
     assert table([["a", "1"], ["bb", "22"]], left=[0]) == ["a    1", "bb  22"]
 

@@ -18,8 +18,9 @@ import pytest
 
 from smallm import LanguageModel
 from smallm.cli import main as cli
-from smallm.html.escape import HIDDEN, LEVELS, level, percent, runs, visible
 from smallm.html import page as html
+from smallm.html.characters import CHARACTERS_STATIC, LEVELS, characters, level, percent, runs
+from smallm.html.escape import HIDDEN, escape, visible
 from smallm.surprisal import terminal_view as surprise_text
 from smallm.surprisal.measure import EXPECTED, Measured, id_name, measure
 from smallm.surprisal.terminal_view import painted, takes_colours
@@ -283,14 +284,15 @@ def test_a_page_without_a_text_is_a_mistake(capsys):
     assert capsys.readouterr().err == "smallm: --html goes with --surprise FILE\n"
 
 
-def test_a_page_on_a_full_disk_is_one_line_and_leaves_what_was_there(infer, file, tmp_path, monkeypatch):
-    def write_half(path, text, **_):
-        path.write_bytes(text.encode()[:99])
+def test_a_page_on_a_full_disk_is_one_line_and_keeps_the_old_page(infer, file, tmp_path, monkeypatch):
+    def write_half(path, content):
+        with path.open("wb") as stream:
+            stream.write(content[:99])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", write_half)
     page = tmp_path / "a.html"
     page.write_bytes(b"an older page")
+    monkeypatch.setattr(Path, "write_bytes", write_half)
     code, _, err = infer(file, "--html", page)
     assert (code, err) == (2, f"smallm: cannot write {page}: No space left on device; name another file\n")
     assert page.read_bytes() == b"an older page"
@@ -397,7 +399,7 @@ def test_the_page_of_a_long_text_holds_its_beginning(infer, file, tmp_path, monk
 def test_tables_and_escapes():
     found = Page(html.table(["a<b", "n"], [["<i>", 1234], ["\x1b", 0.5]]))
     assert [word for word in found.words if word.strip()] == ["a<b", "n", "<i>", "1,234", "␛", "0.5"]
-    assert html.escape("\"'<&>\u202e") == "&quot;&#x27;&lt;&amp;&gt;�"
+    assert escape("\"'<&>\u202e") == "&quot;&#x27;&lt;&amp;&gt;�"
 
 
 # -- in a browser
@@ -426,9 +428,9 @@ def test_details_in_a_browser(tmp_path):
     nats = np.array([np.nan, 0.5, 1, 9.25, 4, 5, 6, 0.1, 0.2, 0.3])
     expected = np.tile(np.array([97, 32, 10, 60, 122], np.int32), (len(text), 1))
     probabilities = np.tile(np.array([0.5, 0.25, 0.1, 0.05, 1e-6], np.float32), (len(text), 1))
-    fragment = html.characters(text, nats, expected, probabilities, chr, [(3, 6, "p1"), (7, 9, "p2")])
+    fragment = characters(text, nats, expected, probabilities, chr, [(3, 6, "p1"), (7, 9, "p2")])
     path = tmp_path / "page.html"
-    html.save(path, html.page("x", fragment, html.CHARACTERS_STYLE, html.CHARACTERS_SCRIPT) + PROBE)
+    html.save(path, html.page("x", fragment, CHARACTERS_STATIC) + PROBE)
     command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000",
                f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]  # fmt: skip
     done = subprocess.run(command, capture_output=True, timeout=100, text=True, check=True)

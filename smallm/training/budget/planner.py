@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from smallm.training.config import Config, flatten
+from smallm.runs.config_file import flatten
+from smallm.training.config import Config
 
 LADDER = ((2, 64), (3, 96), (4, 128), (6, 128), (6, 160), (6, 192), (6, 256), (8, 320), (8, 384), (10, 512), (12, 640),
           (12, 768))  # fmt: skip

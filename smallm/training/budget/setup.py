@@ -9,12 +9,13 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from smallm.runs.config_file import flatten
 from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.budget import planner as plan
 from smallm.training.budget.clock import Clock
 from smallm.training.budget.planner import Plan
 from smallm.training.budget.probe import flops_per_second
-from smallm.training.config import Config, DataConfig, ModelConfig, flatten
+from smallm.training.config import Config, DataConfig, ModelConfig
 from smallm.training.data.corpus import BYTES, Corpus, corpus_of
 from smallm.training.distributed import broadcast_from_main
 from smallm.training.optim.schedule import divide_batch

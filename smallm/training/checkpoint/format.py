@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from smallm.errors import UserError
 from smallm.model_file.manifest import hugging_face_files
 from smallm.runs.layout import CHECKPOINTS
-from smallm.runs.state_file import FORMAT_VERSION, STATE_FILE, read_json, read_sealed, seal
+from smallm.runs.state_file import CHANGED, CHECKSUM, FORMAT_VERSION, STATE_FILE, checksum, read_json, read_state_file
 from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.checkpoint.qwen3 import from_qwen3, to_qwen3
 from smallm.training.checkpoint.safe_load import check_fits
@@ -105,9 +105,10 @@ def save_checkpoint(
         save_file(tensors.moments, aside / "optimizer.safetensors")
         for name, content in model_files(config, vocabulary).items():
             _write_json(aside / name, content)
-        values = {"format_version": FORMAT_VERSION, **asdict(state), "config": config.to_dict()}
+        values = {"format_version": FORMAT_VERSION, **asdict(state), "config": config.to_dict(),
+                  CHANGED: config.changed()}  # fmt: skip
         values["sha256"] = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
-        _write_json(aside / STATE_FILE, values | {"seal": seal(values)})
+        _write_json(aside / STATE_FILE, values | {CHECKSUM: checksum(values)})
         mode = (aside / STATE_FILE).stat().st_mode
         for file in aside.iterdir():
             file.chmod(mode)  # safetensors keeps its files from everyone else
@@ -146,10 +147,11 @@ def model_files(config: Config, vocabulary: Vocabulary) -> dict[str, dict[str, A
 
 def read_state(folder: Path) -> tuple[TrainingState, Config]:
     """`training_state.json` of a checkpoint. Raises `UserError` if it is broken."""
-    values = read_sealed(folder)
+    values = read_state_file(folder)
     try:
-        for key in ("format_version", "sha256", "seal"):
+        for key in ("format_version", "sha256"):
             del values[key]
+        values.pop(CHANGED, None)
         config, state = Config.from_dict(values.pop("config")), TrainingState(**values)
         check_types(state)
         if not all(type(n) is int and n >= 0 for n in (state.step, state.best_step, state.evaluations_since_best)):
@@ -163,7 +165,7 @@ def read_state(folder: Path) -> tuple[TrainingState, Config]:
 def damage(folder: Path) -> str:
     """What is wrong with the files of a checkpoint, in a few words; nothing, if they are as they were written."""
     try:
-        sums = read_sealed(folder)["sha256"]
+        sums = read_state_file(folder)["sha256"]
         for name in sorted(sums):
             file = folder / Path(name).name
             if not file.is_file():

@@ -3,13 +3,14 @@
 import re
 import shutil
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import tomli_w
 
+from smallm.atomic_write import atomic_write
 from smallm.errors import UserError
+from smallm.runs.config_file import read_toml
 from smallm.runs.layout import CHECKPOINTS, CONFIG, VALIDATION, is_run
 from smallm.training.checkpoint.format import damage, folder_of, read_state
 from smallm.training.config import Config
@@ -22,9 +23,7 @@ def begin(run: Path, config: Config, val_file: Path) -> None:
     """Puts into a run what is to stand there before its first checkpoint. Raises `UserError`."""
     try:
         shutil.copyfile(val_file, run / VALIDATION)
-        aside = run / f".{CONFIG}"
-        aside.write_text(tomli_w.dumps(config.to_dict()), encoding="utf-8")
-        aside.replace(run / CONFIG)
+        atomic_write(run / CONFIG, tomli_w.dumps(config.to_dict()))
     except OSError as error:
         raise UserError(f"cannot write to {run}: {error.strerror}; choose another --out") from None
 
@@ -85,8 +84,8 @@ def saved_config(run: Path) -> Config:
     if folder is not None:
         return read_state(folder)[1]
     try:
-        return Config.from_dict(tomllib.loads((run / CONFIG).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, UserError):
+        return Config.from_dict(read_toml(run / CONFIG))
+    except (TypeError, UserError):
         raise UserError(f"{run} has no checkpoint yet, nor a whole {CONFIG}; remove it and train anew") from None
 
 

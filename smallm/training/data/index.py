@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import secrets
 import time
 from contextlib import suppress
 from pathlib import Path
 
+from smallm.atomic_write import atomic_write
 from smallm.training.data.source import Source
 
 INDEX_FORMAT = 2
@@ -43,9 +43,7 @@ def remember(cache: Path, source: Source, before: Stamps | None, fingerprint: st
             return
         entry = _entry(cache, source, before)
         entry.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = entry.with_suffix(f".{secrets.token_hex(4)}")
-        unfinished.write_text(json.dumps({"fingerprint": fingerprint, "stamps": before}), encoding="utf-8")
-        unfinished.replace(entry)
+        atomic_write(entry, json.dumps({"fingerprint": fingerprint, "stamps": before}))
 
 
 def _settled(stamps: Stamps) -> bool:

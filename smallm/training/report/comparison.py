@@ -4,12 +4,14 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from smallm.html.page import escape
+from smallm.cli.table import duration
+from smallm.html.escape import escape
 from smallm.inference.scoring import perplexity
-from smallm.training.config import Config, flatten
+from smallm.runs.config_file import flatten
+from smallm.training.config import Config
 from smallm.training.report.charts import pictures
 from smallm.training.report.outcome import Outcome, number, read_outcomes
-from smallm.training.report.run_page import bits, duration, figure_of, section, setting, speed, whole_page, write_page
+from smallm.training.report.run_page import bits, figure_of, section, setting, speed, whole_page, write_page
 
 
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from smallm.runs.config_file import flatten
 from smallm.runs.layout import CONFIG
-from smallm.training.config import Config, flatten
+from smallm.training.config import Config
 from smallm.training.optim.schedule import QUICK_STEPS
 
 

@@ -1,7 +1,6 @@
 """What came of a run: all that its folder tells, read without the weights."""
 
 import math
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from smallm.runs.layout import CONFIG
+from smallm.runs.config_file import flatten, read_config
 from smallm.training.analysis.baselines import Baseline, read_baselines
-from smallm.training.config import MAX_NUMBER, flatten
+from smallm.training.config import MAX_NUMBER
 from smallm.training.report.plot import Curves, curves, distinct_names, read_metrics
 from smallm.training.report.record import RunRecord, read_record
 
@@ -92,11 +91,4 @@ def _read(run: Path, name: str) -> Outcome:
     if known.best is not None:  # since the file was written the run may have gone on
         bits = float(known.val["loss"][known.best]) / math.log(2)
         baselines = [replace(one, bits_per_char=bits) if one.name == "model" else one for one in baselines]
-    return Outcome(run, name, known, steps, evaluations, _config(run), baselines, read_record(run))
-
-
-def _config(run: Path) -> dict[str, Any]:
-    try:
-        return flatten(tomllib.loads((run / CONFIG).read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
-        return {}
+    return Outcome(run, name, known, steps, evaluations, flatten(read_config(run)), baselines, read_record(run))

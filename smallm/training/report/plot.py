@@ -8,7 +8,6 @@
 Reads each run's ``metrics.jsonl``. Losses are nats per character.
 """
 
-import argparse
 import json
 import warnings
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from smallm.cli.arguments import ArgumentParser
 from smallm.errors import UserError
 from smallm.training.config import MAX_NUMBER
 
@@ -202,7 +202,7 @@ def _draw_key(axes, runs: Sequence[Curves]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the runs named on the command line and print where. Raises UserError for a mistake of the user's."""
-    parser = argparse.ArgumentParser(prog="python -m smallm.training.report.plot", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="smallm plot", description=__doc__.splitlines()[0])
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a training run")
     parser.add_argument("--out", type=Path, help="picture to write (default: RUN/loss.png; compare.png for several)")
     parser.add_argument("--html", type=Path, help="page to write instead: a run's report, or several runs compared")

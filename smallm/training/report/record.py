@@ -7,12 +7,12 @@ import json
 import os
 import platform
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from smallm.atomic_write import atomic_write
 from smallm.errors import UserError
 from smallm.training.config import MAX_NUMBER, check_types
 
@@ -92,15 +92,11 @@ class RecordWriter:
         if not self._enabled:
             return
         self._record = replace(self._record, **fields)
-        unfinished = self._file.with_name(f".{FILE}")
         try:
             values = {"version": VERSION, **vars(self._record), "passage": vars(self._record.passage)}
-            unfinished.write_text(json.dumps(values) + "\n", encoding="utf-8")
-            unfinished.replace(self._file)
+            atomic_write(self._file, json.dumps(values) + "\n")
         except OSError as error:
             self._enabled = False
-            with suppress(OSError):
-                unfinished.unlink()
             self._warn(f"warning: cannot write {self._file} ({error.strerror}); the report will be incomplete")
 
 

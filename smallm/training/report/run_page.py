@@ -12,10 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from smallm.html.page import CHARACTERS_SCRIPT, CHARACTERS_STYLE, characters, escape, legend, page, save, source, table
+from smallm.cli.table import duration
+from smallm.html.characters import CHARACTERS_STATIC, characters, legend
+from smallm.html.escape import escape
+from smallm.html.page import page, save, table
 from smallm.inference.scoring import perplexity
+from smallm.runs.config_file import flatten
 from smallm.training.analysis.baselines import Baseline, verdict
-from smallm.training.config import Config, flatten
+from smallm.training.config import Config
 from smallm.training.report.charts import pictures
 from smallm.training.report.next_commands import commands
 from smallm.training.report.outcome import Outcome, number, read_outcomes
@@ -67,8 +71,8 @@ def run_page(outcome: Outcome) -> str:
 
 def whole_page(title: str, parts: Iterable[str]) -> str:
     """A page of these parts."""
-    style, script = CHARACTERS_STYLE + source("report.css"), CHARACTERS_SCRIPT + source("report.js")
-    return page(title, "\n".join(part for part in parts if part), style, script)
+    static = (*CHARACTERS_STATIC, "report.css", "report.js")
+    return page(title, "\n".join(part for part in parts if part), static)
 
 
 def section(title: str, content: str) -> str:
@@ -104,16 +108,6 @@ def yardstick_bars(baselines: Sequence[Baseline]) -> str:
 def bits(nats: float) -> str:
     """Nats as bits, to be read."""
     return f"{nats / math.log(2):.3f}"
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `3 min 20 s`, `2 h 5 min`."""
-    if not math.isfinite(seconds):
-        return "unknown"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600:,} h {whole % 3600 // 60} min"
 
 
 def some(rows: Sequence[Any], most: int) -> list[Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smallm.html.page import escape
+from smallm.html.escape import escape
 
 WIDTH, HEIGHT = 440, 280  # in units of which a letter has about 12
 LEFT, RIGHT, TOP, BOTTOM = 58, 18, 10, 42  # room for the labels

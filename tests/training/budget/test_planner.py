@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from smallm.runs.config_file import flatten
 from smallm.training.budget.planner import LADDER, MAX_EPOCHS, Plan, choose, dropout, expected_loss, val_fraction
-from smallm.training.config import Config, flatten
+from smallm.training.config import Config
 from smallm.training.model.transformer import TransformerLanguageModel
 from smallm.training.optim.schedule import divide_batch
 

@@ -357,8 +357,17 @@ def test_a_state_that_makes_no_sense_is_one_line(folder, spoil):
 def test_an_edited_state_is_noticed(folder):
     file = folder / "training_state.json"
     file.write_text(file.read_text().replace('"step": 1,', '"step": 2,'))
-    assert "not as it was written" in damage(folder)
-    assert "not as it was written" in message(read_state, folder)
+    assert "does not match its checksum" in damage(folder)
+    assert "does not match its checksum" in message(read_state, folder)
+
+
+def test_a_state_file_with_the_old_key_of_its_checksum_is_read(folder):
+    file = folder / "training_state.json"
+    before = read_state(folder)
+    file.write_text(file.read_text().replace('"checksum":', '"seal":'))
+    assert read_state(folder) == before
+    file.write_text(file.read_text().replace('"step": 1,', '"step": 2,'))
+    assert "does not match its checksum" in message(read_state, folder)
 
 
 def test_a_name_that_leaves_the_folder_is_no_name(folder):

@@ -21,8 +21,9 @@ from toys import TOY_VOCABULARY, random_model
 
 from smallm.errors import UserError
 from smallm.html.escape import visible
+from smallm.runs.config_file import flatten
 from smallm.training import cli
-from smallm.training.config import Config, flatten
+from smallm.training.config import Config
 from smallm.training.data.dataset import CharDataset
 from smallm.training.report import run_page as page
 from smallm.training.report.comparison import comparison_page
@@ -263,7 +264,7 @@ def test_a_full_disk(run, monkeypatch):
     def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     before = (run / "report.html").read_bytes()
     with pytest.raises(UserError, match=r"report\.html.*No space left on device"):
         page.write_report(run)
