@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 from smallm.errors import UserError
 from smallm.runs.layout import CHECKPOINTS, METRICS, is_run
-from smallm.training.checkpoint.format import damage
+from smallm.training.checkpoint.format import verify
 from smallm.training.checkpoint.manager import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,7 +156,7 @@ def sight(moment: str, run: Path) -> object:
 
 def intact(run: Path) -> list[Path]:
     """The checkpoints of a run that are as they were written."""
-    return [folder for folder in checkpoints(run) if not damage(folder)] if is_run(run) else []
+    return [folder for folder in checkpoints(run) if not verify(folder)] if is_run(run) else []
 
 
 def digest(run: Path) -> str:

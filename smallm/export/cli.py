@@ -40,13 +40,13 @@ def main(argv: Sequence[str]) -> int:
     from smallm.export.portable_graph import PORTABLE_FILE
     from smallm.export.precision import quality_table
     from smallm.language_model import MODEL_FILE
-    from smallm.training.checkpoint.format import STATE_FILE, damage
+    from smallm.training.checkpoint.format import STATE_FILE, verify
     from smallm.training.checkpoint.manager import best_checkpoint
 
     run = options.run or newest_run()
     try:
         checkpoint = run if (run / STATE_FILE).is_file() else best_checkpoint(run)
-        if checkpoint == run and (problem := damage(run)):
+        if checkpoint == run and (problem := verify(run)):
             raise UserError(f"{run} is damaged ({problem}); export another checkpoint")
     except OSError as error:
         raise UserError(f"cannot read {run}: {error.strerror}") from None

@@ -86,7 +86,7 @@ def inherit_model_config(values: dict[str, Any], explicit: Set[str]) -> frozense
 def origin_folder(path: Path) -> Path:
     """The checkpoint that this is, or the best one of the run that this is. Raises `UserError`."""
     if (path / checkpoint.STATE_FILE).is_file():
-        if problem := checkpoint.damage(path):
+        if problem := checkpoint.verify(path):
             raise UserError(f"{path} is damaged ({problem}); use another checkpoint")
         return path
     if not is_run(path):
@@ -167,7 +167,7 @@ def measure_forgetting(trainer: "Trainer") -> list[str]:
     if s.old_text_loss is None or not (run / OLD_VALIDATION).is_file():
         return [f"the old text of {name} ({VALIDATION}) was not there, so what became of its loss is not known"]
     if s.best_step != s.step:
-        checkpoint.load_weights(checkpoint.folder_of(run, s.best_step), trainer.model)
+        checkpoint.load_weights(checkpoint.checkpoint_folder(run, s.best_step), trainer.model)
     after = old_text_loss(trainer.accelerator, trainer.model, trainer.corpus.vocabulary, run)
     characters = len(_read(run / OLD_VALIDATION))
     trainer.report.old_text(step=s.best_step, name=name, characters=characters, before=s.old_text_loss, after=after)

@@ -18,8 +18,8 @@ from smallm.runs.layout import LOCK
 from smallm.training import trackers
 from smallm.training.analysis.baselines import seconds_kept
 from smallm.training.budget.clock import Clock
-from smallm.training.budget.setup import open_text, plan_run
-from smallm.training.checkpoint.format import folder_of
+from smallm.training.budget.configure import open_text, plan_run
+from smallm.training.checkpoint.format import checkpoint_folder
 from smallm.training.checkpoint.manager import newest_checkpoint, quarantine
 from smallm.training.checkpoint.safe_load import check_fits
 from smallm.training.config import Config
@@ -118,7 +118,7 @@ def _newest_checkpoint(accelerator: Accelerator, run: Path) -> Path | None:
             quarantine(folder)
         step = step if newest is None else float(newest.name.removeprefix("step-"))
     (step,) = broadcast_from_main(accelerator, step)
-    return None if step < 0 else folder_of(run, int(step))
+    return None if step < 0 else checkpoint_folder(run, int(step))
 
 
 @contextmanager

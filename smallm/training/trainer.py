@@ -14,12 +14,12 @@ from torch.nn.utils import get_total_norm
 from smallm.errors import UserError
 from smallm.inference.scoring import perplexity
 from smallm.runs.layout import METRICS
-from smallm.training.budget.clock import Clock, Forecast, pace_of
-from smallm.training.budget.setup import compressed
+from smallm.training.budget.clock import Clock, Forecast, build_budget
+from smallm.training.budget.configure import bz2_nats_per_character
 from smallm.training.callbacks import beginning, broken_off, closing, opening
 from smallm.training.checkpoint import format as checkpoint
-from smallm.training.checkpoint import manager as shelf
-from smallm.training.checkpoint.format import Tensors, TrainingState
+from smallm.training.checkpoint import manager
+from smallm.training.checkpoint.format import TrainingState, TrainingTensors
 from smallm.training.config import Config
 from smallm.training.data.batch_loader import BatchLoader
 from smallm.training.data.corpus import Corpus
@@ -30,12 +30,12 @@ from smallm.training.evaluate import a_sample, evaluate
 from smallm.training.finetune import measure_forgetting, name_of
 from smallm.training.logger import Report
 from smallm.training.meter import Meter
-from smallm.training.model.compilation import compiled, is_wanted
+from smallm.training.model.compilation import compile_model, should_compile
 from smallm.training.model.operations import cross_entropy
 from smallm.training.model.transformer import TransformerLanguageModel
 from smallm.training.optim.guard import StepGuard
-from smallm.training.optim.optimizers import build_optimizer, set_lr
-from smallm.training.optim.schedule import divide_batch, lr_factor, window_length
+from smallm.training.optim.optimizers import build_optimizer, set_learning_rate
+from smallm.training.optim.schedule import divide_batch, learning_rate_factor, window_length
 from smallm.training.report.passage import read_passage
 from smallm.training.signals import Interrupt
 
@@ -58,7 +58,7 @@ class Trainer:
         dataset = CharDataset(corpus.train_ids, config.model.block_size, c.seed)
         self.steps_per_epoch = len(dataset) / c.batch_size
         self.eval_every = c.eval_every or max(1, round(self.steps_per_epoch))
-        self.pace = pace_of(
+        self.budget = build_budget(
             config, planned_steps, self.steps_per_epoch, self.eval_every, len(corpus.val_ids), clock.end_seconds
         )
         self.save_every = c.save_every or self.eval_every
@@ -85,7 +85,7 @@ class Trainer:
     @property
     def total_steps(self) -> int:
         """Steps of the whole run, under train.minutes as far as it is known by now."""
-        return self.pace.total_steps
+        return self.budget.total_steps
 
     @property
     def _share(self) -> float:
@@ -95,13 +95,13 @@ class Trainer:
         """Runs to the end, to loss of patience or to a signal; returns 0, or 128 + the number of the signal."""
         self._open()
         self._compile()
-        self._renew_pace()
+        self._update_budget()
         with self.report, Interrupt() as self.interrupt:
             # Who was interrupted in an evaluation begins with it.
             number = self._take_stock() if self.saved and self._due(self.eval_every) else 0
             while not number and (step := self.state.step) < self.total_steps and not self._out_of_patience():
-                factor = lr_factor(step, self.config.optim, self.total_steps, self.steps_per_epoch)
-                set_lr(self.optimizer, factor)
+                factor = learning_rate_factor(step, self.config.optim, self.total_steps, self.steps_per_epoch)
+                set_learning_rate(self.optimizer, factor)
                 loss, norm = self.train_step(step)
                 self.state.step, self.state.val_loss, self.saved = step + 1, None, False
                 self._log(loss, norm, factor)
@@ -141,9 +141,9 @@ class Trainer:
             raise UserError(f"{self.corpus.name} is not the text that {self.run} was trained on; start a new run")
         if checkpoint.load_vocabulary(folder) != self.corpus.vocabulary:
             raise UserError(f"{self.run} has another vocabulary; keep data.min_count and data.val_fraction as before")
-        self.pace.resume(state, before.train)
+        self.budget.resume(state, before.train)
         if state.step >= self.total_steps and state.val_loss is not None:
-            raise UserError(f"{self.run} is finished ({state.step} steps); train longer with {self.pace.longer}")
+            raise UserError(f"{self.run} is finished ({state.step} steps); train longer with {self.budget.extend_flag}")
         checkpoint.load_weights(folder, self.model)
         checkpoint.load_optimizer(folder, self.model, self.optimizer)
         if self.accelerator.scaler is not None and state.scaler:
@@ -158,11 +158,12 @@ class Trainer:
         """Makes the run folder and says what is about to happen."""
         main = self.accelerator.is_main_process
         if main:
-            shelf.begin(self.run, self.config, self.corpus.val_file)
+            manager.write_run_files(self.run, self.config, self.corpus.val_file)
         self.report = Report(self.run / METRICS, self.state, self.total_steps, main, self.accelerator.trackers)
         started = time.perf_counter() if self.state.step else self.clock.started  # a start is paid for once
         self.meter = Meter(self.accelerator, self.state.seconds, started)
-        self.forecast = Forecast(self._share, compressed(self.corpus)) if self.config.train.minutes else None
+        timed = self.config.train.minutes
+        self.forecast = Forecast(self._share, bz2_nats_per_character(self.corpus)) if timed else None
         for line in warnings(self.accelerator):
             self.report.say(line)
         self.report.say(opening(self))
@@ -174,19 +175,19 @@ class Trainer:
         """Compiles the model for the steps to come, if that is wanted."""
         c, passes = self.config, (self.total_steps - self.state.step) * self.grad_accum_steps
         flops = self.model.flops_per_id() * self.micro_batch_size * c.model.block_size
-        if is_wanted(c.train.compile, self.accelerator.device, passes, flops, c.model.n_layer):
+        if should_compile(c.train.compile, self.accelerator.device, passes, flops, c.model.n_layer):
             with self.meter.paused():
                 batches = [self.feed.batch(self.state.step, 0, T) for T in (*c.train.short_windows, c.model.block_size)]
-                self.forward = compiled(self.prepared, self.accelerator, batches, self.report.say)
+                self.forward = compile_model(self.prepared, self.accelerator, batches, self.report.say)
 
     def _due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step >= self.total_steps
 
-    def _renew_pace(self) -> None:
+    def _update_budget(self) -> None:
         """A run by the clock goes by that of the first process."""
         if self.config.train.minutes:
             clock = broadcast_from_main(self.accelerator, self.meter.seconds, self.meter.paused_seconds)
-            self.pace.renew(self.state.step, *clock)
+            self.budget.update(self.state.step, *clock)
 
     def _clip(self) -> Tensor:
         """The norm of the whole gradient, which is cut down to `grad_clip` if that is set."""
@@ -202,9 +203,9 @@ class Trainer:
             return
         mean, steps_per_second = self.meter.read()
         self._check_skipped()
-        self._renew_pace()
+        self._update_budget()
         mean *= self.ids_per_character
-        if self.forecast and (line := self.forecast.after(self._share, mean)):
+        if self.forecast and (line := self.forecast.update(self._share, mean)):
             self.report.say(line)
         self.report.train(
             step=self.state.step, epoch=self.state.step / self.steps_per_epoch, loss=mean,
@@ -263,13 +264,13 @@ class Trainer:
             return
         s = self.state
         with self.meter.paused():
-            tensors = Tensors.of(self.model, self.optimizer)
+            tensors = TrainingTensors.gather(self.model, self.optimizer)
             s.skipped_steps, s.skipped_in_a_row = self.guard.counts
             if self.accelerator.is_main_process:
                 s.seconds, s.planned_steps = self.meter.seconds, self.total_steps
                 s.scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
                 checkpoint.save_checkpoint(self.run, s, self.config, tensors, self.corpus.vocabulary)
-                shelf.prune(self.run, s.best_step, self.config.train.keep_last)
+                manager.prune(self.run, s.best_step, self.config.train.keep_last)
             self.accelerator.wait_for_everyone()
         self.saved = True
 

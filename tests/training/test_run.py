@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 
 from smallm.training import cli
-from smallm.training.checkpoint import manager as shelf
+from smallm.training.checkpoint import manager
 from smallm.training.checkpoint.format import read_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def test_a_scheduler_s_signal_saves(refused, text_file, tmp_path, number):
     finally:
         process.kill()
     assert process.returncode == 128 + number
-    (saved,) = shelf.checkpoints(run)
+    (saved,) = manager.checkpoints(run)
     step = read_state(saved)[0].step
     assert f"stopped by {number.name} at step {step:,}; go on with: python train.py --resume {run}" in err
     assert "Traceback" not in err
@@ -83,11 +83,11 @@ def test_an_evaluation_is_broken_off_and_made_up_for(text_file, tmp_path, monkey
     monkeypatch.setattr(evaluate, "_sum_of_nats", one_pass)
     run = tmp_path / "run"
     assert cli.main([*argv, "--out", str(run)]) == 143
-    state, _ = read_state(shelf.checkpoints(run)[-1])
+    state, _ = read_state(manager.checkpoints(run)[-1])
     assert (state.step, state.val_loss, len(passes)) == (2, None, 2)
     monkeypatch.undo()
     assert cli.main(["--resume", str(run)]) == 0
-    for ours, theirs in zip(shelf.checkpoints(run), shelf.checkpoints(tmp_path / "straight"), strict=True):
+    for ours, theirs in zip(manager.checkpoints(run), manager.checkpoints(tmp_path / "straight"), strict=True):
         a, b = read_state(ours)[0], read_state(theirs)[0]
         assert a.val_loss == pytest.approx(b.val_loss, abs=1e-6)  # summed in other batches at first
         assert (a.step, a.best_step, a.evaluations_since_best) == (b.step, b.best_step, b.evaluations_since_best)
@@ -103,7 +103,7 @@ def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(text_fi
     run = shutil.copytree(tmp_path / "straight", tmp_path / "run")
     shutil.rmtree(run / "checkpoints")
     assert cli.main(["--resume", str(run)]) == 0
-    ours, theirs = (shelf.checkpoints(folder)[-1] / "model.safetensors" for folder in (run, tmp_path / "straight"))
+    ours, theirs = (manager.checkpoints(folder)[-1] / "model.safetensors" for folder in (run, tmp_path / "straight"))
     assert ours.read_bytes() == theirs.read_bytes()
 
 
@@ -165,7 +165,7 @@ raise SystemExit(run(train))
 def test_a_checkpoint_that_finds_no_room_leaves_the_old_ones(tiny_run, tmp_path, name):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     before = {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()}
-    room = (shelf.checkpoints(run)[-1] / name).stat().st_size - 100
+    room = (manager.checkpoints(run)[-1] / name).stat().st_size - 100
     script = tmp_path / "script.py"
     script.write_text(SHORT_OF_ROOM.format(root=str(ROOT), room=room))
     done = subprocess.run([sys.executable, str(script), "--resume", str(run), "--train.max_steps=65"], timeout=100,

@@ -33,21 +33,21 @@ class Clock:
         return time.perf_counter() - self.started
 
 
-def pace_of(
+def build_budget(
     config: Config, planned_steps: int, steps_per_epoch: float, eval_every: int, val_ids: int, end_seconds: float
-) -> "Pace":
+) -> "StepBudget":
     """By the clock under `train.minutes`, else by steps and epochs; planned_steps: what to expect, by the clock."""
     t = config.train
     if not t.minutes:
-        return Pace(total_steps(t.max_steps, t.epochs, steps_per_epoch))
+        return StepBudget(total_steps(t.max_steps, t.epochs, steps_per_epoch))
     evaluation = val_ids / (3 * t.batch_size * config.model.block_size)  # forward is a third of a step's work
-    return TimedPace(t.minutes, planned_steps, steps_per_epoch, eval_every, evaluation, end_seconds)
+    return TimeBudget(t.minutes, planned_steps, steps_per_epoch, eval_every, evaluation, end_seconds)
 
 
-class Pace:
+class StepBudget:
     """A run of a fixed number of steps."""
 
-    longer = "--train.max_steps N"  # what makes a finished run go on
+    extend_flag = "--train.max_steps N"  # what makes a finished run go on
 
     def __init__(self, total_steps: int):
         self.total_steps = total_steps
@@ -55,11 +55,11 @@ class Pace:
     def resume(self, state: TrainingState, before: TrainConfig) -> None:
         """Goes on where a run stands that was begun with the settings `before`."""
 
-    def renew(self, step: int, seconds: float, paused: float) -> None:
+    def update(self, step: int, seconds: float, paused: float) -> None:
         """Corrects the number of steps, after `step` of them."""
 
 
-class TimedPace(Pace):
+class TimeBudget(StepBudget):
     """A run that ends with its time: `total_steps` is an estimate until then.
 
     Step times double and halve on a busy machine. So not the number of steps is what is kept, but the share of the run
@@ -68,7 +68,7 @@ class TimedPace(Pace):
     share, and all that goes by `step / total_steps` goes by the clock.
     """
 
-    longer = "--minutes N"
+    extend_flag = "--minutes N"
 
     def __init__(
         self, minutes: float, planned_steps: int, steps_per_epoch: float, eval_every: int,
@@ -91,7 +91,7 @@ class TimedPace(Pace):
         self._share = min(1.0, state.step / state.planned_steps if same else state.seconds / self._seconds)
         self._estimate(state.step)
 
-    def renew(self, step: int, seconds: float, paused: float) -> None:
+    def update(self, step: int, seconds: float, paused: float) -> None:
         """Corrects the estimate after `step` steps; the first call only starts the clock.
 
         seconds: of the whole run, from the start of the program; paused: how many of them, since this part began, went
@@ -128,7 +128,7 @@ class Forecast:
         self._compressed = compressed
         self._losses: list[float] | None = [] if share < FORECAST_AT else None
 
-    def after(self, share: float, loss: float) -> str:
+    def update(self, share: float, loss: float) -> str:
         """The line, once; else nothing. loss: mean training loss since the last call, in nats per character."""
         if self._losses is None:
             return ""

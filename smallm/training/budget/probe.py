@@ -10,7 +10,7 @@ from smallm.training.config import Config
 from smallm.training.devices import prepare
 from smallm.training.model.operations import cross_entropy
 from smallm.training.model.transformer import TransformerLanguageModel
-from smallm.training.optim.optimizers import build_optimizer, set_lr
+from smallm.training.optim.optimizers import build_optimizer, set_learning_rate
 
 WARM_UP, LEAST, MOST = 3, 3, 200  # steps: that are not timed, as memory and kernels settle; and those that are
 
@@ -24,7 +24,7 @@ def flops_per_second(accelerator: Accelerator, config: Config, vocabulary: int, 
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     bare = TransformerLanguageModel(vocabulary, config.model, seed=0)
     model, optimizer = prepare(accelerator, bare, build_optimizer(bare, config.optim))
-    set_lr(optimizer, 1.0)
+    set_learning_rate(optimizer, 1.0)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (rows, config.model.block_size), generator=generator).to(accelerator.device)
 

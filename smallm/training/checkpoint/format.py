@@ -31,7 +31,7 @@ from smallm.training.config import Config, check_types
 from smallm.training.distributed import full_tensor, shard_like
 from smallm.training.model.operations import NORM_EPS
 from smallm.training.model.transformer import TransformerLanguageModel
-from smallm.training.optim.optimizers import moments_of
+from smallm.training.optim.optimizers import moment_names
 
 
 @dataclass
@@ -67,7 +67,7 @@ class TrainingState:
 
 
 @dataclass(frozen=True)
-class Tensors:
+class TrainingTensors:
     """What a checkpoint holds of model and optimiser, whole and on the CPU."""
 
     weights: dict[str, Tensor]
@@ -76,7 +76,7 @@ class Tensors:
     """`parameter.exp_avg` -> tensor, for each tensor of the optimiser's state."""
 
     @classmethod
-    def of(cls, model: TransformerLanguageModel, optimizer: torch.optim.Optimizer) -> "Tensors":
+    def gather(cls, model: TransformerLanguageModel, optimizer: torch.optim.Optimizer) -> "TrainingTensors":
         """Gathers what is spread over processes: all of them must call this."""
         weights = to_qwen3({name: full_tensor(tensor) for name, tensor in model.state_dict().items()}, model.config)
         moments = {
@@ -87,16 +87,16 @@ class Tensors:
         return cls(weights, moments)
 
 
-def folder_of(run: Path, step: int) -> Path:
+def checkpoint_folder(run: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return run / CHECKPOINTS / f"step-{step:06d}"
 
 
 def save_checkpoint(
-    run: Path, state: TrainingState, config: Config, tensors: Tensors, vocabulary: Vocabulary
+    run: Path, state: TrainingState, config: Config, tensors: TrainingTensors, vocabulary: Vocabulary
 ) -> Path:
     """Writes `checkpoints/step-NNNNNN` as a whole or not at all, and returns it. Raises `OSError`."""
-    folder = folder_of(run, state.step)
+    folder = checkpoint_folder(run, state.step)
     aside, old = (folder.with_name(f".{folder.name}.{os.getpid()}{ending}") for ending in ("", ".old"))
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -162,7 +162,7 @@ def read_state(folder: Path) -> tuple[TrainingState, Config]:
         raise UserError(f"{folder / STATE_FILE} is broken{reason}; use another checkpoint") from None
 
 
-def damage(folder: Path) -> str:
+def verify(folder: Path) -> str:
     """What is wrong with the files of a checkpoint, in a few words; nothing, if they are as they were written."""
     try:
         sums = read_state_file(folder)["sha256"]
@@ -214,7 +214,7 @@ def load_weights(
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Moments into the optimiser, each beside its parameter; every name and shape must fit."""
     file = folder / "optimizer.safetensors"
-    tensors, moments = _load_tensors(file), moments_of(optimizer)
+    tensors, moments = _load_tensors(file), moment_names(optimizer)
     for name, parameter in model.named_parameters():
         for key in moments[parameter]:
             tensor = tensors.pop(f"{name}.{key}", None)

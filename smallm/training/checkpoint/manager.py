@@ -12,14 +12,14 @@ from smallm.atomic_write import atomic_write
 from smallm.errors import UserError
 from smallm.runs.config_file import read_toml
 from smallm.runs.layout import CHECKPOINTS, CONFIG, VALIDATION, is_run
-from smallm.training.checkpoint.format import damage, folder_of, read_state
+from smallm.training.checkpoint.format import checkpoint_folder, read_state, verify
 from smallm.training.config import Config
 
 _NAME = re.compile(r"step-\d{6,}")
 _DAMAGED = ".damaged"  # the ending of the name of a checkpoint that was put aside
 
 
-def begin(run: Path, config: Config, val_file: Path) -> None:
+def write_run_files(run: Path, config: Config, val_file: Path) -> None:
     """Puts into a run what is to stand there before its first checkpoint. Raises `UserError`."""
     try:
         shutil.copyfile(val_file, run / VALIDATION)
@@ -29,23 +29,23 @@ def begin(run: Path, config: Config, val_file: Path) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; whether their files are intact is for `damage` to say."""
+    """The checkpoints of a run, oldest first; whether their files are intact is for `verify` to say."""
     if not is_run(run):
         raise UserError(f"{run} is not a run folder; train one with `python train.py --out {run}`")
     found = [folder for folder in (run / CHECKPOINTS).glob("step-*") if _NAME.fullmatch(folder.name)]
     return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
-def newest_checkpoint(run: Path, passed_over: Callable[[Path, str], None]) -> Path | None:
+def newest_checkpoint(run: Path, on_damaged: Callable[[Path, str], None]) -> Path | None:
     """The newest intact checkpoint; None if training did not come to one. Raises `UserError` if all are damaged.
 
-    passed_over: is told of each newer one that is damaged, and of what is wrong with it.
+    on_damaged: is told of each newer one that is damaged, and of what is wrong with it.
     """
     found, problem = checkpoints(run), ""
     for folder in reversed(found):
-        if not (problem := damage(folder)):
+        if not (problem := verify(folder)):
             return folder
-        passed_over(folder, problem)
+        on_damaged(folder, problem)
     if found:
         raise UserError(f"all checkpoints of {run} are damaged ({found[0].name}: {problem}); train it anew")
     return None
@@ -64,7 +64,7 @@ def best_checkpoint(run: Path) -> Path:
     Raises `UserError` if there is none; a damaged one is passed over with a line on stderr.
     """
     found = checkpoints(run)
-    problems = {folder: damage(folder) for folder in found}
+    problems = {folder: verify(folder) for folder in found}
     intact = [folder for folder in found if not problems[folder]]
     if not found:
         raise UserError(f"{run} has no checkpoint yet; go on with `python train.py --resume {run}`")
@@ -80,7 +80,7 @@ def best_checkpoint(run: Path) -> Path:
 
 def saved_config(run: Path) -> Config:
     """The resolved config of a run, from its newest checkpoint; before there is one, from what it began with."""
-    folder = newest_checkpoint(run, passed_over=lambda folder, problem: None)
+    folder = newest_checkpoint(run, on_damaged=lambda folder, problem: None)
     if folder is not None:
         return read_state(folder)[1]
     try:
@@ -92,7 +92,7 @@ def saved_config(run: Path) -> Config:
 def prune(run: Path, best_step: int, keep_last: int) -> None:
     """Removes all checkpoints but the newest `keep_last` and the best."""
     for folder in checkpoints(run)[:-keep_last]:
-        if folder != folder_of(run, best_step):
+        if folder != checkpoint_folder(run, best_step):
             shutil.rmtree(folder)
     halves = (run / CHECKPOINTS).glob(".step-*")  # left behind by a kill in the middle of a save
     for left in (*halves, *(run / CHECKPOINTS).glob(f"step-*{_DAMAGED}")):

@@ -17,7 +17,7 @@ FLOPS_PER_SECOND = 30e12  # of a small model in bf16 on one GPU, before compilat
 SECONDS_PER_LAYER = 0.5e-3  # the least that one pass can take: the time to launch a layer's kernels
 
 
-def is_wanted(choice: str, device: torch.device, passes: int, flops_per_pass: float, n_layer: int) -> bool:
+def should_compile(choice: str, device: torch.device, passes: int, flops_per_pass: float, n_layer: int) -> bool:
     """Whether to compile: `yes`, `no`, or `auto` = on a GPU, if the passes would take three minutes without.
 
     The minutes are an estimate, by the FLOPs of the forward and backward passes still to come on this device and by
@@ -29,7 +29,7 @@ def is_wanted(choice: str, device: torch.device, passes: int, flops_per_pass: fl
     return device.type == "cuda" and find_spec("triton") is not None and seconds >= PAYS_FROM_SECONDS
 
 
-def compiled(
+def compile_model(
     model: nn.Module, accelerator: Accelerator, batches: Iterable[tuple[Tensor, Tensor]], say: Callable[[str], None]
 ) -> nn.Module:
     """`model` compiled, with its weights; or `model` itself, after a warning, if that fails on any of `batches`.

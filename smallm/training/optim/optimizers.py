@@ -25,7 +25,7 @@ POLAR_EXPRESS = (
 )
 
 
-def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Writes `factor` times each group's peak into its learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group["peak_lr"]
@@ -53,7 +53,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     return adam(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
-def moments_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]]:
+def moment_names(optimizer: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]]:
     """Parameter -> names of the tensors that the optimiser keeps for it, once it has made a step."""
     adam, muon = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
     return {p: muon if group.get("muon") else adam for group in optimizer.param_groups for p in group["params"]}

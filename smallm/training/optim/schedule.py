@@ -8,7 +8,7 @@ from smallm.training.config import Config, OptimConfig
 QUICK_STEPS = 560  # of a run that sets neither max_steps nor epochs
 
 
-def lr_factor(step: int, config: OptimConfig, total_steps: int, steps_per_epoch: float) -> float:
+def learning_rate_factor(step: int, config: OptimConfig, total_steps: int, steps_per_epoch: float) -> float:
     """Share of the peak learning rate at `step` (0-based) of `total_steps`.
 
     Warm-up is linear over the first `warmup_steps`; `exponential` then multiplies by gamma at the start of each epoch,

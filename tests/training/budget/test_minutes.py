@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from test_training import ctrl_c, flags, metrics
 
 from smallm.training import cli
-from smallm.training.budget.clock import END_SECONDS, Clock, Forecast, Pace, TimedPace
+from smallm.training.budget.clock import END_SECONDS, Clock, Forecast, StepBudget, TimeBudget
+from smallm.training.budget.configure import compressed_bytes, open_text
 from smallm.training.budget.probe import flops_per_second
-from smallm.training.budget.setup import information, open_text
 from smallm.training.checkpoint.format import TrainingState, read_state
 from smallm.training.checkpoint.manager import checkpoints
 from smallm.training.cli import parse
@@ -86,20 +86,20 @@ def test_heads_and_width_can_be_set_alone():
     assert parse(["--minutes", "1", "--model.n_head", "7"]).config.model.n_head == 7
 
 
-# The pace, by a clock that the tests set.
+# The budget, by a clock that the tests set.
 
 
-def drive(pace, seconds_per_step, *, step=0, seconds=5.0, every=5, eval_every=300, pause=1.0, until=math.inf):
+def drive(budget, seconds_per_step, *, step=0, seconds=5.0, every=5, eval_every=300, pause=1.0, until=math.inf):
     """Runs as the trainer does; returns steps, seconds and the share of the run at each step."""
     start, paused, shares = seconds, 0.0, []
-    pace.renew(step, seconds, paused)
-    while step < pace.total_steps and step < until:
-        shares.append(step / pace.total_steps)
+    budget.update(step, seconds, paused)
+    while step < budget.total_steps and step < until:
+        shares.append(step / budget.total_steps)
         seconds += seconds_per_step(step, seconds - start)
         step += 1
-        if step % every == 0 or step >= pace.total_steps:
-            pace.renew(step, seconds, paused)
-        if step % eval_every == 0 or step >= pace.total_steps:
+        if step % every == 0 or step >= budget.total_steps:
+            budget.update(step, seconds, paused)
+        if step % eval_every == 0 or step >= budget.total_steps:
             seconds, paused = seconds + pause, paused + pause
     return step, seconds, shares
 
@@ -117,7 +117,7 @@ def drive(pace, seconds_per_step, *, step=0, seconds=5.0, every=5, eval_every=30
     ids=["even", "slower", "faster", "stall", "noise"],
 )
 def test_the_time_is_kept(planned, seconds_per_step):
-    _, seconds, shares = drive(TimedPace(2, planned, 1e9, 300), seconds_per_step)
+    _, seconds, shares = drive(TimeBudget(2, planned, 1e9, 300), seconds_per_step)
     assert 120 * 0.97 <= seconds + END_SECONDS <= 120 * 1.02
     steady = shares[30:]  # before, the estimate is that of the plan
     assert all(b > a - 0.01 for a, b in pairwise(steady))
@@ -125,7 +125,7 @@ def test_the_time_is_kept(planned, seconds_per_step):
 
 
 def test_the_share_does_not_jump_at_an_evaluation_dearer_than_thought():
-    _, seconds, shares = drive(TimedPace(2, 1000, 1e9, 200), lambda step, seconds: 0.1, eval_every=200, pause=6.0)
+    _, seconds, shares = drive(TimeBudget(2, 1000, 1e9, 200), lambda step, seconds: 0.1, eval_every=200, pause=6.0)
     assert max(b - a for a, b in pairwise(shares[50:])) < 0.01
     assert seconds + END_SECONDS == pytest.approx(120, rel=0.03)
 
@@ -134,37 +134,37 @@ def test_the_share_does_not_jump_at_an_evaluation_dearer_than_thought():
 @given(st.floats(0.5, 6), st.floats(0.02, 1), st.integers(1, 1000))
 def test_time_is_kept_whatever_was_planned(minutes, seconds_per_step, planned):
     every = max(1, int(minutes * 60 / seconds_per_step / 200))
-    pace = TimedPace(minutes, planned, 1e9, 10**9)
-    _, seconds, _ = drive(pace, lambda *_: seconds_per_step, every=min(every, planned), eval_every=10**9, pause=0.5)
+    budget = TimeBudget(minutes, planned, 1e9, 10**9)
+    _, seconds, _ = drive(budget, lambda *_: seconds_per_step, every=min(every, planned), eval_every=10**9, pause=0.5)
     slack = 2 * every * seconds_per_step + 0.02 * 60 * minutes
     assert abs(seconds + END_SECONDS - 60 * minutes) <= slack
 
 
 def test_what_no_time_is_left_for_ends_at_once():
-    pace = TimedPace(0.1, 1000, 1e9, 100)
-    assert drive(pace, lambda *_: 1.0, seconds=30.0, every=1)[0] == 1
+    budget = TimeBudget(0.1, 1000, 1e9, 100)
+    assert drive(budget, lambda *_: 1.0, seconds=30.0, every=1)[0] == 1
 
 
 def test_the_end_is_kept_free_for_the_evaluation_there():
     """The only one, which takes as long as 40 steps, on a machine where the start and so the end take ten seconds."""
-    pace = TimedPace(1, 500, 1e9, 10**6, 40.0, Clock(0.0, 10.0).end_seconds)
-    _, seconds, _ = drive(pace, lambda *_: 0.1, eval_every=10**6, pause=4.5)
+    budget = TimeBudget(1, 500, 1e9, 10**6, 40.0, Clock(0.0, 10.0).end_seconds)
+    _, seconds, _ = drive(budget, lambda *_: 0.1, eval_every=10**6, pause=4.5)
     assert seconds + 10 == pytest.approx(60, abs=1.0)
     assert Clock.after_imports(time.perf_counter() - 10).end_seconds == pytest.approx(10, abs=1)
     assert Clock.after_imports(time.perf_counter()).end_seconds == END_SECONDS
 
 
 def test_a_short_text_ends_the_run_before_its_time():
-    step, seconds, _ = drive(TimedPace(60, 10**6, 10.0, 10**6), lambda *_: 0.1)
+    step, seconds, _ = drive(TimeBudget(60, 10**6, 10.0, 10**6), lambda *_: 0.1)
     assert step == 60 * 10
     assert seconds < 120
 
 
 def test_a_resumed_run_goes_on_with_the_same_share_and_what_is_left():
-    pace = TimedPace(2, 1000, 1e9, 300)
-    step, seconds, shares = drive(pace, lambda *_: 0.1, until=500)
-    state = TrainingState(step=step, seconds=seconds, planned_steps=pace.total_steps)
-    again = TimedPace(2, 0, 1e9, 300)
+    budget = TimeBudget(2, 1000, 1e9, 300)
+    step, seconds, shares = drive(budget, lambda *_: 0.1, until=500)
+    state = TrainingState(step=step, seconds=seconds, planned_steps=budget.total_steps)
+    again = TimeBudget(2, 0, 1e9, 300)
     again.resume(state, TrainConfig(minutes=2))
     assert step / again.total_steps == pytest.approx(shares[-1], abs=0.005)
     _, seconds, later = drive(again, lambda *_: 0.1, step=step, seconds=seconds + 4)  # starting anew takes time
@@ -174,7 +174,7 @@ def test_a_resumed_run_goes_on_with_the_same_share_and_what_is_left():
 
 def test_more_minutes_make_a_finished_run_go_on():
     state = TrainingState(step=1000, seconds=118, planned_steps=1000)
-    same, longer = TimedPace(2, 0, 1e9, 300), TimedPace(4, 0, 1e9, 300)
+    same, longer = TimeBudget(2, 0, 1e9, 300), TimeBudget(4, 0, 1e9, 300)
     same.resume(state, TrainConfig(minutes=2))
     longer.resume(state, TrainConfig(minutes=2))
     assert same.total_steps == 1000
@@ -182,17 +182,17 @@ def test_more_minutes_make_a_finished_run_go_on():
 
 
 def test_a_fixed_number_of_steps_stays():
-    pace = Pace(7)
-    pace.resume(TrainingState(step=3, planned_steps=9), TrainConfig(max_steps=9))
-    assert drive(pace, lambda *_: 100.0, every=1)[0] == 7
+    budget = StepBudget(7)
+    budget.resume(TrainingState(step=3, planned_steps=9), TrainConfig(max_steps=9))
+    assert drive(budget, lambda *_: 100.0, every=1)[0] == 7
 
 
 def test_the_forecast_comes_once_after_a_tenth():
     forecast = Forecast(0.0, 1.6)
-    said = [forecast.after(step / 100, 3.0 - step / 100) for step in range(1, 101)]
+    said = [forecast.update(step / 100, 3.0 - step / 100) for step in range(1, 101)]
     assert [step for step, line in enumerate(said, start=1) if line] == [10]
     assert re.fullmatch(r"expect about \d\.\d\d nats per character at the end, give or take 0\.\d\d", said[9])
-    assert not any(Forecast(0.3, 1.6).after(step / 100, 2.0) for step in range(31, 101))
+    assert not any(Forecast(0.3, 1.6).update(step / 100, 2.0) for step in range(31, 101))
 
 
 # Machine and text.
@@ -221,7 +221,7 @@ def test_information_is_what_compression_leaves():
     for name, text in texts.items():
         Path(name).write_text(text, encoding="utf-8")
         data = Config.from_dict({"data": {"source": name}}).data
-        bytes_of[name] = information(open_text(accelerator, data))
+        bytes_of[name] = compressed_bytes(open_text(accelerator, data))
     assert 0 < bytes_of["same"] < 5_000
     assert 360_000 / 2 <= bytes_of["noise"] < 1.2 * 360_000 / 2  # 4 bits a character
     assert bytes_of["tiny"] > 0

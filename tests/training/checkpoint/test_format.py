@@ -19,20 +19,20 @@ from smallm.errors import UserError
 from smallm.tokenizer.vocabulary import Vocabulary, count_characters
 from smallm.training.checkpoint import format as checkpoint
 from smallm.training.checkpoint.format import (
-    Tensors,
     TrainingState,
-    damage,
+    TrainingTensors,
     load_model,
     load_optimizer,
     load_vocabulary,
     read_state,
     save_checkpoint,
+    verify,
 )
 from smallm.training.checkpoint.manager import best_checkpoint, checkpoints, saved_config
 from smallm.training.config import Config, ModelConfig, OptimConfig
 from smallm.training.model.operations import cross_entropy
 from smallm.training.model.transformer import TransformerLanguageModel
-from smallm.training.optim.optimizers import build_optimizer, set_lr
+from smallm.training.optim.optimizers import build_optimizer, set_learning_rate
 
 VOCABULARY = Vocabulary.from_counts(count_characters("Zoë söng: 10 € für naïve Größe 🎉"), 1)
 GROUPED = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_inner=96, block_size=24, rope_theta=500.0)
@@ -47,7 +47,7 @@ def trained(config, steps=2, seed=1):
     """A model with random weights and an optimiser that has taken some steps."""
     model = TransformerLanguageModel(VOCABULARY.size, config.model, seed=seed)
     optimizer = build_optimizer(model, config.optim)
-    set_lr(optimizer, 1.0)
+    set_learning_rate(optimizer, 1.0)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -65,7 +65,7 @@ def save(run, step=1, config=None, val_loss=None, model=None, optimizer=None):
     if model is None:
         model, optimizer = trained(config)
     state = TrainingState(step=step, val_loss=val_loss)
-    return save_checkpoint(run, state, config, Tensors.of(model, optimizer), VOCABULARY)
+    return save_checkpoint(run, state, config, TrainingTensors.gather(model, optimizer), VOCABULARY)
 
 
 def message(call, *args):
@@ -196,7 +196,7 @@ def test_state_comes_back(tmp_path):
     config = Config(model=GROUPED, optim=OptimConfig(betas=(0.7, 0.8)))
     state = TrainingState(step=7, val_loss=1.5, best_val_loss=1.25, best_step=5, evaluations_since_best=1, seconds=2.5,
                           fingerprint="ab", start_text="é", scaler={"scale": 4.0}, facts={"text": "ö"})  # fmt: skip
-    folder = save_checkpoint(tmp_path, state, config, Tensors.of(*trained(config)), VOCABULARY)
+    folder = save_checkpoint(tmp_path, state, config, TrainingTensors.gather(*trained(config)), VOCABULARY)
     assert folder == tmp_path / "checkpoints" / "step-000007"
     assert read_state(folder) == (state, config)
 
@@ -302,12 +302,12 @@ DAMAGES = {
 @pytest.mark.parametrize("name", sorted(SAVED))
 def test_a_damaged_file_is_noticed(folder, name, spoil):
     file = folder / name
-    assert damage(folder) == ""
+    assert verify(folder) == ""
     if spoil is None:
         file.unlink()
     else:
         file.write_bytes(spoil(file.read_bytes()))
-    assert damage(folder).startswith(name)
+    assert verify(folder).startswith(name)
     if name in ("model.safetensors", "training_state.json", "tokenizer.json"):
         assert name in message(load_model, folder)
 
@@ -320,7 +320,7 @@ def test_a_flipped_bit_is_noticed(saved, name, place, bit):
     whole = file.read_bytes()
     try:
         file.write_bytes(data)
-        assert damage(saved)
+        assert verify(saved)
     finally:
         file.write_bytes(whole)
 
@@ -357,7 +357,7 @@ def test_a_state_that_makes_no_sense_is_one_line(folder, spoil):
 def test_an_edited_state_is_noticed(folder):
     file = folder / "training_state.json"
     file.write_text(file.read_text().replace('"step": 1,', '"step": 2,'))
-    assert "does not match its checksum" in damage(folder)
+    assert "does not match its checksum" in verify(folder)
     assert "does not match its checksum" in message(read_state, folder)
 
 
@@ -372,7 +372,7 @@ def test_a_state_file_with_the_old_key_of_its_checksum_is_read(folder):
 
 def test_a_name_that_leaves_the_folder_is_no_name(folder):
     edit_state(folder, lambda state: state["sha256"].update({"../secret": "0"}))
-    assert damage(folder) == "../secret is missing"
+    assert verify(folder) == "../secret is missing"
 
 
 def test_no_source_file_uses_pickle():

@@ -8,7 +8,7 @@ import pytest
 from smallm.errors import UserError
 from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training import cli
-from smallm.training.checkpoint.format import Tensors, TrainingState, read_state, save_checkpoint
+from smallm.training.checkpoint.format import TrainingState, TrainingTensors, read_state, save_checkpoint
 from smallm.training.checkpoint.manager import best_checkpoint, checkpoints, newest_checkpoint, prune, saved_config
 from smallm.training.config import Config, ModelConfig
 from smallm.training.model.transformer import TransformerLanguageModel
@@ -19,9 +19,9 @@ CONFIG = Config(model=ModelConfig(n_layer=1, n_head=1, n_embd=32, block_size=8))
 
 
 @pytest.fixture(scope="module")
-def tensors() -> Tensors:
+def tensors() -> TrainingTensors:
     model = TransformerLanguageModel(VOCABULARY.size, CONFIG.model, seed=1)
-    return Tensors.of(model, build_optimizer(model, CONFIG.optim))
+    return TrainingTensors.gather(model, build_optimizer(model, CONFIG.optim))
 
 
 @pytest.fixture

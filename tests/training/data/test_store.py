@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from filelock import FileLock
 
-from smallm.training.budget.setup import open_text
+from smallm.training.budget.configure import open_text
 from smallm.training.config import DataConfig
 from smallm.training.data import corpus as corpus_module
 from smallm.training.data import encoding as encode
@@ -219,7 +219,7 @@ def test_long_ids_are_not_read_at_each_start(file, cache, calls, monkeypatch):
 KILLED = """
 import os, signal, sys
 from smallm.training.data import store
-from smallm.training.budget.setup import open_text
+from smallm.training.budget.configure import open_text
 from smallm.training.config import DataConfig
 from smallm.training.data.corpus import open_corpus
 store.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from toys import random_model
 
 from smallm.training.model import compilation
-from smallm.training.model.compilation import compiled, is_wanted
+from smallm.training.model.compilation import compile_model, should_compile
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 PASS = 64 * 256 * 68e6  # FLOPs of configs/shakespeare-gpu.toml
@@ -42,13 +42,13 @@ def triton(monkeypatch):
     ],
 )
 def test_auto_is_for_long_runs_on_a_gpu(triton, choice, device, passes, flops, n_layer, expected):
-    assert is_wanted(choice, device, passes, flops, n_layer) is expected
+    assert should_compile(choice, device, passes, flops, n_layer) is expected
 
 
 def test_auto_needs_triton(triton):
     triton(False)
-    assert not is_wanted("auto", GPU, 10**9, PASS, 6)
-    assert is_wanted("yes", GPU, 10**9, PASS, 6)  # and then says what is missing
+    assert not should_compile("auto", GPU, 10**9, PASS, 6)
+    assert should_compile("yes", GPU, 10**9, PASS, 6)  # and then says what is missing
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_each_shape_gets_one_graph(monkeypatch, batches, said):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs, fullgraph=True))
     model = random_model().train()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    fast = compiled(model, Accelerator(cpu=True), batches, said.append)
+    fast = compile_model(model, Accelerator(cpu=True), batches, said.append)
     assert graphs.frame_count == 3
     for ids, _ in batches[::-1]:
         torch.testing.assert_close(fast(ids), model(ids), rtol=0, atol=1e-4)
@@ -101,7 +101,7 @@ def test_what_fails_leaves_the_model_as_it_is(monkeypatch, batches, said, where)
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=failing) if where == "forward" else broken)
     model = random_model().train()
-    assert compiled(model, Accelerator(cpu=True), batches, said.append) is model
+    assert compile_model(model, Accelerator(cpu=True), batches, said.append) is model
     assert len(said) == 2
     assert said[1].startswith("warning: torch.compile does not work here (RuntimeError: no working); ")
     assert "\n" not in said[1]
@@ -114,4 +114,4 @@ def test_ctrl_c_is_no_failure(monkeypatch, batches, said):
 
     monkeypatch.setattr(torch, "compile", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        compiled(random_model(), Accelerator(cpu=True), batches, said.append)
+        compile_model(random_model(), Accelerator(cpu=True), batches, said.append)

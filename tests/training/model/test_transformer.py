@@ -16,7 +16,7 @@ from smallm.training.model.transformer import (
     TransformerBlock,
     TransformerLanguageModel,
 )
-from smallm.training.optim.optimizers import build_optimizer, set_lr
+from smallm.training.optim.optimizers import build_optimizer, set_learning_rate
 
 TINY = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 16}
 
@@ -159,7 +159,7 @@ def test_overfits_one_batch(name, learning_rate):
     config = ModelConfig(**TINY | {"n_kv_head": 2})
     m = TransformerLanguageModel(40, config, seed=1)
     optimizer = build_optimizer(m, OptimConfig(name=name, learning_rate=learning_rate))
-    set_lr(optimizer, 1.0)
+    set_learning_rate(optimizer, 1.0)
     ids = some_ids(4, 17)
     losses = []
     for _ in range(40):

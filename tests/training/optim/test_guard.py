@@ -16,7 +16,7 @@ from smallm.training.config import ModelConfig, OptimConfig
 from smallm.training.model.operations import cross_entropy
 from smallm.training.model.transformer import TransformerLanguageModel
 from smallm.training.optim.guard import MAX_IN_A_ROW, StepGuard
-from smallm.training.optim.optimizers import build_optimizer, set_lr
+from smallm.training.optim.optimizers import build_optimizer, set_learning_rate
 from smallm.training.trainer import Trainer
 
 SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=8)
@@ -29,7 +29,7 @@ def stepped(name, flags, weight_decay=0.1):
     config = OptimConfig(name=name, weight_decay=weight_decay, learning_rate=0.01)
     model = TransformerLanguageModel(64, SHAPE, seed=1)
     optimizer = build_optimizer(model, config)
-    set_lr(optimizer, 1.0)
+    set_learning_rate(optimizer, 1.0)
     generator = torch.Generator().manual_seed(1)
     for flag in flags:
         ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(3) if flag else generator)

@@ -10,15 +10,15 @@ import torch
 from smallm.training.config import Config, ModelConfig, OptimConfig, TrainConfig
 from smallm.training.model.transformer import TransformerLanguageModel
 from smallm.training.optim import optimizers as optim
-from smallm.training.optim.optimizers import POLAR_EXPRESS, MuonAdamW, build_optimizer, orthogonalise, set_lr
-from smallm.training.optim.schedule import lr_factor, window_length
+from smallm.training.optim.optimizers import POLAR_EXPRESS, MuonAdamW, build_optimizer, orthogonalise, set_learning_rate
+from smallm.training.optim.schedule import learning_rate_factor, window_length
 
 MODEL = ModelConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, block_size=8)
 
 
 def factor(step, schedule, *, total=104, per_epoch=10.0, warmup=4, peak=0.1, **more):
     config = OptimConfig(schedule=schedule, warmup_steps=warmup, learning_rate=peak, **more)
-    return lr_factor(step, config, total, per_epoch)
+    return learning_rate_factor(step, config, total, per_epoch)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "exponential", "cosine", "wsd"])
@@ -89,8 +89,8 @@ def test_windows_grow_with_the_share_of_the_run():
 def test_set_lr_scales_each_groups_own_peak():
     model = TransformerLanguageModel(20, MODEL, seed=1)
     optimizer = build_optimizer(model, OptimConfig(name="muon", learning_rate=0.02, adam_learning_rate=0.005))
-    set_lr(optimizer, 0.5)
-    set_lr(optimizer, 0.25)
+    set_learning_rate(optimizer, 0.5)
+    set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.005, 0.00125]
 
 
@@ -126,7 +126,7 @@ def assert_same_course(model, optimizer, reference, reference_step, factors=(0.5
     for step, share in enumerate(factors):
         for m in (model, reference):
             give_gradients(m, step)
-        set_lr(optimizer, share)
+        set_learning_rate(optimizer, share)
         optimizer.step()
         reference_step(share)
         for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
@@ -262,7 +262,7 @@ assert "torch._dynamo" not in sys.modules
 def test_weight_decay_is_for_matrices_only(name, decayed):
     model, before = start(), start()
     optimizer = build_optimizer(model, OptimConfig(name=name, learning_rate=0.1, weight_decay=0.5, grad_clip=0))
-    set_lr(optimizer, 1.0)
+    set_learning_rate(optimizer, 1.0)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -276,7 +276,7 @@ def test_muon_leaves_parameters_without_a_gradient_alone():
     model, before = start(), start()
     optimizer = build_optimizer(model, muon_config())
     assert isinstance(optimizer, MuonAdamW)
-    set_lr(optimizer, 1.0)
+    set_learning_rate(optimizer, 1.0)
     give_gradients(model, 0)
     frozen = [model.h[0].mlp.c_fc.weight, model.wte.weight]
     for p in frozen:

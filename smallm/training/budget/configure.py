@@ -50,7 +50,7 @@ def plan_run(
     minutes, kind = config.train.minutes, accelerator.device.type
     config, corpus = _with_tail(accelerator, config, corpus, explicit, base)
     kept = {key: value for key, value in flatten(config.to_dict()).items() if key in explicit}
-    text = {"train_ids": len(corpus.train_ids), "val_ids": len(corpus.val_ids), "information": information(corpus),
+    text = {"train_ids": len(corpus.train_ids), "val_ids": len(corpus.val_ids), "information": compressed_bytes(corpus),
             "vocabulary": corpus.vocabulary.size, "ranks": accelerator.num_processes,
             "least_batch": MIN_BATCH.get(kind, OTHER_LEAST_BATCH) * accelerator.num_processes}  # fmt: skip
 
@@ -76,7 +76,7 @@ def plan_run(
     return config, corpus, final.steps
 
 
-def information(corpus: Corpus) -> float:
+def compressed_bytes(corpus: Corpus) -> float:
     """Bytes that the training part takes when compressed, judged by a sample of it."""
     ids = corpus.train_ids
     size = min(len(ids), SAMPLE_IDS) // SAMPLE_PIECES
@@ -85,9 +85,9 @@ def information(corpus: Corpus) -> float:
     return len(bz2.compress(sample)) * len(ids) / max(1, size * SAMPLE_PIECES)
 
 
-def compressed(corpus: Corpus) -> float:
+def bz2_nats_per_character(corpus: Corpus) -> float:
     """Nats per character that bz2 needs for the text."""
-    return information(corpus) * 8 * math.log(2) / corpus.train_characters
+    return compressed_bytes(corpus) * 8 * math.log(2) / corpus.train_characters
 
 
 def _with_tail(
