@@ -136,7 +136,7 @@ def test_resuming_goes_back_to_what_is_intact(run, tiny_run, capsys, name):
     said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
     assert len(said) == 1
     assert f"step-000060 is damaged ({name}" in said[0]
-    assert "going on from an earlier one" in said[0]
+    assert "an earlier checkpoint is used" in said[0]
     assert names(run) == ["step-000040", "step-000060"]
     assert [file.name for file in (run / "checkpoints").iterdir() if "damaged" in file.name] == []
     for file in ("model.safetensors", "optimizer.safetensors"):

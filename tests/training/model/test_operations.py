@@ -288,6 +288,7 @@ def test_a_run_in_bf16_products(monkeypatch, text_file, tmp_path):
 def test_bf16_is_taken_only_where_it_proves_faster(monkeypatch):
     from smallm.training import precision
 
+    monkeypatch.setattr(precision, "bf16_pays", precision.bf16_pays.__wrapped__)  # measures anew at each call
     monkeypatch.setattr(precision, "has_bf16", lambda: False)
     assert precision.best_precision() == "no"
     monkeypatch.setattr(precision, "has_bf16", lambda: True)
