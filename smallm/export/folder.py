@@ -26,7 +26,8 @@ from smallm.language_model import MODEL_FILE, LanguageModel
 from smallm.model_file.manifest import MANIFEST_FILE, Manifest, genai_config
 from smallm.runs.layout import CHECKPOINTS, validation_text
 from smallm.training.analysis.baselines import read_baselines
-from smallm.training.checkpoint.format import load_model, load_vocabulary, model_files, read_state
+from smallm.training.checkpoint.format import load_model, load_vocabulary, read_state
+from smallm.training.checkpoint.hugging_face import hugging_face_files
 from smallm.training.model.transformer import TransformerLanguageModel
 
 ONNX_FOLDER = "onnx"
@@ -157,7 +158,7 @@ def _with_quality(path: Path, manifest: Manifest, quality: Quality) -> Manifest:
 
 def _write_json_files(folder: Path, checkpoint: Path, manifest: Manifest) -> None:
     """What hosts read besides the model."""
-    files: dict[str, Mapping[str, Any]] = model_files(read_state(checkpoint)[1], load_vocabulary(checkpoint))
+    files: dict[str, Mapping[str, Any]] = hugging_face_files(read_state(checkpoint)[1], load_vocabulary(checkpoint))
     # Without it transformers.js takes another file in a browser than under Node.
     files["config.json"] |= {"transformers.js_config": {"dtype": TRANSFORMERS_JS[manifest.precision][0]}}
     files |= {MANIFEST_FILE: asdict(manifest), "genai_config.json": genai_config(manifest, MODEL_FILE)}

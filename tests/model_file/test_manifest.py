@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from toys import TOY_VOCABULARY, manifest_of, random_model
 
 from smallm.errors import UserError
-from smallm.model_file.manifest import FORMAT_VERSION, Manifest, genai_config, hugging_face_files
-from smallm.tokenizer.vocabulary import Vocabulary
+from smallm.model_file.manifest import FORMAT_VERSION, Manifest, genai_config
 
 MANIFEST = manifest_of(random_model(), training={"text": "größe.txt 🎉", "val_loss": 1.25, "step": 3, "none": None})
 JSON = st.recursive(
@@ -90,26 +89,6 @@ def test_another_format_version_says_what_to_do(version):
         UserError, match=rf"^x has format version {version!r}; this smallm reads 1: export the model ag"
     ):
         Manifest.from_dict(asdict(MANIFEST) | {"format_version": version}, "x")
-
-
-@pytest.mark.parametrize(
-    ("temperature", "expected"),
-    [(0.8, {"do_sample": True, "temperature": 0.8}), (0, {"do_sample": False, "temperature": 1.0})],
-)
-def test_hugging_face_files(temperature, expected):
-    sampling = {"temperature": temperature, "top_k": 5, "top_p": 0.9, "min_p": 0.1}
-    files = hugging_face_files(
-        TOY_VOCABULARY, block_size=16, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_inner=192, head_dim=16,
-        rope_theta=500.0, window=0, norm_eps=1e-6, sampling=sampling,
-    )  # fmt: skip
-    assert set(files) == {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    config = files["config.json"]
-    assert (config["vocab_size"], config["hidden_size"], config["intermediate_size"]) == (TOY_VOCABULARY.size, 64, 192)
-    assert (config["num_hidden_layers"], config["num_attention_heads"], config["num_key_value_heads"]) == (2, 4, 2)
-    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500.0
-    assert files["generation_config.json"].items() >= (expected | {"top_k": 5, "top_p": 0.9, "min_p": 0.1}).items()
-    assert Vocabulary.from_tokenizer_json(files["tokenizer.json"]) == TOY_VOCABULARY
-    json.dumps(files, allow_nan=False)
 
 
 def test_genai_config():

@@ -21,15 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smallm.errors import UserError
-from smallm.model_file.manifest import hugging_face_files
 from smallm.runs.layout import CHECKPOINTS
 from smallm.runs.state_file import CHANGED, CHECKSUM, FORMAT_VERSION, STATE_FILE, checksum, read_json, read_state_file
 from smallm.tokenizer.vocabulary import Vocabulary
+from smallm.training.checkpoint.hugging_face import hugging_face_files
 from smallm.training.checkpoint.qwen3 import from_qwen3, to_qwen3
 from smallm.training.checkpoint.safe_load import check_fits
 from smallm.training.config import Config, check_types
 from smallm.training.distributed import full_tensor, shard_like
-from smallm.training.model.operations import NORM_EPS
 from smallm.training.model.transformer import TransformerLanguageModel
 from smallm.training.optim.optimizers import moment_names
 
@@ -103,7 +102,7 @@ def save_checkpoint(
     try:
         save_file(tensors.weights, aside / "model.safetensors", metadata={"format": "pt"})
         save_file(tensors.moments, aside / "optimizer.safetensors")
-        for name, content in model_files(config, vocabulary).items():
+        for name, content in hugging_face_files(config, vocabulary).items():
             _write_json(aside / name, content)
         values = {"format_version": FORMAT_VERSION, **asdict(state), "config": config.to_dict(),
                   CHANGED: config.changed()}  # fmt: skip
@@ -124,25 +123,6 @@ def save_checkpoint(
         for left in (aside, old):
             shutil.rmtree(left, ignore_errors=True)
     return folder
-
-
-def model_files(config: Config, vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
-    """The JSON files of the Hugging Face folder."""
-    m = config.model
-    return hugging_face_files(
-        vocabulary,
-        block_size=m.block_size,
-        n_layer=m.n_layer,
-        n_head=m.n_head,
-        n_kv_head=m.kv_heads,
-        n_embd=m.n_embd,
-        n_inner=m.inner,
-        head_dim=m.head_dim,
-        rope_theta=m.rope_theta,
-        window=m.window,
-        norm_eps=NORM_EPS,
-        sampling=asdict(config.sample.sampling),
-    )
 
 
 def read_state(folder: Path) -> tuple[TrainingState, Config]:
