@@ -5,6 +5,7 @@
 >>> print(lm.generate("O God, O God!", max_length=200, rng_seed=1))
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from smallm.errors import UserError
@@ -12,15 +13,22 @@ from smallm.tokenizer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from smallm.language_model import LanguageModel, Perplexity
+    from smallm.runs.summary import Run
+    from smallm.training.api import train
 
 __version__ = "0.1.0"
-__all__ = ["LanguageModel", "Perplexity", "UserError", "Vocabulary", "__version__"]
+__all__ = ["LanguageModel", "Perplexity", "Run", "UserError", "Vocabulary", "__version__", "train"]
+
+# Imported at first use: `smallm --help` and the trainer need not wait for onnxruntime.
+_LAZY = {
+    "LanguageModel": "smallm.language_model",
+    "Perplexity": "smallm.language_model",
+    "Run": "smallm.runs.summary",
+    "train": "smallm.training.api",
+}
 
 
 def __getattr__(name: str):
-    # onnxruntime costs start-up time that `smallm --help` and the trainer need not pay.
-    if name in ("LanguageModel", "Perplexity"):
-        from smallm import language_model as runtime
-
-        return getattr(runtime, name)
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'smallm' has no attribute {name!r}")

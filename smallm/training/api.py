@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smallm.errors import UserError
+from smallm.runs.config_file import flatten
 from smallm.runs.summary import Run, read_run
 
 MAX_SOURCE = 1000  # characters; a longer string is a text, not its path
@@ -47,8 +48,8 @@ def train(
         mappings of names to values, such as `optim={"learning_rate": 0.01}`; `**{"optim.learning_rate": 0.01}` is the
         same. `python train.py --help` lists every setting with its default.
 
-    Returns the record of the run folder (`smallm.Run`): path, val_loss (nats per character), best_checkpoint, metrics
-    and more. The run folder also holds the checkpoints, metrics.jsonl and report.html.
+    Returns a record of the run (`smallm.Run`) with its path, val_loss (nats per character), best_checkpoint, metrics
+    (every loss) and more. The folder of the run also holds report.html.
 
     Progress and samples are printed as by `train.py`. Ctrl-C (or "interrupt" in a notebook) saves a checkpoint and then
     raises KeyboardInterrupt; SIGTERM and SIGUSR1 save a checkpoint and then take their usual effect. The function may
@@ -62,8 +63,9 @@ def train(
         from smallm.training.request import resolve
         from smallm.training.run import run_training
     except ModuleNotFoundError as error:
-        raise UserError(f"train needs the package {error.name!r}; install it with: pip install 'smallm[train]'") from None
-    shortcuts = {"data.source": source, "data.encoding": encoding, "train.minutes": minutes, "train.init_from": init_from}
+        missing = f"train needs the package {error.name!r}"
+        raise UserError(f"{missing}; install it with: pip install 'smallm[train]'") from None
+    shortcuts = {"source": source, "encoding": encoding, "minutes": minutes, "init_from": init_from}
     given = _settings(settings, shortcuts)
     request = resolve(given, configs=() if config is None else (config,), out=out, resume=resume)
     if not _TRAINING.acquire(blocking=False):
@@ -74,20 +76,19 @@ def train(
         _TRAINING.release()
     if code:
         signal.raise_signal(code - 128)
-    return read_run(request.out)
+    return read_run(request.out, max_bytes=None)
 
 
 def _settings(sections: Mapping[str, Any], shortcuts: Mapping[str, Any]) -> dict[str, Any]:
     """All settings that are given, by `section.field`."""
-    from smallm.training.config import flatten
-
-    source = shortcuts["data.source"]
+    source = shortcuts["source"]
     if isinstance(source, str) and ("\n" in source or len(source) > MAX_SOURCE):
         raise UserError("source is the path or the name of a text, not the text itself; write the text to a file first")
     settings = flatten(sections)
-    for key, value in shortcuts.items():
+    for name, value in shortcuts.items():
         if value is not None:
+            key = f"data.{name}" if name in ("source", "encoding") else f"train.{name}"
             if key in settings:
-                raise UserError(f"{key} is given twice; leave out one of the two")
+                raise UserError(f"{name} and {key} are the same setting; leave out one of the two")
             settings[key] = str(value) if isinstance(value, Path) else value
     return settings

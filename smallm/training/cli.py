@@ -12,6 +12,7 @@ from dataclasses import fields
 from types import UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
+from smallm.cli.arguments import ArgumentParser
 from smallm.errors import UserError
 from smallm.training.config import SECTIONS, check_keys
 from smallm.training.model.kernels.compiler import has_bf16, library
@@ -62,14 +63,13 @@ def parse(argv: Sequence[str]) -> Request:
     return resolve(settings, **_files(options))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The parser of `train.py`; what is not given is left out of its result."""
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="train.py",
         usage="train.py [--data TEXT] [--minutes N] [--config TOML] [--out DIR] [--section.setting VALUE ...]\n"
         "       train.py --resume RUN [--section.setting VALUE ...]",
         description=DESCRIPTION,
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -89,11 +89,6 @@ def build_parser() -> argparse.ArgumentParser:
             text = f"{f.metadata['help']} (default: {_shown(f.default)})".replace("%", "%%")
             group.add_argument(f"--{name}.{f.name}", metavar=_metavar(f.type), help=text)
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
 
 
 def _parse_flags(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:

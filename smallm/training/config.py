@@ -266,11 +266,7 @@ class Config:
         """
         flat = {key: tuple(value) if isinstance(value, list) else value for key, value in flatten(values).items()}
         check_keys(flat)
-        sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-        for key, value in flat.items():
-            section, name = key.split(".")
-            sections[section][name] = value
-        return cls(**{name: SECTIONS[name](**section) for name, section in sections.items()})
+        return cls(**{name: SECTIONS[name](**section) for name, section in nested(flat).items()})
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain sections of numbers, strings and lists, as TOML and JSON hold them."""
@@ -285,6 +281,15 @@ class Config:
 
 SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in fields(Config)}
 KEYS = tuple(f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section))
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`{"model.n_layer": 6}` -> `{"data": {}, "model": {"n_layer": 6}, …}`; the keys must be known."""
+    sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for key, value in settings.items():
+        section, name = key.split(".")
+        sections[section][name] = value
+    return sections
 
 
 def check_keys(settings: Mapping[str, Any], file: object = "") -> None:

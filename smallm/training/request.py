@@ -12,7 +12,7 @@ from smallm.errors import UserError
 from smallm.runs.config_file import flatten, read_toml
 from smallm.runs.layout import new_run
 from smallm.training.checkpoint.safe_load import check_memory
-from smallm.training.config import KEYS, Config, check_keys
+from smallm.training.config import KEYS, Config, check_keys, nested
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ def load_config(*configs: str | Path, settings: Mapping[str, Any] | None = None)
 
     Raises `UserError`.
     """
-    values, _ = _merge(settings or {}, [find_config(config) for config in configs])
-    return Config.from_dict(_one_length(values, settings or {}))
+    settings = settings or {}
+    values, _ = _merge(settings, [find_config(config) for config in configs])
+    return Config.from_dict(_one_length(values, settings))
 
 
 def find_config(name: str | Path) -> Path:
@@ -89,7 +90,7 @@ def _resumed(settings: Mapping[str, Any], run: Path, more: bool) -> Request:
         raise UserError("resume continues a run and init_from starts a new one; leave out one of them")
     from smallm.training.checkpoint.manager import saved_config
 
-    values = _nested(flatten(saved_config(run).to_dict()) | settings)
+    values = nested(flatten(saved_config(run).to_dict()) | settings)
     return Request(Config.from_dict(_one_length(values, settings)), run, True, frozenset(KEYS))
 
 
@@ -101,18 +102,10 @@ def _merge(settings: Mapping[str, Any], files: Sequence[Path]) -> tuple[dict[str
         check_keys(settings_of_file, file)
         given |= settings_of_file
     given |= settings
-    return _nested(flatten(Config().to_dict()) | given), frozenset(given)
+    return nested(flatten(Config().to_dict()) | given), frozenset(given)
 
 
-def _nested(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    sections: dict[str, dict[str, Any]] = {}
-    for key, value in settings.items():
-        section, name = key.split(".")
-        sections.setdefault(section, {})[name] = value
-    return sections
-
-
-def _one_length(values: dict[str, dict[str, Any]], settings: Set[str] | Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _one_length(values: dict[str, dict[str, Any]], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """A length of the run in `settings` (minutes, or steps and epochs) replaces one from a file or a resumed run."""
     train = values["train"]
     by_time = "train.minutes" in settings
