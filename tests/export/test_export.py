@@ -31,7 +31,7 @@ from smallm.training.checkpoint.format import STATE_FILE, load_model, load_vocab
 from smallm.training.checkpoint.manager import best_checkpoint
 
 JSON_FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "genai_config.json"}
-FILES = {MODEL_FILE, MANIFEST_FILE, *JSON_FILES, "onnx/model.onnx", "guesses.npy", "model.safetensors", "README.md"}
+FILES = {MODEL_FILE, MANIFEST_FILE, *JSON_FILES, "onnx/model.onnx", "draft_table.npy", "model.safetensors", "README.md"}
 SHAPES = {
     "heads of 16, two of four shared": {},
     "one layer": {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 32},
