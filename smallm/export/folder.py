@@ -53,6 +53,11 @@ class Export:
     sizes: dict[str, int]
     """Bytes of the files in the folder, by their names; but for the card."""
 
+    @property
+    def quality(self) -> Quality:
+        """The measurements of the exported model file."""
+        return next(quality for quality in self.measured if quality.precision == self.manifest.precision)
+
 
 def export_checkpoint(
     checkpoint: Path,
