@@ -123,7 +123,7 @@ def main() -> None:
                         seconds, size = time.perf_counter() - begun, proto.ByteSize() / 1000
                         lost = f"{comparison.bits_per_char(proto) - comparison.fp32:+.4f} | {seconds:.1f} | {size:.0f}"
                     except Exception as error:  # what a method cannot do belongs into the table
-                        lost = f"fails: {type(error).__name__}: {str(error).splitlines()[0][:60] if str(error) else ''} | - | -"
+                        lost = f"fails: {type(error).__name__}: {str(error)[:60]} | - | -"
                     print(f"| {bits} | {block} | {name} | {lost} |", flush=True)
 
 
