@@ -47,7 +47,7 @@ def second_moments(model: TransformerLanguageModel, ids: np.ndarray) -> dict[str
 
     model = deepcopy(model)
     for block in model.h:
-        block.in_panels = False  # layer by layer, where the hooks are
+        block.fits_kernels = False  # layer by layer, where the hooks are
     layers = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     for name, layer in layers.items():
         watch(name, layer)

@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from smallm.cli.arguments import ArgumentParser
 from smallm.errors import UserError
 from smallm.training.config import SECTIONS, check_keys
-from smallm.training.model.kernels.compiler import has_bf16, library
+from smallm.training.model.kernels.compiler import compile_kernels, has_bf16
 from smallm.training.request import Request, load_config, resolve
 
 DESCRIPTION = """\
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     request = resolve(settings, **_files(options))
     with ThreadPoolExecutor() as beside:  # the kernels compile while PyTorch is imported
         for bf16 in {False, has_bf16()}:
-            beside.submit(library, bf16)
+            beside.submit(compile_kernels, bf16)
         gc.disable()  # collecting garbage during the imports would take 0.2 s and find none
         from smallm.training.run import run_training
 

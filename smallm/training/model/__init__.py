@@ -1,1 +1,1 @@
-"""The Transformer, its operations and its CPU kernels."""
+"""The Transformer, its operations and their compiled CPU kernels."""

@@ -1,4 +1,4 @@
-"""torch.compile where it pays for itself and works, and the model as it is everywhere else."""
+"""Decides whether torch.compile saves time, and compiles the model; where compilation fails, training goes on without."""
 
 import logging
 import warnings
@@ -12,40 +12,52 @@ from torch import Tensor, nn
 
 from smallm.training.model.operations import cross_entropy
 
-PAYS_FROM_SECONDS = 180  # compilation takes about a minute and saves about a third of what comes after
+MIN_SECONDS = 180  # compilation takes about a minute and saves about a third of the remaining time
 FLOPS_PER_SECOND = 30e12  # of a small model in bf16 on one GPU, before compilation
-SECONDS_PER_LAYER = 0.5e-3  # the least that one pass can take: the time to launch a layer's kernels
+MIN_SECONDS_PER_LAYER = 0.5e-3  # time to launch the kernels of one layer, forward and backward
 
 
 def should_compile(choice: str, device: torch.device, passes: int, flops_per_pass: float, n_layer: int) -> bool:
-    """Whether to compile: `yes`, `no`, or `auto` = on a GPU, if the passes would take three minutes without.
+    """Whether to compile the model.
 
-    The minutes are an estimate, by the FLOPs of the forward and backward passes still to come on this device and by
-    their kernels. On a CPU compilation takes as long and saves little: the model has operations of its own there.
+    Args:
+        choice: train.compile. "yes" and "no" decide; "auto" compiles on a GPU if the remaining passes are estimated to
+            take at least three minutes uncompiled. On CPUs "auto" never compiles: the kernels leave little to gain.
+        device: where the model trains.
+        passes: remaining forward and backward passes on this device.
+        flops_per_pass: floating-point operations of one such pass.
+        n_layer: number of blocks.
     """
     if choice != "auto":
         return choice == "yes"
-    seconds = passes * max(flops_per_pass / FLOPS_PER_SECOND, n_layer * SECONDS_PER_LAYER)
-    return device.type == "cuda" and find_spec("triton") is not None and seconds >= PAYS_FROM_SECONDS
+    seconds = passes * max(flops_per_pass / FLOPS_PER_SECOND, n_layer * MIN_SECONDS_PER_LAYER)
+    return device.type == "cuda" and find_spec("triton") is not None and seconds >= MIN_SECONDS
 
 
 def compile_model(
     model: nn.Module, accelerator: Accelerator, batches: Iterable[tuple[Tensor, Tensor]], say: Callable[[str], None]
 ) -> nn.Module:
-    """`model` compiled, with its weights; or `model` itself, after a warning, if that fails on any of `batches`.
+    """The compiled model, which shares its weights with `model`; or `model` itself, after a warning, if that fails.
 
-    Each is ids and targets of a shape to come, and is run forward and backward, since some failures show only there.
-    Every shape gets a graph of its own. Processes need not agree: either form takes part in the same exchanges.
+    Each shape is compiled by a forward and a backward pass, because some failures show only in the backward pass. The
+    result may differ between processes: compiled and plain models take part in the same collective operations.
+
+    Args:
+        model: the prepared model.
+        accelerator: used to keep the passes local, so that no process waits for one that failed.
+        batches: one batch (ids, targets) of each shape that training will use.
+        say: prints a line for the user.
     """
     say("compiling the model, which can take a minute")
     try:
         fast = torch.compile(model, dynamic=False)
-        with _silence(), accelerator.no_sync(model):  # no process waits here for one that failed
+        with _silence(), accelerator.no_sync(model):
             for ids, targets in batches:
                 cross_entropy(fast(ids), targets).backward()
         return fast
-    except Exception as error:  # no compiler, no triton, an old GPU, a bug: training goes on all the same
-        say(f"warning: torch.compile does not work here ({_reason(error)}); going on without, as train.compile no does")
+    except Exception as error:  # no compiler, no triton, an old GPU, a bug
+        say(f"warning: torch.compile does not work here ({_reason(error)}); training goes on uncompiled "
+            "(--train.compile no skips the attempt)")  # fmt: skip
         return model
     finally:
         model.zero_grad(set_to_none=True)
@@ -53,7 +65,7 @@ def compile_model(
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Without the compiler's remarks on what it meets, and its tracebacks for what fails."""
+    """Suppresses the compiler's warnings and logged tracebacks."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -65,7 +77,7 @@ def _silence() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What happened, in less than a line."""
+    """Type and first line of the error, shortened."""
     inner = getattr(error, "inner_exception", error)
-    words = " ".join(str(inner).split("\n")[0].split())
-    return f"{type(inner).__name__}: {words[:100]}" if words else type(inner).__name__
+    message = " ".join(str(inner).split("\n")[0].split())
+    return f"{type(inner).__name__}: {message[:100]}" if message else type(inner).__name__

@@ -1,8 +1,8 @@
-"""The model's small operations in plain PyTorch, and a whole block as a compiled kernel for CPUs.
+"""The model's operations: in plain PyTorch for every device, and as compiled kernels for float32 on CPUs.
 
-In plain PyTorch on a CPU the block of a small model dissolves into dozens of passes over memory, which together cost as
-much as its matrix products. The kernels (kernels.c) compute the same, forward and backward, in one call each. They
-serve float32 on a CPU; everything else takes the plain form, which compilers fuse.
+On a CPU, plain PyTorch runs the block of a small model as dozens of passes over memory, which together cost as much as
+the matrix products. The kernels (kernels/kernels.c) compute the same operations, forward and backward, in one call
+each. All other devices and types take the plain PyTorch form, which torch.compile can fuse.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from smallm.training.model.kernels.compiler import has_bf16
 from smallm.training.model.kernels.loader import Kernels, load
 
 NORM_EPS = 1e-6
-PANEL = 32  # the kernels take matrices whose sides are multiples of this
+KERNEL_MULTIPLE = 32  # the kernels take matrices whose sides are multiples of this
 
 
-def kernels(x: Tensor) -> Kernels | None:
-    """The kernels, if there are any for this tensor here and now; under bf16 autocast those of bf16 products."""
+def cpu_kernels(x: Tensor) -> Kernels | None:
+    """The compiled kernels that can process `x`, or None. Under bf16 autocast, the kernels with bf16 products."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
         return None
     if torch.is_autocast_enabled("cpu"):
@@ -32,25 +32,34 @@ def kernels(x: Tensor) -> Kernels | None:
 def block(
     x: Tensor, weights: tuple[Tensor, ...], cos: Tensor, sin: Tensor, n_head: int, window: int, dropout: float
 ) -> Tensor:
-    """A whole TransformerBlock in one kernel: x (B, T, C) -> (B, T, C).
+    """A whole TransformerBlock in one kernel call: x (B, T, C) -> (B, T, C).
 
-    weights: ln_1 (C,), c_attn ((nh + 2 nkv) hd, C), q_norm and k_norm (hd,), c_proj (C, nh hd), ln_2 (C,),
-    c_fc (2 I, C), c_proj of the feed-forward (C, I); cos, sin (T, hd); window: as `attention` has it; dropout:
-    probability, at the end of both halves.
+    Args:
+        x: float32 on a CPU; C, I and (nh + 2 nkv) hd are multiples of KERNEL_MULTIPLE.
+        weights: the block's parameters in the order of `TransformerBlock.parameters()`: ln_1 (C,), c_attn
+            ((nh + 2 nkv) hd, C), q_norm (hd,), k_norm (hd,), c_proj (C, nh hd), ln_2 (C,), c_fc (2 I, C), c_proj of the
+            feed-forward (C, I).
+        cos, sin: tables from `Rotary`, (T, hd).
+        n_head: number of query heads nh.
+        window: number of positions that each position attends to, including itself; 0 = all earlier ones.
+        dropout: probability, applied to the output of attention and of the feed-forward.
     """
     seed = int(torch.randint(1 << 31, ())) if dropout else 0
     return _Block.apply(x, cos, sin, n_head, window, dropout, seed, *weights)
 
 
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
-    """x (..., C), gain (C,) -> x / rms(x) * gain, over the last dimension (Zhang and Sennrich 2019)."""
-    return _RMSNorm.apply(x, gain) if kernels(x) else F.rms_norm(x, gain.shape, gain, NORM_EPS)
+    """x (..., C), gain (C,) -> x / rms(x) * gain over the last dimension (Zhang and Sennrich 2019)."""
+    return _RMSNorm.apply(x, gain) if cpu_kernels(x) else F.rms_norm(x, gain.shape, gain, NORM_EPS)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Nats per id. logits (B, T, V), targets (B, T); positions with target IGNORED do not count."""
-    if not kernels(logits):
-        flat = logits.flatten(0, 1).float()
+    """Cross-entropy in nats. logits (B, T, V), targets (B, T); positions with target IGNORED (-1) do not count.
+
+    reduction: "mean" = nats per id that counts, "sum" = nats of all ids.
+    """
+    if not cpu_kernels(logits):
+        flat = logits.flatten(0, 1).float()  # (B T, V)
         return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction=reduction)
     nats = _CrossEntropy.apply(logits, targets)  # (B, T)
     return nats.sum() if reduction == "sum" else nats.sum() / (targets != IGNORED).sum()
@@ -59,11 +68,16 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
 def attention(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, n_head: int, window: int = 0
 ) -> Tensor:
-    """Causal self-attention on packed heads, queries and keys each RMS-normed and then rotated by their position.
+    """Causal self-attention on packed heads -> (B, T, nh, hd).
 
-    qkv (B, T, nh + 2 nkv, hd); gains (hd,); cos, sin (T, hd), the sine of the first half negated, as in RoFormer
-    (Su et al. 2021) with the halves of a head rotated against each other; window: positions that each sees, its own
-    included, 0 = all up to its own -> (B, T, nh, hd).
+    Queries and keys are RMS-normed, then rotated (RoFormer, Su et al. 2021, in the half-split layout).
+
+    Args:
+        qkv: query, key and value heads, (B, T, nh + 2 nkv, hd).
+        q_gain, k_gain: gains of the norms of queries and keys, (hd,).
+        cos, sin: tables from `Rotary`, (T, hd); the first half of the sine is negated.
+        n_head: number of query heads nh.
+        window: number of positions that each position attends to, including itself; 0 = all earlier ones.
     """
     n_kv_head = (qkv.size(2) - n_head) // 2
     q, k, v = qkv.split((n_head, n_kv_head, n_kv_head), dim=2)
@@ -71,20 +85,20 @@ def attention(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, hd)
     T, mask = q.size(2), None
     if 0 < window < T:
-        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)  # (T, T)
     gqa = n_kv_head != n_head
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
-    return y.transpose(1, 2)
+    return y.transpose(1, 2)  # (B, nh, T, hd) -> (B, T, nh, hd)
 
 
 def polynomial_iteration(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
-    """x (n, rows, columns) -> a x + (b S + c S S) x with S = x x^T, once for each a, b, c."""
-    if kernels(x) and x.size(1) % PANEL == x.size(2) % PANEL == 0:
+    """x (n, rows, columns) -> a x + (b S + c S S) x with S = x x^T, repeated for each (a, b, c) of the coefficients."""
+    if cpu_kernels(x) and x.size(1) % KERNEL_MULTIPLE == x.size(2) % KERNEL_MULTIPLE == 0:
         x = x.clone(memory_format=torch.contiguous_format)
         load()("orthogonalise", x, torch.tensor(coefficients), *x.shape, len(coefficients))
         return x
     for a, b, c in coefficients:
-        gram = x @ x.mT
+        gram = x @ x.mT  # (n, rows, rows)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
@@ -106,7 +120,7 @@ class _Block(Function):
         qkv, attended, lse = (x.new_empty(B, T, n) for n in (rows, n_head * hd, n_head))
         gate_up = x.new_empty(B, T, 2 * inner)
         packed = x.new_empty(sum(w.numel() for w in weights))
-        ctx.kernels = kernels(x)
+        ctx.kernels = cpu_kernels(x)  # the backward pass runs outside autocast and must use the same kernels
         ctx.kernels("block", x, y, qkv, attended, lse, middle, gate_up, packed, *weights, cos, sin, *ctx.sizes)
         ctx.save_for_backward(x, qkv, attended, lse, middle, gate_up, cos, sin, *weights)
         return y
@@ -115,12 +129,12 @@ class _Block(Function):
     def backward(ctx, grad):
         x, qkv, attended, lse, middle, gate_up, cos, sin, *weights = ctx.saved_tensors
         dx, dattended, dqkv = (torch.empty_like(t) for t in (x, attended, qkv))
-        count = sum(w.numel() for w in weights)
-        gradients, packed, parts = (x.new_empty(n * count) for n in (1, 1, 2 * torch.get_num_threads()))
+        sizes = [w.numel() for w in weights]
+        gradients, packed, parts = (x.new_empty(n * sum(sizes)) for n in (1, 1, 2 * torch.get_num_threads()))
         ctx.kernels("block_backward", grad.contiguous(), x, qkv, attended, lse, middle, gate_up, dx, gradients,
                dattended, dqkv, packed, parts, *weights, cos, sin, *ctx.sizes)  # fmt: skip
-        each = gradients.split([w.numel() for w in weights])
-        return dx, None, None, None, None, None, None, *(g.view_as(w) for g, w in zip(each, weights, strict=True))
+        dweights = (g.view_as(w) for g, w in zip(gradients.split(sizes), weights, strict=True))
+        return dx, None, None, None, None, None, None, *dweights
 
 
 class _RMSNorm(Function):

@@ -1,7 +1,10 @@
-"""The model: a small Qwen3-shaped decoder, so that a checkpoint opens wherever that family does.
+"""The model: a small decoder-only Transformer with the Qwen3 architecture.
 
-Pre-norm RMSNorm, rotary positions, RMSNorm on queries and keys, SwiGLU, tied embedding, optional grouped-query heads.
-Shapes: B batch, T time, C channels (n_embd), V vocabulary, nh heads, nkv key/value heads, hd head width.
+Pre-norm RMSNorm, rotary position embedding (RoPE), RMSNorm on queries and keys, SwiGLU, tied embedding, optional
+grouped-query heads. Software that supports dense Qwen3 models can therefore open a checkpoint as it is.
+
+Shapes: B batch, T time (positions), C channels (n_embd), V vocabulary, nh query heads, nkv key/value heads, hd head
+width, I inner width of the feed-forward.
 """
 
 import torch
@@ -9,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smallm.training.config import ModelConfig
-from smallm.training.model.operations import PANEL, attention, block, kernels, rms_norm
+from smallm.training.model.operations import KERNEL_MULTIPLE, attention, block, cpu_kernels, rms_norm
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a gain per channel."""
+    """Root-mean-square norm with one gain per channel (Zhang and Sennrich 2019)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -25,28 +28,28 @@ class RMSNorm(nn.Module):
 
 
 class Rotary(nn.Module):
-    """The tables of the rotary position embedding (Su et al. 2021)."""
+    """Cosine and sine tables of the rotary position embedding (RoFormer, Su et al. 2021)."""
 
     def __init__(self, head_dim: int, block_size: int, theta: float):
         super().__init__()
         cos, sin = rotary_tables(head_dim, block_size, theta)
-        self.register_buffer("cos", torch.cat((cos, cos), -1), persistent=False)
-        self.register_buffer("sin", torch.cat((-sin, sin), -1), persistent=False)
+        self.register_buffer("cos", torch.cat((cos, cos), -1), persistent=False)  # (block_size, hd)
+        self.register_buffer("sin", torch.cat((-sin, sin), -1), persistent=False)  # (block_size, hd)
 
     def forward(self, T: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine for positions 0 .. T - 1, each (T, hd); the sine of the first half is negated."""
+        """Cosine and sine for positions 0 .. T - 1, each (T, hd); the first half of the sine is negated."""
         return self.cos[:T], self.sin[:T]
 
 
 def rotary_tables(head_dim: int, block_size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position times frequency, each (block_size, head_dim / 2)."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.arange(block_size, dtype=torch.float64)[:, None] * frequencies
+    """Cosine and sine of position times frequency, each (block_size, hd / 2) in float32."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)  # (hd / 2,)
+    angles = torch.arange(block_size, dtype=torch.float64)[:, None] * frequencies  # (block_size, hd / 2)
     return angles.cos().float(), angles.sin().float()
 
 
 class MultiHeadSelfAttention(nn.Module):
-    """Causal self-attention with q, k and v in one projection."""
+    """Causal self-attention; one projection computes queries, keys and values."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -58,15 +61,15 @@ class MultiHeadSelfAttention(nn.Module):
         self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, T, C), cos and sin (T, hd) -> (B, T, C); position t sees those up to t, in its window."""
+        """x (B, T, C), cos and sin (T, hd) -> (B, T, C). Position t attends to positions up to t within the window."""
         B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim)  # (B, T, nh + 2 nkv, hd)
         y = attention(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin, self.n_head, self.window)
-        return self.c_proj(y.reshape(B, T, -1))
+        return self.c_proj(y.reshape(B, T, -1))  # (B, T, nh, hd) -> (B, T, nh hd) -> (B, T, C)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020) with gate and up in one projection."""
+    """SwiGLU (Shazeer 2020); one projection computes gate and up."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -75,12 +78,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
-        gate, up = self.c_fc(x).chunk(2, dim=-1)
-        return self.c_proj(F.silu(gate) * up)
+        gate, up = self.c_fc(x).chunk(2, dim=-1)  # (B, T, I) each
+        return self.c_proj(F.silu(gate) * up)  # (B, T, C)
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, then feed-forward, each on a normalised input and added to the stream."""
+    """Self-attention, then feed-forward, each on normalised input and added to the residual stream."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -90,27 +93,23 @@ class TransformerBlock(nn.Module):
         self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
         widths = (config.n_embd, config.inner, sum(config.packed_rows["attn.c_attn.weight"]))
-        self.in_panels = all(width % PANEL == 0 for width in widths)
+        self.fits_kernels = all(width % KERNEL_MULTIPLE == 0 for width in widths)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, T, C), cos and sin (T, hd) -> (B, T, C)."""
-        if self.in_panels and kernels(x):
+        if self.fits_kernels and cpu_kernels(x):
             dropout = self.dropout.p if self.training else 0.0
             return block(x, tuple(self.parameters()), cos, sin, self.attn.n_head, self.attn.window, dropout)
         x = x + self.dropout(self.attn(self.ln_1(x), cos, sin))
-        return x + self.dropout(self.mlp(self.ln_2(x)))
-
-
-def init_embedding(rows: Tensor, generator: torch.Generator | None = None) -> None:
-    """Fills rows (n, C): a character's logit for itself starts at 2 at any width, so the first loss is near ln V."""
-    rows.normal_(0, 2 / rows.size(1), generator=generator)
+        x = x + self.dropout(self.mlp(self.ln_2(x)))
+        return x
 
 
 class TransformerLanguageModel(nn.Module):
-    """ids -> logits of the next id, at every position."""
+    """Maps ids to the logits of the next id, at every position."""
 
     def __init__(self, vocab_size: int, config: ModelConfig, seed: int | None = None):
-        """With a seed the initial weights are a function of it; without, of torch's random state."""
+        """With a seed, the initial weights depend on the seed alone; without, on PyTorch's global random state."""
         super().__init__()
         self.vocab_size, self.config = vocab_size, config
         self.wte = nn.Embedding(vocab_size, config.n_embd)
@@ -121,15 +120,18 @@ class TransformerLanguageModel(nn.Module):
         self.init_weights(None if seed is None else torch.Generator().manual_seed(seed))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, T) -> logits (B, T, V); T up to block_size. The embedding is also the output matrix."""
-        x, (cos, sin) = self.dropout(self.wte(ids)), self.rotary(ids.size(1))  # (B, T, C), (T, hd)
+        """ids (B, T) with T <= block_size -> logits (B, T, V). The output matrix is the embedding (tied weights)."""
+        cos, sin = self.rotary(ids.size(1))  # (T, hd) each
+        x = self.dropout(self.wte(ids))  # (B, T, C)
         for layer in self.h:
-            x = layer(x, cos, sin)
+            x = layer(x, cos, sin)  # (B, T, C)
         return F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """The whole initialisation: what writes into the stream starts at zero, so that depth starts harmless."""
+        """Initialises all weights. Projections into the residual stream start at zero, so each block starts as the
+        identity.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 parameter.zero_()
@@ -141,15 +143,23 @@ class TransformerLanguageModel(nn.Module):
                 parameter.fill_(1)
 
     def parameter_count(self) -> int:
-        """Number of trained parameters; the tied embedding counts once."""
+        """Number of trainable parameters; the tied embedding counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_id(self) -> int:
-        """Floating-point operations of one forward and backward pass per id, in a window of block_size.
+        """Floating-point operations per id of one forward and backward pass over a window of block_size ids.
 
-        Six per weight of a matrix product, and the causal half of attention's two products, as in PaLM (Chowdhery
-        et al. 2022, appendix B).
+        Six per weight of a matrix product, plus the causal half of the two attention products (PaLM, Chowdhery et al.
+        2022, appendix B).
         """
         c = self.config
         matrices = sum(p.numel() for p in self.parameters() if p.ndim == 2)
         return 6 * matrices + 6 * c.n_layer * c.n_head * c.head_dim * min(c.window or c.block_size, c.block_size)
+
+
+def init_embedding(rows: Tensor, generator: torch.Generator | None = None) -> None:
+    """Initialises rows (n, C) of the embedding so that the first loss is near ln V at any width.
+
+    With a standard deviation of 2 / C the logit of a character for itself is about 2.
+    """
+    rows.normal_(0, 2 / rows.size(1), generator=generator)

@@ -1,4 +1,4 @@
-"""smallm.training.compilation: on where it pays, one line where it cannot work, and a graph for each shape."""
+"""smallm.training.model.compilation: when to compile, one graph per shape, one warning where compilation fails."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ PASS = 64 * 256 * 68e6  # FLOPs of configs/shakespeare-gpu.toml
 
 @pytest.fixture
 def triton(monkeypatch):
-    """Whether there seems to be one: `triton(False)` takes it away."""
+    """Pretends that triton is installed; `triton(False)` pretends that triton is missing."""
 
     def there(is_there):
         monkeypatch.setattr(compilation, "find_spec", lambda name: object() if is_there else None)
@@ -31,7 +31,7 @@ def triton(monkeypatch):
     [
         ("auto", GPU, 5000, PASS, 6, True),
         ("auto", GPU, 2000, PASS, 6, False),  # 74 s
-        ("auto", GPU, 119_000, 1e6, 3, False),  # so small that launching its kernels takes longer
+        ("auto", GPU, 119_000, 1e6, 3, False),  # so small that launching kernels takes most of the time
         ("auto", GPU, 121_000, 1e6, 3, True),
         ("auto", GPU, 0, PASS, 6, False),
         ("auto", CPU, 10**9, PASS, 6, False),
@@ -48,7 +48,7 @@ def test_auto_is_for_long_runs_on_a_gpu(triton, choice, device, passes, flops, n
 def test_auto_needs_triton(triton):
     triton(False)
     assert not should_compile("auto", GPU, 10**9, PASS, 6)
-    assert should_compile("yes", GPU, 10**9, PASS, 6)  # and then says what is missing
+    assert should_compile("yes", GPU, 10**9, PASS, 6)  # the failure is then reported
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def said():
 
 
 def test_each_shape_gets_one_graph(monkeypatch, batches, said):
-    """The tracing is real, the code generation is not: it takes a minute."""
+    """Traces for real, but generates no code, which would take a minute."""
     graphs = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs, fullgraph=True))
     model = random_model().train()
@@ -90,7 +90,7 @@ class FailsBackward(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("where", ["at once", "forward", "backward"])
-def test_what_fails_leaves_the_model_as_it_is(monkeypatch, batches, said, where):
+def test_a_failed_compilation_leaves_the_model_unchanged(monkeypatch, batches, said, where):
     def broken(model, **options):
         if where == "at once":
             raise RuntimeError("no working\ncompiler")
@@ -108,7 +108,7 @@ def test_what_fails_leaves_the_model_as_it_is(monkeypatch, batches, said, where)
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_ctrl_c_is_no_failure(monkeypatch, batches, said):
+def test_ctrl_c_is_not_taken_for_a_failure(monkeypatch, batches, said):
     def interrupted(model, **options):
         raise KeyboardInterrupt
 

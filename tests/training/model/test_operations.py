@@ -1,11 +1,10 @@
-"""smallm.training.functions: the compiled kernels compute what plain PyTorch and autograd compute."""
+"""smallm.training.model.operations: the kernels give the results of plain PyTorch and autograd."""
 
 import pytest
 import torch
 
 from smallm.training.config import ModelConfig
-from smallm.training.model import operations as functions
-from smallm.training.model import transformer as model
+from smallm.training.model import operations, transformer
 from smallm.training.model.kernels import loader as kernels
 from smallm.training.model.transformer import TransformerBlock, TransformerLanguageModel
 from smallm.training.optim.optimizers import POLAR_EXPRESS
@@ -23,8 +22,8 @@ def plain(monkeypatch):
 
     def call(function, *arguments):
         with monkeypatch.context() as patch:
-            for module in (functions, model):
-                patch.setattr(module, "kernels", lambda x: None)
+            for module in (operations, transformer):
+                patch.setattr(module, "cpu_kernels", lambda x: None)
             return function(*arguments)
 
     return call
@@ -35,7 +34,7 @@ def numbers(*shape, seed):
 
 
 def shaken(module, seed=2):
-    """Away from zeros and ones, which hide mistakes."""
+    """The module with all weights changed a little: exact zeros and ones hide mistakes."""
     with torch.no_grad():
         for p in module.parameters():
             p.add_(0.1 * numbers(*p.shape, seed=seed))
@@ -43,7 +42,7 @@ def shaken(module, seed=2):
 
 
 def outcome(function, inputs, seed=9):
-    """Result and gradients of all inputs under random weights."""
+    """Result, and the gradients of all inputs of a randomly weighted sum of the result."""
     inputs = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
     y = function(*inputs)
     wanted = [x for x in inputs if x.requires_grad]
@@ -61,11 +60,11 @@ def assert_close(ours, plains, tolerance=2e-5):
     [(1, 0, 32, 64, 2, 16), (3, 0, 96, 0, 2, 33), (4, 2, 128, 32, 3, 64), (4, 1, 64, 96, 1, 70), (2, 0, 128, 0, 2, 40),
      (2, 0, 96, 32, 5, 1)],
 )  # fmt: skip
-def test_a_block_is_that_of_plain_pytorch(plain, n_head, n_kv_head, n_embd, n_inner, B, T):
+def test_a_block_equals_plain_pytorch(plain, n_head, n_kv_head, n_embd, n_inner, B, T):
     config = ModelConfig(n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, n_inner=n_inner, block_size=T)
     whole = shaken(TransformerLanguageModel(40, config, seed=1))
     block, x, tables = whole.h[0], numbers(B, T, n_embd, seed=3), whole.rotary(T)
-    assert block.in_panels
+    assert block.fits_kernels
 
     def run(x, *parameters):
         names = [name for name, _ in block.named_parameters()]
@@ -91,18 +90,18 @@ def test_a_block_with_a_window(plain, window, T):
     assert_close(outcome(run, inputs), plain(outcome, run, inputs))
 
 
-def test_a_block_whose_sides_do_not_fit_takes_the_plain_form(monkeypatch):
+def test_a_block_whose_widths_do_not_fit_uses_plain_pytorch(monkeypatch):
     config = ModelConfig(n_head=3, n_embd=48, block_size=8)
     block = TransformerBlock(config)
-    assert not block.in_panels
-    monkeypatch.setattr(model, "block", None)  # would fail if it were called
+    assert not block.fits_kernels
+    monkeypatch.setattr(transformer, "block", None)  # would fail if it were called
     whole = TransformerLanguageModel(40, config, seed=1)
     assert torch.isfinite(whole(torch.zeros(1, 8, dtype=torch.long))).all()
 
 
 def test_rms_norm(plain):
     inputs = [numbers(3, 5, 64, seed=1) * 3, numbers(64, seed=2)]
-    assert_close(outcome(functions.rms_norm, inputs), plain(outcome, functions.rms_norm, inputs))
+    assert_close(outcome(operations.rms_norm, inputs), plain(outcome, operations.rms_norm, inputs))
 
 
 @pytest.mark.parametrize("V", [3, 16, 65, 256, 300])
@@ -112,17 +111,17 @@ def test_cross_entropy(plain, V, reduction):
     targets[0, 3] = targets[1, 6] = -1
 
     def run(logits):
-        return functions.cross_entropy(logits, targets, reduction)
+        return operations.cross_entropy(logits, targets, reduction)
 
     assert_close(outcome(run, [logits]), plain(outcome, run, [logits]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so(bad):
-    """Else a run that has gone wrong would not be noticed."""
+def test_values_that_are_not_finite_stay_so(bad):
+    """Otherwise a diverged run would go unnoticed."""
     logits = numbers(1, 4, 64, seed=1)
     logits[0, 2, 5] = bad
-    assert not torch.isfinite(functions.cross_entropy(logits, torch.zeros(1, 4, dtype=torch.long)))
+    assert not torch.isfinite(operations.cross_entropy(logits, torch.zeros(1, 4, dtype=torch.long)))
     whole = TransformerLanguageModel(40, ModelConfig(n_head=1, n_embd=32, block_size=8), seed=1)
     with torch.no_grad():
         shaken(whole).h[0].attn.c_attn.weight[3, 4] = bad
@@ -134,9 +133,9 @@ def test_polynomial_iteration(plain, shape):
     x = numbers(*shape, seed=1)
     x = x / x.norm(dim=(1, 2), keepdim=True)
     before = x.clone()
-    ours = functions.polynomial_iteration(x, POLAR_EXPRESS[:4])
+    ours = operations.polynomial_iteration(x, POLAR_EXPRESS[:4])
     assert torch.equal(x, before)
-    assert_close([ours], [plain(functions.polynomial_iteration, x, POLAR_EXPRESS[:4])])
+    assert_close([ours], [plain(operations.polynomial_iteration, x, POLAR_EXPRESS[:4])])
 
 
 def dropped_block(p):
@@ -145,10 +144,10 @@ def dropped_block(p):
     return whole.h[0], whole.rotary(32), numbers(64, 32, 64, seed=3)
 
 
-def test_dropout_drops_its_share_and_keeps_the_mean():
+def test_dropout_drops_the_given_fraction_and_keeps_the_mean():
     block, tables, x = dropped_block(0.25)
     with torch.no_grad():
-        block.mlp.c_proj.weight.zero_()  # so that only the first of the two places is seen
+        block.mlp.c_proj.weight.zero_()  # so that only the dropout after attention has an effect
         torch.manual_seed(5)
         added = block(x, *tables) - x
         full = block.eval()(x, *tables) - x
@@ -160,7 +159,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     torch.testing.assert_close(added[~gone], full[~gone] / 0.75, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_is_a_function_of_the_seed():
+def test_dropout_depends_on_the_seed_alone():
     block, tables, x = dropped_block(0.5)
     results = []
     for seed in (1, 1, 2):
@@ -170,8 +169,8 @@ def test_dropout_is_a_function_of_the_seed():
     assert not torch.equal(results[0], results[2])
 
 
-def test_the_gradient_knows_what_was_dropped():
-    """Finite differences along a random direction, under one mask."""
+def test_the_gradient_uses_the_mask_of_the_forward_pass():
+    """Finite differences along a random direction, with one mask."""
     block, tables, x = dropped_block(0.5)
     weight, direction = numbers(*x.shape, seed=4), numbers(*x.shape, seed=5)
 
@@ -186,23 +185,23 @@ def test_the_gradient_knows_what_was_dropped():
     assert slope.item() == pytest.approx((gradient * direction).sum().item(), rel=2e-3)
 
 
-def test_the_kernels_step_aside_for_other_precisions(monkeypatch):
+def test_the_kernels_serve_float32_and_bf16_autocast_only(monkeypatch):
     x = torch.zeros(1, 32)
-    assert functions.kernels(x) is not None
-    assert functions.kernels(x.double()) is None
-    assert functions.kernels(x.to("meta")) is None
-    monkeypatch.setattr(functions, "has_bf16", lambda: False)
+    assert operations.cpu_kernels(x) is not None
+    assert operations.cpu_kernels(x.double()) is None
+    assert operations.cpu_kernels(x.to("meta")) is None
+    monkeypatch.setattr(operations, "has_bf16", lambda: False)
     with torch.autocast("cpu", torch.bfloat16):
-        assert functions.kernels(x) is None
-    monkeypatch.setattr(functions, "has_bf16", lambda: True)
+        assert operations.cpu_kernels(x) is None
+    monkeypatch.setattr(operations, "has_bf16", lambda: True)
     with torch.autocast("cpu", torch.bfloat16):
-        assert functions.kernels(x) is kernels.load(bf16=True)
+        assert operations.cpu_kernels(x) is kernels.load(bf16=True)
     with torch.autocast("cpu", torch.float16):
-        assert functions.kernels(x) is None
+        assert operations.cpu_kernels(x) is None
 
 
 def rounded(x):
-    """What bf16 keeps of each number."""
+    """x rounded to bf16."""
     return x.bfloat16().float()
 
 
@@ -210,8 +209,8 @@ def rounded(x):
     ("n_kv_head", "n_embd", "B", "T"), [(0, 64, 2, 16), (1, 96, 1, 7), (0, 32, 3, 23), (0, 64, 5, 33)]
 )
 def test_a_block_in_bf16_products(monkeypatch, n_kv_head, n_embd, B, T):
-    """On a processor without them they are computed in another way, to the same definition."""
-    monkeypatch.setattr(functions, "has_bf16", lambda: True)
+    """Processors without bf16 instructions compute the same products in another way."""
+    monkeypatch.setattr(operations, "has_bf16", lambda: True)
     config = ModelConfig(n_head=n_embd // 32, n_kv_head=n_kv_head, n_embd=n_embd, block_size=T)
     whole = shaken(TransformerLanguageModel(40, config, seed=1))
     block, x, tables = whole.h[0], numbers(B, T, n_embd, seed=3), whole.rotary(T)
@@ -233,8 +232,8 @@ def test_a_block_in_bf16_products(monkeypatch, n_kv_head, n_embd, B, T):
 
 
 def test_the_definition_of_bf16_products(monkeypatch):
-    """One product alone, of operands that are rounded to nearest, ties to even, and summed in float32."""
-    monkeypatch.setattr(functions, "has_bf16", lambda: True)
+    """A single product: operands rounded to nearest, ties to even, and summed in float32."""
+    monkeypatch.setattr(operations, "has_bf16", lambda: True)
     whole = TransformerLanguageModel(40, ModelConfig(n_head=1, n_embd=32, n_inner=32, block_size=8), seed=1)
     block = whole.h[0]
     with torch.no_grad():
@@ -246,21 +245,21 @@ def test_the_definition_of_bf16_products(monkeypatch):
     x, tables = numbers(1, 8, 32, seed=3), whole.rotary(8)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         y = block(x, *tables) - x
-    h = rounded(torch.nn.functional.rms_norm(x, (32,), block.ln_2.weight, functions.NORM_EPS))
+    h = rounded(torch.nn.functional.rms_norm(x, (32,), block.ln_2.weight, operations.NORM_EPS))
     gate, up = (h @ rounded(block.mlp.c_fc.weight).mT).chunk(2, -1)
     wanted = rounded(torch.nn.functional.silu(gate) * up)
     wanted[..., 4] *= 1 + 2**-6
     off = (y - wanted).abs().flatten()
-    assert off.median() < 1e-6  # a few operands fall on the other side of a rounding border
+    assert off.median() < 1e-6  # a few operands round the other way
     assert (off > 1e-5).float().mean() < 0.1
     assert off.max() < 0.02
 
 
-def test_what_is_not_finite_stays_so_in_bf16(monkeypatch):
-    monkeypatch.setattr(functions, "has_bf16", lambda: True)
+def test_values_that_are_not_finite_stay_so_in_bf16(monkeypatch):
+    monkeypatch.setattr(operations, "has_bf16", lambda: True)
     whole = TransformerLanguageModel(40, ModelConfig(n_head=1, n_embd=32, block_size=8), seed=1)
     with torch.no_grad():
-        shaken(whole).h[0].attn.c_attn.weight.view(torch.int32)[3, 4] = 0x7FFFFFFF  # the NaN that rounding would wrap
+        shaken(whole).h[0].attn.c_attn.weight.view(torch.int32)[3, 4] = 0x7FFFFFFF  # a NaN that plain rounding would overflow
     with torch.autocast("cpu", torch.bfloat16):
         assert not torch.isfinite(whole(torch.ones(1, 8, dtype=torch.long))).all()
 
@@ -273,26 +272,26 @@ def test_a_run_in_bf16_products(monkeypatch, text_file, tmp_path):
     from smallm.training.checkpoint.manager import checkpoints
 
     def loss(precision):
-        AcceleratorState._reset_state(reset_partial_state=True)  # of this process, which had one precision so far
+        AcceleratorState._reset_state(reset_partial_state=True)  # the process had another precision before
         argv = ["--model.n_layer=2", "--model.n_head=1", "--model.n_embd=32", "--model.block_size=16",
                 "--train.max_steps=30", "--train.sample_length=0", f"--train.mixed_precision={precision}"]  # fmt: skip
         assert cli.main(["--data", str(text_file), "--out", str(tmp_path / precision), *argv]) == 0
         return read_state(checkpoints(tmp_path / precision)[-1])[0].best_val_loss
 
-    monkeypatch.setattr(functions, "has_bf16", lambda: True)
+    monkeypatch.setattr(operations, "has_bf16", lambda: True)
     half, full = loss("bf16"), loss("no")
     assert half == pytest.approx(full, abs=0.02)
     assert half != full
 
 
-def test_bf16_is_taken_only_where_it_proves_faster(monkeypatch):
+def test_bf16_is_chosen_only_where_it_measures_faster(monkeypatch):
     from smallm.training import precision
 
     monkeypatch.setattr(precision, "bf16_pays", precision.bf16_pays.__wrapped__)  # measures anew at each call
     monkeypatch.setattr(precision, "has_bf16", lambda: False)
     assert precision.best_precision() == "no"
     monkeypatch.setattr(precision, "has_bf16", lambda: True)
-    monkeypatch.setattr(functions, "has_bf16", lambda: True)
+    monkeypatch.setattr(operations, "has_bf16", lambda: True)
     monkeypatch.setattr(precision, "FASTER", 0.0)
     assert precision.best_precision() == "no"
     monkeypatch.setattr(precision, "FASTER", 1e9)
@@ -310,13 +309,13 @@ def test_the_whole_model_has_equal_loss_and_gradients(plain, n_kv_head):
     def run():
         whole.zero_grad()
         logits = whole(ids[:, :-1])
-        functions.cross_entropy(logits, ids[:, 1:]).backward()
+        operations.cross_entropy(logits, ids[:, 1:]).backward()
         return [logits.detach(), *(p.grad.clone() for p in whole.parameters())]
 
     assert_close(run(), plain(run), tolerance=5e-5)
 
 
-def test_two_threads_compute_what_one_does():
+def test_the_number_of_threads_does_not_change_the_result():
     config = ModelConfig(n_layer=1, n_head=2, n_embd=64, block_size=32)
     whole = shaken(TransformerLanguageModel(256, config, seed=1))
     ids = torch.randint(0, 256, (5, 33), generator=torch.Generator().manual_seed(3))
@@ -325,7 +324,7 @@ def test_two_threads_compute_what_one_does():
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             whole.zero_grad()
-            functions.cross_entropy(whole(ids[:, :-1]), ids[:, 1:]).backward()
+            operations.cross_entropy(whole(ids[:, :-1]), ids[:, 1:]).backward()
             results.append([p.grad.clone() for p in whole.parameters()])
     finally:
         torch.set_num_threads(before)
@@ -333,17 +332,17 @@ def test_two_threads_compute_what_one_does():
         assert_close(others, results[0])
 
 
-def test_a_machine_without_a_compiler_trains_and_is_told(monkeypatch, text_file, tmp_path, capsys):
+def test_without_a_compiler_training_works_and_prints_a_warning(monkeypatch, text_file, tmp_path, capsys):
     from smallm.training import cli
 
-    monkeypatch.setattr(kernels, "load", lambda: None)
-    monkeypatch.setattr(functions, "load", lambda: None)
+    monkeypatch.setattr(kernels, "load", lambda bf16=False: None)
+    monkeypatch.setattr(operations, "load", lambda bf16=False: None)
     argv = ["--model.n_layer=1", "--model.n_head=1", "--model.n_embd=32", "--model.block_size=8", "--train.max_steps=2"]
     assert cli.main(["--data", str(text_file), "--out", str(tmp_path / "run"), *argv]) == 0
     assert capsys.readouterr().err.count("apt install gcc") == 1
 
 
-def test_a_compiler_that_fails_is_as_none(monkeypatch, tmp_path):
+def test_a_failing_compiler_counts_as_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("SMALLM_CACHE", str(tmp_path))
     monkeypatch.setenv("CC", "false")
     assert kernels.load.__wrapped__() is None

@@ -1,4 +1,4 @@
-"""smallm.training.model: what it computes, checked against loops and by-hand figures; how it starts; that it learns."""
+"""smallm.training.model.transformer: checked against naive loops and figures computed by hand; initialisation; learning."""
 
 import math
 
@@ -22,7 +22,7 @@ TINY = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 16}
 
 
 def randomised(module, seed=0):
-    """The module with random weights everywhere: the real initialisation has zeros, which would hide mistakes."""
+    """The module with random weights everywhere: the zeros of the real initialisation would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
@@ -40,7 +40,7 @@ def some_ids(*shape, vocab_size=40, seed=0):
 
 @pytest.mark.parametrize("n_kv_head", [0, 2, 1])
 @pytest.mark.parametrize("t", [0, 7, 15])
-def test_an_id_is_seen_from_its_position_on_and_never_before(t, n_kv_head):
+def test_attention_is_causal(t, n_kv_head):
     m, ids = model(n_kv_head=n_kv_head), some_ids(2, 16)
     changed = ids.clone()
     changed[:, t] = (ids[:, t] + 1) % 40
@@ -74,37 +74,37 @@ def test_the_first_loss_is_near_ln_v(n_embd, vocab_size):
         assert cross_entropy(m(ids), targets).item() == pytest.approx(math.log(vocab_size), abs=0.15)
 
 
-def test_a_fresh_block_hands_its_input_on():
+def test_a_fresh_block_is_the_identity():
     m = TransformerLanguageModel(40, ModelConfig(**TINY), seed=1)
     x = torch.randn(2, 16, 64)
     assert all(torch.equal(block(x, *m.rotary(16)), x) for block in m.h)
 
 
 def naive_attention(x, attention, config):
-    """One text x (T, C), position by position and head by head, in float64."""
+    """One sequence x (T, C), position by position and head by head, in float64."""
     T, hd, nh, nkv = len(x), config.head_dim, config.n_head, config.kv_heads
     weights = {name: p.detach().double().numpy() for name, p in attention.named_parameters()}
 
-    def norm_and_turn(vector, gain, position):
+    def norm_and_rotate(vector, gain, position):
         vector = vector / math.sqrt(sum(v * v for v in vector) / hd + NORM_EPS) * gain
-        turned = np.empty(hd)
+        rotated = np.empty(hd)
         for i in range(hd // 2):
             angle = position * config.rope_theta ** (-2 * i / hd)
             a, b = vector[i], vector[i + hd // 2]
-            turned[i] = a * math.cos(angle) - b * math.sin(angle)
-            turned[i + hd // 2] = b * math.cos(angle) + a * math.sin(angle)
-        return turned
+            rotated[i] = a * math.cos(angle) - b * math.sin(angle)
+            rotated[i + hd // 2] = b * math.cos(angle) + a * math.sin(angle)
+        return rotated
 
     y = np.zeros((T, nh * hd))
     for t in range(T):
         packed = [weights["c_attn.weight"] @ x[s] for s in range(t + 1)]  # q of all heads, then k, then v
         for head in range(nh):
             shared = head // (nh // nkv)
-            q = norm_and_turn(packed[t][head * hd : (head + 1) * hd], weights["q_norm.weight"], t)
+            q = norm_and_rotate(packed[t][head * hd : (head + 1) * hd], weights["q_norm.weight"], t)
             scores, values = [], []
             for s in range(max(0, t + 1 - config.window) if config.window else 0, t + 1):
                 k = packed[s][(nh + shared) * hd : (nh + shared + 1) * hd]
-                scores.append(q @ norm_and_turn(k, weights["k_norm.weight"], s) / math.sqrt(hd))
+                scores.append(q @ norm_and_rotate(k, weights["k_norm.weight"], s) / math.sqrt(hd))
                 values.append(packed[s][(nh + nkv + shared) * hd : (nh + nkv + shared + 1) * hd])
             shares = np.exp(np.array(scores) - max(scores))
             y[t, head * hd : (head + 1) * hd] = shares / shares.sum() @ np.array(values)
@@ -125,7 +125,7 @@ def test_attention_against_a_naive_loop(n_kv_head, window):
         np.testing.assert_allclose(one, naive_attention(expected, attention, config), rtol=1e-4, atol=1e-4)
 
 
-def test_block_is_prenorm_attention_then_swiglu_each_added_to_the_stream():
+def test_block_is_prenorm_attention_then_swiglu_each_added_to_the_residual_stream():
     config = ModelConfig(**TINY)
     block = randomised(TransformerBlock(config), seed=5)
     tables = Rotary(config.head_dim, config.block_size, config.rope_theta)(config.block_size)
@@ -169,7 +169,7 @@ def test_overfits_one_batch(name, learning_rate):
         loss.backward()
         optimizer.step()
     assert losses[0] == pytest.approx(math.log(40), abs=0.3)
-    assert losses[-1] < 0.15  # a text of random ids: it can only be known by heart
+    assert losses[-1] < 0.15  # random ids can only be memorised
 
 
 def test_parameter_count_by_hand():
@@ -180,13 +180,14 @@ def test_parameter_count_by_hand():
 
 
 def test_flops_as_pytorch_counts_them(monkeypatch):
-    monkeypatch.setattr("smallm.training.model.transformer.kernels", lambda x: None)  # it sees nothing of what they do
+    # The counter does not see operations in the kernels.
+    monkeypatch.setattr("smallm.training.model.transformer.cpu_kernels", lambda x: None)
     m = model(n_kv_head=2)
     B, T, C, layers = 2, 16, 64, 2
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         m(some_ids(B, T))
     forward = counter.get_total_flops() / (B * T)
-    not_causal = 2 * layers * T * C  # PyTorch counts the half of attention that the mask throws away
+    not_causal = 2 * layers * T * C  # PyTorch also counts the half of attention that the mask discards
     assert m.flops_per_id() == 3 * (forward - not_causal)
 
 

@@ -1,1 +1,1 @@
-"""CPU kernels in C, compiled on first use."""
+"""CPU kernels in C, compiled at the first training run."""

@@ -1,6 +1,7 @@
-"""Compiles kernels.c on the machine that runs it, by its own C compiler and for its processor.
+"""Compiles kernels.c with this machine's C compiler for this machine's processor.
 
-Takes one to two seconds, once: the result is kept in the cache folder.
+Compilation takes one to two seconds, once: the library is stored in the cache folder. This module does not import
+PyTorch, so that the kernels can be compiled while PyTorch is imported.
 """
 
 import hashlib
@@ -13,17 +14,17 @@ from pathlib import Path
 
 from smallm.training.cache import cache_folder
 
-# Not -ffast-math, which would take a NaN for a number.
+# Without -ffast-math, which assumes that no value is NaN or infinite.
 FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-fopenmp", "-std=gnu11", "-shared", "-fPIC")
 
 
-def library(bf16: bool = False) -> Path | None:
-    """The compiled kernels, found in the cache or made now; None if that cannot be done here. No PyTorch needed.
+def compile_kernels(bf16: bool = False) -> Path | None:
+    """Path of the compiled kernels, from the cache or compiled now; None if this machine cannot compile them.
 
-    bf16: whether products with weights are of operands rounded to bf16.
+    bf16: whether matrix products with weights round their operands to bf16.
     """
     compiler = shutil.which(os.environ.get("CC", "cc"))
-    if platform.system() != "Linux" or compiler is None:  # elsewhere compilers come without OpenMP
+    if platform.system() != "Linux" or compiler is None:  # compilers elsewhere come without OpenMP
         return None
     source = Path(__file__).with_name("kernels.c")
     flags = [*FLAGS, "-DBF16"] if bf16 else FLAGS
@@ -37,8 +38,13 @@ def library(bf16: bool = False) -> Path | None:
         return None
 
 
+def has_bf16() -> bool:
+    """Whether the processor has bf16 matrix instructions (AVX512_BF16)."""
+    return platform.system() == "Linux" and "avx512_bf16" in _processor().split()
+
+
 def _compile(command: list[str], source: Path, path: Path) -> None:
-    """Written aside and renamed, since several processes may do this at once."""
+    """Compiles into a temporary folder and renames, since several processes may compile at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
@@ -46,12 +52,7 @@ def _compile(command: list[str], source: Path, path: Path) -> None:
         built.replace(path)
 
 
-def has_bf16() -> bool:
-    """Whether the processor multiplies bf16 by itself (AVX512_BF16)."""
-    return platform.system() == "Linux" and "avx512_bf16" in _processor().split()
-
-
 def _processor() -> str:
-    """What -march=native depends on: a cache folder may be shared by several machines."""
+    """Architecture and feature flags, on which -march=native depends: machines may share a cache folder."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return platform.machine() + next((line for line in lines if line.startswith(("flags", "Features"))), "")

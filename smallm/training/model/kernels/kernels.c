@@ -1,21 +1,22 @@
-/* A Transformer block on a CPU, forward and backward, and the other small operations of a training step.
+/* CPU kernels of a training step: a whole Transformer block, forward and backward, RMSNorm, cross-entropy and Muon's
+ * orthogonalisation.
  *
- * kernels.py compiles this file with the machine's own C compiler (C with the vector extensions of GCC and Clang, and
- * OpenMP), and functions.py has every operation in plain PyTorch too, with which the tests compare these.
+ * compiler.py compiles this file with the machine's C compiler. The file uses the vector extensions of GCC and Clang, and
+ * OpenMP. operations.py implements every operation in plain PyTorch as well; the tests compare the two.
  *
- * A small model's matrices are so small that calling a library for each product, and passing over memory for each norm,
- * costs more than the arithmetic. So a block is one call: threads take pieces of rows through it, a piece and the
- * weights stay in the cache, and the backward pass recomputes what is cheaper to compute than to keep.
+ * The matrices of a small model are so small that one library call per product and one pass over memory per norm cost
+ * more than the arithmetic. A block is therefore one call: each thread takes chunks of rows through all operations, a
+ * chunk and the weights stay in the cache, and the backward pass recomputes what is cheaper to compute than to store.
  *
- * Compiled with -DBF16 the products with weights, and those that give their gradients, round their operands to bf16 and
- * sum in float32; all else, attention too, stays as it is.
+ * Compiled with -DBF16, the products with weights and the products that compute weight gradients round their operands to
+ * bf16 and sum in float32. All other operations, attention included, stay in float32.
  *
- * All tensors are float32, contiguous, row-major. A thread that has finished a piece takes the next one, since cores are
- * often slowed by what else they do; sums over pieces are kept in `slots`, two for each thread, so that a result may
- * depend on the number of threads (sums in another order), but not on chance.
+ * All tensors are float32 (targets int64), contiguous, row-major. Chunks are scheduled dynamically, because other
+ * programs may slow some cores. Sums over chunks are accumulated in `slots`, two per thread, each with a fixed range of
+ * rows. Results therefore depend on the number of threads (the order of summation), but not on the scheduling.
  *
- * Shapes: N = B T rows (batch, time), C channels, H query heads, G key/value heads, D head width, R = (H + 2 G) D packed
- * rows, I inner width, V vocabulary.
+ * Shapes: N = B T rows (batch, time), C channels, H query heads, G key/value heads, D head width, R = (H + 2 G) D rows of
+ * the packed projection, I inner width of the feed-forward, V vocabulary.
  */
 #include <math.h>
 #include <omp.h>
@@ -28,11 +29,11 @@
 /* ---- Vectors ---- */
 
 #ifdef __AVX512F__
-enum { W = 16, ROWS = 8 }; /* floats in a register; rows of a tile, whose 2 * ROWS sums fill the registers */
+enum { W = 16, ROWS = 8 }; /* W: floats per register; ROWS: rows per tile, whose 2 * ROWS sums fill the registers */
 #else
 enum { W = 8, ROWS = 6 };
 #endif
-enum { PANEL = 2 * W }; /* columns of a tile */
+enum { PANEL = 2 * W }; /* columns per tile */
 
 typedef float vec __attribute__((vector_size(W * sizeof(float))));
 typedef float vec_anywhere __attribute__((vector_size(W * sizeof(float)), aligned(4), may_alias));
@@ -73,10 +74,11 @@ INLINE float largest(vec x)
     return a > c ? a : c;
 }
 
-/* e^x to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; 0 below -87, NaN for NaN. */
+/* e^x with an error of at most 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. Returns 0
+ * below -87 and NaN for NaN. */
 INLINE vec exponential(vec x)
 {
-    const vec magic = all(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer, kept in the low bits */
+    const vec magic = all(12582912.0f); /* 1.5 * 2^23: adding this rounds to an integer, which stands in the low bits */
     ivec tiny = x < all(-87.0f);
     x = choose(x > all(88.0f), all(88.0f), x);
     vec shifted = x * all(1.44269504f) + magic;
@@ -100,7 +102,7 @@ typedef struct {
     size_t bytes;
 } Memory;
 
-/* Its start, once it is at least so long; what was in it may be gone. */
+/* Start of the memory, reallocated if it is shorter than `bytes`; the content is then lost. */
 static void *at_least(Memory *memory, size_t bytes)
 {
     if (memory->bytes < bytes) {
@@ -112,7 +114,7 @@ static void *at_least(Memory *memory, size_t bytes)
     return memory->start;
 }
 
-/* Memory of the calling thread that stays with it. */
+/* Scratch memory of the calling thread, reused by its next call. */
 static float *scratch(size_t floats)
 {
     static _Thread_local Memory memory;
@@ -120,7 +122,7 @@ static float *scratch(size_t floats)
 }
 
 #ifdef BF16
-/* As `scratch`, for pairs of bf16. */
+/* Like `scratch`, for pairs of bf16 values. */
 static uint32_t *pair_memory(size_t pairs)
 {
     static _Thread_local Memory memory;
@@ -128,26 +130,26 @@ static uint32_t *pair_memory(size_t pairs)
 }
 #endif
 
-/* The part [*from, *to) of `count` that is this thread's. */
-INLINE void share(int64_t count, int64_t *from, int64_t *to)
+/* This thread's part [*from, *to) of `count` items. */
+INLINE void thread_range(int64_t count, int64_t *from, int64_t *to)
 {
     int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
     *from = count * me / threads;
     *to = count * (me + 1) / threads;
 }
 
-/* The part [*from, *to) of `count` that is this slot's. */
-INLINE void slot_of(int64_t slot, int64_t slots, int64_t count, int64_t *from, int64_t *to)
+/* The part [*from, *to) of `count` items that belongs to `slot`. */
+INLINE void slot_range(int64_t slot, int64_t slots, int64_t count, int64_t *from, int64_t *to)
 {
     *from = count * slot / slots;
     *to = count * (slot + 1) / slots;
 }
 
-/* Sums the slots' parts (slots, n) into total (n); called by all threads after a barrier. */
-static void add_up(const float *parts, int64_t n, int64_t slots, float *total)
+/* Sums parts (slots, n) over the slots into total (n). All threads call this after a barrier. */
+static void sum_slots(const float *parts, int64_t n, int64_t slots, float *total)
 {
     int64_t from, to;
-    share(n / W, &from, &to);
+    thread_range(n / W, &from, &to);
     for (int64_t i = from * W; i < to * W; i += W) {
         vec x = load(parts + i);
         for (int64_t s = 1; s < slots; s++) x += load(parts + s * n + i);
@@ -155,9 +157,9 @@ static void add_up(const float *parts, int64_t n, int64_t slots, float *total)
     }
 }
 
-/* ---- Matrix products for operands that lie in the cache ---- */
+/* ---- Matrix products of operands that fit in the cache ---- */
 
-/* c (rows, PANEL) (+)= a (rows, K) b (K, PANEL); element (r, k) of a lies at a[r * ar + k * ak]. */
+/* c (rows, PANEL) = a (rows, K) b (K, PANEL), or += if `add`; element (r, k) of a is a[r * ar + k * ak]. */
 #define TILE(rows)                                                                                                     \
     INLINE void tile_##rows(const float *a, int64_t ar, int64_t ak, const float *b, int64_t ldb, int64_t K, float *c, \
                             int64_t ldc, int add)                                                                     \
@@ -189,8 +191,8 @@ TILE(6)
 #define TILE_OF_ROWS tile_6
 #endif
 
-/* c (M, N) (+)= a (M, K) b (K, N), where b's columns n .. n + PANEL - 1 begin at b + n * step and its rows lie ldb apart.
- * N is a multiple of PANEL, or c and b are padded to one. */
+/* c (M, N) = a (M, K) b (K, N), or += if `add`. Columns n .. n + PANEL - 1 of b start at b + n * step, its rows are ldb
+ * apart. N is a multiple of PANEL, or c and b are padded to one. */
 static void product(int64_t M, int64_t N, int64_t K, const float *a, int64_t ar, int64_t ak, const float *b, int64_t step,
                     int64_t ldb, float *c, int64_t ldc, int add)
 {
@@ -201,14 +203,14 @@ static void product(int64_t M, int64_t N, int64_t K, const float *a, int64_t ar,
     }
 }
 
-/* b is an ordinary matrix with rows ldb apart. */
+/* `product` where b is an ordinary matrix with rows ldb apart. */
 static void multiply(int64_t M, int64_t N, int64_t K, const float *a, int64_t ar, int64_t ak, const float *b, int64_t ldb,
                      float *c, int64_t ldc, int add)
 {
     product(M, N, K, a, ar, ak, b, 1, ldb, c, ldc, add);
 }
 
-/* b (K, N) was packed: a panel of PANEL columns after the other, so that each is one run of memory. */
+/* `product` where b (K, N) is packed: panels of PANEL columns one after another, each contiguous. */
 static void multiply_packed(int64_t M, int64_t N, int64_t K, const float *a, int64_t lda, const float *b, float *c,
                             int64_t ldc, int add)
 {
@@ -216,20 +218,20 @@ static void multiply_packed(int64_t M, int64_t N, int64_t K, const float *a, int
 }
 
 #ifdef BF16
-/* ---- The same in bf16, two by two: products and sums in float32 of operands rounded to bf16 ---- */
+/* ---- Matrix products of operands rounded to bf16, in pairs along K; products and sums are float32 ---- */
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
-/* sums + the products of the low and of the high halves. */
+/* sums + product of the low halves + product of the high halves. */
 INLINE vec dot(vec sums, uvec a, uvec b) { return (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b); }
-#else /* for tests on processors without it; about as fast as float32 */
+#else /* for tests on processors without these instructions; about as fast as float32 */
 INLINE vec dot(vec sums, uvec a, uvec b)
 {
     return sums + (vec)(a << 16) * (vec)(b << 16) + (vec)(a & 0xffff0000u) * (vec)(b & 0xffff0000u);
 }
 #endif
 
-/* The bits of x in bf16, rounded to nearest, ties to even; NaN stays NaN. */
+/* Bits of x rounded to bf16, to nearest, ties to even; NaN stays NaN. */
 INLINE uvec rounded(vec x)
 {
     uvec bits = (uvec)x;
@@ -237,7 +239,7 @@ INLINE uvec rounded(vec x)
     return (uvec)choose(x != x, (vec)((uvec){0} + 0x7fc0u), (vec)even);
 }
 
-/* Rows k and k + 1 of b (K, n), interleaved: (K / 2 rounded up, n) pairs, the odd one's partner 0. */
+/* Rows k and k + 1 of b (K, n), interleaved: (ceil(K / 2), n) pairs. For odd K the last row is paired with zeros. */
 static void pairs_of_rows(const float *b, int64_t ldb, int64_t K, int64_t n, uint32_t *pairs)
 {
     for (int64_t k = 0; k < K; k += 2, pairs += n)
@@ -247,7 +249,7 @@ static void pairs_of_rows(const float *b, int64_t ldb, int64_t K, int64_t n, uin
         }
 }
 
-/* The pairs of neighbours in each row of a (M, K), K even: (M, K / 2). */
+/* Pairs of neighbours in each row of a (M, K), K even: (M, K / 2). */
 static void pairs_in_rows(const float *a, int64_t lda, int64_t M, int64_t K, uint32_t *pairs)
 {
     for (int64_t m = 0; m < M; m++, pairs += K / 2)
@@ -282,7 +284,7 @@ static void pairs_in_rows(const float *a, int64_t lda, int64_t M, int64_t K, uin
 HALF_TILE(1)
 HALF_TILE(8)
 
-/* As `product`, with a's rows or its columns contiguous (ak or ar is 1); M a multiple of W in the latter case. */
+/* Like `product`, where the rows or the columns of a are contiguous (ak or ar is 1); for columns, M is a multiple of W. */
 static void half_product(int64_t M, int64_t N, int64_t K, const float *a, int64_t ar, int64_t ak, const float *b,
                          int64_t step, int64_t ldb, float *c, int64_t ldc, int add)
 {
@@ -299,7 +301,7 @@ static void half_product(int64_t M, int64_t N, int64_t K, const float *a, int64_
 }
 #endif
 
-/* A row's product with a weight: c (M, N) = a (M, K) b (K, N), b packed. */
+/* Activations times a weight: c (M, N) = a (M, K) b (K, N), b packed. */
 static void apply(int64_t M, int64_t N, int64_t K, const float *a, const float *b, float *c)
 {
 #ifdef BF16
@@ -309,7 +311,7 @@ static void apply(int64_t M, int64_t N, int64_t K, const float *a, const float *
 #endif
 }
 
-/* c (M, N) += a' b with a (K, M), b (K, N): the gradient of a weight. */
+/* Gradient of a weight: c (M, N) += a' b with a (K, M), b (K, N). */
 static void multiply_outer(int64_t M, int64_t N, int64_t K, const float *a, const float *b, float *c)
 {
 #ifdef BF16
@@ -327,14 +329,14 @@ static void multiply_outer(int64_t M, int64_t N, int64_t K, const float *a, cons
 #endif
 }
 
-/* Panels [from, to) of b (K, N). */
+/* Packs the panels [from, to) of b (K, N). */
 static void pack(const float *b, int64_t K, int64_t N, float *packed, int64_t from, int64_t to)
 {
     for (int64_t n = from * PANEL; n < to * PANEL; n += PANEL)
         for (int64_t k = 0; k < K; k++) memcpy(packed + n * K + k * PANEL, b + k * N + n, PANEL * sizeof(float));
 }
 
-/* Panels [from, to) of the transposed of w (N, K). */
+/* Packs the panels [from, to) of the transpose of w (N, K). */
 static void pack_transposed(const float *w, int64_t K, float *packed, int64_t from, int64_t to)
 {
     for (int64_t n = from * PANEL; n < to * PANEL; n += PANEL)
@@ -358,7 +360,7 @@ INLINE void norm(const float *x, const float *gain, float *y, int64_t C, float e
     for (int64_t c = 0; c < C; c += W) store(y + c, load(x + c) * s * load(gain + c));
 }
 
-/* dx (C) = base + the gradient of x; dgain (C) is added to. */
+/* dx (C) = base + gradient of x; adds the gradient of the gain to dgain (C). base may be NULL. */
 INLINE void norm_backward(const float *dy, const float *x, const float *gain, const float *base, float *dx, float *dgain,
                           int64_t C, float eps)
 {
@@ -381,12 +383,12 @@ void rms_norm(const float *x, const float *gain, float *y, int64_t N, int64_t C,
 #pragma omp parallel num_threads(threads)
     {
         int64_t from, to;
-        share(N, &from, &to);
+        thread_range(N, &from, &to);
         for (int64_t n = from; n < to; n++) norm(x + n * C, gain, y + n * C, C, eps);
     }
 }
 
-/* dy, x (N, C) -> dx (N, C), dgain (C); room: parts (2 threads, C). */
+/* dy, x (N, C) -> dx (N, C), dgain (C). Workspace: parts (2 threads, C). */
 void rms_norm_backward(const float *dy, const float *x, const float *gain, float *dx, float *dgain, float *parts,
                        int64_t N, int64_t C, float eps, int threads)
 {
@@ -397,24 +399,24 @@ void rms_norm_backward(const float *dy, const float *x, const float *gain, float
         for (int64_t slot = 0; slot < slots; slot++) {
             int64_t from, to;
             float *part = memset(parts + slot * C, 0, (size_t)C * sizeof(float));
-            slot_of(slot, slots, N, &from, &to);
+            slot_range(slot, slots, N, &from, &to);
             for (int64_t n = from; n < to; n++)
                 norm_backward(dy + n * C, x + n * C, gain, NULL, dx + n * C, part, C, eps);
         }
-        add_up(parts, C, slots, dgain);
+        sum_slots(parts, C, slots, dgain);
     }
 }
 
 /* ---- Cross-entropy ---- */
 
-/* logits (N, V), targets (N), -1 = does not count -> nats (N), lse (N): log of the sum of exponentials. */
+/* logits (N, V), targets (N), -1 = ignored -> nats (N), lse (N) = log-sum-exp of each row. */
 void cross_entropy(const float *logits, const int64_t *targets, float *nats, float *lse, int64_t N, int64_t V,
                    int threads)
 {
 #pragma omp parallel num_threads(threads)
     {
         int64_t from, to, whole = V / W * W;
-        share(N, &from, &to);
+        thread_range(N, &from, &to);
         for (int64_t n = from; n < to; n++) {
             const float *row = logits + n * V;
             float most = row[0], total = 0;
@@ -441,7 +443,7 @@ void cross_entropy_backward(const float *dnats, const float *logits, const int64
 #pragma omp parallel num_threads(threads)
     {
         int64_t from, to, whole = V / W * W;
-        share(N, &from, &to);
+        thread_range(N, &from, &to);
         for (int64_t n = from; n < to; n++) {
             const float *row = logits + n * V;
             float *out = dlogits + n * V, d = targets[n] < 0 ? 0.0f : dnats[n];
@@ -454,7 +456,7 @@ void cross_entropy_backward(const float *dnats, const float *logits, const int64
 
 /* ---- Muon's orthogonalisation ---- */
 
-/* c (n, n) = a (n, K) b (K, n), b packed, which is known to be symmetric: the lower half is computed and mirrored. */
+/* c (n, n) = a (n, K) b (K, n) with b packed, for a symmetric c: computes the lower half and mirrors it. */
 static void multiply_symmetric(int64_t n, int64_t K, const float *a, const float *b, float *c)
 {
     for (int64_t j = 0; j < n; j += PANEL) {
@@ -464,8 +466,8 @@ static void multiply_symmetric(int64_t n, int64_t K, const float *a, const float
     }
 }
 
-/* x (n, rows, columns), rows <= columns, both multiples of PANEL, each of norm about 1: for each of the steps' a, b, c,
- * x = a x + (b S + c S S) x with S = x x'. In place. */
+/* For each (a, b, c) of the coefficients (steps, 3): x = a x + (b S + c S S) x with S = x x', in place. x holds n matrices
+ * (rows, columns) of norm about 1 with rows <= columns, both multiples of PANEL. */
 void orthogonalise(float *x, const float *coefficients, int64_t n, int64_t rows, int64_t columns, int64_t steps,
                    int threads)
 {
@@ -488,29 +490,30 @@ void orthogonalise(float *x, const float *coefficients, int64_t n, int64_t rows,
     }
 }
 
-/* ---- Causal self-attention with normed and rotated queries and keys, over the last `window` positions ---- */
+/* ---- Causal self-attention over the last `window` positions; queries and keys are normed, then rotated ---- */
 
 typedef struct {
-    const float *qkv, *q_gain, *k_gain, *cos, *sin; /* (B, T, H + 2 G, D), (D), (D), (T, D), sine of the first half negated */
-    float *y, *lse;                                 /* (B, T, H, D), (B, H, T): log of the sum of exponentials */
+    const float *qkv, *q_gain, *k_gain, *cos, *sin; /* (B, T, H + 2 G, D), (D), (D), (T, D), first half of sin negated */
+    float *y, *lse;                                 /* (B, T, H, D), (B, H, T): log-sum-exp of the scores */
     const float *dy;                                /* (B, T, H, D) */
     float *dqkv;                                    /* (B, T, H + 2 G, D) */
     int64_t B, T, H, G, window;
     float eps;
 } Attention;
 
-enum { QUERIES = 32 }; /* attended together */
+enum { QUERIES = 32 }; /* queries processed together */
 
 INLINE int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
-/* A multiple of PANEL up to which no query from `first` on sees any key. */
-INLINE int64_t unseen(const Attention *s, int64_t first)
+/* First key to compute for queries from `first` on: the start of the window, rounded down to a multiple of PANEL. */
+INLINE int64_t first_key(const Attention *s, int64_t first)
 {
     return first < s->window ? 0 : (first - s->window + 1) / PANEL * PANEL;
 }
 
-/* One head at one position: x (D) -> y (D) = rotate(x / rms(x) * gain) * factor. */
-INLINE void turn(const Attention *s, const int64_t D, const float *x, const float *gain, int64_t t, float factor, float *y)
+/* One head at position t: x (D) -> y (D) = rotate(x / rms(x) * gain) * factor. */
+INLINE void norm_rotate(const Attention *s, const int64_t D, const float *x, const float *gain, int64_t t, float factor,
+                        float *y)
 {
     const int64_t half = D / 2;
     const float *cos = s->cos + t * D, *sin = s->sin + t * D;
@@ -522,9 +525,9 @@ INLINE void turn(const Attention *s, const int64_t D, const float *x, const floa
     }
 }
 
-/* The way back: dy (D) is overwritten, dx (D) is written, dgain (D) is added to. */
-INLINE void turn_back(const Attention *s, const int64_t D, const float *x, const float *gain, int64_t t, float factor,
-                      float *dy, float *dx, float *dgain)
+/* Backward of `norm_rotate`: overwrites dy (D), writes dx (D), adds to dgain (D). */
+INLINE void norm_rotate_backward(const Attention *s, const int64_t D, const float *x, const float *gain, int64_t t,
+                                 float factor, float *dy, float *dx, float *dgain)
 {
     const int64_t half = D / 2;
     const float *cos = s->cos + t * D, *sin = s->sin + t * D;
@@ -543,8 +546,9 @@ INLINE void transpose(const float *x, int64_t ld, int64_t T, int64_t D, float *y
         for (int64_t d = 0; d < D; d++) y[d * ldy + t] = x[t * ld + d];
 }
 
-/* scores (n, ld) of queries first .. first + n - 1 -> e^(score - the row's shift), 0 after the query's own position and
- * before its window. Without shifts, it is the largest of the row; then totals (n, 2) gets shift and sum. */
+/* scores (n, ld) of queries first .. first + n - 1 -> e^(score - shift of the row), and 0 for keys after the query or
+ * before its window. If `shift` is NULL, the shift is the maximum of the row. totals (n, 2), if not NULL, receives shift
+ * and sum of each row. */
 static void exponentials(float *scores, int64_t ld, int64_t n, int64_t first, int64_t columns, int64_t window,
                          const float *shift, float *totals)
 {
@@ -568,7 +572,8 @@ static void exponentials(float *scores, int64_t ld, int64_t n, int64_t first, in
     }
 }
 
-/* Task (b, g): the heads of sequence b that share keys and values g. D is a constant where it is a common one. */
+/* Task (b, g): the query heads of sequence b that share the key/value head g. Callers pass the common D as a constant,
+ * so that the compiler specialises the function. */
 INLINE void attend(const Attention *s, int64_t task, const int64_t D)
 {
     const int64_t T = s->T, H = s->H, G = s->G, b = task / G, g = task % G;
@@ -578,16 +583,16 @@ INLINE void attend(const Attention *s, int64_t task, const int64_t D)
     float *p = q + QUERIES * D, *o = p + QUERIES * P, *totals = o + QUERIES * E, *one = totals + 2 * QUERIES;
 
     for (int64_t t = 0; t < T; t++) {
-        turn(s, D, x + t * row + (H + g) * D, s->k_gain, t, 1.0f, one);
+        norm_rotate(s, D, x + t * row + (H + g) * D, s->k_gain, t, 1.0f, one);
         for (int64_t d = 0; d < D; d++) kt[d * P + t] = one[d];
         for (int64_t d = 0; d < D; d++) v[t * E + d] = x[t * row + (H + G + g) * D + d];
     }
     for (int64_t h = g * group; h < (g + 1) * group; h++)
         for (int64_t first = 0; first < T; first += QUERIES) {
-            int64_t n = T - first < QUERIES ? T - first : QUERIES, low = unseen(s, first);
+            int64_t n = T - first < QUERIES ? T - first : QUERIES, low = first_key(s, first);
             int64_t keys = first + n - low, columns = padded(keys);
             for (int64_t i = 0; i < n; i++)
-                turn(s, D, x + (first + i) * row + h * D, s->q_gain, first + i, factor, q + i * D);
+                norm_rotate(s, D, x + (first + i) * row + h * D, s->q_gain, first + i, factor, q + i * D);
             multiply(n, columns, D, q, D, 1, kt + low, P, p, P, 0);
             exponentials(p, P, n, first - low, columns, s->window, NULL, totals);
             multiply(n, E, keys, p, P, 1, v + low * E, E, o, E, 0);
@@ -609,16 +614,16 @@ INLINE void attend_backward(const Attention *s, int64_t task, const int64_t D, f
     float *dk = k + T * E, *dv = dk + T * E, *q = dv + T * E, *p = q + QUERIES * E, *dp = p + QUERIES * P;
     float *dq = dp + QUERIES * P, *dout = dq + QUERIES * E;
 
-    for (int64_t t = 0; t < T; t++) turn(s, D, x + t * row + (H + g) * D, s->k_gain, t, 1.0f, k + t * E);
+    for (int64_t t = 0; t < T; t++) norm_rotate(s, D, x + t * row + (H + g) * D, s->k_gain, t, 1.0f, k + t * E);
     transpose(k, E, T, D, kt, P);
     transpose(x + (H + G + g) * D, row, T, D, vt, P);
-    memset(dk, 0, (size_t)(2 * T * E) * sizeof(float)); /* and dv */
+    memset(dk, 0, (size_t)(2 * T * E) * sizeof(float)); /* and dv, which follows dk */
     for (int64_t h = g * group; h < (g + 1) * group; h++)
         for (int64_t first = 0; first < T; first += QUERIES) {
-            int64_t n = T - first < QUERIES ? T - first : QUERIES, low = unseen(s, first);
+            int64_t n = T - first < QUERIES ? T - first : QUERIES, low = first_key(s, first);
             int64_t keys = first + n - low, columns = padded(keys);
             for (int64_t i = 0; i < n; i++) {
-                turn(s, D, x + (first + i) * row + h * D, s->q_gain, first + i, factor, q + i * E);
+                norm_rotate(s, D, x + (first + i) * row + h * D, s->q_gain, first + i, factor, q + i * E);
                 for (int64_t d = 0; d < D; d++) dout[i * E + d] = s->dy[((b * T + first + i) * H + h) * D + d];
             }
             multiply(n, columns, D, q, E, 1, kt + low, P, p, P, 0);
@@ -636,12 +641,12 @@ INLINE void attend_backward(const Attention *s, int64_t task, const int64_t D, f
             multiply(keys, E, n, dp, 1, P, q, E, dk + low * E, E, 1);
             multiply(n, E, keys, dp, P, 1, k + low * E, E, dq, E, 0);
             for (int64_t i = 0; i < n; i++)
-                turn_back(s, D, x + (first + i) * row + h * D, s->q_gain, first + i, factor, dq + i * E,
+                norm_rotate_backward(s, D, x + (first + i) * row + h * D, s->q_gain, first + i, factor, dq + i * E,
                           dx + (first + i) * row + h * D, dq_gain);
         }
     for (int64_t t = 0; t < T; t++) {
         int64_t key = t * row + (H + g) * D;
-        turn_back(s, D, x + key, s->k_gain, t, 1.0f, dk + t * E, dx + key, dk_gain);
+        norm_rotate_backward(s, D, x + key, s->k_gain, t, 1.0f, dk + t * E, dx + key, dk_gain);
         for (int64_t d = 0; d < D; d++) dx[key + G * D + d] = dv[t * E + d];
     }
 }
@@ -658,15 +663,15 @@ typedef struct {
 
 INLINE int64_t packed_width(const Block *b) { return (b->H + 2 * b->G) * b->D; }
 
-/* Rows that go through the products together: a piece and a panel of weights must fit into the first-level cache. */
-INLINE int64_t piece_of(int64_t N)
+/* Rows per chunk: a chunk and a panel of weights must fit in the first-level cache. */
+INLINE int64_t chunk_size(int64_t N)
 {
     int64_t each = (N / omp_get_num_threads() + ROWS - 1) / ROWS * ROWS;
     return each < ROWS ? ROWS : each < 8 * ROWS ? each : 8 * ROWS;
 }
 
-/* x (C) of row n, dropped out at this site with probability p; the same in the backward pass, since it is a function of
- * (seed, site, place): the finaliser lowbias32 of a counter. */
+/* Dropout of row n of x (C), in place. The mask is the hash lowbias32 of (seed, site, position), so that the backward pass
+ * computes the same mask. site: 0 after attention, 1 after the feed-forward. */
 INLINE void drop(const Block *b, uint32_t site, int64_t n, float *x)
 {
     if (b->dropout == 0) return;
@@ -688,7 +693,7 @@ INLINE void swiglu(const float *x, float *y, int64_t I)
         store(y + i, load(x + i) * load(x + I + i) / (all(1.0f) + exponential(-load(x + i))));
 }
 
-/* dy (I), x (2 I) -> dx (2 I), and y (I) again. */
+/* dy (I), x (2 I) -> dx (2 I); also recomputes y (I). */
 INLINE void swiglu_backward(const float *dy, const float *x, float *dx, float *y, int64_t I)
 {
     for (int64_t i = 0; i < I; i += W) {
@@ -700,8 +705,8 @@ INLINE void swiglu_backward(const float *dy, const float *x, float *dx, float *y
     }
 }
 
-/* x (N, C) -> y (N, C). Kept for the way back: qkv (N, R), attended (N, H D), lse (B, H, T), middle (N, C), inner
- * (N, 2 I). packed: room for the weights. */
+/* Forward pass of a block: x (N, C) -> y (N, C). Stores for the backward pass: qkv (N, R), attended (N, H D), lse
+ * (B, H, T), middle (N, C), inner (N, 2 I). Workspace: packed (as large as all weights). */
 void block(const float *x, float *y, float *qkv, float *attended, float *lse, float *middle, float *inner, float *packed,
            const float *ln_1, const float *w_attn, const float *q_gain, const float *k_gain, const float *w_proj,
            const float *ln_2, const float *w_fc, const float *w_down, const float *cos, const float *sin, int64_t B,
@@ -715,16 +720,16 @@ void block(const float *x, float *y, float *qkv, float *attended, float *lse, fl
     float *p_attn = packed, *p_proj = p_attn + R * C, *p_fc = p_proj + C * H * D, *p_down = p_fc + 2 * I * C;
 #pragma omp parallel num_threads(threads)
     {
-        int64_t from, to, piece = piece_of(N);
-        share(R / PANEL, &from, &to), pack_transposed(w_attn, C, p_attn, from, to);
-        share(C / PANEL, &from, &to), pack_transposed(w_proj, H * D, p_proj, from, to);
-        share(2 * I / PANEL, &from, &to), pack_transposed(w_fc, C, p_fc, from, to);
-        share(C / PANEL, &from, &to), pack_transposed(w_down, I, p_down, from, to);
+        int64_t from, to, chunk = chunk_size(N);
+        thread_range(R / PANEL, &from, &to), pack_transposed(w_attn, C, p_attn, from, to);
+        thread_range(C / PANEL, &from, &to), pack_transposed(w_proj, H * D, p_proj, from, to);
+        thread_range(2 * I / PANEL, &from, &to), pack_transposed(w_fc, C, p_fc, from, to);
+        thread_range(C / PANEL, &from, &to), pack_transposed(w_down, I, p_down, from, to);
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t first = 0; first < N; first += piece) {
-            int64_t n = N - first < piece ? N - first : piece;
-            float *h = scratch((size_t)(piece * C));
+        for (int64_t first = 0; first < N; first += chunk) {
+            int64_t n = N - first < chunk ? N - first : chunk;
+            float *h = scratch((size_t)(chunk * C));
             for (int64_t i = 0; i < n; i++) norm(x + (first + i) * C, ln_1, h + i * C, C, eps);
             apply(n, R, C, h, p_attn, qkv + first * R);
         }
@@ -735,9 +740,9 @@ void block(const float *x, float *y, float *qkv, float *attended, float *lse, fl
             else
                 attend(&a, task, D);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t first = 0; first < N; first += piece) {
-            int64_t n = N - first < piece ? N - first : piece;
-            float *h = scratch((size_t)(piece * (C + I))), *act = h + piece * C;
+        for (int64_t first = 0; first < N; first += chunk) {
+            int64_t n = N - first < chunk ? N - first : chunk;
+            float *h = scratch((size_t)(chunk * (C + I))), *act = h + chunk * C;
             apply(n, C, H * D, attended + first * H * D, p_proj, h);
             for (int64_t i = 0; i < n; i++) {
                 int64_t at = (first + i) * C;
@@ -757,9 +762,10 @@ void block(const float *x, float *y, float *qkv, float *attended, float *lse, fl
     }
 }
 
-/* dy (N, C) and what `block` had and kept -> dx (N, C) and gradients: the weights' one after the other in the order ln_1,
- * w_attn, q_gain, k_gain, w_proj, ln_2, w_fc, w_down. Room: dattended (N, H D), dqkv (N, R), packed (as many as
- * weights), parts (2 threads, as many as weights). */
+/* Backward pass of a block: dy (N, C), with the inputs and stored tensors of `block` -> dx (N, C) and gradients, the
+ * gradients of the weights one after another in the order ln_1, w_attn, q_gain, k_gain, w_proj, ln_2, w_fc, w_down.
+ * Workspace: dattended (N, H D), dqkv (N, R), packed (as large as all weights), parts (2 threads, as large as all
+ * weights). */
 void block_backward(const float *dy, const float *x, const float *qkv, float *attended, float *lse, const float *middle,
                     const float *inner, float *dx, float *gradients, float *dattended, float *dqkv, float *packed,
                     float *parts, const float *ln_1, const float *w_attn, const float *q_gain, const float *k_gain,
@@ -771,26 +777,26 @@ void block_backward(const float *dy, const float *x, const float *qkv, float *at
                      (uint32_t)seed};
     const Attention a = {qkv, q_gain, k_gain, cos, sin, attended, lse, dattended, dqkv, B, T, H, G, window, eps};
     const int64_t N = B * T, R = packed_width(&b), HD = H * D, weights = 2 * C + 2 * D + (R + HD + 3 * I) * C;
-    const int64_t slots = 2 * threads, piece = 8 * ROWS;
+    const int64_t slots = 2 * threads, chunk = 8 * ROWS;
     float *p_attn = packed, *p_proj = p_attn + R * C, *p_fc = p_proj + C * HD, *p_down = p_fc + 2 * I * C;
-    /* Where the gradients of the weights lie in each part. */
+    /* Offsets of the weight gradients in each part. */
     const int64_t at_attn = C, at_q_gain = at_attn + R * C, at_k_gain = at_q_gain + D, at_proj = at_k_gain + D;
     const int64_t at_ln_2 = at_proj + C * HD, at_fc = at_ln_2 + C, at_down = at_fc + 2 * I * C;
 #pragma omp parallel num_threads(threads)
     {
         int64_t from, to;
-        share(C / PANEL, &from, &to), pack(w_attn, R, C, p_attn, from, to), pack(w_fc, 2 * I, C, p_fc, from, to);
-        share(HD / PANEL, &from, &to), pack(w_proj, C, HD, p_proj, from, to);
-        share(I / PANEL, &from, &to), pack(w_down, C, I, p_down, from, to);
+        thread_range(C / PANEL, &from, &to), pack(w_attn, R, C, p_attn, from, to), pack(w_fc, 2 * I, C, p_fc, from, to);
+        thread_range(HD / PANEL, &from, &to), pack(w_proj, C, HD, p_proj, from, to);
+        thread_range(I / PANEL, &from, &to), pack(w_down, C, I, p_down, from, to);
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
         for (int64_t slot = 0; slot < slots; slot++) {
             float *part = memset(parts + slot * weights, 0, (size_t)weights * sizeof(float));
-            slot_of(slot, slots, N, &from, &to);
-            for (int64_t first = from; first < to; first += piece) {
-                int64_t n = to - first < piece ? to - first : piece;
-                float *d = scratch((size_t)(piece * (3 * C + 4 * I))), *h = d + piece * C, *dh = h + piece * C;
-                float *dact = dh + piece * C, *act = dact + piece * I, *dinner = act + piece * I;
+            slot_range(slot, slots, N, &from, &to);
+            for (int64_t first = from; first < to; first += chunk) {
+                int64_t n = to - first < chunk ? to - first : chunk;
+                float *d = scratch((size_t)(chunk * (3 * C + 4 * I))), *h = d + chunk * C, *dh = h + chunk * C;
+                float *dact = dh + chunk * C, *act = dact + chunk * I, *dinner = act + chunk * I;
                 memcpy(d, dy + first * C, (size_t)(n * C) * sizeof(float));
                 for (int64_t i = 0; i < n; i++) drop(&b, 1, first + i, d + i * C);
                 apply(n, I, C, d, p_down, dact);
@@ -814,7 +820,7 @@ void block_backward(const float *dy, const float *x, const float *qkv, float *at
 #pragma omp for schedule(dynamic, 1)
         for (int64_t slot = 0; slot < slots; slot++) {
             float *part = parts + slot * weights, *dq_gain = part + at_q_gain, *dk_gain = part + at_k_gain;
-            slot_of(slot, slots, B * G, &from, &to);
+            slot_range(slot, slots, B * G, &from, &to);
             for (int64_t task = from; task < to; task++)
                 if (D == 32)
                     attend_backward(&a, task, 32, dq_gain, dk_gain);
@@ -824,10 +830,10 @@ void block_backward(const float *dy, const float *x, const float *qkv, float *at
 #pragma omp for schedule(dynamic, 1)
         for (int64_t slot = 0; slot < slots; slot++) {
             float *part = parts + slot * weights;
-            slot_of(slot, slots, N, &from, &to);
-            for (int64_t first = from; first < to; first += piece) {
-                int64_t n = to - first < piece ? to - first : piece;
-                float *h = scratch((size_t)(2 * piece * C)), *dh = h + piece * C;
+            slot_range(slot, slots, N, &from, &to);
+            for (int64_t first = from; first < to; first += chunk) {
+                int64_t n = to - first < chunk ? to - first : chunk;
+                float *h = scratch((size_t)(2 * chunk * C)), *dh = h + chunk * C;
                 for (int64_t i = 0; i < n; i++) norm(x + (first + i) * C, ln_1, h + i * C, C, eps);
                 multiply_outer(R, C, n, dqkv + first * R, h, part + at_attn);
                 apply(n, C, R, dqkv + first * R, p_attn, dh);
@@ -837,6 +843,6 @@ void block_backward(const float *dy, const float *x, const float *qkv, float *at
                 }
             }
         }
-        add_up(parts, weights, slots, gradients);
+        sum_slots(parts, weights, slots, gradients);
     }
 }

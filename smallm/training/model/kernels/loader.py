@@ -1,4 +1,4 @@
-"""The door to kernels.c: the model's block for float32 on a CPU. Without a C compiler, plain PyTorch computes it."""
+"""Loads the compiled kernels and calls them with tensors."""
 
 import ctypes
 from functools import cache
@@ -6,17 +6,20 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from smallm.training.model.kernels.compiler import library
+from smallm.training.model.kernels.compiler import compile_kernels
 
 
 class Kernels:
-    """The functions of the compiled library, called with tensors, integers and floats."""
+    """The functions of the compiled library."""
 
     def __init__(self, library: ctypes.CDLL):
         self._library = library
 
     def __call__(self, name: str, *arguments: Tensor | int | float) -> None:
-        """Runs a kernel on tensors, all float32 (targets int64) and contiguous, with PyTorch's number of threads."""
+        """Calls the function `name` with PyTorch's number of threads.
+
+        Tensors must be contiguous and on the CPU, float32 except for int64 targets; the kernels check nothing.
+        """
         values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor)
                   else ctypes.c_float(a) if isinstance(a, float) else ctypes.c_int64(a) for a in arguments]  # fmt: skip
         getattr(self._library, name)(*values, ctypes.c_int(torch.get_num_threads()))
@@ -24,12 +27,12 @@ class Kernels:
 
 @cache
 def load(bf16: bool = False) -> Kernels | None:
-    """The kernels for this processor, compiled now if they are not in the cache; None if that cannot be done here.
+    """The kernels for this processor, compiled if necessary; None if this machine cannot compile or load them.
 
-    bf16: those whose products with weights are of bf16 operands.
+    bf16: whether matrix products with weights round their operands to bf16.
     """
     try:
-        path = library(bf16)
+        path = compile_kernels(bf16)
         return Kernels(ctypes.CDLL(str(path))) if path else None
     except OSError:
         return None
