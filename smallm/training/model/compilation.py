@@ -1,4 +1,4 @@
-"""Decides whether torch.compile saves time, and compiles the model; where compilation fails, training goes on without."""
+"""Decides whether torch.compile saves time, and compiles the model; if that fails, training goes on uncompiled."""
 
 import logging
 import warnings

@@ -259,7 +259,7 @@ def test_values_that_are_not_finite_stay_so_in_bf16(monkeypatch):
     monkeypatch.setattr(operations, "has_bf16", lambda: True)
     whole = TransformerLanguageModel(40, ModelConfig(n_head=1, n_embd=32, block_size=8), seed=1)
     with torch.no_grad():
-        shaken(whole).h[0].attn.c_attn.weight.view(torch.int32)[3, 4] = 0x7FFFFFFF  # a NaN that plain rounding would overflow
+        shaken(whole).h[0].attn.c_attn.weight.view(torch.int32)[3, 4] = 0x7FFFFFFF  # NaN; rounding overflows
     with torch.autocast("cpu", torch.bfloat16):
         assert not torch.isfinite(whole(torch.ones(1, 8, dtype=torch.long))).all()
 

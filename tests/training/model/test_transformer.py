@@ -1,4 +1,4 @@
-"""smallm.training.model.transformer: checked against naive loops and figures computed by hand; initialisation; learning."""
+"""smallm.training.model.transformer: naive loops and figures by hand as reference; initialisation; learning."""
 
 import math
 
