@@ -35,13 +35,13 @@ import nanogpt
 from smallm.cli.main import run
 from smallm.errors import UserError
 from smallm.inference.scoring import windows
+from smallm.runs.metrics import read_metrics
 from smallm.training.checkpoint.format import load_model
 from smallm.training.checkpoint.manager import best_checkpoint, saved_config
 from smallm.training.data.corpus import Corpus, open_corpus
 from smallm.training.devices import versions
 from smallm.training.model.operations import cross_entropy
 from smallm.training.model.transformer import TransformerLanguageModel
-from smallm.training.report.plot import read_metrics
 from smallm.training.request import load_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,6 +13,7 @@ from smallm.errors import UserError
 from smallm.html.escape import printable
 from smallm.runs.config_file import flatten
 from smallm.runs.layout import CHECKPOINTS, LOCK, newest_run
+from smallm.runs.next_commands import next_commands
 from smallm.runs.summary import FINISHED, INTERRUPTED, WEIGHTS, Run, bytes_in, find_runs, read_run, step_of
 
 TAIL_BYTES = 1 << 20  # of the metrics
@@ -90,18 +91,15 @@ def files(run: Run) -> dict[str, int]:
 
 def what_next(run: Run) -> list[str]:
     """The commands that make sense now."""
-    commands = []
-    if run.state == INTERRUPTED:
-        commands.append(f"python train.py --resume {run.path}")
-    if run.state == FINISHED:
-        longer = "--minutes N" if flatten(run.config).get("train.minutes") else "--train.max_steps N"
-        commands.append(f"python train.py --resume {run.path} {longer}")
-        commands.append(f"python train.py --init-from {run.path} --data OTHER.txt")
+    early = run.step is not None and run.total_steps is not None and run.step < run.total_steps
+    state = "out of patience" if run.state == FINISHED and early else run.state
+    commands = next_commands(run.path, flatten(run.config), state, run.total_steps)
+    purposes = {INTERRUPTED: ["resume"], FINISHED: ["train for longer", "fine-tune"]}.get(run.state, [])
     if any((folder / WEIGHTS).is_file() for folder in run.checkpoints):
-        commands.append(f"python export.py {run.path}")
+        purposes = [*purposes, "export"]
     if run.exports:
-        commands.append(f'python infer.py --model {run.path} --seed "Once"')
-    return commands
+        purposes = [*purposes, "generate"]
+    return [commands[purpose] for purpose in purposes]
 
 
 def lines(run: Run) -> Iterator[str]:

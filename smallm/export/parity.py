@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from smallm.errors import UserError
-from smallm.inference.kv_cache import KVCache
 from smallm.inference.session import Session
 from smallm.training.model.transformer import TransformerLanguageModel
 
@@ -46,19 +45,19 @@ def _torch_logits(model: TransformerLanguageModel, ids: np.ndarray) -> np.ndarra
 
 def _one_by_one(session: Session, ids: np.ndarray) -> np.ndarray:
     """Logits (B, T, V) by handing each step the cache that the step before returned."""
-    past, found = None, []
+    cache, found = None, []
     for t in range(ids.shape[1]):
-        logits, past = session.forward_with_past(ids[:, t : t + 1], past)
+        logits, cache = session.step(ids[:, t : t + 1], cache)
         found.append(logits)
     return np.concatenate(found, axis=1)
 
 
 def _in_chunks(session: Session, ids: np.ndarray, size: int) -> tuple[np.ndarray, list[int]]:
     """Logits (n, V) after each chunk fed to a shared cache, and the positions they belong to."""
-    cache, found, positions = KVCache(session), [], []
+    decoder, found, positions = session.decoder(), [], []
     for start in range(0, len(ids), size):
         chunk = ids[start : start + size]
-        found.append(cache.prefill(chunk).copy())
+        found.append(decoder.feed(chunk).copy())
         positions.append(start + len(chunk) - 1)
     return np.stack(found), positions
 

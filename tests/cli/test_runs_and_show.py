@@ -125,7 +125,7 @@ def test_show(runs, capsys):
     last = evaluated(runs / "tiny")[-1]
     for words in ("runs/tiny: finished", "owls.txt", "60 steps", f"{last['val_loss']:.4f}", "model.n_layer = 2",
                   "checkpoints/step-000060", "export", "fp32", "metrics.jsonl", "python export.py runs/tiny",
-                  "python train.py --resume runs/tiny --train.max_steps N", "python infer.py --model runs/tiny",
+                  "python train.py --resume runs/tiny --train.max_steps=120", "python infer.py --model runs/tiny",
                   "python train.py --init-from runs/tiny --data OTHER.txt"):  # fmt: skip
         assert words in out, words
     assert "optim.name" not in out  # as by default

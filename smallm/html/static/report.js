@@ -1,4 +1,5 @@
-// The values of the lines under the pointer, the finger or, with the arrow keys, further along; and print all there is.
+// Shows the values of a chart's lines under the mouse or a finger, or step by step with the arrow keys. Opens all details
+// for printing.
 
 for (const svg of document.querySelectorAll("[data-chart]")) {
   const { x, lines } = JSON.parse(svg.dataset.chart);

@@ -1,4 +1,4 @@
-"""Several runs on one page: their curves over each other, and what sets them apart."""
+"""A page that compares several runs: their curves over each other, and the settings in which they differ."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,39 +9,56 @@ from smallm.html.escape import escape
 from smallm.inference.scoring import perplexity
 from smallm.runs.config_file import flatten
 from smallm.training.config import Config
-from smallm.training.report.charts import pictures
-from smallm.training.report.outcome import Outcome, number, read_outcomes
-from smallm.training.report.run_page import bits, figure_of, section, setting, speed, whole_page, write_page
+from smallm.training.report.charts import page_charts
+from smallm.training.report.history import RunHistory, read_histories
+from smallm.training.report.run_page import (
+    LOSS_EXPLAINED,
+    MEMORISATION_EXPLAINED,
+    bits,
+    sample_figure,
+    section,
+    setting,
+    soft,
+    speed,
+    whole_page,
+    write_page,
+)
+
+Rows = Sequence[tuple[str, Sequence[str]]]  # the name of a figure, and its value for each run
 
 
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:
-    """Writes the page of these runs and returns where.
+    """Writes the page that compares runs into the file `out`, and returns `out`.
 
     Raises `UserError` for a run without losses, and if the file cannot be written.
     """
-    return write_page(comparison_page(read_outcomes(runs)), out)
+    return write_page(comparison_page(read_histories(runs)), out)
 
 
-def comparison_page(outcomes: Sequence[Outcome]) -> str:
-    """The page of several runs, each with a colour and a column of its own."""
-    title = " · ".join(one.name for one in outcomes)
-    title = title if len(title) < 90 else f"{len(outcomes)} runs"
+def comparison_page(runs: Sequence[RunHistory]) -> str:
+    """The page of several runs; each run has a colour and a column."""
+    title = " · ".join(run.name for run in runs)
+    title = title if len(title) < 90 else f"{len(runs)} runs"
+    baselines = [{one.name: f"{one.bits_per_char:.3f}" for one in run.baselines} for run in runs]
+    memorisation = [{row[0]: row[1] for row in run.record.memorisation if len(row) > 1} for run in runs]
     return whole_page(title, [
         f"<header><h1>{escape(title)}</h1></header>",
-        section("Results", _results(outcomes)),
-        section("Loss", pictures(outcomes)),
-        section("Configuration", _differences(outcomes)),
-        section("Yardsticks", _yardsticks(outcomes)),
-        section("Copies", _copies(outcomes)),
-        section("Samples", _samples(outcomes)),
+        section("Results", _results(runs)),
+        section("Loss", soft(LOSS_EXPLAINED) + page_charts(runs)),
+        section("Configuration", _differences(runs)),
+        section("Baselines", _figures(runs, baselines, "Bits per character of the validation text. Lower is better.")),
+        section("Memorisation", _figures(runs, memorisation, MEMORISATION_EXPLAINED)),
+        section("Samples", _samples(runs)),
     ])  # fmt: skip
 
 
-def _columns(outcomes: Sequence[Outcome], rows: Sequence[tuple[str, Sequence[str]]], best: Sequence[str] = ()) -> str:
-    """A table with a column for each run; in the rows `best` names, the lowest figure is marked."""
+def _columns(runs: Sequence[RunHistory], rows: Rows, best: Sequence[str] = ()) -> str:
+    """A table with a column for each run.
+
+    best: names of the rows in which the lowest value is marked.
+    """
     heads = "".join(
-        f'<th scope="col"><i class="swatch c{place % 8}"></i>{escape(one.name)}</th>'
-        for place, one in enumerate(outcomes)
+        f'<th scope="col"><i class="swatch c{i % 8}"></i>{escape(run.name)}</th>' for i, run in enumerate(runs)
     )
     body = "\n".join(
         f'<tr><th scope="row">{escape(what)}</th>{_cells(values, what in best)}</tr>' for what, values in rows
@@ -58,67 +75,53 @@ def _cells(values: Sequence[str], mark: bool) -> str:
     return "".join(f'<td class="{kind}">{escape(value)}</td>' for kind, value in zip(kinds, values, strict=True))
 
 
-def _results(outcomes: Sequence[Outcome]) -> str:
-    def row(what: str, value: Callable[[Outcome], str]) -> tuple[str, list[str]]:
-        return what, [value(one) for one in outcomes]
+def _results(runs: Sequence[RunHistory]) -> str:
+    def row(what: str, value: Callable[[RunHistory], str]) -> tuple[str, list[str]]:
+        return what, [value(run) for run in runs]
 
-    def of_best(show: Callable[[float], str]) -> Callable[[Outcome], str]:
-        return lambda one: show(one.best) if math.isfinite(one.best) else ""
+    def best(show: Callable[[float], str]) -> Callable[[RunHistory], str]:
+        return lambda run: show(run.best_loss) if math.isfinite(run.best_loss) else ""
 
     rows = [
-        row("nats per character", of_best(lambda best: f"{best:.4f}")),
-        row("bits per character", of_best(bits)),
-        row("perplexity", of_best(lambda best: f"{perplexity(best):.3f}")),
-        row("best step", lambda one: f"{one.best_step:,}"),
-        row("steps", lambda one: f"{one.last_step:,}"),
-        row("parameters", lambda one: _fact(one, "parameters")),
-        row("text", lambda one: _fact(one, "text")),
-        row("time", lambda one: duration(one.seconds)),
+        row("validation loss, nats per character", best(lambda nats: f"{nats:.4f}")),
+        row("bits per character", best(bits)),
+        row("perplexity", best(lambda nats: f"{perplexity(nats):.3f}")),
+        row("best step", lambda run: f"{run.best_step:,}"),
+        row("steps", lambda run: f"{run.last_step:,}"),
+        row("parameters", lambda run: _fact(run, "parameters")),
+        row("text", lambda run: _fact(run, "text")),
+        row("time", lambda run: duration(run.seconds)),
         row("characters per second", speed),
-        row("device", lambda one: _fact(one, "device")),
+        row("device", lambda run: _fact(run, "device")),
     ]
-    texts = {_fact(one, "text") for one in outcomes}
-    note = "Losses on different texts do not compare." if len(texts - {""}) > 1 else ""
-    table = _columns(outcomes, rows, best=("nats per character", "bits per character", "perplexity"))
-    return (f'<p class="soft">{note}</p>' if note else "") + table
+    texts = {_fact(run, "text") for run in runs}
+    note = soft("The runs used different texts, so their losses cannot be compared.") if len(texts - {""}) > 1 else ""
+    return note + _columns(runs, rows, best=[what for what, _ in rows[:3]])
 
 
-def _fact(outcome: Outcome, name: str) -> str:
-    value = outcome.record.facts.get(name, "")
+def _fact(run: RunHistory, name: str) -> str:
+    value = run.record.facts.get(name, "")
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _differences(outcomes: Sequence[Outcome]) -> str:
-    """The settings that are not the same in all runs."""
-    known = flatten(Config().to_dict()) | {key: None for one in outcomes for key in one.config}
-    rows = [(key, [setting(one.config.get(key, "")) for one in outcomes]) for key in known]
-    rows = [(key, values) for key, values in rows if len(set(values)) > 1]
-    if not any(one.config for one in outcomes):
+def _differences(runs: Sequence[RunHistory]) -> str:
+    """The settings in which the runs differ."""
+    if not any(run.config for run in runs):
         return ""
-    return _columns(outcomes, rows) if rows else '<p class="soft">The same settings.</p>'
+    names = flatten(Config().to_dict()) | {key: None for run in runs for key in run.config}
+    rows = [(name, [setting(run.config.get(name, "")) for run in runs]) for name in names]
+    rows = [(name, values) for name, values in rows if len(set(values)) > 1]
+    return _columns(runs, rows) if rows else soft("All runs have the same settings.")
 
 
-def _yardsticks(outcomes: Sequence[Outcome]) -> str:
-    """Bits per character; those of the compressors differ where the texts do."""
-    figures = [{one.name: f"{one.bits_per_char:.3f}" for one in outcome.baselines} for outcome in outcomes]
+def _figures(runs: Sequence[RunHistory], figures: Sequence[dict[str, str]], explanation: str) -> str:
+    """A table of the figures that each run has, name -> value; figures that a run lacks are blank."""
     names = list(dict.fromkeys(name for found in figures for name in found))
     rows = [(name, [found.get(name, "") for found in figures]) for name in names]
-    return _columns(outcomes, rows) if rows else ""
+    return soft(explanation) + _columns(runs, rows) if rows else ""
 
 
-def _copies(outcomes: Sequence[Outcome]) -> str:
-    """Of the samples."""
-    figures = [{row[0]: row[1] for row in one.record.memorisation if len(row) > 1} for one in outcomes]
-    names = list(dict.fromkeys(name for found in figures for name in found))
-    rows = [(name, [found.get(name, "") for found in figures]) for name in names]
-    return _columns(outcomes, rows) if rows else ""
-
-
-def _samples(outcomes: Sequence[Outcome]) -> str:
-    """The last of each, side by side."""
-    shown = "".join(
-        figure_of(f"{one.name}, step {number(row, 'step'):,.0f}, {number(row, 'val_loss'):.3f} nats", text)
-        for one in outcomes
-        for row, text in one.samples[-1:]
-    )
+def _samples(runs: Sequence[RunHistory]) -> str:
+    """The last sample of each run, side by side."""
+    shown = "".join(sample_figure(f"{run.name}, ", *sample) for run in runs for sample in run.samples[-1:])
     return f'<div class="samples">{shown}</div>' if shown else ""

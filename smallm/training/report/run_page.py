@@ -1,6 +1,6 @@
-"""`report.html`: what came of a run on one page, a file that needs nothing beside it.
+"""`report.html`: the history of a run on one page, in a single file that needs no other files.
 
-The same folder gives the same page. What is not known of a run, an old one say, is left out.
+The same folder always gives the same page. What a run folder does not hold, such as that of an old run, is left out.
 """
 
 import math
@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,212 +17,229 @@ from smallm.html.escape import escape
 from smallm.html.page import page, save, table
 from smallm.inference.scoring import perplexity
 from smallm.runs.config_file import flatten
+from smallm.runs.next_commands import next_commands
 from smallm.training.analysis.baselines import Baseline, verdict
 from smallm.training.config import Config
-from smallm.training.report.charts import pictures
-from smallm.training.report.next_commands import commands
-from smallm.training.report.outcome import Outcome, number, read_outcomes
-from smallm.training.report.svg import short
+from smallm.training.report.charts import page_charts, short, spread
+from smallm.training.report.history import Row, RunHistory, number, read_histories
 
 REPORT = "report.html"
-SAMPLES, EVALUATIONS = 6, 40  # shown at most, the first and the last among them
+MAX_SAMPLES, MAX_EVALUATIONS = 6, 40  # shown, the first and the last among them
 STATES = {
-    "training": "not ended: it still trains, or was killed",
+    "training": "unfinished: the run still trains, or was killed",
     "finished": "finished",
-    "out of patience": "ended because the validation loss no longer fell",
-    "interrupted": "interrupted; it can be resumed",
+    "out of patience": "ended early because the validation loss no longer fell",
+    "interrupted": "interrupted; the run can be resumed",
 }
 MACHINE = ("device", "processor", "cores", "processes", "precision", "system")
+LOSS_EXPLAINED = (
+    "The loss says how badly the model predicts the next character: its mean surprisal, in nats. Lower is better. "
+    "The model learns from the training text only; the validation loss is measured on text that was kept apart. "
+    "A validation loss that rises while the training loss falls means that the model memorises its text."
+)
+MEMORISATION_EXPLAINED = (
+    "Passages that stand word for word in the training text: how many of them the last samples hold, and how many real "
+    "text holds that was not trained on."
+)
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Writes the page of a run, by default as `report.html` into its folder, and returns where.
+    """Writes the page of a run and returns its path.
 
+    out: the file; default: report.html in the run folder.
     Raises `UserError` for a run without losses, and if the file cannot be written.
     """
-    return write_page(run_page(*read_outcomes([run])), out or run / REPORT)
+    return write_page(run_page(*read_histories([run])), out or run / REPORT)
 
 
 def write_page(text: str, out: Path) -> Path:
-    """Writes a page, into a new folder if need be, and returns where. Raises `UserError`."""
-    with suppress(OSError):  # then it cannot be saved either
+    """Writes a page, creating its folder if necessary, and returns its path. Raises `UserError`."""
+    with suppress(OSError):  # save() then fails too, with a message
         out.parent.mkdir(parents=True, exist_ok=True)
     save(out, text)
     return out
 
 
-def run_page(outcome: Outcome) -> str:
+def run_page(run: RunHistory) -> str:
     """The page of one run."""
-    return whole_page(outcome.name, [
-        _header(outcome),
-        section("Loss", pictures([outcome])),
-        section("Yardsticks", yardstick_bars(outcome.baselines)),
-        section("Samples", _samples(outcome)),
-        section("Copies", _copies(outcome)),
-        section("Surprise", _passage(outcome)),
-        section("Text", _findings(outcome)),
-        section("Configuration", _configuration(outcome)),
-        section("Speed, machine, versions", _machine(outcome)),
-        section("Evaluations", _evaluations(outcome)),
-        section("Commands", _commands(outcome)),
+    return whole_page(run.name, [
+        _header(run),
+        section("Loss", soft(LOSS_EXPLAINED) + page_charts([run])),
+        section("Baselines", _baseline_bars(run.baselines)),
+        section("Samples", _samples(run)),
+        section("Memorisation", _memorisation(run)),
+        section("Surprisal", _surprisal(run)),
+        section("Text", _text_check(run)),
+        section("Configuration", _configuration(run)),
+        section("Speed, machine, versions", _machine(run)),
+        section("Evaluations", _evaluations(run)),
+        section("Commands", _commands(run)),
     ])  # fmt: skip
 
 
+# Parts that the page of a comparison uses too.
+
+
 def whole_page(title: str, parts: Iterable[str]) -> str:
-    """A page of these parts."""
+    """An HTML document; empty parts are left out."""
     static = (*CHARACTERS_STATIC, "report.css", "report.js")
     return page(title, "\n".join(part for part in parts if part), static)
 
 
 def section(title: str, content: str) -> str:
-    """A part of a page; nothing if there is nothing to tell."""
+    """A section with a heading; nothing if the content is empty."""
     return f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>" if content else ""
 
 
-def tiles(figures: Iterable[tuple[str, str]]) -> str:
-    """Figures with what they are, side by side."""
-    cells = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>" for what, value in figures)
-    return f'<dl class="tiles">{cells}</dl>'
+def soft(text: str) -> str:
+    """A paragraph of explanation, in a softer colour."""
+    return f'<p class="soft">{escape(text)}</p>'
 
 
-def yardstick_bars(baselines: Sequence[Baseline]) -> str:
-    """The model beside what compressors and counted n-grams need, the best first."""
+def sample_figure(name: str, row: Row, text: str) -> str:
+    """A sample with its title: a name, and the step and loss of its evaluation."""
+    title = f"{name}step {number(row, 'step'):,.0f}, {number(row, 'val_loss'):.3f} nats"
+    return f'<figure><figcaption>{escape(title)}</figcaption><pre class="sample">{escape(text)}</pre></figure>'
+
+
+def bits(nats: float) -> str:
+    """Nats as bits with three decimals."""
+    return f"{nats / math.log(2):.3f}"
+
+
+def speed(run: RunHistory) -> str:
+    """Characters per second as a whole number, or `unknown`."""
+    return f"{run.characters_per_second:,.0f}" if math.isfinite(run.characters_per_second) else "unknown"
+
+
+def changed_settings(config: dict[str, object]) -> dict[str, object]:
+    """The settings that differ from their defaults; with train.minutes, which would choose the others, all settings."""
+    defaults = flatten(Config().to_dict())
+    return {key: value for key, value in config.items() if config.get("train.minutes") or value != defaults.get(key)}
+
+
+def setting(value: object) -> str:
+    """A value of the configuration as TOML spells it."""
+    return repr(value) if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# Sections.
+
+
+def _header(run: RunHistory) -> str:
+    record = run.record
+    text = f"trained on {record.facts['text']}" if "text" in record.facts else ""
+    began = f"started {record.began}" if record.began else ""
+    about = " · ".join(filter(None, [text, STATES.get(record.state, ""), began]))
+    tiles = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>" for what, value in _figures(run))
+    return (
+        f'<header>\n<h1>{escape(run.name)}</h1>\n{soft(about)}\n<dl class="tiles">{tiles}</dl>\n'
+        f"{_verdict(run.baselines)}{_overfitting(run)}</header>"
+    )
+
+
+def _figures(run: RunHistory) -> Iterator[tuple[str, str]]:
+    """The most important figures: name, value."""
+    best, record = run.best_loss, run.record
+    if math.isfinite(best):
+        yield "validation loss, nats per character", f"{best:.4f}"
+        yield "bits per character", bits(best)
+        yield "perplexity", f"{perplexity(best):.2f}"
+        yield "best step", f"{run.best_step:,}"
+    yield "steps", f"{run.last_step:,}" + (f" of {record.planned_steps:,}" if record.planned_steps else "")
+    if isinstance(parameters := record.facts.get("parameters"), int):
+        yield "parameters", f"{parameters:,}"
+    yield "time", duration(run.seconds)
+    yield "characters per second", speed(run)
+
+
+def _verdict(baselines: Sequence[Baseline]) -> str:
+    """One sentence that compares the model with the best baseline."""
+    model = [one.bits_per_char for one in baselines if one.name == "model"]
+    others = [one for one in baselines if one.name != "model"]
+    if not model or not others:
+        return ""
+    words = verdict(min(others, key=lambda one: one.bits_per_char), model[0])
+    return f'<p class="verdict">{escape(words[0].upper() + words[1:])}.</p>\n'
+
+
+def _overfitting(run: RunHistory) -> str:
+    """A warning if the last validation loss is well above the best."""
+    last = run.val["loss"][-1:]
+    if not len(last) or not last[0] > 1.01 * run.best_loss:
+        return ""
+    return (
+        f"<p>Since step {run.best_step:,} the validation loss has risen to {last[0]:.4f}: the model overfits, that is, "
+        "it memorises its training text. More text, <code>--model.dropout 0.2</code> or fewer steps help. The "
+        "checkpoint with the lowest validation loss is kept, and is exported.</p>\n"
+    )
+
+
+def _baseline_bars(baselines: Sequence[Baseline]) -> str:
+    """Bars with the bits per character of the model, the compressors and the n-gram model, best first."""
     if not baselines:
         return ""
-    most = max(one.bits_per_char for one in baselines) or 1.0
+    highest = max(one.bits_per_char for one in baselines) or 1.0
     rows = "".join(
         f'<tr class="{"model" if one.name == "model" else ""}"><th scope="row">{escape(one.name)}</th><td class="bar">'
-        f'<i style="width:{100 * max(0.0, one.bits_per_char) / most:.1f}%"></i></td>'
+        f'<i style="width:{100 * max(0.0, one.bits_per_char) / highest:.1f}%"></i></td>'
         f'<td class="number">{one.bits_per_char:.3f}</td></tr>'
         for one in sorted(baselines, key=lambda one: one.bits_per_char)
     )
     how = "".join(f"<dt>{escape(one.name)}</dt><dd>{escape(one.how)}</dd>" for one in baselines)
     return (
-        '<p class="soft">Bits per character of the validation text; less is better.</p>'
+        f"{soft('Bits per character of the validation text, beside simpler ways to predict it. Lower is better.')}"
         f'<table class="bars">{rows}</table>'
         f"<details><summary>How each was measured</summary><dl>{how}</dl></details>"
     )
 
 
-def bits(nats: float) -> str:
-    """Nats as bits, to be read."""
-    return f"{nats / math.log(2):.3f}"
-
-
-def some(rows: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of them, evenly spread, the first and the last among them."""
-    places = np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)
-    return [rows[place] for place in np.unique(places)]
-
-
-def speed(outcome: Outcome) -> str:
-    """Characters per second, to be read."""
-    return f"{outcome.characters_per_second:,.0f}" if math.isfinite(outcome.characters_per_second) else "unknown"
-
-
-def _header(outcome: Outcome) -> str:
-    record = outcome.record
-    text = f"trained on {record.facts['text']}" if "text" in record.facts else ""
-    began = f"begun {record.began}" if record.began else ""
-    about = " · ".join(filter(None, [text, STATES.get(record.state, ""), began]))
-    return (
-        f'<header>\n<h1>{escape(outcome.name)}</h1>\n<p class="soft">{escape(about)}</p>\n{tiles(_figures(outcome))}\n'
-        f"{_verdict(outcome.baselines)}{_risen(outcome)}</header>"
-    )
-
-
-def _figures(outcome: Outcome) -> Iterator[tuple[str, str]]:
-    best, record = outcome.best, outcome.record
-    if math.isfinite(best):
-        yield "nats per character of the validation text", f"{best:.4f}"
-        yield "bits per character", bits(best)
-        yield "perplexity", f"{perplexity(best):.2f}"
-        yield "best step", f"{outcome.best_step:,}"
-    yield "steps", f"{outcome.last_step:,}" + (f" of {record.planned_steps:,}" if record.planned_steps else "")
-    if isinstance(parameters := record.facts.get("parameters"), int):
-        yield "parameters", f"{parameters:,}"
-    yield "time", duration(outcome.seconds)
-    yield "characters per second", speed(outcome)
-
-
-def _verdict(baselines: Sequence[Baseline]) -> str:
-    model = [one.bits_per_char for one in baselines if one.name == "model"]
-    others = [one for one in baselines if one.name != "model"]
-    if not model or not others:
-        return ""
-    best = min(others, key=lambda one: one.bits_per_char)
-    words = verdict(best, model[0])
-    return f'<p class="verdict">{escape(words[0].upper() + words[1:])}.</p>\n'
-
-
-def _risen(outcome: Outcome) -> str:
-    """A word on a validation loss that is by now well above its best."""
-    best, last = outcome.best, outcome.curves.val["loss"][-1:]
-    if not len(last) or not last[0] > 1.01 * best:
-        return ""
-    return (
-        f"<p>Since step {outcome.best_step:,} the validation loss has risen to {last[0]:.4f}: the model begins to know "
-        "its text by heart. More text, <code>--model.dropout 0.2</code> or fewer steps help; the best checkpoint is "
-        "kept.</p>\n"
-    )
-
-
-def _samples(outcome: Outcome) -> str:
-    found = outcome.samples
+def _samples(run: RunHistory) -> str:
+    found = run.samples
     if not found:
         return ""
-    shown = "".join(
-        figure_of(f"step {number(row, 'step'):,.0f}, {number(row, 'val_loss'):.3f} nats", text)
-        for row, text in some(found, SAMPLES)
-    )
-    more = f'<p class="soft">{min(SAMPLES, len(found))} of {len(found)}; all are in metrics.jsonl.</p>'
-    return f'<div class="samples">{shown}</div>{more if len(found) > SAMPLES else ""}'
+    shown = "".join(sample_figure("", *found[i]) for i in spread(len(found), MAX_SAMPLES))
+    more = soft(f"{MAX_SAMPLES} of {len(found)} samples; all of them are in metrics.jsonl.")
+    return f'<div class="samples">{shown}</div>{more if len(found) > MAX_SAMPLES else ""}'
 
 
-def figure_of(title: str, text: str) -> str:
-    """A text with a title, as it was written."""
-    return f'<figure><figcaption>{escape(title)}</figcaption><pre class="sample">{escape(text)}</pre></figure>'
+def _memorisation(run: RunHistory) -> str:
+    rows = run.record.memorisation
+    return soft(MEMORISATION_EXPLAINED) + table(["", "samples", "validation text"], rows) if rows else ""
 
 
-def _copies(outcome: Outcome) -> str:
-    rows = outcome.record.memorisation
-    if not rows:
-        return ""
-    what = "What stands word for word in the training text: of the last samples, and of real text that it never had."
-    return f'<p class="soft">{what}</p>{table(["", "samples", "validation text"], rows)}'
-
-
-def _passage(outcome: Outcome) -> str:
-    """The coloured text; its expected characters are numbered for it."""
-    passage = outcome.record.passage
+def _surprisal(run: RunHistory) -> str:
+    """A passage of the validation text, coloured by surprisal; the candidates are passed by index."""
+    passage = run.record.passage
     if not passage.text:
         return ""
     names = sorted(set(chain(*passage.expected)))
-    places = {name: place for place, name in enumerate(names)}
-    expected = np.array([[places[name] for name in row] for row in passage.expected])
+    index = {name: i for i, name in enumerate(names)}
+    expected = np.array([[index[name] for name in row] for row in passage.expected])
     text = characters(
-        passage.text, np.array(passage.nats), expected, np.array(passage.probabilities), lambda place: names[place]
+        passage.text, np.array(passage.nats), expected, np.array(passage.probabilities), lambda i: names[i]
     )
     what = (
-        f"A passage of the validation text, as the model of step {passage.step:,} reads it: the stronger the colour, "
-        "the less a character was expected. Point at one, or tap it, for the five that were expected most."
+        f"A passage of the validation text, coloured by the surprisal of each character for the model of step "
+        f"{passage.step:,}: the stronger the colour, the less the model expected the character. Point at a character, "
+        "or tap it, to see the five characters that were most likely there for the model."
     )
-    return f'<p class="soft">{what}</p>{legend()}{text}'
+    return f"{soft(what)}{legend()}{text}"
 
 
-def _findings(outcome: Outcome) -> str:
-    """What the text doctor says: each of its lines begins with what it is about."""
-    rows = [line.partition(" ")[::2] for line in outcome.record.findings]
-    return table(["", ""], [(about, finding.strip()) for about, finding in rows]) if rows else ""
+def _text_check(run: RunHistory) -> str:
+    """The lines of the text check; the first word of each is its subject."""
+    rows = [line.partition(" ")[::2] for line in run.record.findings]
+    return table(["", ""], [(subject, finding.strip()) for subject, finding in rows]) if rows else ""
 
 
-def _configuration(outcome: Outcome) -> str:
-    """All settings, those that are not at their defaults first to the eye."""
-    if not outcome.config:
+def _configuration(run: RunHistory) -> str:
+    """All settings; those that differ from their defaults stand out."""
+    if not run.config:
         return ""
     defaults = flatten(Config().to_dict())
     sections: dict[str, list[str]] = {}
-    for name, value in outcome.config.items():
+    for name, value in run.config.items():
         part, _, field = name.rpartition(".")
         default = defaults.get(name)
         mark, note = ("changed", f"default {setting(default)}") if value != default else ("", "")
@@ -235,39 +251,36 @@ def _configuration(outcome: Outcome) -> str:
         f'<div><h3>[{escape(part)}]</h3><table class="settings">{"".join(rows)}</table></div>'
         for part, rows in sections.items()
     )
-    return f'<p class="soft">What differs from the defaults is marked.</p><div class="sections">{tables}</div>'
+    return f'{soft("Settings that differ from their defaults are marked.")}<div class="sections">{tables}</div>'
 
 
-def setting(value: object) -> str:
-    """A value of the configuration, as TOML has it."""
-    return repr(value) if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _machine(outcome: Outcome) -> str:
-    facts = outcome.record.facts
-    rows = [("characters per second", speed(outcome)), ("whole run", duration(outcome.seconds))]
+def _machine(run: RunHistory) -> str:
+    facts = run.record.facts
+    rows = [("characters per second", speed(run)), ("whole run", duration(run.seconds))]
     rows += [(name, str(facts[name])) for name in MACHINE if name in facts]
-    apart = {*MACHINE, "text", "characters", "parameters"}
-    rows += [(name, str(value)) for name, value in facts.items() if name not in apart]
+    elsewhere = {*MACHINE, "text", "characters", "parameters"}
+    rows += [(name, str(value)) for name, value in facts.items() if name not in elsewhere]
     return table(["", ""], rows)
 
 
-def _evaluations(outcome: Outcome) -> str:
-    def cells(row: dict[str, Any]) -> list[object]:
-        val, train = number(row, "val_loss"), number(row, "train_loss")
-        seen = number(row, "epoch") * outcome.record.train_characters
-        counts = [f"{number(row, 'step'):,.0f}", f"{number(row, 'epoch'):.2f}", short(seen) if seen else ""]
-        losses = [f"{loss:.4f}" if math.isfinite(loss) else "" for loss in (train, val)]
-        return [*counts, *losses, bits(val), f"{perplexity(val):.2f}", duration(number(row, "seconds"))]
-
-    heads = ["step", "epoch", "characters", "train, nats", "validation, nats", "bits", "perplexity", "time"]
-    rows = [cells(row) for row in some(outcome.evaluations, EVALUATIONS)]
-    if not rows:
+def _evaluations(run: RunHistory) -> str:
+    if not run.evaluations:
         return ""
-    return f"<details><summary>{len(outcome.evaluations):,} of them</summary>{table(heads, rows)}</details>"
+    heads = ["step", "epoch", "characters", "train, nats", "validation, nats", "bits", "perplexity", "time"]
+    rows = []
+    for i in spread(len(run.evaluations), MAX_EVALUATIONS):
+        row, seen = run.evaluations[i], run.val["characters"][i]
+        val, train = number(row, "val_loss"), number(row, "train_loss")
+        counts = [f"{number(row, 'step'):,.0f}", f"{number(row, 'epoch'):.2f}", short(seen) if seen > 0 else ""]
+        losses = [f"{loss:.4f}" if math.isfinite(loss) else "" for loss in (train, val)]
+        rows.append([*counts, *losses, bits(val), f"{perplexity(val):.2f}", duration(number(row, "seconds"))])
+    count = len(run.evaluations)
+    summary = f"{count:,} evaluations" if count > 1 else "1 evaluation"
+    return f"<details><summary>{summary}</summary>{table(heads, rows)}</details>"
 
 
-def _commands(outcome: Outcome) -> str:
-    lines = commands(outcome.run, outcome.config, outcome.record.state)
-    shown = "".join(f"<dt>{escape(what)}</dt><dd><pre>{escape(line)}</pre></dd>" for what, line in lines)
+def _commands(run: RunHistory) -> str:
+    record, changed = run.record, changed_settings(run.config)
+    commands = next_commands(run.run, run.config, record.state, record.planned_steps or run.last_step, changed)
+    shown = "".join(f"<dt>{escape(what)}</dt><dd><pre>{escape(line)}</pre></dd>" for what, line in commands.items())
     return f'<dl class="commands">{shown}</dl>'

@@ -1,0 +1,161 @@
+"""The history of a run: everything that its folder tells about it, read without the weights."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smallm.errors import UserError
+from smallm.runs.config_file import flatten, read_config
+from smallm.runs.layout import METRICS
+from smallm.runs.metrics import read_metrics
+from smallm.training.analysis.baselines import Baseline, read_baselines
+from smallm.training.config import MAX_NUMBER
+from smallm.training.report.record import RunRecord, read_record
+
+Row = dict[str, Any]  # a record of metrics.jsonl
+REQUIRED = {"train": ("epoch", "loss", "learning_rate"), "eval": ("epoch", "train_loss", "val_loss")}
+"""The kinds of records that are read. These numbers, and the step, must be there; all but the step may be null."""
+MAX_NAME = 54  # characters of a run's name that are shown
+
+
+@dataclass(frozen=True)
+class RunHistory:
+    """What the folder of one run holds. Losses are in nats per character."""
+
+    run: Path
+    """The run folder."""
+    name: str
+    """What the run is called beside other runs."""
+    train: dict[str, np.ndarray]
+    """Columns of n training records in order of the step, NaN where a value is missing: `step`, `epoch`, `loss`,
+    `learning_rate`, `seconds`, `characters` (of text seen so far) and `characters_per_second`, each (n,)."""
+    val: dict[str, np.ndarray]
+    """Columns of m evaluations: `step`, `epoch`, `loss`, `seconds` and `characters`, each (m,)."""
+    evaluations: list[Row]
+    """The records of the m evaluations."""
+    config: dict[str, Any]
+    """Settings as `section.field`; empty if config.toml is missing or broken."""
+    baselines: list[Baseline]
+    """The model first, then the compressors and the n-gram model; empty if they were not measured."""
+    record: RunRecord
+    """The content of report.json."""
+
+    @cached_property
+    def best_index(self) -> int | None:
+        """Index into `val` of the lowest loss; None if no loss was measured."""
+        return int(np.nanargmin(self.val["loss"])) if np.isfinite(self.val["loss"]).any() else None
+
+    @property
+    def best_loss(self) -> float:
+        """Lowest validation loss; NaN if none was measured."""
+        return math.nan if self.best_index is None else float(self.val["loss"][self.best_index])
+
+    @property
+    def best_step(self) -> int:
+        """Step of the lowest validation loss; 0 if none was measured."""
+        return 0 if self.best_index is None else int(self.val["step"][self.best_index])
+
+    @property
+    def last_step(self) -> int:
+        """The highest step that was logged."""
+        return int(max(*self.train["step"][-1:], *self.val["step"][-1:], 0))
+
+    @property
+    def seconds(self) -> float:
+        """Duration of the run; NaN if unknown."""
+        last = np.array([*self.train["seconds"][-1:], *self.val["seconds"][-1:]])
+        return float(np.nanmax(last)) if np.isfinite(last).any() else math.nan
+
+    @property
+    def characters_per_second(self) -> float:
+        """Training speed, the median over the log; NaN if unknown."""
+        speeds = self.train["characters_per_second"]
+        return float(np.nanmedian(speeds)) if np.isfinite(speeds).any() else math.nan
+
+    @property
+    def samples(self) -> list[tuple[Row, str]]:
+        """The evaluations for which the model wrote a sample, each with the sample."""
+        texts = [(row, row.get("sample")) for row in self.evaluations]
+        return [(row, text.strip("\n")) for row, text in texts if isinstance(text, str) and text.strip()]
+
+
+def read_histories(runs: Sequence[Path]) -> list[RunHistory]:
+    """Reads run folders. Raises `UserError` for a run without losses; other files that are missing are left out."""
+    return [_read(run, name) for run, name in zip(runs, distinct_names(runs), strict=True)]
+
+
+def distinct_names(runs: Sequence[Path]) -> list[str]:
+    """Names for runs: the name of the folder, after the name of its parent if two folders are called the same."""
+    paths = [Path(run).resolve() for run in runs]
+    names = [path.name for path in paths]
+    names = [path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in paths]
+    half = MAX_NAME // 2 - 1
+    return [name if len(name) <= MAX_NAME else f"{name[:half]}…{name[-half - 1 :]}" for name in names]
+
+
+def number(row: Row, key: str) -> float:
+    """A number of a record; NaN if the number is missing or out of range."""
+    value = row.get(key)
+    return float(value) if isinstance(value, int | float) and abs(value) <= MAX_NUMBER else math.nan
+
+
+def _read(run: Path, name: str) -> RunHistory:
+    rows, record = _loss_records(run), read_record(run)
+    latest = {(row["kind"], float(row["step"])): row for row in rows}  # a resumed run logs some steps again
+    by_step = [latest[key] for key in sorted(latest)]
+    evaluations = [row for row in by_step if row["kind"] == "eval"]
+    train = [row for row in by_step if row["kind"] == "train"]
+    if not train:  # a run shorter than its logging interval still has the mean training loss of its evaluations
+        train = [{key: row.get(key) for key in ("step", "epoch", "seconds")} | {"loss": row["train_loss"]}
+                 for row in evaluations]  # fmt: skip
+    history = RunHistory(
+        run,
+        name,
+        train=_columns(train, record, "loss", "learning_rate", "characters_per_second"),
+        val=_columns([row | {"loss": row["val_loss"]} for row in evaluations], record, "loss"),
+        evaluations=evaluations,
+        config=flatten(read_config(run)),
+        baselines=read_baselines(run),
+        record=record,
+    )
+    if history.best_index is None:
+        return history
+    bits = history.best_loss / math.log(2)  # the run may have gone on since the baselines were written
+    baselines = [replace(one, bits_per_char=bits) if one.name == "model" else one for one in history.baselines]
+    return replace(history, baselines=baselines)
+
+
+def _loss_records(run: Path) -> list[Row]:
+    """The training and evaluation records of a run, in the order of the file. Raises `UserError`."""
+    rows = []
+    for line, row in enumerate(read_metrics(run, strict=True), start=1):
+        try:
+            if row["kind"] in REQUIRED:
+                _check(row)
+                rows.append(row)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{run / METRICS}: line {line} is broken; delete that line and try again") from error
+    if not any(math.isfinite(number(row, key)) for row in rows for key in ("loss", "train_loss", "val_loss")):
+        raise UserError(f"{run / METRICS} holds no loss yet: wait for the run's first steps, or train longer")
+    return rows
+
+
+def _check(row: Row) -> None:
+    """Raises KeyError, TypeError or ValueError unless the required numbers of a record are plausible."""
+    if not abs(row["step"]) <= MAX_NUMBER:  # NaN fails the comparison
+        raise ValueError("the step is not a finite number")
+    for key in REQUIRED[row["kind"]]:
+        value = row[key]
+        if value is not None and MAX_NUMBER < abs(value) < math.inf:
+            raise ValueError(f"{key} is too large")
+
+
+def _columns(rows: Sequence[Row], record: RunRecord, *keys: str) -> dict[str, np.ndarray]:
+    """Columns (n,) of n records: step, epoch, seconds, characters, and `keys`."""
+    columns = {key: np.array([number(row, key) for row in rows]) for key in ("step", "epoch", "seconds", *keys)}
+    return columns | {"characters": columns["epoch"] * (record.train_characters or math.nan)}

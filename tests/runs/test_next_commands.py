@@ -1,0 +1,63 @@
+"""The commands for a run: they do what they say, also through a shell, whatever the names and texts in them."""
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from smallm.runs.config_file import flatten, read_config
+from smallm.runs.next_commands import command_line, export_command, next_commands
+from smallm.training import cli
+from smallm.training.config import Config
+from smallm.training.report.run_page import changed_settings
+
+
+@pytest.mark.parametrize("settings", [
+    [],
+    ["--sample.seed=a 'b' \"c\" $HOME `x` \\ \n\té\x1b", "--data=-my text;.txt", "--model.dropout=0.25"],
+    ["--train.short_windows=[64, 32]", "--train.short_until=[0.2, 0.5]", "--optim.betas=[0.9, 0.99]"],
+    ["--sample.seed=1e3", "--train.minutes=5", "--optim.learning_rate=0.00001"],
+])  # fmt: skip
+def test_the_command_gives_the_same_settings_through_a_shell(settings, tmp_path):
+    config = cli.parse([*settings, "--out", str(tmp_path / "a")]).config
+    values = flatten(config.to_dict())
+    lines = next_commands(tmp_path / "it's\n& mine", values, "finished", changed=changed_settings(values))
+    typed = lines["reproduce without this folder"]
+    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {typed}"], capture_output=True, check=True)
+    python, script, *argv = done.stdout.decode().split("\0")[:-1]
+    assert (python, script) == ("python", "train.py")
+    request = cli.parse(argv)
+    assert request.config == config
+    assert request.out == tmp_path / "it's\n& mine-again"
+    if config.train.minutes:
+        assert request.explicit >= flatten(config.to_dict()).keys()  # nothing is left to be chosen
+
+
+def test_the_config_file_gives_the_same_run(tiny_run):
+    lines = next_commands(tiny_run, flatten(read_config(tiny_run)), "finished", steps=60)
+    request = cli.parse(shlex.split(lines["reproduce"])[2:])
+    assert request.config.to_dict() == read_config(tiny_run)
+    longer = cli.parse(shlex.split(lines["train for longer"])[2:])
+    assert longer.config.train.max_steps == 120
+
+
+def test_settings_with_their_defaults_need_no_flags():
+    assert changed_settings(flatten(Config().to_dict())) == {}
+
+
+def test_quoting():
+    assert command_line("a", "b c", "", "x\ny'") == "a 'b c' '' $'x\\ny\\''"
+    assert next_commands(Path("-run"), {}, "")["resume"] == "python train.py --resume ./-run"
+    assert export_command(Path("my run")) == "python export.py 'my run'"
+
+
+@pytest.mark.parametrize(("config", "steps", "flag"), [
+    ({"train.minutes": 5, "train.max_steps": 9}, 9, "--train.minutes=10"),
+    ({"train.epochs": 1.5}, 9, "--train.epochs=3.0"),
+    ({"train.max_steps": 0}, 9, "--train.max_steps=18"), ({}, None, "--train.max_steps=N"),
+])  # fmt: skip
+def test_a_longer_run_is_twice_as_long(config, steps, flag):
+    longer = next_commands(Path("run"), config, "finished", steps)["train for longer"]
+    assert longer == f"python train.py --resume run {flag}"
+    assert next_commands(Path("run"), config, "out of patience")["train for longer"].endswith(" --train.patience=0")
