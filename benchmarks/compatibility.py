@@ -46,15 +46,16 @@ TRAINING = {
 }  # fmt: skip
 PROBE = """
 import json, sys, numpy as np, onnxruntime
+from smallm.inference.kv_cache import KVCache
 from smallm.inference.session import Session
 path, task = sys.argv[1], json.load(open(sys.argv[2]))
 session = Session(path, threads=1)
 logits = session.logits(np.array([task["ids"]]))[0]
-decoder, written = session.decoder(), []
-following = decoder.feed(np.array(task["seed"]))
+cache, written = KVCache(session), []
+following = cache.prefill(np.array(task["seed"]))
 for _ in range(task["new"]):
     written.append(int(following.argmax()))
-    following = decoder.step(np.array(written[-1:]))[0]
+    following = cache.decode_batch(np.array(written[-1:]))[0]
 print(json.dumps({"version": onnxruntime.__version__, "logits": logits.tolist(), "written": written}))
 """
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from smallm import LanguageModel
 from smallm.generation.batch import MAX_STREAMS
+from smallm.inference.kv_cache import KVCache
 from smallm.inference.scoring import IGNORED, nats
 
 WINDOWS = 32  # computed at a time
@@ -69,11 +70,11 @@ def sliding(lm: LanguageModel, text: str, samples: int) -> None:
     """Prints bits per character by position for a model with a window, on texts that are read side by side."""
     ids, size = lm.vocabulary.encode(text).astype(np.int64), lm.block_size
     begins = np.random.default_rng(0).integers(0, len(ids) - 4 * size - 1, samples)
-    decoder, found = lm._session.decoder(samples), np.empty((4 * size, samples))
+    cache, found = KVCache(lm._session, samples), np.empty((4 * size, samples))
     for t in range(4 * size):
-        for stream in np.flatnonzero(decoder.lengths == size):
-            decoder.slide(stream)
-        logits = decoder.step(ids[begins + t])[:, None]
+        for stream in np.flatnonzero(cache.lengths == size):
+            cache.slide(stream)
+        logits = cache.decode_batch(ids[begins + t])[:, None]
         found[t] = nats(logits.copy(), ids[begins + t + 1][:, None])[:, 0] / math.log(2)
     print(f"\n{'positions':>13} {'slide':>8}   (bits per character)")
     for first, last in pairwise([1, *(size * k // 8 for k in (1, 2, 4, 8, 16, 24, 32))]):

@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime as ort
 
 from smallm.cli.main import run
+from smallm.inference.kv_cache import KVCache
 from smallm.inference.session import Session
 from smallm.language_model import find_model
 
@@ -26,10 +27,10 @@ WARM_UP = 20  # steps
 
 def write(session: Session, length: int) -> float:
     """Seconds for so many steps from an empty cache, greedily."""
-    decoder, id = session.decoder(), np.array([session.manifest.vocabulary.encode(session.manifest.start_text)[0]])
+    cache, id = KVCache(session), np.array([session.manifest.vocabulary.encode(session.manifest.start_text)[0]])
     begun = time.perf_counter()
     for _ in range(length):
-        id[0] = decoder.step(id)[0].argmax()
+        id[0] = cache.decode_batch(id)[0].argmax()
     return time.perf_counter() - begun
 
 

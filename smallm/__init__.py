@@ -12,12 +12,13 @@ from smallm.errors import UserError
 from smallm.tokenizer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
+    from smallm.export import export
     from smallm.language_model import LanguageModel, Perplexity
     from smallm.runs.summary import Run
     from smallm.training.api import train
 
 __version__ = "0.1.0"
-__all__ = ["LanguageModel", "Perplexity", "Run", "UserError", "Vocabulary", "__version__", "train"]
+__all__ = ["LanguageModel", "Perplexity", "Run", "UserError", "Vocabulary", "__version__", "export", "train"]
 
 # Imported at first use: `smallm --help` and the trainer need not wait for onnxruntime.
 _LAZY = {
@@ -29,6 +30,8 @@ _LAZY = {
 
 
 def __getattr__(name: str):
+    if name == "export":  # the package is callable, see there
+        return import_module("smallm.export")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'smallm' has no attribute {name!r}")

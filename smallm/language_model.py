@@ -13,10 +13,11 @@ import numpy as np
 from smallm.errors import UserError
 from smallm.generation.batch import generate_batch
 from smallm.generation.config import Options, Request, resolve
-from smallm.generation.draft_table import DRAFT_TABLE_FILE, DraftTable
+from smallm.generation.draft_table import DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE, DraftTable
 from smallm.generation.sampler import Sampling, ranked
 from smallm.generation.sequence_state import SequenceState
 from smallm.generation.text_stream import TextStream
+from smallm.inference.kv_cache import KVCache
 from smallm.inference.scoring import IGNORED, Perplexity, begins_character, nats, windows
 from smallm.inference.session import Session
 from smallm.model_file.manifest import Manifest
@@ -62,8 +63,10 @@ class LanguageModel:
         With the file of guesses that the export left beside the model, text comes faster, up to twice.
         """
         file = find_model(Path(path))
-        session, beside = Session(file, threads), file.with_name(DRAFT_TABLE_FILE)
-        return cls(session, DraftTable.load(beside, session.manifest.vocab_size) if beside.is_file() else None)
+        session = Session(file, threads)
+        tables = (file.with_name(name) for name in (DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE))
+        table = next((path for path in tables if path.is_file()), None)
+        return cls(session, table and DraftTable.load(table, session.manifest.vocab_size))
 
     def generate(self, seed: str = "", max_length: int = 500, **options: Unpack[Options]) -> str:
         """The seed text followed by up to `max_length` new characters. Raises `UserError` for a value out of range."""
@@ -142,8 +145,8 @@ class LanguageModel:
 
     def _continuations(self, context: np.ndarray) -> Callable[[tuple[int, ...]], np.ndarray]:
         """context (T,) -> a function of some more ids that gives the logits (V,) after them."""
-        decoder = self._session.decoder()
-        first = decoder.feed(context).copy()
+        decoder = KVCache(self._session)
+        first = decoder.prefill(context).copy()
         snapshot = decoder.snapshot()
 
         def after(path: tuple[int, ...]) -> np.ndarray:
@@ -151,9 +154,9 @@ class LanguageModel:
                 return first
             if len(context) + len(path) <= self.block_size:
                 decoder.restore(snapshot)
-                return decoder.feed(np.array(path))
+                return decoder.prefill(np.array(path))
             decoder.reset()
-            return decoder.feed(np.append(context, path)[-self.block_size :])
+            return decoder.prefill(np.append(context, path)[-self.block_size :])
 
         return after
 

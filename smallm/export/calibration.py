@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from smallm.generation.sampler import Rng
+from smallm.inference.kv_cache import KVCache
 from smallm.inference.session import Session
 from smallm.training.model.transformer import TransformerLanguageModel
 
@@ -21,11 +22,11 @@ def own_text(path: Path) -> np.ndarray:
     """
     session = Session(path)
     m = session.manifest
-    decoder, rng = session.decoder(STREAMS), Rng(0)
+    cache, rng = KVCache(session, STREAMS), Rng(0)
     start = m.vocabulary.encode(m.start_text)[-1]
     ids = np.full((STREAMS, min(LONGEST, m.block_size)), start, np.int64)
     for t in range(1, ids.shape[1]):
-        logits = decoder.step(ids[:, t - 1]).astype(np.float64)
+        logits = cache.decode_batch(ids[:, t - 1]).astype(np.float64)
         shares = np.cumsum(np.exp(logits - logits.max(axis=1, keepdims=True)), axis=1)
         u = np.array([rng.uniform() for _ in range(STREAMS)])
         ids[:, t] = (shares <= u[:, None] * shares[:, -1:]).sum(axis=1)

@@ -20,7 +20,7 @@ from smallm.export.model_card import CARD_FILE, WEIGHTS_FILE, is_card, licence_o
 from smallm.export.parity import check_parity
 from smallm.export.portable_graph import PORTABLE_FILE, build_portable
 from smallm.export.precision import PRECISIONS, Precision, Quality, check_loss, measure, write_quantised
-from smallm.generation.draft_table import DRAFT_TABLE_FILE
+from smallm.generation.draft_table import DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE
 from smallm.generation.speculative import drafts_per_pass
 from smallm.language_model import MODEL_FILE, LanguageModel
 from smallm.model_file.manifest import MANIFEST_FILE, Manifest, genai_config
@@ -52,6 +52,11 @@ class Export:
     """Of the model in fp32, and in its own precision if that is another; then of the portable file, if there is one."""
     sizes: dict[str, int]
     """Bytes of the files in the folder, by their names; but for the card."""
+
+    @property
+    def quality(self) -> Quality:
+        """The measurements of the exported model file."""
+        return next(quality for quality in self.measured if quality.precision == self.manifest.precision)
 
 
 def export_checkpoint(
@@ -114,7 +119,7 @@ def _names(name: str) -> list[str]:
     """All files that an export folder may have."""
     own = [MODEL_FILE, MANIFEST_FILE, "config.json", "generation_config.json", "tokenizer.json"]
     own += ["tokenizer_config.json", "genai_config.json", *(file for _, file in TRANSFORMERS_JS.values())]
-    return [*own, DRAFT_TABLE_FILE, WEIGHTS_FILE, PORTABLE_FILE, f"{name}.gguf", CARD_FILE]
+    return [*own, DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE, WEIGHTS_FILE, PORTABLE_FILE, f"{name}.gguf", CARD_FILE]
 
 
 def _write_model(

@@ -103,8 +103,9 @@ def _facts(manifest: Manifest) -> str:
         "trained on": training.get("text") and f"{_code(training['text'])}, {training['characters']:,} characters",
         "trained for": f"{training['step']:,} steps" if "step" in training else None,
         "validation loss": None if loss is None else f"{loss:.4f} nats per character, on text kept out of the training",
-        "bits per character": None if bits is None else f"{bits:.4f} of this file, on the first "
-        f"{m.quality['characters'] + 1:,} characters of that text",
+        "bits per character": None
+        if bits is None
+        else f"{bits:.4f} of this file, on the first {m.quality['characters'] + 1:,} characters of that text",
         "parameters": f"{training['parameters']:,}" if "parameters" in training else None,
         "shape": f"{m.n_layer} layers, {m.n_embd} wide, {m.n_head} heads, {m.n_kv_head} of keys and values "
         "(Transformer decoder of the Qwen3 family)",
@@ -128,15 +129,10 @@ def _beside(manifest: Manifest, baselines: list[Baseline]) -> list[str]:
 
 
 def _precision(measured: list[Quality]) -> str:
-    rows = [
-        [row.precision, f"{row.bytes / 1e6:.2f}", "-" if row.bits_per_char is None else f"{row.bits_per_char:.4f}",
-         f"{row.chars_per_second:,.0f}", f"{row.onnxruntime} or newer"]
-        for row in measured
-    ]  # fmt: skip
     heads = ["precision", "MB", "bits per character", "characters per second", "ONNX Runtime"]
     return (
         "Measured at the export, by smallm's runtime: the loss on the beginning of the validation text, the speed of "
-        "one text on the machine that exported it.\n\n" + _table(heads, rows)
+        "one text on the machine that exported it.\n\n" + _table(heads, [row.cells() for row in measured])
     )
 
 

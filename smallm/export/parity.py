@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from smallm.errors import UserError
+from smallm.inference.kv_cache import KVCache
 from smallm.inference.session import Session
 from smallm.training.model.transformer import TransformerLanguageModel
 
@@ -45,19 +46,19 @@ def _torch_logits(model: TransformerLanguageModel, ids: np.ndarray) -> np.ndarra
 
 def _one_by_one(session: Session, ids: np.ndarray) -> np.ndarray:
     """Logits (B, T, V) by handing each step the cache that the step before returned."""
-    cache, found = None, []
+    past, found = None, []
     for t in range(ids.shape[1]):
-        logits, cache = session.step(ids[:, t : t + 1], cache)
+        logits, past = session.forward_with_past(ids[:, t : t + 1], past)
         found.append(logits)
     return np.concatenate(found, axis=1)
 
 
 def _in_chunks(session: Session, ids: np.ndarray, size: int) -> tuple[np.ndarray, list[int]]:
     """Logits (n, V) after each chunk fed to a shared cache, and the positions they belong to."""
-    decoder, found, positions = session.decoder(), [], []
+    cache, found, positions = KVCache(session), [], []
     for start in range(0, len(ids), size):
         chunk = ids[start : start + size]
-        found.append(decoder.feed(chunk).copy())
+        found.append(cache.prefill(chunk).copy())
         positions.append(start + len(chunk) - 1)
     return np.stack(found), positions
 

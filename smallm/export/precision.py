@@ -65,6 +65,12 @@ class Quality:
     loss: float | None = None
     """Bits per character lost against fp32."""
 
+    def cells(self) -> list[str]:
+        """Precision, MB, bits per character, characters per second and ONNX Runtime, for a table."""
+        bits = "-" if self.bits_per_char is None else f"{self.bits_per_char:.4f}"
+        size, speed = f"{self.bytes / 1e6:.2f}", f"{self.chars_per_second:,.0f}"
+        return [self.precision, size, bits, speed, f"{self.onnxruntime} or newer"]
+
 
 def measure(path: Path, precision: Precision, text: str, reference: Quality | None = None) -> Quality:
     """Loads a model file as an app would, scores the text with it, if there is enough, and lets it write."""
@@ -140,10 +146,6 @@ def check_loss(quality: Quality, precision: Precision) -> None:
 
 
 def quality_table(rows: list[Quality]) -> str:
-    """The measurements as a table for the terminal."""
-    cells = [["precision", "MB", "bits/char", "characters/s", "ONNX Runtime"]] + [
-        [row.precision, f"{row.bytes / 1e6:.2f}", "-" if row.bits_per_char is None else f"{row.bits_per_char:.4f}",
-         f"{row.chars_per_second:,.0f}", f"{row.onnxruntime} or newer"]
-        for row in rows
-    ]  # fmt: skip
-    return "\n".join(table(cells))
+    """The measured files as lines of text, for a terminal."""
+    heads = ["precision", "MB", "bits/char", "characters/s", "ONNX Runtime"]
+    return "\n".join(table([heads, *(row.cells() for row in rows)]))

@@ -6,6 +6,7 @@ from itertools import islice
 import numpy as np
 
 from smallm.generation.sequence_state import SequenceState
+from smallm.inference.kv_cache import KVCache
 from smallm.inference.session import Session
 from smallm.model_file.manifest import Manifest
 
@@ -37,7 +38,7 @@ class _Batch:
         self._drafts: list[SequenceState | None] = list(drafts)
         self._waiting = waiting
         self._weigh = drafts[0].weigh
-        self._decoder = session.decoder(len(drafts))
+        self._decoder = KVCache(session, len(drafts))
         self._fresh = np.ones(len(drafts), bool)  # streams that have nothing of their draft in the cache, or no draft
         self._steps = 0  # that all can take together, before one is full
         self._logits = np.zeros((len(drafts), session.manifest.vocab_size), np.float32)
@@ -98,7 +99,7 @@ class _Batch:
                 window = draft.window(self._fresh[stream])
                 other = read.setdefault(window.tobytes(), stream)
                 if other == stream:
-                    self._logits[stream] = decoder.feed(window, stream)
+                    self._logits[stream] = decoder.prefill(window, stream)
                 else:
                     decoder.restore(decoder.snapshot(other), stream)
                     self._logits[stream] = self._logits[other]
@@ -107,4 +108,4 @@ class _Batch:
 
     def _step(self) -> None:
         ids = [0 if draft is None else draft.history[-1] for draft in self._drafts]
-        self._logits[:] = self._decoder.step(np.array(ids))
+        self._logits[:] = self._decoder.decode_batch(np.array(ids))

@@ -15,7 +15,8 @@ import numpy as np
 from smallm.errors import UserError
 from smallm.generation.sampler import MIN_TEMPERATURE
 
-DRAFT_TABLE_FILE = "guesses.npy"
+DRAFT_TABLE_FILE = "draft_table.npy"
+OLD_DRAFT_TABLE_FILE = "guesses.npy"  # the name until version 0.1; still read
 CONTEXT = 4  # ids at most that a guess is made from
 ALTERNATIVES = 8  # likeliest ids after a context
 STEP = 1 / 32  # nats

@@ -54,11 +54,11 @@ class SpeculativeDecoder:
         id, decoder, count = draft.history[-1], self._decoder, self._count
         if self._guesses is None or self._rest or decoder.block_size - decoder.longest <= count:
             self._rest = max(0, self._rest - 1)
-            return decoder.push(id), None
+            return decoder.decode_one(id), None
         if self._guesser is None:
             self._guesser = self._guesses.at(self._temperature)
         guessed = self._guesser.follow(draft.history, draft.rng.peek(count))
-        logits = decoder.read([id, *guessed])
+        logits = decoder.verify([id, *guessed])
         self._guessed, self._true = guessed[::-1], 0
         self._rows = list(zip(logits, draft.weigh(logits), strict=True))[::-1]
         return self._rows.pop()
@@ -67,7 +67,7 @@ class SpeculativeDecoder:
         """Takes what the draft has not out of the decoder."""
         if not self._rows and not self._true:
             return
-        self._decoder.shorten(len(self._guessed))
+        self._decoder.truncate(len(self._guessed))
         self._guessed, self._rows = [], []
         self._luck += (self._true - self._luck) / 32
         self._true = 0

@@ -6,6 +6,7 @@ from smallm.generation.draft_table import DraftTable
 from smallm.generation.sampler import Rng
 from smallm.generation.sequence_state import Prediction, SequenceState
 from smallm.generation.speculative import SpeculativeDecoder, drafts_per_pass
+from smallm.inference.kv_cache import KVCache
 from smallm.inference.session import Session
 
 
@@ -18,7 +19,7 @@ class TextStream:
 
     def __init__(self, session: Session, draft: SequenceState, guesses: DraftTable | None = None):
         self._session, self._draft = session, draft
-        self._decoder = session.decoder()
+        self._decoder = KVCache(session)
         count = drafts_per_pass(session.manifest.precision, session.layer_bytes)
         self._ahead = SpeculativeDecoder(self._decoder, guesses, count, draft.request.sampling.temperature)
         self._kept: Prediction | None = None  # what comes after the text so far, if it is there and not used yet
@@ -53,7 +54,7 @@ class TextStream:
             logits, _ = self._prediction()
             self._kept = other._kept = logits.copy(), None
             self._ahead.drop()
-            other._decoder = self._session.decoder()
+            other._decoder = KVCache(self._session)
             other._decoder.restore(self._decoder.snapshot())
             other._ahead = self._ahead.over(other._decoder)
         other._draft = self._draft.copy()
@@ -74,4 +75,4 @@ class TextStream:
             return self._ahead.push(draft)
         window = draft.window(fresh=decoder.longest == 0)
         decoder.reset()
-        return decoder.feed(window), None
+        return decoder.prefill(window), None

@@ -1,8 +1,8 @@
-"""The door to ONNX Runtime: a model file as a function of ids, with or without a cache. Nothing else imports it."""
+"""The wrapper of ONNX Runtime: a model file as a function of ids. No other module imports onnxruntime."""
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,19 +10,22 @@ import numpy as np
 import onnxruntime as ort
 
 from smallm.errors import UserError
-from smallm.inference.kv_cache import KVCache
 from smallm.model_file.manifest import Manifest
 from smallm.model_file.onnx_reader import FLOAT, INT64, read_onnx
 
 MAX_THREADS = 1024
-BIG_LAYER_BYTES = 1_000_000  # of weights; below it a second thread costs a single id more in hand-overs than it saves
+BIG_LAYER_BYTES = 1_000_000  # weights of a layer; in smaller layers a second thread slows down single ids
 
 
 class Session:
     """A loaded model. Shapes: B batch, T time, V vocabulary."""
 
     def __init__(self, path: str | Path, threads: int | None = None):
-        """threads: None = as many as suit the work. Raises `UserError` for a file that is not a smallm model."""
+        """Opens an .onnx file that `export.py` wrote.
+
+        threads: intra-op threads, 1 to 1024; None chooses by the size of the layers and the number of processors.
+        Raises `UserError` for a file that is missing, damaged or not a smallm model.
+        """
         self.path = path = Path(path)
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise UserError(f"threads = {threads} is out of range; it must be 1 or more, at most {MAX_THREADS}")
@@ -36,24 +39,47 @@ class Session:
         promised = {name: (INT64, []) for name in ("input_ids", "attention_mask", "num_logits_to_keep")}
         promised |= {name: (FLOAT, [m.n_kv_head, m.head_dim]) for name in self.past + self.present}
         if file.values != promised | {"logits": (FLOAT, [m.vocab_size])}:
-            raise UserError(f"{path} has not the inputs and outputs that its metadata promise; export the model again")
+            raise UserError(f"{path}: inputs and outputs do not match its metadata; export the model again")
         self.layer_bytes = file.size // m.n_layer
         self.threads = threads or default_threads(self.layer_bytes)
-        """For single ids."""
+        """Threads for passes of a single id."""
         self._session = self._open(self.threads)
         self._many_threads = threads or default_threads()
-        self._many: ort.InferenceSession | None = None
+        self._many: ort.InferenceSession | None = None  # for passes of many ids; opened when first needed
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits (B, T, V) of ids (B, T), without a KV cache; T is at most block_size. Raises `UserError`."""
+        return self._forward(self._session_for(ids.size), ["logits"], ids, None)[0]
+
+    def forward_with_past(
+        self, ids: np.ndarray, past: list[np.ndarray] | None
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Logits (B, T, V) of ids (B, T) after the past, and the past with these ids added.
+
+        past: the list that the previous call returned; None at the start. Hosts whose ONNX Runtime cannot share buffers
+        run the model like this, so the parity check of the export does it too. `KVCache` is faster.
+        """
+        logits, *past = self._forward(self._session, ["logits", *self.present], ids, past)
+        return logits, past
+
+    def bind(self, rows: int) -> "Binding":
+        """A new binding for passes over this number of rows."""
+        return Binding(self, self._session_for(rows))
+
+    def failure(self, error: Exception) -> UserError:
+        """The message for an error that ONNX Runtime raised while it ran the model."""
+        return UserError(f"{self.path} is broken, export the model again; ONNX Runtime says: {_first_line(error)}")
 
     def _open(self, threads: int) -> ort.InferenceSession:
         options = ort.SessionOptions()
-        options.add_session_config_entry("session.load_model_format", "ONNX")  # what was checked, whatever its name
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # the format that was checked
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # what goes wrong comes as an exception
+        options.log_severity_level = 4  # errors are raised; the log would only repeat them
         try:
-            with _environment("ORT_GQA_DISABLE_FLASH_ATTENTION", "1"):  # slower by a fifth or more, for one id and many
+            with _environment("ORT_GQA_DISABLE_FLASH_ATTENTION", "1"):  # flash attention is slower by a fifth or more
                 return ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's own errors share no base class
+        except Exception as error:  # ONNX Runtime's errors share no base class
             needed = str(self.manifest.quality.get("onnxruntime", ""))
             if _version(ort.__version__) < _version(needed):
                 raise UserError(
@@ -62,25 +88,13 @@ class Session:
                 ) from None
             raise self.failure(error) from None
 
-    def logits(self, ids: np.ndarray) -> np.ndarray:
-        """ids (B, T) -> logits (B, T, V), without a cache; T up to block_size. Raises `UserError`."""
-        return self._forward(self._session_for(ids.size), ["logits"], ids, None)[0]
-
-    def step(self, ids: np.ndarray, cache: list[np.ndarray] | None) -> tuple[np.ndarray, list[np.ndarray]]:
-        """As `logits`, on top of a cache: the list that the step before returned, or None. Returns it with ids added.
-
-        This is how hosts without shared buffers do it; a `KVCache` is faster.
-        """
-        logits, *cache = self._forward(self._session, ["logits", *self.present], ids, cache)
-        return logits, cache
-
     def _forward(
-        self, session: ort.InferenceSession, outputs: list[str], ids: np.ndarray, cache: list[np.ndarray] | None
+        self, session: ort.InferenceSession, outputs: list[str], ids: np.ndarray, past: list[np.ndarray] | None
     ) -> list[np.ndarray]:
         m, (B, T) = self.manifest, ids.shape
-        cache = cache or [np.zeros((B, m.n_kv_head, 0, m.head_dim), np.float32)] * len(self.past)
-        mask = np.ones((B, cache[0].shape[2] + T), np.int64)
-        feeds = {"input_ids": ids.astype(np.int64), "attention_mask": mask, **dict(zip(self.past, cache, strict=True))}
+        past = past or [np.zeros((B, m.n_kv_head, 0, m.head_dim), np.float32)] * len(self.past)
+        mask = np.ones((B, past[0].shape[2] + T), np.int64)
+        feeds = {"input_ids": ids.astype(np.int64), "attention_mask": mask, **dict(zip(self.past, past, strict=True))}
         try:
             found = session.run(outputs, feeds)
         except Exception as error:
@@ -89,32 +103,8 @@ class Session:
             raise self.failure(ValueError(f"the logits have the shape {found[0].shape}"))
         return found
 
-    def failure(self, error: Exception) -> UserError:
-        """What to tell the user when ONNX Runtime fails in the middle of the work."""
-        return UserError(f"{self.path} is broken, export the model again; ONNX Runtime says: {_first_line(error)}")
-
-    def decoder(self, streams: int = 1) -> KVCache:
-        """New, empty caches over this model, for so many texts. Raises `UserError` if the graph is not what it says."""
-        try:
-            return KVCache(self, streams)
-        except Exception as error:  # an input that the graph does not use is none to ONNX Runtime
-            raise self.failure(error) from None
-
-    def bound(self, rows: int) -> tuple[ort.IOBinding, Callable[[], None]]:
-        """For so many rows of a `KVCache`: where inputs lie and outputs go, and what computes them, or raises."""
-        session = self._session_for(rows)
-        binding = session.io_binding()
-
-        def run() -> None:
-            try:
-                session.run_with_iobinding(binding)
-            except Exception as error:
-                raise self.failure(error) from None
-
-        return binding, run
-
     def _session_for(self, ids: int) -> ort.InferenceSession:
-        """One with the threads that suit so many ids at a time; the second is opened when first needed."""
+        """The session whose number of threads suits this number of ids per pass."""
         if ids == 1 or self._many_threads == self.threads:
             return self._session
         if self._many is None:
@@ -122,14 +112,42 @@ class Session:
         return self._many
 
 
+class Binding:
+    """The arrays that ONNX Runtime reads and writes in a pass, bound once. The caller keeps the arrays alive."""
+
+    def __init__(self, owner: Session, session: ort.InferenceSession):
+        self._owner, self._binding, self._run = owner, session.io_binding(), session.run_with_iobinding
+
+    def input(self, name: str, array: np.ndarray) -> None:
+        """Binds an input to a contiguous array. Raises `UserError` if the graph does not use this input."""
+        try:
+            self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        except Exception as error:
+            raise self._owner.failure(error) from None
+
+    def output(self, name: str, array: np.ndarray) -> None:
+        """Binds an output to a contiguous float32 array. Raises `UserError` if the graph does not have this output."""
+        try:
+            self._binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        except Exception as error:
+            raise self._owner.failure(error) from None
+
+    def run(self) -> None:
+        """One pass of the model. Raises `UserError` if ONNX Runtime fails."""
+        try:
+            self._run(self._binding)
+        except Exception as error:
+            raise self._owner.failure(error) from None
+
+
 def default_threads(layer_bytes: int = BIG_LAYER_BYTES) -> int:
-    """Half of the logical processors, from 2 to 4, but one for single ids through small layers."""
+    """1 for small layers; otherwise half of the logical processors, at least 2 and at most 4."""
     return 1 if layer_bytes < BIG_LAYER_BYTES else min(4, max(2, (os.cpu_count() or 1) // 2))
 
 
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """An environment variable that ONNX Runtime reads while it makes a session, and no longer."""
+    """Sets an environment variable while ONNX Runtime makes a session, then restores it."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -142,7 +160,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 
 def _version(text: str) -> tuple[int, ...]:
-    """Major and minor number; nothing for what is no version."""
+    """(major, minor); () if the text is not a version."""
     found = re.match(r"(\d{1,5})\.(\d{1,5})", text)
     return tuple(map(int, found.groups())) if found else ()
 

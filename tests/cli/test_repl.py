@@ -58,8 +58,8 @@ def test_going_on_gives_the_text_that_writing_at_once_gives(lm, overflow):
 
 def test_going_on_computes_nothing_again(story, monkeypatch):
     windows = []
-    feed = KVCache.feed
-    monkeypatch.setattr(KVCache, "feed", lambda self, ids: windows.append(len(ids)) or feed(self, ids))
+    feed = KVCache.prefill
+    monkeypatch.setattr(KVCache, "prefill", lambda self, ids: windows.append(len(ids)) or feed(self, ids))
     story.set("max_length", 4)
     story.type("the ")
     for _ in range(3):

@@ -1,10 +1,14 @@
 """smallm.export: the graph computes what PyTorch computes, its contract holds, and an export is whole or not there."""
 
+import inspect
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,13 +19,16 @@ from onnx import helper, numpy_helper
 from safetensors.torch import load_file, save_file
 from toys import edit_state, manifest_of, random_model, save_onnx
 
+import smallm
 from smallm.cli import main as cli
 from smallm.errors import UserError
+from smallm.export import cli as export_cli
 from smallm.export import folder as export_folder
 from smallm.export import graph as export_graph
 from smallm.export import precision as export_precision
 from smallm.export.folder import export_checkpoint
 from smallm.export.gguf import check_gguf
+from smallm.export.kits.folder import WRITERS
 from smallm.export.parity import TOLERANCE, check_parity
 from smallm.generation.sampler import Sampling
 from smallm.inference.session import Session
@@ -31,7 +38,7 @@ from smallm.training.checkpoint.format import STATE_FILE, load_model, load_vocab
 from smallm.training.checkpoint.manager import best_checkpoint
 
 JSON_FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "genai_config.json"}
-FILES = {MODEL_FILE, MANIFEST_FILE, *JSON_FILES, "onnx/model.onnx", "guesses.npy", "model.safetensors", "README.md"}
+FILES = {MODEL_FILE, MANIFEST_FILE, *JSON_FILES, "onnx/model.onnx", "draft_table.npy", "model.safetensors", "README.md"}
 SHAPES = {
     "heads of 16, two of four shared": {},
     "one layer": {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 32},
@@ -435,3 +442,59 @@ def test_the_toy_manifest_is_one_that_export_could_write(tmp_path):
 def test_what_no_gguf_can_hold(precision, window, message):
     with pytest.raises(UserError, match=message):
         check_gguf(precision, window)
+
+
+# -- from Python
+
+
+@pytest.mark.parametrize("first", ["import smallm", "import smallm.export.folder", "from smallm import export"])
+def test_smallm_export_is_a_function_in_every_order_of_imports(first, run):
+    code = f"""
+{first}
+import smallm
+path = smallm.export({str(run)!r}, precision="int8", allow_loss=True)
+import smallm.export.cli
+assert smallm.export({str(run)!r}, precision="int8", allow_loss=True, out={str(run / "other")!r}) != path
+print(path, smallm.LanguageModel.load(path).metadata.precision)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{run / 'export'} int8\n"
+
+
+def test_export_takes_a_run_object_and_returns_the_folder(run, monkeypatch):
+    assert smallm.export(SimpleNamespace(path=run)) == run / "export"
+    assert smallm.export(run, out=str(run / "mine"), gguf=False) == run / "mine"
+    monkeypatch.chdir(run.parent)
+    shutil.copytree(run, run.parent / "runs" / "newest")
+    assert smallm.export(portable=True) == Path("runs/newest/export")
+    assert Path("runs/newest/export/model.portable.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "int5"}, "unknown precision 'int5'; use one of: fp32, int8, int4"),
+        ({"kit": "java"}, "unknown kit 'java'; use one of: c, node, web"),
+        (
+            {"kit": "c", "gguf": True},
+            "a kit holds neither a GGUF file nor the portable model; leave out one or the other",
+        ),
+    ],
+)
+def test_export_refuses_unknown_options(options, message, run):
+    before = contents(run)
+    with pytest.raises(UserError) as error:
+        smallm.export(run, **options)
+    assert str(error.value) == message
+    assert contents(run) == before
+
+
+def test_the_flags_name_every_precision_and_kit():
+    assert tuple(export_precision.PRECISIONS) == export_cli.PRECISIONS
+    assert set(WRITERS) == set(export_cli.KITS)
+
+
+def test_help_of_export_lists_every_option():
+    for name in inspect.signature(smallm.export.export).parameters:
+        assert f"\n    {name}: " in inspect.getdoc(smallm.export.export)

@@ -20,6 +20,7 @@ from smallm.export.folder import export_checkpoint
 from smallm.export.parity import TOLERANCE
 from smallm.export.precision import PRECISIONS, write_quantised
 from smallm.export.quantisation import Quantised, fit, largest_block, round_to_nearest
+from smallm.inference.kv_cache import KVCache
 from smallm.inference.session import Session
 from smallm.language_model import MODEL_FILE
 from smallm.training.checkpoint.manager import best_checkpoint
@@ -123,7 +124,7 @@ def test_the_graph_computes_what_pytorch_does_with_the_same_matrices(config, nam
     kinds = [node.op_type for node in onnx.load(path).graph.node]
     quantised = kinds.count("MatMulNBits") + kinds.count("MatMul") - (name == "int4")
     assert quantised == 4 * model.config.n_layer + (name == "int8") - ("qkv_table" in str(onnx.load(path).graph.node))
-    Session(path).decoder().feed(np.array([65]))
+    KVCache(Session(path)).prefill(np.array([65]))
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
@@ -133,9 +134,9 @@ def test_rounding_the_inputs_too_changes_little(name, tmp_path):
     save_onnx(model, path)
     write_quantised(model, manifest_of(model, precision=name), path, PRECISIONS[name])
     session, ids = Session(path), np.arange(65, 77)
-    whole, decoder = session.logits(ids[None])[0], session.decoder()
+    whole, cache = session.logits(ids[None])[0], KVCache(session)
     for t, id in enumerate(ids):
-        assert np.abs(decoder.feed(np.array([id])) - whole[t]).max() < 1e-3
+        assert np.abs(cache.prefill(np.array([id])) - whole[t]).max() < 1e-3
     levels = {a.i for n in onnx.load(path).graph.node for a in n.attribute if a.name == "accuracy_level"}
     assert levels == {4}
 

@@ -115,9 +115,9 @@ def test_no_table_changes_the_text(lm, table, seed, options):
 @pytest.fixture
 def passes(monkeypatch) -> list[int]:
     """Ids of each pass through the model."""
-    found, push, read = [], KVCache.push, KVCache.read
-    monkeypatch.setattr(KVCache, "push", lambda self, id: (found.append(1), push(self, id))[1])
-    monkeypatch.setattr(KVCache, "read", lambda self, ids: (found.append(len(ids)), read(self, ids))[1])
+    found, push, read = [], KVCache.decode_one, KVCache.verify
+    monkeypatch.setattr(KVCache, "decode_one", lambda self, id: (found.append(1), push(self, id))[1])
+    monkeypatch.setattr(KVCache, "verify", lambda self, ids: (found.append(len(ids)), read(self, ids))[1])
     return found
 
 
@@ -157,7 +157,7 @@ def test_where_another_id_is_dear_fewer_are_guessed(lm, passes):
     assert {drafts_per_pass(p, 10**5) for p in ("fp32", "int8", "int4")} == {5}
     draft = lm._draft("x", resolve(lm.metadata, 9, temperature=0), 0, False)
     for table, count in ((rows(([], {97: 0})), 0), (None, 3), (rows(([], {97: 0})), 3)):
-        SpeculativeDecoder(lm._session.decoder(), table, count, 0.0).push(draft)
+        SpeculativeDecoder(KVCache(lm._session), table, count, 0.0).push(draft)
     assert passes == [1, 1, 4]
 
 
@@ -172,13 +172,13 @@ def test_log_probabilities(lm):
 def test_a_pass_of_several_ids(lm):
     ids = np.random.default_rng(1).integers(0, V, 12)
     whole = lm.logits(ids[None])[0]
-    decoder = lm._session.decoder()
-    decoder.feed(ids[:4])
-    assert np.abs(decoder.read([*ids[4:6], 1, 2])[:2] - whole[4:6]).max() < 1e-4
-    decoder.shorten(2)
+    decoder = KVCache(lm._session)
+    decoder.prefill(ids[:4])
+    assert np.abs(decoder.verify([*ids[4:6], 1, 2])[:2] - whole[4:6]).max() < 1e-4
+    decoder.truncate(2)
     assert decoder.lengths.tolist() == [6]
-    assert np.abs(decoder.read(ids[6:10].tolist()) - whole[6:10]).max() < 1e-4
-    assert np.abs(decoder.push(ids[10]) - whole[10]).max() < 1e-4
+    assert np.abs(decoder.verify(ids[6:10].tolist()) - whole[6:10]).max() < 1e-4
+    assert np.abs(decoder.decode_one(ids[10]) - whole[10]).max() < 1e-4
     assert decoder.snapshot().length == decoder.longest == 11
 
 
@@ -233,6 +233,13 @@ def test_no_table_where_there_is_nothing_to_go_by(tmp_path):
     assert len(LanguageModel.load(path).generate("a", 9)) == 10
 
 
+def test_the_old_name_of_the_file_is_still_read(tmp_path):
+    path = save_onnx(random_model(), tmp_path / "model.onnx")
+    write_draft_table(path, "")
+    (tmp_path / DRAFT_TABLE_FILE).rename(tmp_path / "guesses.npy")
+    assert len(LanguageModel.load(path)._guesses.table) > 0
+
+
 # -- bad input
 
 
@@ -248,7 +255,7 @@ def test_a_damaged_table(tmp_path, damage):
     else:
         bad_header = b"\x93NUMPY\1\0\xff\xff{("
         file.write_bytes({"empty": b"", "no npy": b"guesses", "cut": whole[:-5], "header": bad_header}[damage])
-    with pytest.raises(UserError, match=r"guesses.npy is damaged; export the model again, or delete the file"):
+    with pytest.raises(UserError, match=r"draft_table.npy is damaged; export the model again, or delete the file"):
         LanguageModel.load(path)
 
 
@@ -259,5 +266,5 @@ def test_the_table_of_another_model(tmp_path, field):
     table = np.load(tmp_path / DRAFT_TABLE_FILE)
     table[field][3] = {"ids": V, "nats": 1}[field]
     np.save(tmp_path / DRAFT_TABLE_FILE, table)
-    with pytest.raises(UserError, match=r"guesses.npy belongs to another model; export the model again"):
+    with pytest.raises(UserError, match=r"draft_table.npy belongs to another model; export the model again"):
         LanguageModel.load(path)

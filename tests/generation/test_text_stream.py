@@ -41,6 +41,19 @@ def models(lm, tmp_path_factory, guessing) -> dict[str, LanguageModel]:
     return {"crop": lm, "shift": lm, "slide": load(save_onnx(random_model(window=6), path), guessing)}
 
 
+@pytest.fixture
+def prefilled(monkeypatch) -> list[int]:
+    """Number of ids of each call of `KVCache.prefill`."""
+    lengths, prefill = [], KVCache.prefill
+
+    def spy(self, ids, stream=0):
+        lengths.append(len(ids))
+        return prefill(self, ids, stream)
+
+    monkeypatch.setattr(KVCache, "prefill", spy)
+    return lengths
+
+
 # -- one text
 
 
@@ -75,12 +88,10 @@ def test_branches(models, overflow, taken):
         assert texts[0] == "".join(lm.stream("Zoë", rng_seed=8, stream_number=1, **options))
 
 
-def test_branches_read_the_prompt_once(lm, monkeypatch):
-    fed, feed = [], KVCache.feed
-    monkeypatch.setattr(KVCache, "feed", lambda self, ids, stream=0: (fed.append(len(ids)), feed(self, ids, stream))[1])
+def test_branches_read_the_prompt_once(lm, prefilled):
     prompt = lm.stream("a prompt", 5)
     texts = ["".join(prompt.branch(rng_seed)) for rng_seed in range(4)]
-    assert fed.count(len("a prompt")) == 1
+    assert prefilled.count(len("a prompt")) == 1
     assert texts == [lm.generate("a prompt", 5, rng_seed=n)[8:] for n in range(4)]
 
 
@@ -167,18 +178,16 @@ def test_a_single_one_of_many_ends_once(lm, options):
         assert "".join(piece.text for piece in pieces) == "".join(alone)
 
 
-def test_texts_of_one_seed_read_it_once(lm, monkeypatch):
-    fed, feed = [], KVCache.feed
-    monkeypatch.setattr(KVCache, "feed", lambda self, ids, stream=0: (fed.append(len(ids)), feed(self, ids, stream))[1])
+def test_texts_of_one_seed_read_it_once(lm, prefilled):
     seeds = ["a seed", "another", "a seed", "a seed"]
     texts = lm.generate_many(seeds, 8, rng_seed=1)
-    assert fed == [6, 7]
+    assert prefilled == [6, 7]
     assert texts == [lm.generate(seed, 8, rng_seed=1, stream_number=n) for n, seed in enumerate(seeds)]
 
 
 def test_what_is_done_is_not_computed_any_more(lm, monkeypatch):
-    widths, step = [], KVCache.step
-    monkeypatch.setattr(KVCache, "step", lambda self, ids: (widths.append(len(ids)), step(self, ids))[1])
+    widths, step = [], KVCache.decode_batch
+    monkeypatch.setattr(KVCache, "decode_batch", lambda self, ids: (widths.append(len(ids)), step(self, ids))[1])
     texts = lm.generate_many(["a"] * 16, 14, stop=[chr(c) for c in range(0, 128, 5)], rng_seed=5)
     drawn = sum(min(len(text), 14) for text in texts)  # the characters of each, and the stop
     assert len({len(text) for text in texts}) > 4
@@ -188,8 +197,8 @@ def test_what_is_done_is_not_computed_any_more(lm, monkeypatch):
 
 def test_more_texts_than_streams_take_turns(lm, monkeypatch):
     monkeypatch.setattr(batch, "MAX_STREAMS", 3)
-    widths, step = [], KVCache.step
-    monkeypatch.setattr(KVCache, "step", lambda self, ids: (widths.append(len(ids)), step(self, ids))[1])
+    widths, step = [], KVCache.decode_batch
+    monkeypatch.setattr(KVCache, "decode_batch", lambda self, ids: (widths.append(len(ids)), step(self, ids))[1])
     seeds = [chr(97 + n) for n in range(10)]
     assert lm.generate_many(seeds, 9, rng_seed=1) == [
         lm.generate(seed, 9, rng_seed=1, stream_number=n) for n, seed in enumerate(seeds)

@@ -1,18 +1,19 @@
-"""smallm.decoder: any way of feeding texts to the caches gives the logits of the whole text at once."""
+"""smallm.cache: any way of feeding texts to the caches gives the logits of the whole text at once."""
 
 import numpy as np
 import pytest
 import torch
 from toys import longer, random_model, save_onnx
 
-from smallm.inference.session import Session
+from smallm.inference.kv_cache import KVCache
+from smallm.inference.session import Binding, Session
 
 BLOCK_SIZE = 16
 
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory) -> Session:
-    return Session(save_onnx(random_model(), tmp_path_factory.mktemp("decoder") / "model.onnx"))
+    return Session(save_onnx(random_model(), tmp_path_factory.mktemp("cache") / "model.onnx"))
 
 
 @pytest.fixture
@@ -27,31 +28,31 @@ def close(session, logits, ids):
 
 
 def test_texts_of_different_lengths_step_together(session, ids):
-    decoder = session.decoder(3)
+    cache = KVCache(session, 3)
     for stream, length in enumerate((5, 1, 9)):
-        assert close(session, decoder.feed(ids[stream, :length], stream), ids[stream, :length])
-    assert decoder.lengths.tolist() == [5, 1, 9]
+        assert close(session, cache.prefill(ids[stream, :length], stream), ids[stream, :length])
+    assert cache.lengths.tolist() == [5, 1, 9]
     for n in range(1, BLOCK_SIZE - 8):
-        logits = decoder.step(np.array([ids[0, 4 + n], ids[1, n], ids[2, 8 + n]]))
+        logits = cache.decode_batch(np.array([ids[0, 4 + n], ids[1, n], ids[2, 8 + n]]))
         assert logits.shape == (3, 262)
         for stream, length in enumerate((5, 1, 9)):
             assert close(session, logits[stream], ids[stream, : length + n])
-    assert decoder.lengths.tolist() == [12, 8, BLOCK_SIZE]
-    logits = decoder.feed(ids[1, 8:14], 1)  # several ids upon a past, beside others
+    assert cache.lengths.tolist() == [12, 8, BLOCK_SIZE]
+    logits = cache.prefill(ids[1, 8:14], 1)  # several ids upon a past, beside others
     assert close(session, logits, ids[1, :14])
 
 
 def test_one_step_from_nothing(session, ids):
-    decoder = session.decoder(6)
+    cache = KVCache(session, 6)
     for n in range(BLOCK_SIZE):
-        logits = decoder.step(ids[:, n])
+        logits = cache.decode_batch(ids[:, n])
         assert all(close(session, logits[i], ids[i, : n + 1]) for i in range(6))
-    decoder.reset(4)
-    assert decoder.lengths.tolist() == [16, 16, 16, 16, 0, 16]
-    assert close(session, decoder.feed(ids[0, :3], 4), ids[0, :3])
-    decoder.reset()
-    assert decoder.lengths.tolist() == [0] * 6
-    assert close(session, decoder.step(ids[:, 7])[2], ids[2, 7:8])
+    cache.reset(4)
+    assert cache.lengths.tolist() == [16, 16, 16, 16, 0, 16]
+    assert close(session, cache.prefill(ids[0, :3], 4), ids[0, :3])
+    cache.reset()
+    assert cache.lengths.tolist() == [0] * 6
+    assert close(session, cache.decode_batch(ids[:, 7])[2], ids[2, 7:8])
 
 
 @pytest.mark.parametrize(("window", "block_size"), [(1, 8), (5, 16), (9, 16), (16, 16)])
@@ -62,55 +63,81 @@ def test_a_window_slides_without_end(tmp_path, window, block_size):
     ids = np.random.default_rng(4).integers(0, 262, (2, 100))
     with torch.no_grad():
         expected = longer(model, 100)(torch.from_numpy(ids)).numpy()
-    decoder = session.decoder(2)
+    cache = KVCache(session, 2)
     for t in range(100):
-        for stream in np.flatnonzero(decoder.lengths == block_size):
-            decoder.slide(stream)
-        assert np.abs(decoder.step(ids[:, t]) - expected[:, t]).max() < 2e-4
-    assert (decoder.lengths <= block_size).all()
+        for stream in np.flatnonzero(cache.lengths == block_size):
+            cache.slide(stream)
+        assert np.abs(cache.decode_batch(ids[:, t]) - expected[:, t]).max() < 2e-4
+    assert (cache.lengths <= block_size).all()
 
 
 def test_branches_from_one_prompt(session, ids):
-    prompt, decoder = ids[0, :7], session.decoder()
-    decoder.feed(prompt)
-    snapshot = decoder.snapshot()
-    decoder.feed(ids[1, :9])  # what comes later does not touch it
+    prompt, cache = ids[0, :7], KVCache(session)
+    cache.prefill(prompt)
+    snapshot = cache.snapshot()
+    cache.prefill(ids[1, :9])  # what comes later does not touch it
     assert snapshot.length == 7
-    many = session.decoder(4)
-    many.feed(ids[5], 2)
+    many = KVCache(session, 4)
+    many.prefill(ids[5], 2)
     for stream in range(4):
         many.restore(snapshot, stream)
-    logits = many.step(ids[1:5, 0])
+    logits = many.decode_batch(ids[1:5, 0])
     assert all(close(session, logits[i], np.append(prompt, ids[i + 1, 0])) for i in range(4))
-    decoder.restore(snapshot)
-    assert close(session, decoder.feed(ids[3, :2]), np.append(prompt, ids[3, :2]))
-    empty = session.decoder().snapshot()
+    cache.restore(snapshot)
+    assert close(session, cache.prefill(ids[3, :2]), np.append(prompt, ids[3, :2]))
+    empty = KVCache(session).snapshot()
     many.restore(empty, 1)
     assert many.lengths.tolist() == [8, 0, 8, 8]
 
 
 @pytest.mark.parametrize("kept", [[0, 2, 3], [3, 1], [2], [0, 1, 2, 3]])
 def test_the_streams_that_go_on(session, ids, kept):
-    decoder = session.decoder(4)
+    cache = KVCache(session, 4)
     for stream in range(4):
-        decoder.feed(ids[stream, : 4 + stream], stream)
-    decoder.select(np.array(kept))
-    assert (decoder.streams, decoder.lengths.tolist()) == (len(kept), [4 + stream for stream in kept])
-    logits = decoder.step(ids[5, : len(kept)]).copy()
+        cache.prefill(ids[stream, : 4 + stream], stream)
+    cache.select(np.array(kept))
+    assert (cache.streams, cache.lengths.tolist()) == (len(kept), [4 + stream for stream in kept])
+    logits = cache.decode_batch(ids[5, : len(kept)]).copy()
     for row, stream in enumerate(kept):
         assert close(session, logits[row], np.append(ids[stream, : 4 + stream], ids[5, row]))
         text = np.concatenate((ids[stream, : 4 + stream], ids[5, row : row + 1], ids[4, :2]))
-        assert close(session, decoder.feed(ids[4, :2], row), text)
+        assert close(session, cache.prefill(ids[4, :2], row), text)
 
 
 def test_more_than_fits(session, ids):
-    decoder = session.decoder(2)
-    decoder.feed(ids[0, :10], 1)
+    cache = KVCache(session, 2)
+    cache.prefill(ids[0, :10], 1)
     for too_many in (ids[0, :7], ids[0, :0]):
         with pytest.raises(AssertionError):
-            decoder.feed(too_many, 1)
+            cache.prefill(too_many, 1)
     with pytest.raises(AssertionError):
-        decoder.step(ids[:3, 0])
-    assert close(session, decoder.feed(ids[0, 10:], 1), ids[0])
+        cache.decode_batch(ids[:3, 0])
+    assert close(session, cache.prefill(ids[0, 10:], 1), ids[0])
     with pytest.raises(AssertionError):
-        decoder.step(ids[:2, 0])
+        cache.decode_batch(ids[:2, 0])
+
+
+@pytest.mark.parametrize("call", ["prefill", "decode_one", "decode_batch", "verify"])
+def test_a_pass_that_was_interrupted_can_be_repeated(session, ids, monkeypatch, call):
+    """The cache counts the ids of a pass only when the model has computed them."""
+    argument = {"decode_one": ids[0, 4], "decode_batch": ids[0, 4:5]}.get(call, ids[0, 4:7])
+    cache = KVCache(session)
+    cache.prefill(ids[0, :4])
+    run = Binding.run
+
+    def interrupted(self):
+        run(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Binding, "run", interrupted)
+        cache._bind()
+        with pytest.raises(KeyboardInterrupt):
+            getattr(cache, call)(argument)
+    cache._bind()
+    assert (cache.lengths.tolist(), cache.longest) == ([4], 4)
+    assert close(session, cache.decode_one(ids[0, 4]), ids[0, :5])  # shorter than what was interrupted
+    cache.truncate(1)
+    getattr(cache, call)(argument)
+    length = 4 + np.size(argument)
+    assert close(session, cache.decode_one(ids[0, length]), ids[0, : length + 1])

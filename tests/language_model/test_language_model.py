@@ -19,6 +19,7 @@ from toys import GREEDY, TOY_VOCABULARY, random_model, save_onnx, torch_text
 from smallm import LanguageModel, UserError
 from smallm.generation import sequence_state as draft
 from smallm.generation.sampler import Rng, Sampling
+from smallm.inference.kv_cache import KVCache
 from smallm.language_model import MODEL_FILE
 from smallm.training.checkpoint.format import STATE_FILE, load_model
 from smallm.training.checkpoint.manager import best_checkpoint
@@ -149,12 +150,12 @@ def test_shift_goes_on_with_the_newest_half(lm, model, val_text, monkeypatch):
 def test_cached_logits_equal_uncached_ones(lm, val_text):
     ids = lm.vocabulary.encode(val_text[:BLOCK_SIZE])[:BLOCK_SIZE].astype(np.int64)
     whole = lm._session.logits(ids[None])[0]
-    decoder = lm._session.decoder()
+    decoder = KVCache(lm._session)
     for t, id in enumerate(ids):
-        assert np.abs(decoder.feed(np.array([id])) - whole[t]).max() < 1e-5
+        assert np.abs(decoder.prefill(np.array([id])) - whole[t]).max() < 1e-5
     decoder.reset()
-    assert np.abs(decoder.feed(ids[:7]) - whole[6]).max() < 1e-5
-    assert np.abs(decoder.feed(ids[7:]) - whole[-1]).max() < 1e-5
+    assert np.abs(decoder.prefill(ids[:7]) - whole[6]).max() < 1e-5
+    assert np.abs(decoder.prefill(ids[7:]) - whole[-1]).max() < 1e-5
 
 
 # -- perplexity and scores

@@ -1,0 +1,131 @@
+"""Compares smallm's quantiser with ONNX Runtime's: bits per character lost, seconds, size.
+
+python benchmarks/quantisers.py RUN [RUN ...]
+
+For each run the fp32 graph of its best checkpoint is quantised by every method, always the same matrices (the constant
+inputs of the layers' MatMul nodes), and scored on the first 100,000 characters of the run's validation text by smallm's
+runtime, with inputs rounded to 8 bits as in an export. Needs the packages onnx_ir, ml_dtypes and torch.
+"""
+
+import argparse
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import matmul_nbits_quantizer as peer
+
+from smallm import LanguageModel
+from smallm.export.calibration import own_text, second_moments
+from smallm.export.folder import MAX_MEASURED, build_manifest
+from smallm.export.graph import INT8_INPUTS, build_graph, set_accuracy
+from smallm.export.quantisation import fit, largest_block, round_to_nearest
+from smallm.runs.layout import validation_text
+from smallm.training.checkpoint.format import load_model
+from smallm.training.checkpoint.manager import best_checkpoint
+
+FORMATS = ((4, 32), (4, 128), (8, 32), (8, 128))
+"""Bits and block sizes; smallm exports with blocks of 128, or a matrix's width where that is less."""
+
+
+class Comparison:
+    """One checkpoint, its fp32 graph, and the ids on which GPTQ is calibrated."""
+
+    def __init__(self, checkpoint: Path, folder: Path):
+        self.model, self.manifest = load_model(checkpoint), build_manifest(checkpoint)
+        self.file = folder / "model.onnx"
+        self.proto = build_graph(self.model, self.manifest)
+        onnx.save(self.proto, self.file)
+        self.text = validation_text(checkpoint).read_text(encoding="utf-8")[:MAX_MEASURED]
+        self.fp32 = self.bits_per_char(self.proto)
+        names = {f"{name}_t" for name, _ in self.model.named_parameters()}
+        constants = {name for node in self.proto.graph.node if node.op_type == "MatMul" for name in node.input}
+        self.matrices = {
+            name.removesuffix("_t"): self.model.get_parameter(name.removesuffix("_t")).detach().numpy()
+            for name in sorted(names & constants)
+        }
+
+    def bits_per_char(self, proto: onnx.ModelProto) -> float:
+        """The loss of a graph on the validation text."""
+        self.file.write_bytes(proto.SerializeToString())
+        return LanguageModel.load(self.file).perplexity(self.text).bits_per_char
+
+    def ours(self, bits: int, block: int, gptq: bool) -> onnx.ModelProto:
+        """smallm's round to nearest, or its GPTQ with searched scales."""
+        onnx.save(self.proto, self.file)
+        moments = second_moments(self.model, own_text(self.file)) if gptq else {}
+        quantised = {}
+        for name, matrix in self.matrices.items():
+            size = min(block, largest_block(matrix.shape[1]))
+            quantised[name] = fit(matrix, moments[name], bits, size) if gptq else round_to_nearest(matrix, bits, size)
+        return build_graph(self.model, self.manifest, quantised)
+
+    def theirs(self, bits: int, block: int, config: peer.WeightOnlyQuantConfig | None, symmetric: bool):
+        """ONNX Runtime's `MatMulNBitsQuantizer`; config None means its round to nearest."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        quantiser = peer.MatMulNBitsQuantizer(
+            proto, bits=bits, block_size=block, is_symmetric=symmetric, accuracy_level=INT8_INPUTS, algo_config=config
+        )
+        quantiser.process()
+        proto = quantiser.model.model
+        set_accuracy(proto, INT8_INPUTS)
+        return proto
+
+    def calibration(self, rows: int) -> Iterator[dict[str, np.ndarray]]:
+        """The inputs of passes over text that the model wrote."""
+        m = self.manifest
+        onnx.save(self.proto, self.file)
+        past = np.zeros((1, m.n_kv_head, 0, m.head_dim), np.float32)
+        for ids in own_text(self.file)[:rows]:
+            feeds = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
+            yield feeds | {f"past_key_values.{i}.{part}": past for i in range(m.n_layer) for part in ("key", "value")}
+
+    def methods(self, bits: int, block: int) -> dict[str, Callable[[], onnx.ModelProto]]:
+        """Name -> what writes the graph."""
+        methods = {
+            "smallm: round to nearest": lambda: self.ours(bits, block, gptq=False),
+            "smallm: GPTQ, searched scales": lambda: self.ours(bits, block, gptq=True),
+            "ONNX Runtime: round to nearest, symmetric": lambda: self.theirs(bits, block, None, True),
+            "ONNX Runtime: round to nearest, zero points": lambda: self.theirs(bits, block, None, False),
+        }
+        if bits == 4:  # what the others know
+            hqq = peer.HQQWeightOnlyQuantConfig(block_size=block, bits=bits)
+            k_quant = peer.KQuantWeightOnlyQuantConfig()
+            methods["ONNX Runtime: HQQ"] = lambda: self.theirs(bits, block, hqq, False)
+            methods["ONNX Runtime: k-quant"] = lambda: self.theirs(bits, block, k_quant, False)
+            for mse in (False, True):
+                name = f"ONNX Runtime: GPTQ{', searched scales' if mse else ''}"
+                methods[name] = lambda mse=mse: self.theirs(
+                    bits, block, peer.GPTQWeightOnlyQuantConfig(list(self.calibration(32)), mse=mse), False
+                )
+        return methods
+
+
+def main() -> None:
+    """Prints one table a run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    logging.getLogger(peer.__name__).setLevel(logging.WARNING)
+    for run in parser.parse_args().runs:
+        with tempfile.TemporaryDirectory() as folder:
+            comparison = Comparison(best_checkpoint(run), Path(folder))
+            print(f"\n{run}: fp32 {comparison.fp32:.4f} bits per character\n")
+            print("| bits | block | method | bits per character lost | seconds | kB |\n|---|---|---|---|---|---|")
+            for bits, block in FORMATS:
+                for name, method in comparison.methods(bits, block).items():
+                    begun = time.perf_counter()
+                    try:
+                        proto = method()
+                        seconds, size = time.perf_counter() - begun, proto.ByteSize() / 1000
+                        lost = f"{comparison.bits_per_char(proto) - comparison.fp32:+.4f} | {seconds:.1f} | {size:.0f}"
+                    except Exception as error:  # what a method cannot do belongs into the table
+                        lost = f"fails: {type(error).__name__}: {str(error)[:60]} | - | -"
+                    print(f"| {bits} | {block} | {name} | {lost} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
