@@ -46,10 +46,10 @@ def main(argv: Sequence[str]) -> int:
     if options.perplexity is not None:
         _perplexity(model, Path(options.perplexity) if options.perplexity else validation_text(Path(path)), options)
     elif options.surprise is not None:
-        from smallm.surprisal.terminal_view import surprise
+        from smallm.cli.surprise import surprise
 
         page = Path(options.html) if options.html else None
-        surprise(model, Path(options.surprise), options.encoding, options.places, page, options.json)
+        surprise(model, Path(options.surprise), options.encoding, options.spans, page, options.json)
     elif options.next is not None:
         _next_characters(model, options)
     elif options.interactive:
@@ -185,7 +185,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--stride", type=int, metavar="N", help="for --perplexity: overlapping windows N ids apart")
     add("--surprise", metavar="FILE", help="show what the model did not expect in this text, character by character")
     add("--html", metavar="PAGE", help="for --surprise: write it as a page with all details")
-    add("--places", type=int, default=10, metavar="N", help="for --surprise: passages and words to list (default: 10)")
+    add("--spans", "--places", type=int, default=10, metavar="N",
+        help="for --surprise: passages and words to list (default: 10)")  # fmt: skip
     add("--encoding", default="utf-8", metavar="NAME", help="for --perplexity and --surprise: encoding of the file")
     add("--threads", type=int, metavar="N", help="threads of ONNX Runtime; default: by the size of the model")
     add("--json", action="store_true", help="print one JSON object, texts with the log-probability of each character")

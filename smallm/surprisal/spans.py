@@ -1,35 +1,37 @@
-"""The most surprising places of a text: passages, such as a paragraph in another language, and words, such as a typo.
+"""The most surprising spans of a text: passages, such as a paragraph in another language, and words, such as a typo.
 
-A place comes from a stretch whose characters have together most above what is usual, USUAL times the text's mean of
-nats: a longer or a shorter one would have less. The factor is that of the test whether characters have that mean or
-twice as much, if nats are spread as exponentials are, and they nearly are. Surprising characters with few usual ones
-between them are so one stretch; a hundred usual ones part them.
+The gain of a character is its surprisal minus a threshold, USUAL times the mean surprisal of the text. A span comes
+from a stretch with the maximal sum of gains: a longer or a shorter stretch would have a smaller sum. Surprising
+characters with few usual characters between them therefore form one stretch, and about a hundred usual characters
+separate two. The factor is that of the likelihood-ratio test whether exponentially distributed values, which
+surprisals nearly are, have this mean or twice this mean.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from smallm.surprisal.measure import NONE, NOTABLE, Measured, id_name
+from smallm.surprisal.measure import NOTABLE, UNKNOWN, Measured, id_name
 from smallm.tokenizer.vocabulary import Vocabulary
 
 USUAL = 1.386  # 2 ln 2
-PARTED = 40.0  # times the mean: what a stretch may lose before it is at its end; a hundred characters lose that much
-CHAPTER = 1 << 18  # characters among which places are looked for at a time; none goes beyond
-LONGEST_WORD = 30  # characters; a longer stretch is a passage
-MIN_EXCESS = 10.0  # nats that a passage has to have above the usual
-THROWN_OFF = 0.75  # in a word, the first with that share of the highest nats counts: it throws off what follows
-MIN_PEAK = NOTABLE / THROWN_OFF  # nats that some character of a place has to have
-CONTEXT = 30  # characters that are kept of what stands before and after a place
-MAX_TEXT = 300  # and of itself
+MAX_LOSS = 40.0  # times the mean: a stretch ends after losing this much, which takes about a hundred characters
+CHUNK = 1 << 18  # characters searched at a time; no span crosses the end of a chunk
+MAX_WORD = 30  # characters; a longer stretch is a passage
+MIN_EXCESS = 10.0  # nats above the threshold that a passage needs
+PEAK_SHARE = 0.75  # a word's peak is its first character with this share of its highest surprisal, as one surprising
+# character makes the following ones surprising too
+MIN_PEAK = NOTABLE / PEAK_SHARE  # nats that the highest surprisal in a span must reach
+CONTEXT = 30  # characters stored from before and after a span
+MAX_TEXT = 300  # characters stored of a span
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The most surprising character of a passage; in a word, the first of those that have nearly the highest nats."""
+    """The most surprising character of a passage; in a word, the first character with nearly the highest surprisal."""
 
     line: int
     column: int
@@ -37,163 +39,183 @@ class Peak:
     character: str
     nats: float
     expected: tuple[tuple[str, float], ...]
-    """What the model expected most in its place, with the probabilities; see `id_name`."""
+    """The characters with the highest probabilities here, as named by `id_name`, and these probabilities."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Some whole words of the text; lines and columns count characters from 1, offsets from 0."""
+class Span:
+    """Consecutive whole words of a text. Lines and columns count from 1, offsets from 0, all in characters."""
 
     line: int
     column: int
     offset: int
     characters: int
     nats: float
+    """Sum of the surprisals of its characters."""
     excess: float
-    """Nats above what is usual in the text."""
+    """`nats` above the threshold."""
     text: str
     """Its first MAX_TEXT characters."""
     before: str
+    """The CONTEXT characters before it; `after`: those after it."""
     after: str
     peak: Peak
 
     @property
     def end(self) -> int:
-        """The offset of what follows it."""
+        """The offset after its last character."""
         return self.offset + self.characters
 
 
-def find_spans(
-    parts: Iterable[Measured], vocabulary: Vocabulary, most: int = 10
-) -> tuple[list[Place], list[Place]]:
-    """A text as `measure` gives it -> its `most` most surprising passages and words, see `SpanFinder.finish`."""
-    finder = SpanFinder(vocabulary, most)
-    for part in parts:
-        finder.add(part)
-    return finder.finish()
-
-
 class SpanFinder:
-    """Takes a text part by part; keeps its figures and its most surprising places, in memory that is bounded."""
+    """Takes a text part by part and keeps its most surprising spans, in bounded memory.
 
-    def __init__(self, vocabulary: Vocabulary, most: int = 10):
-        self._vocabulary, self._most = vocabulary, most
+    vocabulary: the model's, for the names of expected characters.
+    max_spans: how many passages, and how many words, to keep.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, max_spans: int = 10):
+        self._vocabulary, self._max_spans = vocabulary, max_spans
         self._parts: list[Measured] = []
-        self._waiting = 0  # characters in them
-        self._begins = (0, 1, 1)  # their offset, line and column
-        self._passages: list[Place] = []
-        self._words: dict[str, Place] = {}
+        self._waiting = 0  # characters in self._parts
+        self._start = (0, 1, 1)  # offset, line and column of the first of these
+        self._passages: list[Span] = []
+        self._words: dict[str, Span] = {}
         self.nats = 0.0
-        """Of all characters that were looked at; all of them after `finish`."""
+        """Sum of the surprisals searched so far; of the whole text after `finish`."""
         self.characters = 0
-        """How many those are, with the first, which is not predicted."""
+        """Number of characters searched so far, including the first, which is not predicted."""
 
     def add(self, part: Measured) -> None:
-        """The next part of the text."""
+        """Takes the next part of the text."""
         self._parts.append(part)
         self._waiting += len(part.text)
-        while self._waiting >= CHAPTER:
+        while self._waiting >= CHUNK:
             joined = Measured.join(self._parts)
-            self._look(joined[:CHAPTER])
-            self._parts, self._waiting = [joined[CHAPTER:]], self._waiting - CHAPTER
+            self._search(joined[:CHUNK])
+            self._parts, self._waiting = [joined[CHUNK:]], self._waiting - CHUNK
 
-    def finish(self) -> tuple[list[Place], list[Place]]:
-        """The passages, by what they have above the usual, and the words, by their most surprising character.
+    def finish(self) -> tuple[list[Span], list[Span]]:
+        """The passages, by decreasing excess, and the words, by decreasing surprisal of their peak.
 
-        What is usual is measured by the mean of the text up to the end of the CHAPTER that a place stands in; if there
-        is only one, by that of the text. A word that is surprising in several places stands here once.
+        The threshold comes from the mean of the text up to the end of the chunk that contains the span; a text of up to
+        CHUNK characters thus has one threshold. A word that occurs several times is listed once, where its peak is
+        highest.
         """
         if self._waiting:
-            self._look(Measured.join(self._parts))
+            self._search(Measured.join(self._parts))
             self._parts, self._waiting = [], 0
         return self._passages, list(self._words.values())
 
-    def _look(self, chapter: Measured) -> None:
-        """Finds the places of a chapter, and keeps the best of all so far."""
-        nats = np.nan_to_num(chapter.nats)
+    def _search(self, measured: Measured) -> None:
+        """Finds the spans of a chunk, and keeps the best of all so far."""
+        nats = np.nan_to_num(measured.nats)
         self.nats += float(nats.sum())
         self.characters += len(nats)
-        usual = self.nats / max(1, self.characters - 1) * USUAL
-        positions = _Positions(chapter.text, *self._begins)
-        passages, words = [], []  # what orders them, negative, then start, end and the peak, or the peak alone
-        for start, end in _stretches(nats - usual, usual * PARTED / USUAL):
-            highest = nats[start:end].max()
-            if highest >= MIN_PEAK and end - start > LONGEST_WORD:
-                peak = start + int(nats[start:end].argmax())
-                start, end = _whole_words(chapter.text, start, end)
-                excess = float(nats[start:end].sum() - usual * (end - start))
+        mean = self.nats / max(1, self.characters - 1)
+        chunk = _Chunk(measured, nats, mean * USUAL, self._start, self._vocabulary)
+        passages, peaks = chunk.candidates(mean * MAX_LOSS)
+        taken: list[tuple[int, int]] = []  # no two spans share a word
+        for _, start, end, peak in sorted(passages):
+            if len(taken) < self._max_spans and _is_apart(start, end, taken):
+                taken.append((start, end))
+                self._passages.append(chunk.span(start, end, peak))
+        self._passages = sorted(self._passages, key=lambda span: (-span.excess, span.offset))[: self._max_spans]
+        words: dict[str, Span] = {}
+        for _, peak in sorted(peaks):
+            start, end = _whole_words(measured.text, peak, peak + 1)
+            word = _bare(measured.text[start:end])
+            if word not in words and _is_apart(start, end, taken):
+                words[word] = chunk.span(start, end, peak)
+                taken.append((start, end))
+            if len(words) == self._max_spans:
+                break
+        self._words = self._merged(words)
+        self._start = chunk.position(len(nats))
+
+    def _merged(self, words: dict[str, Span]) -> dict[str, Span]:
+        """The best of the words so far and of these, each where its peak is highest."""
+        best = dict(self._words)
+        for word, span in words.items():
+            if word not in best or span.peak.nats > best[word].peak.nats:
+                best[word] = span
+        order = sorted(best.items(), key=lambda item: (-item[1].peak.nats, item[1].offset))
+        return dict(order[: self._max_spans])
+
+
+class _Chunk:
+    """A part of a text that is searched at once; indices count from its first character.
+
+    usual: the threshold in nats; start: offset, line and column of the first character.
+    """
+
+    def __init__(
+        self, measured: Measured, nats: np.ndarray, usual: float, start: tuple[int, int, int], vocabulary: Vocabulary
+    ):
+        self._measured, self._nats, self._usual, self._start = measured, nats, usual, start
+        self._vocabulary = vocabulary
+        self._line_ends = np.flatnonzero(np.frombuffer(measured.text.encode("utf-32-le"), "<u4") == ord("\n"))
+
+    def candidates(self, max_loss: float) -> tuple[list[tuple[float, int, int, int]], list[tuple[float, int]]]:
+        """Passages as (-excess, start, end, peak), and the peaks of words as (-nats, peak)."""
+        passages, peaks = [], []
+        for start, end in _stretches(self._nats - self._usual, max_loss):
+            highest = self._nats[start:end].max()
+            if highest < MIN_PEAK:
+                continue
+            if end - start > MAX_WORD:
+                peak = start + int(self._nats[start:end].argmax())
+                start, end = _whole_words(self._measured.text, start, end)
+                excess = float(self._nats[start:end].sum() - self._usual * (end - start))
                 if excess >= MIN_EXCESS:
                     passages.append((-excess, start, end, peak))
-            elif highest >= MIN_PEAK:
-                peak = start + int(np.argmax(nats[start:end] >= THROWN_OFF * highest))
-                words.append((-nats[peak], peak))
+            else:
+                peak = start + int(np.argmax(self._nats[start:end] >= PEAK_SHARE * highest))
+                peaks.append((-self._nats[peak], peak))
+        return passages, peaks
 
-        def place(start: int, end: int, peak: int) -> Place:
-            return self._place(chapter, nats, usual, positions, start, end, peak)
-
-        taken: list[tuple[int, int]] = []  # so that no two places share a word
-        for _, start, end, peak in sorted(passages):
-            if len(taken) < self._most and _apart(start, end, taken):
-                taken.append((start, end))
-                self._passages.append(place(start, end, peak))
-        self._passages = sorted(self._passages, key=lambda found: (-found.excess, found.offset))[: self._most]
-        found: dict[str, Place] = {}
-        for _, peak in sorted(words):
-            start, end = _whole_words(chapter.text, peak, peak + 1)
-            word = _bare(chapter.text[start:end])
-            if word not in found and _apart(start, end, taken):
-                found[word] = place(start, end, peak)
-                taken.append((start, end))
-            if len(found) == self._most:
-                break
-        self._words = self._merged(found)
-        self._begins = positions.at(len(nats))
-
-    def _merged(self, found: dict[str, Place]) -> dict[str, Place]:
-        """The best of the words so far and of those found now, each at its most surprising place."""
-        best = dict(self._words)
-        for word, place in found.items():
-            if word not in best or place.peak.nats > best[word].peak.nats:
-                best[word] = place
-        order = sorted(best.items(), key=lambda item: (-item[1].peak.nats, item[1].offset))
-        return dict(order[: self._most])
-
-    def _place(
-        self, chapter: Measured, nats: np.ndarray, usual: float, positions: "_Positions", start: int, end: int, at: int
-    ) -> Place:
-        text, ids = chapter.text, chapter.expected[at]
-        names = [id_name(self._vocabulary, id) for id in ids[ids != NONE].tolist()]
-        expected = tuple(zip(names, chapter.probabilities[at].tolist(), strict=False))
-        offset, line, column = positions.at(at)
-        peak = Peak(line, column, offset, text[at], float(nats[at]), expected)
-        offset, line, column = positions.at(start)
-        total, length = float(nats[start:end].sum()), end - start
+    def span(self, start: int, end: int, at: int) -> Span:
+        """The span from `start` to `end` with its peak `at`."""
+        text, ids = self._measured.text, self._measured.expected[at]
+        names = [id_name(self._vocabulary, id) for id in ids[ids != UNKNOWN].tolist()]
+        expected = tuple(zip(names, self._measured.probabilities[at].tolist(), strict=False))
+        offset, line, column = self.position(at)
+        peak = Peak(line, column, offset, text[at], float(self._nats[at]), expected)
+        offset, line, column = self.position(start)
+        total, length = float(self._nats[start:end].sum()), end - start
         shown = text[start : start + min(length, MAX_TEXT)]
         before, after = text[max(0, start - CONTEXT) : start], text[end : end + CONTEXT]
-        return Place(line, column, offset, length, total, total - usual * length, shown, before, after, peak)
+        return Span(line, column, offset, length, total, total - self._usual * length, shown, before, after, peak)
+
+    def position(self, index: int) -> tuple[int, int, int]:
+        """Offset, line and column of a character of the chunk, or of the first character after the chunk."""
+        offset, line, column = self._start
+        ends = int(self._line_ends.searchsorted(index))
+        column = column + index if ends == 0 else index - int(self._line_ends[ends - 1])
+        return offset + index, line + ends, column
 
 
-def _stretches(gains: np.ndarray, parted: float) -> Iterator[tuple[int, int]]:
-    """gains (n,), above and below zero -> (start, end) of the disjoint stretches of maximal sum.
+def _stretches(gains: np.ndarray, max_loss: float) -> Iterator[tuple[int, int]]:
+    """gains (n,), positive and negative -> (start, end) of the disjoint stretches of maximal sum.
 
-    After Ruzzo and Tompa 1999 ("A linear time algorithm for finding all maximal scoring subsequences"), on runs of
-    gains; in addition, a loss of more than `parted` ends what came before it.
+    The algorithm of Ruzzo and Tompa 1999 ("A linear time algorithm for finding all maximal scoring subsequences"), on
+    runs of gains of one sign; in addition, a loss of more than `max_loss` ends all stretches before it.
     """
     above = gains > 0
     edges = [0, *(np.flatnonzero(np.diff(above)) + 1).tolist(), len(gains)]
     sums = np.concatenate(([0.0], np.cumsum(gains)))
-    open_: list[tuple[int, int, float, float]] = []  # start, end, sum of all before it, sum up to its end
+    open_: list[tuple[int, int, float, float]] = []  # start, end, sum of all gains before the start, and before the end
     highest = -np.inf
     for start, end in pairwise(edges):
         if start == end or not above[start]:
             continue
         before, after = float(sums[start]), float(sums[end])
-        if highest - before > parted:
+        if highest - before > max_loss:
             yield from (stretch[:2] for stretch in open_)
             open_, highest = [], -np.inf
         while True:
             last = next((i for i in range(len(open_) - 1, -1, -1) if open_[i][2] < before), None)
-            if last is None:  # nothing that comes later can join them
+            if last is None:  # no later gain can extend them
                 yield from (stretch[:2] for stretch in open_)
                 open_ = []
             elif open_[last][3] < after:
@@ -206,36 +228,21 @@ def _stretches(gains: np.ndarray, parted: float) -> Iterator[tuple[int, int]]:
     yield from (stretch[:2] for stretch in open_)
 
 
-def _apart(start: int, end: int, others: list[tuple[int, int]]) -> bool:
+def _is_apart(start: int, end: int, others: list[tuple[int, int]]) -> bool:
     return all(end <= first or last <= start for first, last in others)
 
 
 def _whole_words(text: str, start: int, end: int) -> tuple[int, int]:
-    """The stretch without the spaces at its ends, but with the whole of the words in which it begins and ends."""
+    """Extends a stretch to whole words, and removes white space at its ends."""
     part = text[start:end]
     if not part.isspace():
         start, end = start + len(part) - len(part.lstrip()), end - len(part) + len(part.rstrip())
-        first, last = max(0, start - LONGEST_WORD), end + LONGEST_WORD
+        first, last = max(0, start - MAX_WORD), end + MAX_WORD
         start = first + re.search(r"\S*\Z", text[first:start]).start()
         end += re.match(r"\S*", text[end:last]).end()
     return start, end
 
 
 def _bare(word: str) -> str:
-    """Without quotes and punctuation around it, unless it is nothing else."""
+    """The word without surrounding punctuation; a word of nothing but punctuation stays as it is."""
     return re.sub(r"^\W+|\W+$", "", word) or word
-
-
-class _Positions:
-    """Lines and columns in a part of a text that begins at this offset, line and column."""
-
-    def __init__(self, text: str, offset: int, line: int, column: int):
-        self._begins = offset, line, column
-        self._line_ends = np.flatnonzero(np.frombuffer(text.encode("utf-32-le"), "<u4") == ord("\n"))
-
-    def at(self, index: int) -> tuple[int, int, int]:
-        """Offset, line and column of a character of the part, or of what follows it."""
-        offset, line, column = self._begins
-        ends = int(self._line_ends.searchsorted(index))
-        column = column + index if ends == 0 else index - int(self._line_ends[ends - 1])
-        return offset + index, line + ends, column

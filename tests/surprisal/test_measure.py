@@ -1,4 +1,4 @@
-"""smallm.surprisal: each character measured once, and what was planted is found where it is."""
+"""Each character is measured once, and planted passages and typos are found at their positions."""
 
 import random
 import tracemalloc
@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smallm import LanguageModel, UserError
-from smallm.surprisal import spans as places
-from smallm.surprisal.measure import EXPECTED, NONE, NOTABLE, Measured, id_name, measure
-from smallm.surprisal.spans import CONTEXT, LONGEST_WORD, MAX_TEXT, SpanFinder, _stretches, find_spans
+from smallm.surprisal import spans
+from smallm.surprisal.measure import EXPECTED, NOTABLE, UNKNOWN, Measured, id_name, measure
+from smallm.surprisal.spans import CONTEXT, MAX_TEXT, MAX_WORD, SpanFinder, _stretches
 from smallm.tokenizer.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.from_characters("é€")
@@ -52,6 +52,13 @@ def split(text, cuts):
     return [text[a:b] for a, b in pairwise(edges)]
 
 
+def find_spans(parts, vocabulary, max_spans=10):
+    finder = SpanFinder(vocabulary, max_spans)
+    for part in parts:
+        finder.add(part)
+    return finder.finish()
+
+
 def one(parts):
     return Measured.join(list(parts))
 
@@ -63,7 +70,7 @@ def test_each_character_once_by_hand(text, block_size, cuts):
     found = one(measure(model, split(text, cuts), detailed=1000))
     assert found.text == text
     assert np.isnan(found.nats[:1]).all()
-    assert (found.expected[:1] == NONE).all()
+    assert (found.expected[:1] == UNKNOWN).all()
     before = VOCABULARY.encode(text[:1]).tolist()[-1:]
     for i, character in enumerate(text[1:], start=1):
         ids = VOCABULARY.encode(character).tolist()
@@ -82,11 +89,11 @@ def test_what_was_expected_is_known_where_it_matters():
         text += likely if rng.random() < 0.8 else rng.choice("abcñ中🎉") + "a"
     everywhere, notable = (one(measure(model, [text], detailed)) for detailed in (len(text), 0))
     assert np.array_equal(everywhere.nats, notable.nats, equal_nan=True)
-    known = notable.expected[:, 0] != NONE
+    known = notable.expected[:, 0] != UNKNOWN
     assert known[notable.nats >= NOTABLE].all()
     assert 0.2 < known.mean() < 0.9
     assert np.array_equal(everywhere.expected[known], notable.expected[known])
-    assert (everywhere.expected[1:] != NONE).all()
+    assert (everywhere.expected[1:] != UNKNOWN).all()
     assert not notable.probabilities[~known].any()
 
 
@@ -133,7 +140,7 @@ def test_names_of_ids():
     assert sorted(names) == ["<e2 82>", "é", "€"]
 
 
-# -- places
+# -- spans
 
 
 @settings(max_examples=300)
@@ -187,7 +194,7 @@ def test_a_word_by_hand():
     assert word.excess == pytest.approx(13.0 - 5 * usual, abs=0.1)
 
 
-def test_a_word_stands_once_at_its_most_surprising_place():
+def test_a_word_is_listed_once_where_its_peak_is_highest():
     text = "a (Gonzalo) b, c Gonzalo: d and e " * 4
     first, second = text.index("zalo"), text.index("zalo", 20)
     _, words = find_spans([of({first: 8.0, second: 9.0, 100: 7.0}, text)], VOCABULARY)
@@ -205,12 +212,12 @@ def test_a_passage_by_hand():
     assert passage.excess == pytest.approx(passage.nats - len(passage.text) * 1.386 * 1.13, rel=0.05)
 
 
-def test_no_two_places_share_a_word():
+def test_no_two_spans_share_a_word():
     text = "usual words in a row, " * 200
     start = text.index("usual", 1000)
     high = [*range(start + 2, start + 40), *range(start + 200, start + 240), start + 246]
     passages, words = find_spans([of(dict.fromkeys(high, 6.0) | {start: 9.0}, text)], VOCABULARY)
-    bounds = sorted((place.offset, place.end) for place in [*passages, *words])
+    bounds = sorted((span.offset, span.end) for span in [*passages, *words])
     assert len(passages) == 2
     assert all(end <= first for (_, end), (first, _) in pairwise(bounds))
 
@@ -225,29 +232,29 @@ def test_long_passages_are_cut_where_they_are_kept():
 
 
 @given(st.lists(st.integers(0, 2000), max_size=8), st.integers(40, 500))
-def test_pieces_of_any_size_give_the_same_places(cuts, chapter):
+def test_pieces_of_any_size_give_the_same_spans(cuts, chunk):
     rng = random.Random(5)
     text = "".join(rng.choice("abc de\n") for _ in range(1200))
     measured = of({rng.randrange(1, 1200): rng.uniform(2, 12) for _ in range(90)}, text)
     edges = [0, *sorted(cut % 1201 for cut in cuts), 1200]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(places, "CHAPTER", chapter)
-        whole = find_spans([measured], VOCABULARY, most=7)
-        assert find_spans([measured[a:b] for a, b in pairwise(edges)], VOCABULARY, most=7) == whole
-    found = sorted((place.offset, place.end) for place in [*whole[0], *whole[1]])
+        patch.setattr(spans, "CHUNK", chunk)
+        whole = find_spans([measured], VOCABULARY, max_spans=7)
+        assert find_spans([measured[a:b] for a, b in pairwise(edges)], VOCABULARY, max_spans=7) == whole
+    found = sorted((span.offset, span.end) for span in [*whole[0], *whole[1]])
     assert len(set(found)) == len(found)
     lines = text.split("\n")
-    for place in [*whole[0], *whole[1]]:
-        assert text[place.offset : place.end] == place.text
-        assert lines[place.peak.line - 1][place.peak.column - 1 :][:1] in (place.peak.character, "")
-        assert text[place.peak.offset] == place.peak.character
-        assert sum(len(line) + 1 for line in lines[: place.line - 1]) + place.column - 1 == place.offset
+    for span in [*whole[0], *whole[1]]:
+        assert text[span.offset : span.end] == span.text
+        assert lines[span.peak.line - 1][span.peak.column - 1 :][:1] in (span.peak.character, "")
+        assert text[span.peak.offset] == span.peak.character
+        assert sum(len(line) + 1 for line in lines[: span.line - 1]) + span.column - 1 == span.offset
     assert len(whole[1]) == 7
 
 
 def test_memory_does_not_grow_with_the_text(monkeypatch):
     """Counted, not timed: of ten times the text no more is held."""
-    monkeypatch.setattr(places, "CHAPTER", 1 << 10)
+    monkeypatch.setattr(spans, "CHUNK", 1 << 10)
     model, piece, peaks = Bigram(block_size=64), "usual words in a row é\n" * 20, []
     for n in (10, 60):
         finder = SpanFinder(VOCABULARY)
@@ -278,15 +285,15 @@ def planted(owls, what, line):
     return "".join([*lines[: line - 1], what, *lines[line - 1 :]])
 
 
-def test_a_foreign_paragraph_is_the_most_surprising_place(lm, owls):
+def test_a_foreign_paragraph_is_the_most_surprising_span(lm, owls):
     text = planted(owls, FOREIGN + "\n", 71)
     passages, _ = find_spans(measure(lm, [text]), lm.vocabulary)
     start = text.index(FOREIGN)
-    assert start <= passages[0].offset < start + LONGEST_WORD
-    assert abs(passages[0].end - start - len(FOREIGN)) < LONGEST_WORD
+    assert start <= passages[0].offset < start + MAX_WORD
+    assert abs(passages[0].end - start - len(FOREIGN)) < MAX_WORD
     assert passages[0].line == 71
-    assert passages[0].excess > 5 * max((place.excess for place in passages[1:]), default=0)
-    assert all(place.end <= start or place.offset >= start + len(FOREIGN) for place in passages[1:])  # it comes up once
+    assert passages[0].excess > 5 * max((span.excess for span in passages[1:]), default=0)
+    assert all(span.end <= start or span.offset >= start + len(FOREIGN) for span in passages[1:])  # it comes up once
 
 
 @pytest.mark.parametrize(

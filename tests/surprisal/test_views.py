@@ -18,10 +18,10 @@ import pytest
 
 from smallm import LanguageModel
 from smallm.cli import main as cli
+from smallm.cli import surprise as surprise_command
 from smallm.html import page as html
 from smallm.html.characters import CHARACTERS_STATIC, LEVELS, characters, level, percent, runs
 from smallm.html.escape import HIDDEN, escape, visible
-from smallm.surprisal import terminal_view as surprise_text
 from smallm.surprisal.measure import EXPECTED, Measured, id_name, measure
 from smallm.surprisal.terminal_view import painted, takes_colours
 
@@ -152,31 +152,31 @@ def test_takes_colours(stream, environment, expected):
 # -- in the terminal
 
 
-def test_into_a_pipe_figures_and_places_alone(infer, file, lm):
+def test_a_pipe_gets_figures_and_spans_only(infer, file, lm):
     code, out, err = infer(file)
     assert (code, err) == (0, "")
     assert "\033" not in out
     figures = lm.perplexity(file.read_text("utf-8"), stride=lm.block_size // 2)
-    first, _, heading, place, most, *rest = out.splitlines()
+    first, _, heading, span, most, *rest = out.splitlines()
     assert first.startswith(f"{file}: {figures.nats_per_char:.4f} nats per character ({figures.bits_per_char:.4f} bit")
     assert first.endswith(f"; the model's own validation text has {lm.metadata.training['val_loss']:.4f}")
     assert heading.startswith("passages, ")
-    assert re.match(r"     21:\d+ +[\d.]+  .*einmal ein Mann, der hatte sieben", place)
+    assert re.match(r"     21:\d+ +[\d.]+  .*einmal ein Mann, der hatte sieben", span)
     assert re.fullmatch(r" +most at 21:\d+, '.'; expected: '.+' \d.* %(, '.+' \d.* %){2}", most)
     assert any(line.startswith("words, ") for line in rest)
     assert all(line not in out for line in file.read_text("utf-8").splitlines())
 
 
-def test_places_can_be_more_or_fewer(infer, file):
+def test_the_number_of_spans_can_be_chosen(infer, file):
     counts = []
     for most in (1, 3):
-        out = infer(file, "--places", most)[1]
+        out = infer(file, "--spans", most)[1]
         counts.append(len(re.findall(r"^ +\d+:\d+ .*\[.\]", out, re.MULTILINE)))
     assert counts == [1, 3]
 
 
 def test_in_a_terminal_the_text_in_colours(infer, file, monkeypatch):
-    monkeypatch.setattr(surprise_text, "takes_colours", lambda stream, environment: True)
+    monkeypatch.setattr(surprise_command, "takes_colours", lambda stream, environment: True)
     plain = infer(file)
     monkeypatch.undo()
     code, out, err = plain
@@ -219,13 +219,13 @@ def test_json_is_one_object(infer, file, lm):
     assert values["nats_per_char"] == pytest.approx(figures.nats_per_char)
     assert values["characters"] == figures.characters
     assert (len(values["passages"]), len(values["words"])) == (1, 2)
-    place = values["passages"][0]
-    assert place["line"] == 21
-    assert set(place) == {"line", "column", "offset", "characters", "nats", "excess", "text", "before", "after", "peak"}
-    assert set(place["peak"]) == {"line", "column", "offset", "character", "nats", "expected"}
-    assert len(place["peak"]["expected"]) == EXPECTED
+    span = values["passages"][0]
+    assert span["line"] == 21
+    assert set(span) == {"line", "column", "offset", "characters", "nats", "excess", "text", "before", "after", "peak"}
+    assert set(span["peak"]) == {"line", "column", "offset", "character", "nats", "expected"}
+    assert len(span["peak"]["expected"]) == EXPECTED
     text = file.read_text("utf-8")
-    assert text[place["offset"] :][: place["characters"]] == place["text"]
+    assert text[span["offset"] :][: span["characters"]] == span["text"]
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"], ["colours"]])
@@ -233,14 +233,14 @@ def test_nothing_hostile_reaches_the_terminal(infer, tmp_path, flags, monkeypatc
     path = tmp_path / "hostile.txt"
     path.write_bytes(("the moon. " * 20 + HOSTILE + "\n" + "the moon. " * 20).encode())
     if flags == ["colours"]:
-        monkeypatch.setattr(surprise_text, "takes_colours", lambda stream, environment: True)
+        monkeypatch.setattr(surprise_command, "takes_colours", lambda stream, environment: True)
     code, out, err = infer(path, *(flag for flag in flags if flag != "colours"))
     assert (code, err) == (0, "")
     shown = ESCAPES.sub("", out)
     assert visible(shown) == shown
     if flags == ["--json"]:
-        places = json.loads(out)
-        assert "\x1b" in "".join(place["text"] for place in places["passages"] + places["words"])
+        values = json.loads(out)
+        assert "\x1b" in "".join(span["text"] for span in values["passages"] + values["words"])
 
 
 # -- files that cannot be measured
@@ -258,11 +258,11 @@ def test_nothing_hostile_reaches_the_terminal(infer, tmp_path, flags, monkeypatc
         ("some text".encode("utf-16"), [], "FILE looks like UTF-16, not utf-8; pass --encoding utf-16"),
         ("some text".encode("utf-32"), [], "FILE looks like UTF-32, not utf-8; pass --encoding utf-32"),
         (b"abc", ["--encoding", "klingon"], "there is no encoding 'klingon'"),
-        (b"abc", ["--places", "0"], "--places 0 is out of range; it must be 1 or more"),
-        (b"abc", ["--places", "x"], "argument --places: invalid int value: 'x'; see --help"),
+        (b"abc", ["--places", "0"], "--spans 0 is out of range; it must be 1 or more"),
+        (b"abc", ["--places", "x"], "argument --spans/--places: invalid int value: 'x'; see --help"),
         (b"abc", ["--html", "FILE"], "--html FILE is the text itself; name another file"),
         (b"abc", ["--html", "FOLDER"], "cannot write FOLDER: it is a folder; name another file"),
-        (b"abc", ["--html", "FOLDER/missing/a.html"], "cannot write FOLDER/missing/a.html: FOLDER/missing is no "),
+        (b"abc", ["--html", "FOLDER/missing/a.html"], "cannot write FOLDER/missing/a.html: FOLDER/missing is not "),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(infer, tmp_path, content, flags, message):
@@ -301,7 +301,7 @@ def test_a_page_on_a_full_disk_is_one_line_and_keeps_the_old_page(infer, file, t
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
 def test_encodings_and_marks(infer, file, tmp_path, encoding):
-    """With a byte-order mark or without, in another encoding or not: the same figures at the same places."""
+    """With a byte-order mark or without, in another encoding or not: the same figures at the same positions."""
     other = tmp_path / "other.txt"
     text = re.sub("[^\\x00-\\xff]", "?", file.read_text("utf-8"))
     file.write_text(text, "utf-8")
@@ -328,16 +328,16 @@ def details(page):
     data = zlib.decompress(base64.b64decode(values["data"]))
     assert len(data) == n * (2 + 3 * K)
     nats = np.frombuffer(data[: 2 * n], "<u2")
-    places = np.frombuffer(data[2 * n : 2 * n + 2 * n * K], "<u2").reshape(K, n).T
+    indices = np.frombuffer(data[2 * n : 2 * n + 2 * n * K], "<u2").reshape(K, n).T
     roots = np.frombuffer(data[2 * n + 2 * n * K :], np.uint8).reshape(K, n).T
-    return np.where(nats == 0xFFFF, np.nan, nats / 100), np.array(values["names"])[places], (roots / 255.0) ** 2
+    return np.where(nats == 0xFFFF, np.nan, nats / 100), np.array(values["names"])[indices], (roots / 255.0) ** 2
 
 
 def shown_text(source):
     return Page(re.search(r'<div class="text".*?</div>', source, re.DOTALL)[0]).text
 
 
-def test_the_page_holds_text_details_and_places(infer, file, lm, tmp_path):
+def test_the_page_holds_text_details_and_spans(infer, file, lm, tmp_path):
     path = tmp_path / "page.html"
     code, out, err = infer(file, "--html", path)
     assert (code, err) == (0, f"written: {path}\n")
@@ -389,7 +389,7 @@ def test_the_page_of_a_long_text_holds_its_beginning(infer, file, tmp_path, monk
     assert shown_text(source) == text[:300]
     page = Page(source)
     assert f"holds the first 300 of its {len(text):,} characters" in page.text
-    assert "sieben Söhne" in page.text  # among the places
+    assert "sieben Söhne" in page.text  # among the spans
     links = [attrs["href"] for tag, attrs in page.elements if tag == "a"]
     anchors = {attrs["id"] for tag, attrs in page.elements if "id" in attrs}
     assert {link.removeprefix("#") for link in links} == anchors
@@ -435,11 +435,11 @@ def test_details_in_a_browser(tmp_path):
                f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]  # fmt: skip
     done = subprocess.run(command, capture_output=True, timeout=100, text=True, check=True)
     seen = "".join(Page(done.stdout).words).strip()
-    first, second, place, last, back, _, hidden, pointed = json.loads(seen[seen.index("[") :])
+    first, second, marked, last, back, _, hidden, pointed = json.loads(seen[seen.index("[") :])
     five = "a 50 %␣ 25 %↵ 10 %< 5 %z less than 0.001 %"
-    assert first == "🎉 line 1, column 1: nothing comes before ita 50 %␣ 25 %↵ 10 %< 5 %z less than 0.001 %"
+    assert first == f"🎉 line 1, column 1: the first character is not predicted{five}"
     assert second == f"a line 1, column 2: 0.50 nats, probability 61 %{five}"
-    assert place == pointed == f"< line 2, column 1: 9.25 nats, probability 0.01 %{five}"
-    assert back == place
+    assert marked == pointed == f"< line 2, column 1: 9.25 nats, probability 0.01 %{five}"
+    assert back == marked
     assert last.startswith("x line 2, column 5: 0.10 nats, probability 90 %")
     assert hidden == "true"

@@ -1,11 +1,11 @@
-// The details of the character under the pointer, the finger or the keyboard's cursor, for each text of the page.
+// Shows the details of the character under the pointer or the keyboard's cursor, for each text of the page.
 
 (() => {
   "use strict";
 
-  const points = (text) => Array.from(text).length; // characters, as Python counts them
+  const points = (text) => Array.from(text).length; // characters as Python counts them, not UTF-16 units
 
-  const seen = (character) => ({ "\n": "↵", "\t": "⇥", " ": "␣" })[character] ?? character;
+  const visible = (character) => ({ "\n": "↵", "\t": "⇥", " ": "␣" })[character] ?? character;
 
   async function readDetails(element) {
     const { characters: n, expected: K, names, data } = JSON.parse(element.textContent);
@@ -15,17 +15,17 @@
     const view = new DataView(bytes);
     return (index) => {
       const hundredths = view.getUint16(2 * index, true);
-      const five = [];
+      const alternatives = [];
       for (let k = 0; k < K; k++) {
         const name = names[view.getUint16(2 * (n + k * n + index), true)];
         const p = (view.getUint8(2 * (n + K * n) + k * n + index) / 255) ** 2;
-        if (name) five.push({ name, p });
+        if (name) alternatives.push({ name, p });
       }
-      return { nats: hundredths === 0xffff ? null : hundredths / 100, five };
+      return { nats: hundredths === 0xffff ? null : hundredths / 100, alternatives };
     };
   }
 
-  /** The place of the last of ascending numbers, the first of which is 0, that is not above a value. */
+  /** The index of the last number not above a value; the numbers ascend from 0. */
   function lastUpTo(numbers, value) {
     let low = 0;
     for (let high = numbers.length; high - low > 1; ) {
@@ -36,11 +36,11 @@
     return low;
   }
 
-  /** The text of a container as positions: from an index to its place in the document and back. */
+  /** Converts between the index of a character and its position in the document. */
   function readPositions(text) {
-    const spans = [...text.querySelectorAll("[data-at]")];
-    const starts = spans.map((span) => Number(span.dataset.at));
-    const total = starts.length ? starts.at(-1) + points(spans.at(-1).textContent) : 0;
+    const elements = [...text.querySelectorAll("[data-at]")];
+    const starts = elements.map((element) => Number(element.dataset.at));
+    const total = starts.length ? starts.at(-1) + points(elements.at(-1).textContent) : 0;
 
     function* nodes(span) {
       const walker = document.createTreeWalker(span, NodeFilter.SHOW_TEXT);
@@ -50,7 +50,7 @@
     function rangeOf(index) {
       const number = lastUpTo(starts, index);
       let left = index - starts[number];
-      for (const node of nodes(spans[number])) {
+      for (const node of nodes(elements[number])) {
         const characters = Array.from(node.data);
         if (left < characters.length) {
           const offset = characters.slice(0, left).join("").length;
@@ -77,7 +77,7 @@
 
     const within = ({ left, right, top, bottom }, x, y) => left <= x && x <= right && top <= y && y <= bottom;
 
-    /** The caret stands between two characters: which of them is under the point? */
+    /** The index of the character under a point. The browser gives the caret, which stands between two characters. */
     function indexAt(x, y) {
       const caret = document.caretPositionFromPoint?.(x, y);
       const range = caret ? null : document.caretRangeFromPoint?.(x, y);
@@ -91,16 +91,16 @@
       return null;
     }
 
-    const lines = [0]; // where each begins
+    const lines = [0]; // index of the first character of each line
     Array.from(text.textContent).forEach((character, index) => character === "\n" && lines.push(index + 1));
 
-    /** Line and column of an index, both from 1. */
+    /** Line and column of an index, both counted from 1. */
     function lineAndColumn(index) {
       const line = lastUpTo(lines, index);
       return [line + 1, index - lines[line] + 1];
     }
 
-    return { total, rangeOf, indexAt, lineAndColumn, places: spans.filter((span) => span.id) };
+    return { total, rangeOf, indexAt, lineAndColumn, marked: elements.filter((element) => element.id) };
   }
 
   function percent(p) {
@@ -119,7 +119,7 @@
     const text = container.querySelector(".text");
     const panel = container.querySelector(".detail");
     const details = await readDetails(container.querySelector("script"));
-    const { total, rangeOf, indexAt, lineAndColumn, places } = readPositions(text);
+    const { total, rangeOf, indexAt, lineAndColumn, marked } = readPositions(text);
     const cursor = element("span", "cursor");
     let current = null;
 
@@ -127,21 +127,21 @@
       const range = rangeOf(index);
       if (!range) return;
       current = index;
-      const { nats, five } = details(index);
+      const { nats, alternatives } = details(index);
       const character = range.toString();
-      const shown = seen(character);
+      const shown = visible(character);
       const [line, column] = lineAndColumn(index);
-      const surprise =
-        nats === null ? "nothing comes before it" : `${nats.toFixed(2)} nats, probability ${percent(Math.exp(-nats))}`;
+      const surprisal =
+        nats === null ? "the first character is not predicted" : `${nats.toFixed(2)} nats, probability ${percent(Math.exp(-nats))}`;
       const list = element("ol", "");
-      for (const { name, p } of five) {
-        const content = [element("code", "", seen(name)), ` ${percent(p)}`];
-        const item = element("li", seen(name) === shown ? "actual" : "", ...content);
+      for (const { name, p } of alternatives) {
+        const content = [element("code", "", visible(name)), ` ${percent(p)}`];
+        const item = element("li", visible(name) === shown ? "actual" : "", ...content);
         item.style.setProperty("--share", `${100 * p}%`);
         list.append(item);
       }
-      const place = element("p", "", element("code", "actual", shown), ` line ${line}, column ${column}: ${surprise}`);
-      panel.replaceChildren(place, ...(five.length ? [list] : []));
+      const position = element("p", "", element("code", "actual", shown), ` line ${line}, column ${column}: ${surprisal}`);
+      panel.replaceChildren(position, ...(alternatives.length ? [list] : []));
       panel.hidden = false;
       const box = range.getClientRects()[0] ?? range.getBoundingClientRect();
       const base = text.getBoundingClientRect();
@@ -165,8 +165,8 @@
       cursor.scrollIntoView({ block: "nearest" });
     }
 
-    function goToPlace(step) {
-      const starts = places.map((place) => Number(place.dataset.at));
+    function goToSpan(step) {
+      const starts = marked.map((span) => Number(span.dataset.at));
       const at = current ?? -1;
       const next = step > 0 ? starts.find((start) => start > at) : starts.findLast((start) => start < at);
       if (next !== undefined) go(next);
@@ -175,8 +175,8 @@
     const keys = {
       ArrowRight: () => go((current ?? -1) + 1),
       ArrowLeft: () => go((current ?? 1) - 1),
-      n: () => goToPlace(1),
-      p: () => goToPlace(-1),
+      n: () => goToSpan(1),
+      p: () => goToSpan(-1),
       Escape: hide,
     };
     const point = (event) => {
@@ -193,8 +193,8 @@
     });
     addEventListener("resize", () => current !== null && show(current));
     addEventListener("hashchange", () => {
-      const place = places.find((span) => `#${span.id}` === location.hash);
-      if (place) show(Number(place.dataset.at));
+      const span = marked.find((span) => `#${span.id}` === location.hash);
+      if (span) show(Number(span.dataset.at));
     });
   }
 
