@@ -66,7 +66,7 @@ def run_training(request: Request, started: float | None = None) -> int:
                 code = trainer.train()
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"cannot write to {out}: {reason}; free some space, then use --resume {out}") from None
+            raise UserError(f"cannot write to {out}: {reason}; solve this, then continue with --resume {out}") from None
     accelerator.end_training()
     return code
 

@@ -1,6 +1,6 @@
-"""Trackers (TensorBoard, Weights & Biases and others), through Accelerate: the records of metrics.jsonl as they come.
+"""Experiment trackers (TensorBoard, Weights & Biases and others), through Accelerate; they get every metrics record.
 
-Nothing leaves the machine by itself: what could send is told to stay offline unless the user's environment says more.
+No data leaves the machine unless the user asks for it: trackers run offline unless the environment says otherwise.
 """
 
 import os
@@ -23,11 +23,10 @@ from smallm.errors import UserError
 from smallm.runs.config_file import flatten
 from smallm.training.config import Config
 
-LOGS = "logs"
-"""The folder of a run that trackers write to."""
+LOGS = "logs"  # folder within the run that trackers write to
 PROJECT = "smallm"
-RUN_ID = "run-id"  # the file that has the name by which a tracker knows a run that is resumed
-LONGEST_REASON = 200  # characters of a tracker's complaint
+RUN_ID = "run-id"  # file with the identifier under which a tracker continues a resumed run
+MAX_REASON = 200  # characters of a tracker's error message that are shown
 OFFLINE = {
     "WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "COMET_START_ONLINE": "0",
     "COMET_INTERNAL_REPORTING": "0", "COMET_INTERNAL_SENTRY_DSN": "", "CLEARML_OFFLINE_MODE": "1",
@@ -47,9 +46,9 @@ def check(names: Sequence[str]) -> None:
 
 @contextmanager
 def started(accelerator: Accelerator, config: Config, run: Path, step: int) -> Iterator[None]:
-    """Within it, the trackers of `config.train.log_with` are in `accelerator.trackers`, of the first process only.
+    """Starts the trackers of `config.train.log_with` on the main process, in `accelerator.trackers`, and ends them.
 
-    step: the run's; above 0 the trackers go on with what they have. Raises `UserError` if they cannot start.
+    step: the step of the run; above 0 the trackers continue their logs. Raises `UserError` if a tracker cannot start.
     """
     names = config.train.trackers
     if not names or not accelerator.is_main_process:
@@ -58,29 +57,29 @@ def started(accelerator: Accelerator, config: Config, run: Path, step: int) -> I
     for variable, value in OFFLINE.items():
         os.environ.setdefault(variable, value)
     folder = run / LOGS
-    settings = None if step else {key: _simple(value) for key, value in flatten(config.to_dict()).items()}
+    settings = None if step else {key: _plain(value) for key, value in flatten(config.to_dict()).items()}
     try:
         folder.mkdir(exist_ok=True)
         accelerator.project_configuration.logging_dir = str(folder)
         accelerator.log_with = filter_trackers(list(names), folder)
-        accelerator.init_trackers(PROJECT, settings, _own_settings(folder, step))
-    except Exception as error:  # each tracker has its own kinds
+        accelerator.init_trackers(PROJECT, settings, _tracker_settings(folder, step))
+    except Exception as error:  # each tracker raises errors of other classes
         if not step:
             shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(f"{', '.join(names)} cannot start ({_reason(error)}); mend that, or leave it out of "
-                        "train.log_with") from None  # fmt: skip
+        raise UserError(f"{', '.join(names)} cannot start ({_reason(error)}); solve this problem, or leave the "
+                        "tracker out of train.log_with") from None  # fmt: skip
     try:
-        with _quiet_threads():
+        with _hide_thread_errors():
             yield
     finally:
         for tracker in accelerator.trackers:
             _guarded(tracker, tracker.finish, lambda line: print(line, file=sys.stderr))
-        accelerator.trackers.clear()  # or Accelerate would end them once more
+        accelerator.trackers.clear()  # otherwise Accelerate would end them a second time
 
 
 @contextmanager
-def _quiet_threads() -> Iterator[None]:
-    """Within it, a tracker's thread that cannot write shows no traceback: the next call of the tracker says it."""
+def _hide_thread_errors() -> Iterator[None]:
+    """Hides the traceback of a tracker's thread that cannot write; the next call of the tracker reports the error."""
     before = threading.excepthook
     threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else before(args)
     try:
@@ -90,7 +89,7 @@ def _quiet_threads() -> Iterator[None]:
 
 
 def log_record(record: dict[str, Any], trackers: list[GeneralTracker], say: Callable[[str], None]) -> None:
-    """A record of metrics.jsonl to all trackers; one that fails is said, and left out from then on."""
+    """Sends a record of metrics.jsonl to all trackers; `say` reports one that fails, which leaves the list."""
     kind, step = record["kind"], record["step"]
     numbers = {f"{kind}/{key}": value for key, value in record.items() if isinstance(value, int | float)}
     del numbers[f"{kind}/step"]
@@ -115,32 +114,32 @@ def _guarded(tracker: GeneralTracker, call: Callable[[], None], say: Callable[[s
 
 
 def _log_text(tracker: GeneralTracker, key: str, text: str, step: int) -> None:
-    """Each tracker has a way of its own with texts; those that have none are not troubled."""
-    if tracker.name == "tensorboard":
-        tracker.log({key: indent(text, "    ", lambda _: True)}, step=step)  # Markdown: lines and signs stay
+    """Trackers differ in how they take a text; a tracker that takes none is skipped."""
+    if tracker.name == "tensorboard":  # shows Markdown; an indented block keeps line breaks and symbols
+        tracker.log({key: indent(text, "    ", lambda _: True)}, step=step)
     elif hasattr(tracker, "log_table"):
         tracker.log_table(key, ["step", "text"], [[step, text]], step=step)
     elif hasattr(tracker.tracker, "log_text"):
         tracker.tracker.log_text(text, step=step)
 
 
-def _own_settings(folder: Path, step: int) -> dict[str, dict[str, Any]]:
-    """What a tracker is to be told at its start, so that a resumed run goes on in its own log."""
+def _tracker_settings(folder: Path, step: int) -> dict[str, dict[str, Any]]:
+    """Options by tracker, with which a resumed run continues its earlier log."""
     file = folder / RUN_ID
     if not step or not file.is_file():
         file.write_text(secrets.token_hex(4), encoding="utf-8")
     name, id = folder.resolve().parent.name, file.read_text(encoding="utf-8")
     return {
-        "tensorboard": {"purge_step": step + 1},  # what came after the checkpoint comes again
+        "tensorboard": {"purge_step": step + 1},  # the steps after the checkpoint are repeated
         "wandb": {"dir": str(folder), "name": name, "id": id, "resume": "allow"},
     }
 
 
-def _simple(value: Any) -> int | float | str:
+def _plain(value: Any) -> int | float | str:
     return value if isinstance(value, int | float | str) else " ".join(map(str, value))
 
 
 def _reason(error: Exception) -> str:
-    """What it says, on one line."""
+    """The error message on one line."""
     text = re.sub(r"\s+", " ", str(error)).strip()
-    return text[:LONGEST_REASON] or type(error).__name__
+    return text[:MAX_REASON] or type(error).__name__

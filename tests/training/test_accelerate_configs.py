@@ -1,4 +1,4 @@
-"""The files in configs/accelerate: accelerate reads them, and cpu-2.yaml really starts two processes."""
+"""The files in configs/accelerate: Accelerate reads them, and cpu-2.yaml starts two processes."""
 
 import json
 import os
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "accelerate"
 
 # distributed_type, use_cpu, machines, processes, mixed_precision
-MEANT = {
+EXPECTED = {
     "cpu": ("NO", True, 1, 1, "no"),
     "cpu-2": ("MULTI_GPU", True, 1, 2, "no"),
     "gpu": ("NO", False, 1, 1, "bf16"),
@@ -29,8 +29,6 @@ import torch
 
 from smallm.training.config import TrainConfig
 from smallm.training.devices import build_accelerator
-
-pytestmark = pytest.mark.slow
 
 accelerator = build_accelerator(TrainConfig())
 state = accelerator.state
@@ -53,20 +51,20 @@ def command(name: str) -> list[str]:
 
 
 def test_every_file_is_known():
-    assert {path.stem for path in FOLDER.iterdir()} == set(MEANT)
+    assert {path.stem for path in FOLDER.iterdir()} == set(EXPECTED)
 
 
-@pytest.mark.parametrize("name", MEANT)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_accelerate_reads_it(name):
     from accelerate.commands.config import load_config_from_file
 
     config = load_config_from_file(str(FOLDER / f"{name}.yaml"))  # raises on unknown keys
-    meant = config.distributed_type, config.use_cpu, config.num_machines, config.num_processes, config.mixed_precision
-    assert meant == MEANT[name]
+    found = config.distributed_type, config.use_cpu, config.num_machines, config.num_processes, config.mixed_precision
+    assert found == EXPECTED[name]
     assert config.num_machines == 1 or (config.main_process_ip and config.main_process_port)
 
 
-@pytest.mark.parametrize("name", MEANT)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_header_tells_the_command(name):
     assert 2 <= len(header(name)) <= 4
     words = command(name)
@@ -74,6 +72,7 @@ def test_header_tells_the_command(name):
     assert "train.py" in words
 
 
+@pytest.mark.slow
 def test_cpu_2_starts_two_processes(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -1,4 +1,4 @@
-"""smallm.training.config and the command line of train.py: what may be set, where, and what a mistake gets to hear."""
+"""smallm.training.config, request and cli: settings from files and flags, and the messages for mistakes."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ NAMES = ("quickstart", "shakespeare-cpu", "shakespeare-gpu", "lr-decay", "no-lr-
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """An empty folder to work in, and no training: a mistake must be told before it begins."""
+    """An empty folder to work in, and no training: a mistake must be reported before the training begins."""
 
     def run_training(request, started):
         pytest.fail("training began")
@@ -41,7 +41,7 @@ def toml(path, text):
 # The shipped files.
 
 
-def test_the_configs_are_there():
+def test_the_configs_exist():
     assert {path.stem for path in SHIPPED} >= set(NAMES)
 
 
@@ -62,7 +62,7 @@ def test_quickstart_is_the_default():
     assert load_config("quickstart") == Config()
 
 
-def test_gpu_config_has_the_promised_size():
+def test_gpu_config_has_the_documented_size():
     from smallm.training.model.transformer import TransformerLanguageModel
 
     model = load_config("shakespeare-gpu").model
@@ -70,7 +70,7 @@ def test_gpu_config_has_the_promised_size():
     assert TransformerLanguageModel(256, model).parameter_count() == pytest.approx(10.7e6, rel=0.02)
 
 
-def test_the_decay_pair_is_the_original_recipe_and_differs_in_one_thing():
+def test_the_decay_pair_is_the_original_recipe_and_differs_in_the_schedule():
     decay, none = load_config("lr-decay"), load_config("no-lr-decay")
     o = decay.optim
     assert (o.name, o.learning_rate, o.schedule, o.gamma, o.grad_clip) == ("adam", 1e-3, "exponential", 0.95, 1.0)
@@ -191,7 +191,7 @@ def test_lists_are_written_with_commas_or_as_in_toml(argv, betas):
     assert parse(["--train.log_with", "tensorboard,wandb"]).config.train.trackers == ("tensorboard", "wandb")
 
 
-def test_flags_win_over_the_file_wherever_they_stand(folder):
+def test_flags_override_the_file_in_any_order(folder):
     path = toml(folder / "mine.toml", "[model]\nn_layer = 5\nn_embd = 48\n[optim]\nbetas = [0.8, 0.9]\n")
     for argv in (
         ["--config", path, "--model.n_layer", "2"],
@@ -218,21 +218,21 @@ def test_short_forms():
 
 
 @pytest.mark.parametrize("text", ["1984", "true", "null", "1e3", "[x]", "a: b", "~", "", "{}", "#1.txt"])
-def test_a_file_name_or_seed_text_is_taken_as_it_stands(text):
+def test_a_file_name_or_seed_text_is_not_parsed(text):
     config = parse(["--data", text, "--sample.seed", text]).config
     assert (config.data.source, config.sample.seed) == (text, text)
 
 
-def test_shipped_configs_are_known_by_name(folder):
+def test_shipped_configs_are_found_by_name(folder):
     name = SHIPPED[0].stem if SHIPPED else pytest.fail("no configs")
     for spelling in (name, f"{name}.toml"):  # from any folder
         assert find_config(spelling).read_bytes() == SHIPPED[0].read_bytes()
         assert parse(["--config", spelling]).out == Path("runs") / name
-    toml(folder / f"{name}.toml", "[model]\nn_layer = 7\n")  # one's own file comes first
+    toml(folder / f"{name}.toml", "[model]\nn_layer = 7\n")  # a file in the current folder comes first
     assert parse(["--config", f"{name}.toml"]).config.model.n_layer == 7
 
 
-def test_default_folder_is_the_first_that_is_free(folder):
+def test_default_folder_is_the_first_free_one(folder):
     (folder / "runs/quickstart").mkdir(parents=True)
     (folder / "runs/quickstart-2").mkdir()
     assert parse([]).out == Path("runs/quickstart-3")
@@ -243,7 +243,7 @@ def test_default_folder_is_the_first_that_is_free(folder):
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "expected"),
     [
         # unknown keys
         (["--model.n_layers", "2"], ["model.n_layers", "did you mean model.n_layer?"]),
@@ -285,7 +285,7 @@ def test_default_folder_is_the_first_that_is_free(folder):
         (["--train.short_windows", "[64]", "--train.short_until", "[1.0]"], ["train.short_until", "below 1"]),
         (["--optim.newton_schulz_steps", "9"], ["optim.newton_schulz_steps", "8"]),
         (["--train.seed", "-1"], ["train.seed"]),
-        (["--train.seed", "4294967296"], ["train.seed"]),  # the samples' generator has 32 bits
+        (["--train.seed", "4294967296"], ["train.seed"]),  # the generator of the samples has 32 bits
         (["--train.epochs", "nan"], ["train.epochs"]),
         (["--sample.temperature", "-1"], ["temperature", "-1"]),
         (["--sample.top_k", "-1"], ["top_k", "-1"]),
@@ -306,15 +306,15 @@ def test_default_folder_is_the_first_that_is_free(folder):
     ],
     ids=lambda value: " ".join(value),
 )  # fmt: skip
-def test_a_mistake_is_one_line(refused, folder, argv, said):
+def test_a_mistake_is_one_line(refused, folder, argv, expected):
     line = refused(*argv)
-    for words in said:
+    for words in expected:
         assert words in line
     assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("[model]\nn_layers = 2\n", ["model.n_layers", "did you mean model.n_layer?", "mine.toml"]),
         ("[modle]\nn_layer = 2\n", ["modle.n_layer", "model.n_layer", "mine.toml"]),
@@ -333,10 +333,10 @@ def test_a_mistake_is_one_line(refused, folder, argv, said):
         ("resume = 'x'\n", ["resume"]),
     ],
 )
-def test_a_mistake_in_the_file_is_one_line(refused, folder, text, said):
+def test_a_mistake_in_the_file_is_one_line(refused, folder, text, expected):
     path = toml(folder / "mine.toml", text)
     line = refused("--config", path)
-    for words in said:
+    for words in expected:
         assert words in line
     assert [path.name for path in folder.iterdir()] == ["mine.toml"]
 
@@ -359,14 +359,14 @@ def test_resume_with_out_or_config_is_refused(refused, tiny_run, folder):
     assert not (folder / "x").exists()
 
 
-def test_resume_takes_the_settings_of_the_run_and_flags_win(tiny_run):
+def test_resume_takes_the_settings_of_the_run_and_flags_override_them(tiny_run):
     request = parse(["--resume", str(tiny_run), "--train.max_steps", "70"])
     assert (request.out, request.resume) == (tiny_run, True)
     assert (request.config.model.n_embd, request.config.train.batch_size) == (32, 16)
     assert request.config.train.max_steps == 70
 
 
-def test_a_nonempty_run_folder_is_not_trained_into_again(refused, tiny_run):
+def test_a_folder_with_a_run_is_not_used_for_another(refused, tiny_run):
     before = sorted(path.name for path in tiny_run.rglob("*"))
     assert f"--resume {tiny_run}" in refused("--out", str(tiny_run))
     assert sorted(path.name for path in tiny_run.rglob("*")) == before
@@ -378,7 +378,7 @@ def test_the_run_folder_cannot_be_a_file(refused, folder):
     assert (folder / "x").read_text() == "mine"
 
 
-def test_from_dict_refuses_what_is_no_config():
+def test_from_dict_refuses_an_invalid_config():
     with pytest.raises(UserError, match=r"did you mean model\.n_layer\?"):
         Config.from_dict({"model": {"n_layers": 2}})
     with pytest.raises(UserError):

@@ -1,4 +1,4 @@
-"""A dozen of the kills that benchmarks/kill_resume.py makes by the hundred."""
+"""A dozen kills by benchmarks/kill_resume.py, which makes hundreds of them."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ def kill_resume(monkeypatch):
 
 
 @pytest.mark.timeout(580)
-@pytest.mark.skipif(sys.platform != "linux", reason="it looks for processes in /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="the benchmark looks for processes in /proc")
 def test_a_dozen_kills_change_nothing(kill_resume):
     tallies = kill_resume.survey(kills=12, seed=5, data=None)
     assert sum(tally.kills for tally in tallies) == 12
@@ -25,15 +25,15 @@ def test_a_dozen_kills_change_nothing(kill_resume):
     assert [tally.unusable for tally in tallies] == [0] * 3
 
 
-def test_what_differs_and_what_is_spoiled_is_counted(kill_resume, monkeypatch):
-    """On a run that does not go on from its checkpoint, and loses those it had."""
+def test_runs_that_differ_and_unusable_checkpoints_are_counted(kill_resume, monkeypatch):
+    """With a run that starts anew instead of resuming, and loses its checkpoints."""
     name = "adamw, cosine, clipping, early stopping"
     processes, settings = kill_resume.VARIANTS[name]
     monkeypatch.setitem(kill_resume.VARIANTS, name, (processes, [*settings, "--train.max_steps=20"]))
 
     class Forgetful(kill_resume.Killer):
         def _start(self, run):
-            if run.exists():  # begins anew, with other batches
+            if run.exists():  # starts anew, with other batches
                 import shutil
 
                 shutil.rmtree(run)

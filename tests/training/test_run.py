@@ -1,4 +1,4 @@
-"""smallm.training.run: locks, signals, a start that was killed, processes that fail."""
+"""smallm.training.run: locks, signals, runs killed before their first checkpoint, failing processes."""
 
 import os
 import shutil
@@ -36,27 +36,27 @@ def wait_for_steps(run, process):
 # Signals and the lock.
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
-def test_a_scheduler_s_signal_saves(refused, text_file, tmp_path, number):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+def test_a_signal_of_a_scheduler_saves(refused, text_file, tmp_path, signum):
     run = tmp_path / "run"
     process = start("--data", str(text_file), "--out", str(run), *SMALL, "--train.max_steps=1000000",
                     "--train.eval_every=1000000")  # fmt: skip
     try:
         wait_for_steps(run, process)
         assert "is being trained by another process" in refused("--resume", str(run), "--train.max_steps=9999999")
-        process.send_signal(number)
+        process.send_signal(signum)
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + signum
     (saved,) = manager.checkpoints(run)
     step = read_state(saved)[0].step
-    assert f"stopped by {number.name} at step {step:,}; go on with: python train.py --resume {run}" in err
+    assert f"stopped by {signum.name} at step {step:,}; go on with: python train.py --resume {run}" in err
     assert "Traceback" not in err
-    assert cli.main(["--resume", str(run), f"--train.max_steps={step + 1}"]) == 0  # the lock is gone with its holder
+    assert cli.main(["--resume", str(run), f"--train.max_steps={step + 1}"]) == 0  # the lock ended with its process
 
 
-def test_a_run_that_is_begun_by_two_is_refused_to_the_second(refused, text_file, tmp_path):
+def test_a_second_process_may_not_train_the_same_run(refused, text_file, tmp_path):
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / ".lock"):
         line = refused("--data", str(text_file), "--out", str(tmp_path / "run"), *SMALL)
@@ -64,8 +64,8 @@ def test_a_run_that_is_begun_by_two_is_refused_to_the_second(refused, text_file,
     assert "--out" in line
 
 
-def test_an_evaluation_is_broken_off_and_made_up_for(text_file, tmp_path, monkeypatch):
-    """A long evaluation must not outlast the patience of a scheduler; the resumed run ends as the straight one."""
+def test_an_interrupted_evaluation_is_repeated(text_file, tmp_path, monkeypatch):
+    """A signal interrupts a long evaluation, as a scheduler would not wait; the resumed run equals a whole one."""
     from smallm.training import evaluate
 
     argv = ["--data", str(text_file), *SMALL, "--train.max_steps=6", "--train.eval_every=2", "--train.patience=2"]
@@ -89,7 +89,7 @@ def test_an_evaluation_is_broken_off_and_made_up_for(text_file, tmp_path, monkey
     assert cli.main(["--resume", str(run)]) == 0
     for ours, theirs in zip(manager.checkpoints(run), manager.checkpoints(tmp_path / "straight"), strict=True):
         a, b = read_state(ours)[0], read_state(theirs)[0]
-        assert a.val_loss == pytest.approx(b.val_loss, abs=1e-6)  # summed in other batches at first
+        assert a.val_loss == pytest.approx(b.val_loss, abs=1e-6)  # the first was summed in other batches
         assert (a.step, a.best_step, a.evaluations_since_best) == (b.step, b.best_step, b.evaluations_since_best)
         assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
 
@@ -140,34 +140,34 @@ def test_one_process_that_fails_ends_all_with_its_message(text_file, tmp_path, r
     assert done.returncode != 0
     assert time.monotonic() - begun < 60
     if "moon" in error:
-        said = [line for line in done.stderr.splitlines() if line.startswith("smallm: ")]
-        assert said == ["smallm: the moon is full" if rank == "0" else "smallm: process 1: the moon is full"]
-        assert "trainer.py" not in done.stderr  # nobody shows a traceback of ours
+        printed = [line for line in done.stderr.splitlines() if line.startswith("smallm: ")]
+        assert printed == ["smallm: the moon is full" if rank == "0" else "smallm: process 1: the moon is full"]
+        assert "trainer.py" not in done.stderr  # no process prints a traceback
     else:
         assert done.stderr.count("RuntimeError: a bug of ours") == 1
         assert "Connection closed" not in done.stderr
 
 
-# A disk that fills up.
+# A full disk.
 
-SHORT_OF_ROOM = """
+FULL_DISK = """
 import resource, sys
 sys.path.insert(0, {root!r})
-resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))  # no file may grow beyond that
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))  # the largest size of a file, in bytes
 from smallm.cli.main import run, train
 raise SystemExit(run(train))
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such limit")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
 @pytest.mark.slow
-def test_a_checkpoint_that_finds_no_room_leaves_the_old_ones(tiny_run, tmp_path, name):
+def test_a_full_disk_leaves_the_old_checkpoints(tiny_run, tmp_path, name):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     before = {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()}
-    room = (manager.checkpoints(run)[-1] / name).stat().st_size - 100
+    size = (manager.checkpoints(run)[-1] / name).stat().st_size - 100
     script = tmp_path / "script.py"
-    script.write_text(SHORT_OF_ROOM.format(root=str(ROOT), room=room))
+    script.write_text(FULL_DISK.format(root=str(ROOT), size=size))
     done = subprocess.run([sys.executable, str(script), "--resume", str(run), "--train.max_steps=65"], timeout=100,
                           capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 2
@@ -175,12 +175,12 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_old_ones(tiny_run, tmp_path,
     assert last.startswith(f"smallm: cannot write to {run}: ")
     assert f"--resume {run}" in last
     assert {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()} == before
-    assert cli.main(["--resume", str(run), "--train.max_steps=65"]) == 0  # once there is room
+    assert cli.main(["--resume", str(run), "--train.max_steps=65"]) == 0  # once there is space
 
 
-@pytest.mark.parametrize(("processes", "said"), [("1", "done, shut down"), ("2", "done")])
+@pytest.mark.parametrize(("processes", "printed"), [("1", "done, shut down"), ("2", "done")])
 @pytest.mark.slow
-def test_of_several_processes_none_waits_for_pythons_shutdown(processes, said):
+def test_several_processes_skip_pythons_shutdown(processes, printed):
     script = """
 import atexit, sys
 import smallm.training.run
@@ -192,4 +192,4 @@ sys.exit(cli.main([]))
 """
     environment = os.environ | {"WORLD_SIZE": processes}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (7, said, "")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (7, printed, "")

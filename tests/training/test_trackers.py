@@ -1,4 +1,4 @@
-"""Trackers: they get what metrics.jsonl gets, stay offline, and cannot stop a training."""
+"""Trackers get the records of metrics.jsonl, stay offline, and cannot stop a training."""
 
 import json
 import os
@@ -17,23 +17,24 @@ from smallm.training import cli, trackers
 from smallm.training.checkpoint.format import read_state
 from smallm.training.checkpoint.manager import checkpoints
 from smallm.training.config import Config, TrainConfig
+from smallm.training.request import load_config
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """An empty folder to work in, no pictures, and an environment that says nothing of trackers."""
+    """An empty folder to work in, no pictures, and an environment without settings of trackers."""
     monkeypatch.setattr("smallm.training.report.plot.plot_runs", lambda runs, out, **options: out)
     monkeypatch.chdir(tmp_path)
     for name, value in trackers.OFFLINE.items():
-        monkeypatch.setenv(name, value)  # to be put back after the test, whatever is done to it
+        monkeypatch.setenv(name, value)  # restored after the test
         monkeypatch.delenv(name)
     return tmp_path
 
 
 class Notebook(GeneralTracker):
-    """Writes down all that it is told; fails where it is told to."""
+    """Keeps all that it gets; fails at the place named by `failing`."""
 
     requires_logging_directory = False
     failing = ""
@@ -69,7 +70,7 @@ class Notebook(GeneralTracker):
 
 
 class Diary(Notebook):
-    """One with a way for texts."""
+    """A tracker that takes texts."""
 
     def log_text(self, text, step):
         self._fail(f"text {step}")
@@ -78,7 +79,7 @@ class Diary(Notebook):
 
 @pytest.fixture
 def notebook(monkeypatch):
-    """Registers a tracker `notebook` that fails at a place, and `diary`; returns those that were begun, by name."""
+    """Registers a tracker `notebook` that fails at a place, and `diary`; returns the trackers that started, by name."""
 
     def register(failing="", name="notebook", base=Notebook):
         kind = type(name.title(), (base,), {"name": name, "failing": failing, "begun": begun})
@@ -101,7 +102,7 @@ def train(text_file):
 
 
 def numbers(record):
-    """What a tracker is to get of a line in metrics.jsonl."""
+    """What a tracker should get for a record of metrics.jsonl."""
     wanted = {f"{record['kind']}/{key}": value for key, value in record.items()
               if key not in ("kind", "step", "sample") and value is not None}  # fmt: skip
     return record["step"], wanted
@@ -111,7 +112,7 @@ def lines(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_it_gets_the_lines_of_metrics_and_changes_nothing(train, notebook):
+def test_a_tracker_gets_the_metrics_and_changes_nothing(train, notebook):
     notebook()
     run, begun = train(train__log_with="notebook"), notebook()
     (book,) = begun.values()
@@ -144,7 +145,7 @@ def test_several(train, notebook):
 
 
 @pytest.mark.parametrize("place", ["step 1", "step 5", "text 5", "step 12"])
-def test_one_that_fails_is_said_once_and_left_out(train, notebook, capsys, place):
+def test_a_failing_tracker_is_reported_once_and_left_out(train, notebook, capsys, place):
     base = Diary if place.startswith("text") else Notebook
     notebook(place, base=base)
     run = train(train__log_with="notebook,diary")
@@ -159,30 +160,30 @@ def test_one_that_fails_is_said_once_and_left_out(train, notebook, capsys, place
     assert sha256(run) == sha256(train("without"))
 
 
-def test_one_that_fails_at_the_end(train, notebook, capsys):
+def test_a_tracker_that_fails_at_the_end(train, notebook, capsys):
     notebook("finish")
     train(train__log_with="notebook,diary")
     assert "warning: notebook failed (no ink in notebook)" in capsys.readouterr().err
     assert notebook("finish")["diary"].finished == 1
 
 
-def test_one_that_cannot_start_is_said_before_training(refused, notebook, text_file, folder):
+def test_a_tracker_that_cannot_start_is_reported_before_training(refused, notebook, text_file, folder):
     notebook("start")
     argv = ["--data", str(text_file), "--out", "run", *flags(TOY), "--train.log_with", "notebook"]
     assert refused(*argv).split("smallm: ")[-1] == (
-        "notebook cannot start (no ink in notebook); mend that, or leave it out of train.log_with"
+        "notebook cannot start (no ink in notebook); solve this problem, or leave the tracker out of train.log_with"
     )
     assert list(folder.iterdir()) == []
 
 
-def test_a_failed_training_ends_its_trackers_too(notebook, text_file, monkeypatch):
+def test_a_failed_training_ends_its_trackers(notebook, text_file, monkeypatch):
     monkeypatch.setattr("smallm.training.trainer.evaluate", lambda *_: float("nan"))
     with pytest.raises(UserError, match=r"lower optim\.learning_rate"):
         cli.main(["--data", str(text_file), "--out", "run", *flags(TOY), "--train.log_with=diary"])
     assert notebook()["diary"].finished == 1
 
 
-def test_resume_goes_on(train, notebook):
+def test_a_resumed_run_continues_its_log(train, notebook):
     notebook()
     with ctrl_c(6):
         train(code=130, train__log_with="notebook")
@@ -191,7 +192,7 @@ def test_resume_goes_on(train, notebook):
     assert cli.main(["--resume", "run"]) == 0
     second = notebook()["notebook"]
     assert second is not first
-    assert second.config is None  # it has that already
+    assert second.config is None  # stored at the first start
     steps = [step for step, values in first.lines + second.lines if "train/loss" in values]
     assert steps == list(range(1, 13))
 
@@ -219,7 +220,7 @@ def test_lists_in_files_and_flags(tmp_path):
     file = tmp_path / "t.toml"
     file.write_text('[train]\nlog_with = ["tensorboard", "wandb"]\n')
     both = ("tensorboard", "wandb")
-    assert cli.load_config(file).train.trackers == both
+    assert load_config(file).train.trackers == both
     for flag in ("tensorboard,wandb", '["tensorboard", "wandb"]'):
         assert cli.parse(["--train.log_with", flag]).config.train.trackers == both
     assert cli.parse(["--config", str(file), "--train.log_with", ""]).config.train.trackers == ()
@@ -233,15 +234,15 @@ def test_lists_in_files_and_flags(tmp_path):
         ("wandb", "wandb is not installed; pip install wandb, or leave it out of train.log_with"),
     ],
 )
-def test_what_is_not_there_is_said_before_training(refused, monkeypatch, text_file, folder, given, told):
+def test_a_missing_tracker_is_reported_before_training(refused, monkeypatch, text_file, folder, given, told):
     monkeypatch.setattr(tracking, "_available_trackers", [])
     said = refused("--data", str(text_file), "--out", "run", *flags(TOY), "--train.log_with", given)
     assert told in said
     assert list(folder.iterdir()) == []
 
 
-def test_the_same_in_a_process_of_its_own(text_file, folder):
-    """Accelerate has no state yet when the names are checked."""
+def test_a_missing_tracker_in_a_new_process(text_file, folder):
+    """There Accelerate has no state yet when the names are checked."""
     code = """
 import sys
 from accelerate import tracking
@@ -259,14 +260,14 @@ sys.exit(cli.run(cli.train))
     assert list(folder.iterdir()) == []
 
 
-def test_offline_unless_the_user_says_more(train, notebook, monkeypatch):
+def test_trackers_are_offline_unless_the_environment_says_otherwise(train, notebook, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     train(train__log_with="diary")
     assert os.environ["WANDB_MODE"] == "online"
     assert {name: os.environ[name] for name in trackers.OFFLINE} == trackers.OFFLINE | {"WANDB_MODE": "online"}
 
 
-def test_without_trackers_nothing_of_them_is_loaded_or_set(text_file):
+def test_without_trackers_no_tracker_is_imported_or_configured(text_file):
     code = f"""
 import os, sys
 from smallm.training import cli
@@ -281,27 +282,27 @@ print([name for name in ("tensorboard", "torch.utils.tensorboard", "wandb", "mlf
 
 
 @pytest.mark.parametrize("name", sorted(tracking.LOGGER_TYPE_TO_CLASS))
-def test_settings_of_its_own_are_those_that_accelerate_s_wrapper_takes(name, tmp_path):
-    """The wrappers are made without their packages, which only `start` imports."""
-    settings = trackers._own_settings(tmp_path, 3).get(name, {})
+def test_the_settings_of_a_tracker_suit_accelerates_wrapper(name, tmp_path):
+    """The wrappers can be built without their packages, which only `start` imports."""
+    settings = trackers._tracker_settings(tmp_path, 3).get(name, {})
     kind = tracking.LOGGER_TYPE_TO_CLASS[name]
     folder = [str(tmp_path)] if kind.requires_logging_directory else []
     assert kind(trackers.PROJECT, *folder, **settings).name == name
 
 
 def test_a_run_has_one_id(tmp_path):
-    first = trackers._own_settings(tmp_path, 0)["wandb"]
-    assert trackers._own_settings(tmp_path, 5)["wandb"] == first
+    first = trackers._tracker_settings(tmp_path, 0)["wandb"]
+    assert trackers._tracker_settings(tmp_path, 5)["wandb"] == first
     assert first["name"] == tmp_path.parent.name
-    assert trackers._own_settings(tmp_path, 0)["wandb"]["id"] != first["id"]
+    assert trackers._tracker_settings(tmp_path, 0)["wandb"]["id"] != first["id"]
 
 
-# TensorBoard itself, where it is installed.
+# With TensorBoard, if it is installed.
 
 
 @pytest.fixture
 def read_tensorboard():
-    """What TensorBoard shows of a run: the points of a curve, or the texts, by step."""
+    """Reads from the log of TensorBoard the points of a curve, or the texts, by step."""
     module = "tensorboard.backend.event_processing.event_accumulator"
     accumulator = pytest.importorskip(module, reason="tensorboard is not installed")
 
@@ -318,7 +319,7 @@ def read_tensorboard():
 def test_tensorboard_and_resume(train, read_tensorboard):
     with ctrl_c(8):
         run = train(code=130, train__log_with="tensorboard", train__save_every=100)
-    # A kill after the checkpoint of step 5, at step 9 or so: what came in between comes again.
+    # As after a kill some steps behind the checkpoint of step 5: the steps in between are trained again.
     newest = checkpoints(run)[-1]
     assert len(checkpoints(run)) > 1
     for file in sorted(newest.iterdir(), reverse=True):
