@@ -37,8 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 from smallm.cli.main import run
 from smallm.errors import UserError
 from smallm.export.folder import export_checkpoint
-from smallm.export.kits.folder import write_c
-from smallm.export.kits.javascript import ORT_FILES, write_node, write_web
+from smallm.export.kits import ORT_FILES, write_c, write_node, write_web
 from smallm.generation.draft_table import DRAFT_TABLE_FILE
 from smallm.language_model import MODEL_FILE
 from smallm.runs.layout import validation_text

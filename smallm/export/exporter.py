@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 from smallm.errors import UserError
 from smallm.export.folder import Export, export_checkpoint
-from smallm.export.kits.folder import WRITERS, write_kit
+from smallm.export.kits import WRITERS, write_kit
 from smallm.export.precision import PRECISIONS
 from smallm.runs.layout import CHECKPOINTS, EXPORT, newest_run
 from smallm.training.checkpoint.format import STATE_FILE, verify

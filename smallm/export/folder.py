@@ -1,10 +1,10 @@
-"""The export folder: written aside, checked, and only then put in its place."""
+"""The export folder: the model file, the files that other runtimes read, and the model card."""
 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,18 @@ from onnx import helper
 
 from smallm.errors import UserError
 from smallm.export.draft_table import write_draft_table
+from smallm.export.genai import GENAI_FILE, genai_config
 from smallm.export.gguf import check_gguf, write_gguf
 from smallm.export.graph import build_graph
 from smallm.export.model_card import CARD_FILE, WEIGHTS_FILE, is_card, licence_of, model_card
+from smallm.export.output_folder import check_replaceable, replacing
 from smallm.export.parity import check_parity
 from smallm.export.portable_graph import PORTABLE_FILE, build_portable
 from smallm.export.precision import PRECISIONS, Precision, Quality, check_loss, measure, write_quantised
 from smallm.generation.draft_table import DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE
 from smallm.generation.speculative import drafts_per_pass
 from smallm.language_model import MODEL_FILE, LanguageModel
-from smallm.model_file.manifest import MANIFEST_FILE, Manifest, genai_config
+from smallm.model_file.manifest import MANIFEST_FILE, Manifest
 from smallm.runs.layout import CHECKPOINTS, validation_text
 from smallm.training.analysis.baselines import read_baselines
 from smallm.training.checkpoint.format import load_model, load_vocabulary, read_state
@@ -36,22 +38,24 @@ TRANSFORMERS_JS = {
     "int8": ("int8", f"{ONNX_FOLDER}/model_int8.onnx"),
     "int4": ("q4", f"{ONNX_FOLDER}/model_q4.onnx"),
 }
-"""Precision -> what transformers.js calls it, and where it looks for the file."""
-MAX_MEASURED = 100_000  # characters of the validation text
-MIN_SAMPLE, SAMPLE_LENGTH = 200, 400  # characters of the model's own
+"""Precision -> its name in transformers.js, and the file that transformers.js loads for it."""
+MAX_MEASURED = 100_000
+"""Characters of the validation text that the loss is measured on."""
+MIN_SAMPLE, SAMPLE_LENGTH = 200, 400
+"""Characters of the sample in the model card."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What came of an export."""
+    """What an export folder holds, and what was measured."""
 
     manifest: Manifest
     difference: float
-    """Largest difference of a logit from PyTorch's, with the same matrices."""
+    """Largest difference between a logit and PyTorch's, computed with the same weights."""
     measured: list[Quality]
-    """Of the model in fp32, and in its own precision if that is another; then of the portable file, if there is one."""
+    """The model in fp32, then in the precision of the export if that is not fp32, then the portable file if written."""
     sizes: dict[str, int]
-    """Bytes of the files in the folder, by their names; but for the card."""
+    """File name -> bytes of each file in the folder except the model card."""
 
     @property
     def quality(self) -> Quality:
@@ -67,10 +71,19 @@ def export_checkpoint(
     gguf: bool = False,
     portable: bool = False,
 ) -> Export:
-    """Writes the export folder of a checkpoint as a whole or not at all.
+    """Writes the export folder of a checkpoint, completely or not at all.
 
-    gguf: with a GGUF too; portable: with a file of standard operators too, which is in fp32 whatever the precision.
-    Raises `UserError`, also if the precision costs more bits per character than it may, unless `allow_loss`.
+    Args:
+        checkpoint: A checkpoint folder.
+        out: The folder to write; missing, empty, or an earlier export, which is replaced.
+        precision: "fp32", "int8" or "int4": how the weight matrices are stored.
+        allow_loss: Write the model however many bits per character the precision costs.
+        gguf: Also write a GGUF file, see `write_gguf`.
+        portable: Also write a model file with standard ONNX operators only; it is in fp32 in every export.
+
+    Raises:
+        UserError: The checkpoint or `out` is not usable, the exported model differs from the PyTorch model, or the
+            precision costs more bits per character than allowed.
     """
     manifest = replace(build_manifest(checkpoint), precision=precision)
     if gguf:
@@ -79,15 +92,17 @@ def export_checkpoint(
     text, name = _validation_text(checkpoint), name_of(checkpoint)
     try:
         out = out.resolve()
-        check_replaceable(out, _names(name))
-        licence = licence_of(out / CARD_FILE)
+        card = out / CARD_FILE
+        check_replaceable(out, [file for file in _names(name) if file != CARD_FILE or is_card(card)], "smallm export")
+        licence = licence_of(card)
         with replacing(out) as folder:
             path = folder / MODEL_FILE
-            written = _write_model(model, manifest, path, PRECISIONS[precision], text, allow_loss)
-            manifest, difference, measured = written
+            manifest, difference, measured = _write_model(
+                model, manifest, path, PRECISIONS[precision], text, allow_loss
+            )
             _write_json_files(folder, checkpoint, manifest)
             _link(path, folder / TRANSFORMERS_JS[precision][1])
-            if precision == "fp32":  # a folder that is meant to be small does not bring the large weights along
+            if precision == "fp32":  # a quantised export is meant to be small
                 shutil.copyfile(checkpoint / WEIGHTS_FILE, folder / WEIGHTS_FILE)
             if gguf:
                 write_gguf(checkpoint, folder / f"{name}.gguf", precision, name)
@@ -95,37 +110,40 @@ def export_checkpoint(
                 measured.append(_write_portable(model, manifest, folder / PORTABLE_FILE, text))
             sizes = {file: (folder / file).stat().st_size for file in _names(name) if (folder / file).is_file()}
             baselines = read_baselines(checkpoint.resolve().parent.parent)
-            card = model_card(name, manifest, measured, sizes, _sample(path), licence, baselines)
-            (folder / CARD_FILE).write_text(card, encoding="utf-8")
+            content = model_card(name, manifest, measured, sizes, _sample(path), licence, baselines)
+            (folder / CARD_FILE).write_text(content, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
     return Export(manifest, difference, measured, sizes)
 
 
 def _sample(path: Path) -> str:
-    """Some text of the model; not much beyond its context, where characters take longer."""
+    """A sample of the model's text; about one context long, since characters beyond the context take longer."""
     model = LanguageModel.load(path)
     length = min(SAMPLE_LENGTH, max(MIN_SAMPLE, model.block_size))
     return "".join(model.stream(max_length=length, rng_seed=1))
 
 
 def name_of(checkpoint: Path) -> str:
-    """What to call the model: the name of the run, or of a checkpoint that lies elsewhere."""
+    """The name of the model: that of its run, or of a checkpoint folder outside a run."""
     folder = checkpoint.resolve()
     return folder.parent.parent.name if folder.parent.name == CHECKPOINTS else folder.name
 
 
 def _names(name: str) -> list[str]:
-    """All files that an export folder may have."""
+    """All files that an export folder may hold."""
     own = [MODEL_FILE, MANIFEST_FILE, "config.json", "generation_config.json", "tokenizer.json"]
-    own += ["tokenizer_config.json", "genai_config.json", *(file for _, file in TRANSFORMERS_JS.values())]
+    own += ["tokenizer_config.json", GENAI_FILE, *(file for _, file in TRANSFORMERS_JS.values())]
     return [*own, DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE, WEIGHTS_FILE, PORTABLE_FILE, f"{name}.gguf", CARD_FILE]
 
 
 def _write_model(
     model: TransformerLanguageModel, manifest: Manifest, path: Path, precision: Precision, text: str, allow_loss: bool
 ) -> tuple[Manifest, float, list[Quality]]:
-    """Writes the file, compares it with PyTorch, measures it, and writes into it what was measured."""
+    """Writes the model file, compares it with PyTorch, measures it, and stores the measurements in its metadata.
+
+    Returns the final manifest, the largest difference of a logit, and the measurements.
+    """
     onnx.save(build_graph(model, manifest), path)
     difference = check_parity(model, path)
     write_draft_table(path, text)
@@ -141,7 +159,7 @@ def _write_model(
 
 
 def _write_portable(model: TransformerLanguageModel, manifest: Manifest, path: Path, text: str) -> Quality:
-    """Writes the file of standard operators, checked and measured as the other."""
+    """Writes the portable model file, compared with PyTorch and measured like the main one."""
     manifest = replace(manifest, precision="fp32")
     proto = build_portable(model, manifest)
     onnx.checker.check_model(proto, full_check=True)
@@ -153,7 +171,7 @@ def _write_portable(model: TransformerLanguageModel, manifest: Manifest, path: P
 
 
 def _with_quality(path: Path, manifest: Manifest, quality: Quality) -> Manifest:
-    """Writes into a model file what was measured of it."""
+    """Stores the measurements in the metadata of a model file."""
     manifest = replace(manifest, quality=asdict(quality))
     proto = onnx.load(path)
     helper.set_model_props(proto, manifest.to_metadata())
@@ -162,17 +180,17 @@ def _with_quality(path: Path, manifest: Manifest, quality: Quality) -> Manifest:
 
 
 def _write_json_files(folder: Path, checkpoint: Path, manifest: Manifest) -> None:
-    """What hosts read besides the model."""
+    """Writes the JSON files that hosts read besides the model."""
     files: dict[str, Mapping[str, Any]] = hugging_face_files(read_state(checkpoint)[1], load_vocabulary(checkpoint))
-    # Without it transformers.js takes another file in a browser than under Node.
+    # Without this entry transformers.js loads different files in a browser and in Node.
     files["config.json"] |= {"transformers.js_config": {"dtype": TRANSFORMERS_JS[manifest.precision][0]}}
-    files |= {MANIFEST_FILE: asdict(manifest), "genai_config.json": genai_config(manifest, MODEL_FILE)}
+    files |= {MANIFEST_FILE: asdict(manifest), GENAI_FILE: genai_config(manifest, MODEL_FILE)}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _link(file: Path, other: Path) -> None:
-    """The same file in another place: without a second copy, where the file system can do that."""
+    """Makes `other` a hard link to the file, or a copy where the file system has no hard links."""
     other.parent.mkdir(exist_ok=True)
     with suppress(OSError):
         os.link(file, other)
@@ -181,7 +199,7 @@ def _link(file: Path, other: Path) -> None:
 
 
 def _validation_text(checkpoint: Path) -> str:
-    """The beginning of the run's validation text; empty if the checkpoint comes without it."""
+    """The beginning of the run's validation text; empty if the run has no such file."""
     try:
         path = validation_text(checkpoint)
     except UserError:
@@ -191,7 +209,7 @@ def _validation_text(checkpoint: Path) -> str:
 
 
 def build_manifest(checkpoint: Path) -> Manifest:
-    """What the exported file of a checkpoint says about itself."""
+    """The manifest of a checkpoint's export, in fp32 and without measurements."""
     state, config = read_state(checkpoint)
     m, vocabulary = config.model, load_vocabulary(checkpoint)
     return Manifest(
@@ -209,35 +227,3 @@ def build_manifest(checkpoint: Path) -> Manifest:
         sampling=asdict(config.sample.sampling),
         training=state.facts | {"step": state.step, "val_loss": state.val_loss, "fingerprint": state.fingerprint},
     )
-
-
-def check_replaceable(out: Path, names: list[str]) -> None:
-    """Raises `UserError` unless `out` is missing, empty, or holds an earlier export and nothing else."""
-    if not out.exists():
-        return
-    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST_FILE).exists()):
-        raise UserError(f"{out} exists and is no smallm export; choose another --out")
-    others = {file.relative_to(out).as_posix() for file in out.rglob("*")} - set(names) - {ONNX_FOLDER}
-    if (out / CARD_FILE).exists() and not is_card(out / CARD_FILE):
-        others.add(CARD_FILE)
-    if others:
-        raise UserError(f"{out} also holds {min(others)}, which would be lost; move it, or choose another --out")
-
-
-@contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """A new folder, which takes the place of `out` when the block ends; if the block raises, nothing has changed."""
-    base = next(folder for folder in out.parents if folder.exists())
-    new, old = (base / f".{out.name}.{os.getpid()}.{what}" for what in ("new", "old"))
-    try:
-        new.mkdir()
-        yield new
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.exists():
-            out.rename(old)
-        new.rename(out)
-    finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        for folder in (new, old):
-            shutil.rmtree(folder, ignore_errors=True)

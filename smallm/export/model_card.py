@@ -22,8 +22,8 @@ MAX_NEW = 200  # characters that the examples write
 
 
 def is_card(file: Path) -> bool:
-    """Whether a README.md was written here."""
-    return MARK in file.read_text(encoding="utf-8", errors="replace")
+    """Whether a README.md exists and is a model card that an export wrote."""
+    return file.is_file() and MARK in file.read_text(encoding="utf-8", errors="replace")
 
 
 def licence_of(file: Path) -> str:

@@ -23,7 +23,7 @@ from smallm import LanguageModel, Vocabulary
 from smallm.cli import main as cli
 from smallm.errors import UserError
 from smallm.export.cli import KITS
-from smallm.export.kits.folder import SOURCES, WRITERS, write_kit
+from smallm.export.kits import SOURCES, WRITERS, write_kit
 from smallm.generation.sampler import Sampling, sample
 from smallm.model_file.onnx_reader import BITS, MODEL, OPERATORS
 

@@ -27,8 +27,8 @@ from onnx import helper
 from toys import LATER_VOCABULARY, random_model, save_onnx
 
 from smallm import LanguageModel, UserError
-from smallm.export.kits import javascript as kit_js
-from smallm.export.kits.javascript import KITS, write_node, write_web
+from smallm.export import kits
+from smallm.export.kits import SOURCES, write_node, write_web
 from smallm.generation import sequence_state as draft
 from smallm.generation.config import Options
 from smallm.generation.sampler import Sampling, ranked, sample
@@ -36,7 +36,7 @@ from smallm.language_model import MODEL_FILE
 
 JS = Path(__file__).parents[1] / "js"
 PACKAGES = JS / "node_modules"
-MODULE = KITS / "js" / "smallm.js"
+MODULE = SOURCES / "js" / "smallm.js"
 GOLDEN_FILE = Path(__file__).parents[1] / "golden.json"
 GOLDEN = json.loads(GOLDEN_FILE.read_text(encoding="utf-8"))
 HOSTS = ("onnxruntime-node", "onnxruntime-web/wasm")
@@ -478,7 +478,7 @@ def test_the_readme_of_the_node_kit_has_two_commands(exported, tmp_path):
         "npm install --ignore-scripts\n",
         'node example.mjs "The "\n',
     ]
-    assert kit_js.EXACT in text
+    assert kits.EXACT in text
     assert "{{" not in text
 
 
@@ -636,10 +636,10 @@ def npm(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     dist = tmp_path / "bin" / "package" / "dist"
     dist.mkdir(parents=True)
-    for name in kit_js.ORT_FILES.values():
+    for name in kits.ORT_FILES.values():
         (dist / name).write_text(name)
     npm = tmp_path / "bin" / "npm"
-    npm.write_text(FAKE_NPM.format(version=kit_js.ORT_VERSION))
+    npm.write_text(FAKE_NPM.format(version=kits.ORT_VERSION))
     npm.chmod(0o755)
     return npm
 
@@ -656,12 +656,12 @@ def test_npm_is_asked_once(npm, exported, tmp_path):
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        (None, "npm has to fetch onnxruntime-web@.* once, and is not installed"),
-        ("exit 1", "npm cannot fetch onnxruntime-web@.*; check the network"),
-        ("echo nonsense", "npm cannot fetch"),
+        (None, "npm is needed once to download onnxruntime-web@.*, but is not installed"),
+        ("exit 1", "npm cannot download onnxruntime-web@.*; check the network"),
+        ("echo nonsense", "npm cannot download"),
         (
             'cd "$(dirname "$0")"; tar czf "$6/p.tgz" npm; echo \'[{"filename": "p.tgz"}]\'',
-            "cannot keep onnxruntime-web",
+            "cannot store onnxruntime-web",
         ),
     ],
 )
@@ -693,4 +693,4 @@ def test_no_model_for_a_kit(tmp_path):
 def test_the_pinned_version_is_the_tested_one():
     locked = json.loads((JS / "package-lock.json").read_text())["packages"]
     found = {locked[f"node_modules/onnxruntime-{name}"]["version"] for name in ("node", "web")}
-    assert found == {kit_js.ORT_VERSION}
+    assert found == {kits.ORT_VERSION}

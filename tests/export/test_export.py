@@ -28,7 +28,7 @@ from smallm.export import graph as export_graph
 from smallm.export import precision as export_precision
 from smallm.export.folder import export_checkpoint
 from smallm.export.gguf import check_gguf
-from smallm.export.kits.folder import WRITERS
+from smallm.export.kits import WRITERS
 from smallm.export.parity import TOLERANCE, check_parity
 from smallm.generation.sampler import Sampling
 from smallm.inference.session import Session

@@ -1,7 +1,7 @@
 """smallm.manifest: what a model says of itself survives the way through strings, and nothing else passes for it."""
 
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 
 import pytest
 from hypothesis import example, given
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from toys import TOY_VOCABULARY, manifest_of, random_model
 
 from smallm.errors import UserError
-from smallm.model_file.manifest import FORMAT_VERSION, Manifest, genai_config
+from smallm.model_file.manifest import FORMAT_VERSION, Manifest
 
 MANIFEST = manifest_of(random_model(), training={"text": "größe.txt 🎉", "val_loss": 1.25, "step": 3, "none": None})
 JSON = st.recursive(
@@ -89,20 +89,3 @@ def test_another_format_version_says_what_to_do(version):
         UserError, match=rf"^x has format version {version!r}; this smallm reads 1: export the model ag"
     ):
         Manifest.from_dict(asdict(MANIFEST) | {"format_version": version}, "x")
-
-
-def test_genai_config():
-    content = genai_config(MANIFEST, "model.onnx")
-    decoder = content["model"].pop("decoder")
-    assert content["model"] == {"type": "qwen3", "vocab_size": 262, "context_length": 16, "eos_token_id": []}
-    assert {key: decoder[key] for key in ("filename", "head_size", "num_key_value_heads", "num_hidden_layers")} == {
-        "filename": "model.onnx", "head_size": 16, "num_key_value_heads": 2, "num_hidden_layers": 2,
-    }  # fmt: skip
-    search = {"do_sample": True, "temperature": 0.7, "top_k": 30, "top_p": 0.95}
-    assert content["search"] == search | {"max_length": 16, "past_present_share_buffer": True}
-    for sampling, expected in (
-        ({"temperature": 0.0, "top_k": 0}, {"do_sample": False, "temperature": 1.0, "top_k": 0}),
-        ({"temperature": 1.0, "top_k": 1000}, {"do_sample": True, "temperature": 1.0, "top_k": 262}),
-    ):
-        found = genai_config(replace(MANIFEST, sampling=MANIFEST.sampling | sampling), "model.onnx")["search"]
-        assert {key: found[key] for key in expected} == expected

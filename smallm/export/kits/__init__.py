@@ -1,1 +1,0 @@
-"""Folders that put an exported model into a C program, a web page or a Node program."""
