@@ -109,7 +109,7 @@ def test_a_batch_that_two_cannot_share_is_one_line(text_file, tmp_path):
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if "smallm: " in line]
     assert len(said) == 1, done.stderr
-    assert "train.batch_size = 7 cannot be shared by 2 process(es)" in said[0]  # whichever of them came first
+    assert "train.batch_size = 7 cannot be divided among 2 process(es)" in said[0]  # whichever of them came first
     assert "6 or 8" in said[0]
     assert "trainer.py" not in done.stderr  # no traceback of ours; the launcher has its own
     assert not list(tmp_path.glob("run/[!.]*"))  # the launcher may be faster than the one that clears its lock away

@@ -1,4 +1,4 @@
-"""Adam, AdamW, and Muon with AdamW for what is no matrix."""
+"""Adam, AdamW, and Muon combined with AdamW."""
 
 import inspect
 from collections.abc import Iterable, Sequence
@@ -11,8 +11,9 @@ from smallm.training.config import OptimConfig
 from smallm.training.distributed import divide_rows, full_tensor, shard_like
 from smallm.training.model.operations import polynomial_iteration
 
-# The steps of Polar Express (Amsel et al. 2025), each the best quintic for the singular values that the one before it
-# leaves, from 0.001 to 1 at first: a few of them come closer to 1 than one polynomial applied again and again.
+# Coefficients (a, b, c) of the iterations of Polar Express (Amsel et al. 2025): each quintic is the best one for the
+# range of singular values that the previous iteration leaves, starting with 0.001 to 1. A few iterations bring the
+# singular values closer to 1 than repeating one fixed polynomial.
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -26,13 +27,17 @@ POLAR_EXPRESS = (
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Writes `factor` times each group's peak into its learning rate."""
+    """Sets the learning rate of each parameter group to `factor` times the peak of the group."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group["peak_lr"]
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser that `config.name` asks for. Decay is for matrices; embedding and gains go without."""
+    """The optimiser `config.name`: "adam", "adamw" or "muon" (matrices by Muon, embedding and gains by AdamW).
+
+    Weight decay applies to matrices only, not to the embedding and the gains, and never under "adam". Each parameter
+    group has its own "peak_lr", which `set_learning_rate` scales.
+    """
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim == 2 and name != "wte.weight"]
     rest = [p for name, p in named if p.ndim != 2 or name == "wte.weight"]
@@ -54,36 +59,38 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 def moment_names(optimizer: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]]:
-    """Parameter -> names of the tensors that the optimiser keeps for it, once it has made a step."""
+    """Parameter -> names of the tensors in its optimiser state after the first step."""
     adam, muon = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
     return {p: muon if group.get("muon") else adam for group in optimizer.param_groups for p in group["params"]}
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for the groups with `muon=True`, AdamW for the others, in one step.
+    """Muon (Jordan et al. 2024) for parameter groups with `muon=True`, AdamW for the others.
 
-    The matrices that lie packed in one weight, as q, k and v do, are orthogonalised one by one, and all those of one
-    shape, lying or standing, together; processes share that work. Being one optimiser, it works under fp16 loss
-    scaling, which would otherwise unscale the gradients twice. Where `found_inf` is 1, a step changes nothing, as with
-    PyTorch's fused optimisers.
+    Matrices that are packed in one weight, such as q, k and v, are orthogonalised separately. All matrices of one
+    shape, or of its transpose, are orthogonalised in one batch, which the processes divide among themselves. Muon and
+    AdamW are one optimiser, because fp16 loss scaling would unscale the gradients of two optimisers twice. If
+    `found_inf` is 1, a step changes nothing, as in PyTorch's fused optimisers.
     """
 
     found_inf: Tensor | None = None
 
     def __init__(self, params: Iterable, config: OptimConfig):
-        """params: groups; one with `muon=True` has for each of its parameters the rows of its matrices in `rows`."""
+        """params: parameter groups; a group with `muon=True` has a list "rows" with, for each parameter, the numbers of
+        rows of the matrices packed in it.
+        """
         defaults = {"lr": config.learning_rate, "betas": config.betas, "eps": 1e-8, "weight_decay": 0.0, "muon": False}
         super().__init__(params, defaults)
         self.momentum, self.coefficients = config.momentum, POLAR_EXPRESS[: config.newton_schulz_steps]
 
-    # As decorated, these methods import PyTorch's whole compiler, which takes as long as the first 50 steps of a small
-    # model; so does AdamW's own `step`, in place of which stands its functional form below.
+    # The decorators of these methods import PyTorch's compiler, which takes as long as the first 50 steps of a small
+    # model. AdamW.step imports it too, so `_adamw_step` calls the functional form.
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """One update of every parameter that has a gradient."""
+        """Updates every parameter that has a gradient."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
@@ -102,18 +109,19 @@ class MuonAdamW(torch.optim.Optimizer):
     def _muon_step(self, group: dict, parameters: list[Tensor]) -> None:
         gradients, momenta = [p.grad for p in parameters], [self._momentum(p) for p in parameters]
         keep = 1.0
-        if self.found_inf is not None:  # on the device, which is not waited for
+        if self.found_inf is not None:  # computed on the device, so that the host need not wait for found_inf
             keep = 1 - self.found_inf
             gradients = [torch.where(keep.bool(), g, m) for g, m in zip(gradients, momenta, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
         nesterov = [full_tensor(update) for update in torch._foreach_lerp(gradients, momenta, self.momentum)]
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * keep)
-        # Of a parameter that is spread over processes each of them has a part; the update needs whole matrices.
-        weights = [p if u is None else u for p, u in zip(parameters, map(_blank, parameters), strict=True)]
+        # Orthogonalisation needs whole matrices. For a sharded parameter the update is collected in zeros of the full
+        # shape, then sharded and added.
+        weights = [_full_zeros(p) if _is_sharded(p) else p for p in parameters]
         rows = [each for p, each in zip(group["params"], group["rows"], strict=True) if p.grad is not None]
         for matrices in _by_shape(_matrices(weights, nesterov, rows)):
-            updates = divide_rows(self._orthogonalise, torch.stack([_lying(update) for _, update in matrices]))
+            updates = divide_rows(self._orthogonalise, torch.stack([_wide(update) for _, update in matrices]))
             if self.found_inf is not None:
                 updates = updates * keep
             for (weight, _), update in zip(matrices, updates, strict=True):
@@ -135,39 +143,41 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
-    """(n, rows, columns) -> matrices with about the same singular vectors and all singular values near 1.
+    """matrices (n, rows, columns) -> the same singular vectors with all singular values near 1.
 
-    A quintic Newton-Schulz iteration for each of the coefficients, best with rows <= columns; in bf16 on GPUs, where it
-    is exact enough and twice as fast.
+    Runs one quintic Newton-Schulz iteration per (a, b, c) of the coefficients; fastest with rows <= columns. GPUs
+    compute in bf16, which is precise enough and twice as fast.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01).clamp(min=1e-7)
     return polynomial_iteration(x, coefficients).to(matrices.dtype)
 
 
-def _blank(parameter: Tensor) -> Tensor | None:
-    """For a parameter spread over processes, zeros of its whole shape; None for another."""
-    if not hasattr(parameter, "full_tensor"):
-        return None
+def _is_sharded(parameter: Tensor) -> bool:
+    return hasattr(parameter, "full_tensor")
+
+
+def _full_zeros(parameter: Tensor) -> Tensor:
     return torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
 
 
 def _matrices(
     weights: list[Tensor], updates: list[Tensor], rows: list[tuple[int, ...]]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Each matrix of the weights beside its update; both are views."""
+    """Pairs (matrix, update) of all matrices packed in the weights, as views."""
     pairs = []
     for weight, update, each in zip(weights, updates, rows, strict=True):
         pairs += zip(weight.split(each), update.split(each), strict=True)
     return pairs
 
 
-def _lying(matrix: Tensor) -> Tensor:
+def _wide(matrix: Tensor) -> Tensor:
+    """The matrix, transposed if it has more rows than columns."""
     return matrix if matrix.size(0) <= matrix.size(1) else matrix.mT
 
 
 def _by_shape(pairs: list[tuple[Tensor, Tensor]]) -> Iterable[list[tuple[Tensor, Tensor]]]:
-    """Those that can be orthogonalised together, standing ones as lying."""
+    """Groups of pairs whose matrices have the same shape up to transposition."""
     groups: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
     for weight, update in pairs:
         groups.setdefault(tuple(sorted(weight.shape)), []).append((weight, update))

@@ -1,4 +1,4 @@
-"""smallm.training.guard: what is no number never reaches the weights."""
+"""smallm.training.optim.guard: gradients that are not finite never reach the weights."""
 
 import json
 import math
@@ -25,7 +25,7 @@ SMALL = ["--model.n_layer=1", "--model.n_head=1", "--model.n_embd=32", "--model.
 
 
 def stepped(name, flags, weight_decay=0.1):
-    """Weights and moments after a step for each flag: None = without a guard, 0 = let through, 1 = left out."""
+    """Weights and moments after one step per flag: None = found_inf not set, 0 = normal step, 1 = skipped step."""
     config = OptimConfig(name=name, weight_decay=weight_decay, learning_rate=0.01)
     model = TransformerLanguageModel(64, SHAPE, seed=1)
     optimizer = build_optimizer(model, config)
@@ -46,8 +46,8 @@ def stepped(name, flags, weight_decay=0.1):
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw", "adam"])
-def test_the_optimisers_leave_out_a_step_by_themselves(name):
-    """As on a GPU, where nobody waits to see whether it is needed."""
+def test_the_optimisers_skip_a_step_when_found_inf_is_set(name):
+    """As on a GPU, where the host does not wait for the gradient norm."""
     plain, flagged, skipped = stepped(name, [None, None]), stepped(name, [0, 0]), stepped(name, [0, 1, 0])
     for ours, theirs, others in zip(flagged, plain, skipped, strict=True):
         assert torch.equal(ours, theirs)
@@ -77,7 +77,7 @@ def test_counts(device):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Makes the loss of some steps infinite or no number, whatever the model says."""
+    """Makes the loss of some steps infinite or NaN."""
 
     def poisoned(values):
         def loss(logits, targets):
@@ -101,7 +101,7 @@ def train_lines(folder):
 
 @pytest.mark.parametrize("clip", ["0", "1.0"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_step_without_a_number_is_left_out_and_counted(poisoned, text_file, tmp_path, capsys, value, clip):
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(poisoned, text_file, tmp_path, capsys, value, clip):
     out = tmp_path / "run"
     poisoned({3: value, 4: value})
     argv = ["--data", str(text_file), "--out", str(out), *SMALL, "--train.max_steps=8", f"--optim.grad_clip={clip}"]
@@ -116,7 +116,7 @@ def test_a_step_without_a_number_is_left_out_and_counted(poisoned, text_file, tm
     assert capsys.readouterr().err.count("warning: 1 step(s)") == 2
 
 
-def test_too_many_in_a_row_end_the_run_and_its_checkpoints_are_good(poisoned, text_file, tmp_path, capsys):
+def test_too_many_skipped_steps_in_a_row_end_the_run_and_keep_its_checkpoints(poisoned, text_file, tmp_path, capsys):
     out = tmp_path / "run"
     poisoned(dict.fromkeys(range(7, 100), math.nan))
     argv = ["--data", str(text_file), "--out", str(out), *SMALL, "--train.max_steps=50", "--train.save_every=5"]
@@ -126,17 +126,17 @@ def test_too_many_in_a_row_end_the_run_and_its_checkpoints_are_good(poisoned, te
     assert "optim.learning_rate" in line
     newest = checkpoints(out)[-1]
     assert read_state(newest)[0].step == 15
-    assert read_state(newest)[0].skipped_in_a_row == 8  # who resumes goes on counting
+    assert read_state(newest)[0].skipped_in_a_row == 8  # a resumed run continues to count
     from safetensors.torch import load_file
 
     for file in ("model.safetensors", "optimizer.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(newest / file).values())
     assert run(train, ["--resume", str(out)]) == 2
-    assert "steps to step 17 " in capsys.readouterr().err.splitlines()[-1]
+    assert "steps up to step 17 " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_guard_changes_nothing_else(text_file, tmp_path, monkeypatch):
-    """The factor of 1 on the loss, and the norm that is measured without clipping."""
+    """Neither the factor of 1 on the loss nor the norm computed without clipping changes the weights."""
     argv = ["--data", str(text_file), *SMALL, "--train.max_steps=4", "--optim.grad_clip=0"]
     assert cli.main([*argv, "--out", str(tmp_path / "with")]) == 0
     monkeypatch.setattr(StepGuard, "step", lambda self, norm: self._optimizer.step())

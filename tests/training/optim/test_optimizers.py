@@ -1,4 +1,4 @@
-"""smallm.training.optim: learning rates worked out by hand, and each optimiser against its textbook form."""
+"""smallm.training.optim: learning rates computed by hand, and each optimiser against its textbook form."""
 
 import math
 import subprocess
@@ -40,8 +40,8 @@ def test_exponential_falls_by_gamma_at_the_start_of_each_epoch(step, expected):
     assert factor(step, "exponential") == pytest.approx(expected, rel=1e-12)
 
 
-def test_exponential_with_broken_epochs():
-    # 2.5 steps an epoch: epoch 1 begins within step 2, so step 3 is the first of it; epoch 2 begins at step 5
+def test_exponential_with_fractional_epochs():
+    # 2.5 steps per epoch: epoch 1 begins within step 2, so step 3 is its first step; epoch 2 begins at step 5
     factors = [factor(s, "exponential", gamma=0.5, warmup=0, per_epoch=2.5) for s in range(8)]
     assert factors == [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.25]
 
@@ -66,7 +66,7 @@ def test_wsd_decays_over_the_last_quarter(step, min_lr, expected):
     assert factor(step, "wsd", min_lr=min_lr, decay_fraction=0.25) == pytest.approx(expected, abs=1e-12)
 
 
-def test_wsd_without_and_with_nothing_but_decay():
+def test_wsd_without_decay_and_with_decay_alone():
     assert factor(103, "wsd", decay_fraction=0.0) == 1
     assert factor(52, "wsd", decay_fraction=1.0) == 0.5
 
@@ -78,7 +78,7 @@ def test_no_schedule_rises_after_warmup(schedule):
     assert min(factors) == pytest.approx(0.3)
 
 
-def test_windows_grow_with_the_share_of_the_run():
+def test_windows_grow_with_the_progress_of_the_run():
     train = TrainConfig(short_windows=(16, 32), short_until=(0.25, 0.5))
     config = Config(model=ModelConfig(block_size=64), train=train)
     lengths = [window_length(step, config, 20) for step in range(20)]
@@ -86,7 +86,7 @@ def test_windows_grow_with_the_share_of_the_run():
     assert {window_length(step, Config(), 20) for step in range(20)} == {Config().model.block_size}
 
 
-def test_set_lr_scales_each_groups_own_peak():
+def test_set_learning_rate_scales_the_peak_of_each_group():
     model = TransformerLanguageModel(20, MODEL, seed=1)
     optimizer = build_optimizer(model, OptimConfig(name="muon", learning_rate=0.02, adam_learning_rate=0.005))
     set_learning_rate(optimizer, 0.5)
@@ -94,7 +94,7 @@ def test_set_lr_scales_each_groups_own_peak():
     assert [group["lr"] for group in optimizer.param_groups] == [0.005, 0.00125]
 
 
-# The optimisers. All start from one model and see the same gradients.
+# The optimisers. All start from the same weights and get the same gradients.
 
 
 def start(seed=1):
@@ -113,7 +113,7 @@ def give_gradients(model, step):
 
 
 def parts(model):
-    """What Muon and weight decay are for, and the rest."""
+    """The matrices, which Muon and weight decay treat, and the other parameters."""
     named = dict(model.named_parameters())
     matrices = [p for name, p in named.items() if name.startswith("h.") and p.ndim == 2]
     rest = [p for name, p in named.items() if not (name.startswith("h.") and p.ndim == 2)]
@@ -122,29 +122,29 @@ def parts(model):
     return matrices, rest
 
 
-def assert_same_course(model, optimizer, reference, reference_step, factors=(0.5, 1.0, 1.0, 0.3), **tolerance):
-    for step, share in enumerate(factors):
+def assert_same_trajectory(model, optimizer, reference, reference_step, factors=(0.5, 1.0, 1.0, 0.3), **tolerance):
+    for step, factor in enumerate(factors):
         for m in (model, reference):
             give_gradients(m, step)
-        set_learning_rate(optimizer, share)
+        set_learning_rate(optimizer, factor)
         optimizer.step()
-        reference_step(share)
+        reference_step(factor)
         for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(p, q, msg=lambda text, at=f"{name}, step {step}: ": at + text, **tolerance)
 
 
 def stepping(*optimizers_and_peaks):
-    def step(share):
+    def step(factor):
         for optimizer, peak in optimizers_and_peaks:
             for group in optimizer.param_groups:
-                group["lr"] = share * peak
+                group["lr"] = factor * peak
             optimizer.step()
 
     return step
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_adam_and_adamw_are_pytorchs(name):
+def test_adam_and_adamw_equal_pytorchs(name):
     model, reference = start(), start()
     optimizer = build_optimizer(
         model, OptimConfig(name=name, learning_rate=0.01, weight_decay=0.2, betas=(0.8, 0.9))
@@ -154,7 +154,7 @@ def test_adam_and_adamw_are_pytorchs(name):
     decayed = kind(matrices, betas=(0.8, 0.9), weight_decay=0.2 if name == "adamw" else 0, foreach=False)
     plain = kind(rest, betas=(0.8, 0.9), weight_decay=0, foreach=False)
     step = stepping((decayed, 0.01), (plain, 0.01))
-    assert_same_course(model, optimizer, reference, step, rtol=1e-5, atol=1e-6)
+    assert_same_trajectory(model, optimizer, reference, step, rtol=1e-5, atol=1e-6)
 
 
 def muon_config(**changes):
@@ -163,7 +163,7 @@ def muon_config(**changes):
 
 
 def matrices_of(model):
-    """Each matrix that Muon turns: q, k, v, output, gate, up and down of each block."""
+    """Each matrix that Muon orthogonalises: q, k, v, output, gate, up and down of each block."""
     for block in model.h:
         yield from block.attn.c_attn.weight.split((32, 16, 16))
         yield block.attn.c_proj.weight
@@ -171,37 +171,37 @@ def matrices_of(model):
         yield block.mlp.c_proj.weight
 
 
-def test_muon_is_pytorchs_muon_and_adamw(monkeypatch):
-    """With its coefficients, and each packed matrix a parameter of its own."""
+def test_muon_equals_pytorchs_muon_and_adamw(monkeypatch):
+    """With PyTorch's coefficients, and each packed matrix as a separate parameter."""
     monkeypatch.setattr(optim, "POLAR_EXPRESS", ((3.4445, -4.7750, 2.0315),) * 5)
     model, reference = start(), start()
     alone = [torch.nn.Parameter(m.detach().clone()) for m in matrices_of(reference)]
-    muon = torch.optim.Muon(alone, weight_decay=0.2, momentum=0.9)  # rounds to bfloat16 on the way
+    muon = torch.optim.Muon(alone, weight_decay=0.2, momentum=0.9)  # computes in bfloat16
     adamw = torch.optim.AdamW(parts(reference)[1], betas=(0.8, 0.9), weight_decay=0, foreach=False)
 
     @torch.no_grad()
-    def step(share):
+    def step(factor):
         gradients = [p.grad for p in reference.parameters()]
         swapped = start()
         for p, gradient in zip(swapped.parameters(), gradients, strict=True):
             p.copy_(gradient)
         for p, gradient in zip(alone, matrices_of(swapped), strict=True):
             p.grad = gradient.clone()
-        stepping((muon, 0.05), (adamw, 0.01))(share)
+        stepping((muon, 0.05), (adamw, 0.01))(factor)
         for m, p in zip(matrices_of(reference), alone, strict=True):
             m.copy_(p)
 
-    assert_same_course(model, build_optimizer(model, muon_config()), reference, step, rtol=0, atol=1.2e-2)
+    assert_same_trajectory(model, build_optimizer(model, muon_config()), reference, step, rtol=0, atol=1.2e-2)
 
 
-def test_muon_by_the_book_in_float64():
+def test_muon_equals_its_definition_in_float64():
     model, reference = start(), start()
     adamw = torch.optim.AdamW(parts(reference)[1], betas=(0.8, 0.9), weight_decay=0, foreach=False)
     momenta = [torch.zeros_like(p, dtype=torch.float64) for p in parts(reference)[0]]
 
     @torch.no_grad()
-    def step(share):
-        stepping((adamw, 0.01))(share)
+    def step(factor):
+        stepping((adamw, 0.01))(factor)
         updates = start()
         for p, update, momentum in zip(parts(reference)[0], parts(updates)[0], momenta, strict=True):
             momentum.mul_(0.9).add_(0.1 * p.grad.double())
@@ -211,27 +211,29 @@ def test_muon_by_the_book_in_float64():
             for a, b, c in POLAR_EXPRESS[:4]:
                 gram = x @ x.T
                 x = a * x + (b * gram + c * gram @ gram) @ x
-            lr = share * 0.05
+            lr = factor * 0.05
             p.copy_(p.double() * (1 - lr * 0.2) - lr * max(1, p.size(0) / p.size(1)) ** 0.5 * x)
 
     optimizer = build_optimizer(model, muon_config(newton_schulz_steps=4))
-    assert_same_course(model, optimizer, reference, step, rtol=1e-4, atol=1e-5)
+    assert_same_trajectory(model, optimizer, reference, step, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("shape", "steps", "least", "most"), [((3, 32, 96), 5, 0.85, 1.15), ((2, 64, 64), 8, 0.9, 1.1),
-                                                               ((1, 40, 64), 3, 0.1, 1.9)])  # fmt: skip
-def test_orthogonalise_brings_singular_values_near_one(shape, steps, least, most):
+@pytest.mark.parametrize(
+    ("shape", "steps", "lowest", "highest"),
+    [((3, 32, 96), 5, 0.85, 1.15), ((2, 64, 64), 8, 0.9, 1.1), ((1, 40, 64), 3, 0.1, 1.9)],
+)
+def test_orthogonalise_brings_singular_values_near_one(shape, steps, lowest, highest):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 7.0
     u, s, vt = torch.linalg.svd(matrices, full_matrices=False)
     assert (s.amax(-1) / s.amin(-1) > 1.5).all()
     result = orthogonalise(matrices, POLAR_EXPRESS[:steps])
     assert result.shape == matrices.shape
     assert result.dtype == matrices.dtype
-    turned = u.mT @ result @ vt.mT  # diagonal, if the singular vectors are the same
-    values = turned.diagonal(dim1=-2, dim2=-1)
-    assert values.min() > least
-    assert values.max() < most
-    assert (turned - torch.diag_embed(values)).abs().max() < 1e-3
+    rotated = u.mT @ result @ vt.mT  # diagonal if the singular vectors are the same
+    values = rotated.diagonal(dim1=-2, dim2=-1)
+    assert values.min() > lowest
+    assert values.max() < highest
+    assert (rotated - torch.diag_embed(values)).abs().max() < 1e-3
 
 
 def test_matrices_of_one_shape_do_not_mix():
@@ -241,7 +243,7 @@ def test_matrices_of_one_shape_do_not_mix():
 
 
 def test_the_optimiser_does_not_import_the_compiler():
-    """Which would take longer than the first 50 steps of a small model."""
+    """Importing it takes longer than the first 50 steps of a small model."""
     code = """
 import sys, torch
 from smallm.training.optim import optimizers as optim
@@ -272,7 +274,7 @@ def test_weight_decay_is_for_matrices_only(name, decayed):
         assert torch.equal(after, old)
 
 
-def test_muon_leaves_parameters_without_a_gradient_alone():
+def test_muon_does_not_change_parameters_without_a_gradient():
     model, before = start(), start()
     optimizer = build_optimizer(model, muon_config())
     assert isinstance(optimizer, MuonAdamW)
