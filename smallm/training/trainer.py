@@ -158,7 +158,7 @@ class Trainer:
         """Makes the run folder and says what is about to happen."""
         main = self.accelerator.is_main_process
         if main:
-            manager.write_run_files(self.run, self.config, self.corpus.val_file)
+            manager.write_run_files(self.run, self.config, self.corpus.val_pieces())
         self.report = Report(self.run / METRICS, self.state, self.total_steps, main, self.accelerator.trackers)
         started = time.perf_counter() if self.state.step else self.clock.started  # a start is paid for once
         self.meter = Meter(self.accelerator, self.state.seconds, started)

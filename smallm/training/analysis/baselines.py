@@ -24,6 +24,7 @@ from smallm.training.data.corpus import Corpus
 
 VERSION = 1  # of what is kept
 FILE = "baselines.json"
+OLD_FILE = "yardsticks.json"  # its name in runs of earlier versions
 MAX_TAIL = 1 << 20  # ids of the tail that are measured on
 MAX_NGRAM = 1 << 22  # ids of the training part that the n-gram model learns from
 DEFLATE_WINDOW = 1 << 15
@@ -46,14 +47,14 @@ class Baseline:
 
 def baselines(corpus: Corpus) -> list[Baseline]:
     """gzip, bz2, xz and the best n-gram model on the validation text; known figures come from the cache."""
-    file = corpus.val_file.with_name(FILE)
-    values = cached_json(file, VERSION, lambda: {"yardsticks": [asdict(one) for one in _measure(corpus)]})
+    file = corpus.cache_file("baselines")
+    values = cached_json(file, VERSION, lambda: {"baselines": [asdict(one) for one in _measure(corpus)]})
     return _of(values)
 
 
 def known_baselines(corpus: Corpus) -> list[Baseline] | None:
     """Those that were measured before."""
-    values = read_cached_json(corpus.val_file.with_name(FILE), VERSION)
+    values = read_cached_json(corpus.cache_file("baselines"), VERSION)
     return None if values is None else _of(values)
 
 
@@ -95,8 +96,9 @@ def write_baselines(run: Path, measured: list[Baseline], bits_per_char: float, c
 
 def read_baselines(run: Path) -> list[Baseline]:
     """What `write_baselines` left in a run folder; nothing of a file that is missing or broken."""
+    file = run / FILE if (run / FILE).exists() else run / OLD_FILE
     try:
-        found = [Baseline(**one) for one in json.loads((run / FILE).read_text(encoding="utf-8"))]
+        found = [Baseline(**one) for one in json.loads(file.read_text(encoding="utf-8"))]
         for one in found:
             check_types(one)
         return found
@@ -105,7 +107,7 @@ def read_baselines(run: Path) -> list[Baseline]:
 
 
 def _of(values: dict) -> list[Baseline]:
-    return [Baseline(**one) for one in values["yardsticks"]]
+    return [Baseline(**one) for one in values["baselines"]]
 
 
 def _measure(corpus: Corpus) -> list[Baseline]:

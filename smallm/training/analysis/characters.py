@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from smallm.tokenizer.vocabulary import Vocabulary
-from smallm.training.data.ids import MappedIds
+from smallm.training.data.store import MappedIds
 
 PIECE = 1 << 18  # ids looked at in one go: what is made of them stays in the processor's cache
 _PART = np.uint32(0xFFFFFFFF)  # stands for an id that is no whole character

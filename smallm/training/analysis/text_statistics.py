@@ -16,7 +16,7 @@ from smallm.training.analysis.characters import Characters, as_text, spread
 from smallm.training.analysis.windows import Sums, Windows
 from smallm.training.cache import cached_json
 from smallm.training.data.corpus import Corpus
-from smallm.training.data.tidy import joins
+from smallm.training.data.source import combines
 
 VERSION = 1  # of what is kept; to be raised when a finding changes its meaning
 MOST = 1 << 27  # characters of the training part that are looked at
@@ -82,7 +82,7 @@ class Checkup:
 
 def examine(corpus: Corpus) -> Checkup:
     """The findings; known ones come from the cache."""
-    values = cached_json(corpus.val_file.with_name("doctor.json"), VERSION, lambda: asdict(_examine(corpus)))
+    values = cached_json(corpus.cache_file("text-statistics"), VERSION, lambda: asdict(_examine(corpus)))
     return Checkup(**values)
 
 
@@ -246,7 +246,7 @@ def _composed(counts: np.ndarray) -> int:
 
 def _is_composed(character: str) -> bool:
     parts = unicodedata.normalize("NFD", character)
-    return len(parts) > 1 and unicodedata.normalize("NFC", parts) == character and joins(parts[-1])
+    return len(parts) > 1 and unicodedata.normalize("NFC", parts) == character and combines(parts[-1])
 
 
 def _commonest(counts: np.ndarray, most: int = 12) -> str:

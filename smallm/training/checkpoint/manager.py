@@ -3,7 +3,7 @@
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import tomli_w
@@ -19,10 +19,11 @@ _NAME = re.compile(r"step-\d{6,}")
 _DAMAGED = ".damaged"  # the ending of the name of a checkpoint that was put aside
 
 
-def write_run_files(run: Path, config: Config, val_file: Path) -> None:
+def write_run_files(run: Path, config: Config, val_pieces: Iterable[str]) -> None:
     """Puts into a run what is to stand there before its first checkpoint. Raises `UserError`."""
     try:
-        shutil.copyfile(val_file, run / VALIDATION)
+        with (run / VALIDATION).open("w", encoding="utf-8", newline="") as file:
+            file.writelines(val_pieces)
         atomic_write(run / CONFIG, tomli_w.dumps(config.to_dict()))
     except OSError as error:
         raise UserError(f"cannot write to {run}: {error.strerror}; choose another --out") from None

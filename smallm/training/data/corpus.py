@@ -1,30 +1,25 @@
-"""A text as ids on disk: encoded once, then memory-mapped.
-
-The last part of the text is kept for validation; nothing crosses the split. The ids are cached by content, so a file
-that changed is noticed and one that only moved is not encoded again.
-"""
+"""A text as ids on disk: encoded once, memory-mapped, and cut into a training part and a validation part after it."""
 
 import codecs
-import hashlib
-import json
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
+
 from smallm.errors import UserError
-from smallm.tokenizer.vocabulary import Vocabulary, frequent
+from smallm.inference.scoring import begins_character
+from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.cache import cache_folder
 from smallm.training.config import DataConfig
-from smallm.training.data import index, store
-from smallm.training.data.encoding import encode, survey, training_counts
-from smallm.training.data.ids import MappedIds
-from smallm.training.data.source import Source, find_source
-from smallm.training.data.store import Stored
-from smallm.training.data.tidy import Tidy
+from smallm.training.data import store
+from smallm.training.data.encoding import Survey, encode, survey
+from smallm.training.data.source import Source, Tidy, find_source
+from smallm.training.data.store import MappedIds, StoredIds
 
-CACHE_FORMAT = 1  # to be raised when the cached files, or the ids that a Vocabulary gives, change their meaning
-CHARACTERS_PER_PIECE = 1 << 18
+IDS_PER_PIECE = 1 << 18
 BYTES = Vocabulary()
 
 
@@ -32,31 +27,35 @@ BYTES = Vocabulary()
 class Corpus:
     """A text as ids, cut once into a training part and the validation part that follows it.
 
-    train_ids, val_ids: (N,) of the vocabulary's dtype, read-only; val_file: the validation part in UTF-8;
-    train_characters, val_characters: the lengths of the same parts in characters (code points); fingerprint: SHA-256 of
-    the whole text in UTF-8, in hex; start_text: the character that generation from an empty seed starts from, a newline
-    if the training part has one, else its first.
+    train_ids, val_ids: (N,) of the vocabulary's dtype, read-only. train_characters, val_characters: the lengths of the
+    same parts in characters (code points). fingerprint: SHA-256 of the whole text in UTF-8, in hex. start_text: the
+    character that generation from an empty seed starts from: a newline if the training part has one, otherwise its
+    first character. folder: where the ids are stored.
     """
 
     name: str
     vocabulary: Vocabulary = field(repr=False)
     train_ids: MappedIds = field(repr=False)
     val_ids: MappedIds = field(repr=False)
-    val_file: Path = field(repr=False)
     train_characters: int
     val_characters: int
     fingerprint: str
     start_text: str
+    folder: Path = field(repr=False)
 
     def val_text(self) -> str:
         """The validation part as text."""
         return "".join(self.val_pieces())
 
     def val_pieces(self) -> Iterator[str]:
-        """The validation part as text, in pieces of bounded size."""
-        with self.val_file.open(encoding="utf-8", errors="replace", newline="") as file:
-            while piece := file.read(CHARACTERS_PER_PIECE):
-                yield piece
+        """Yields the validation part as text, in pieces of bounded size."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for start in range(0, len(self.val_ids), IDS_PER_PIECE):
+            yield decoder.decode(self.vocabulary.decode_bytes(self.val_ids[start : start + IDS_PER_PIECE]))
+
+    def cache_file(self, name: str) -> Path:
+        """The file that caches the results called `name` for this text and split."""
+        return self.folder / f"{name}-{self.train_characters}.json"
 
 
 def open_corpus(
@@ -71,17 +70,23 @@ def open_corpus(
     cache: Path | None = None,
     progress: bool = True,
 ) -> Corpus:
-    """Open `source`: a file, a folder (every *.txt below it, joined) or a built-in name, looked for in this order.
+    """Opens a text; reads and encodes it only if the cache does not know it yet.
 
-    encoding: that of the files (built-in texts know their own); min_count: how often the training part must have a
-    character for it to get an id of its own; val_fraction: the share of the characters, in (0, 1), kept for validation;
-    normalise: "nfc" joins accents with their letters; newlines: "lf" makes CR LF and CR one LF; base: the vocabulary to
-    which the text's characters are added; cache: where encoded texts are kept, by default $SMALLM_CACHE or the user's
-    cache folder; progress: show a bar on stderr while a long text is read. Raises UserError for all that the caller can
-    mend.
+    source: a file, a folder (every *.txt below it, joined) or a built-in name, looked for in this order.
+    encoding: of the files; built-in texts know theirs.
+    min_count: how many times the training part must contain a non-ASCII character for it to get its own id.
+    val_fraction: fraction of the characters, at the end of the text, that is held out for validation, in (0, 1).
+    normalise: "none", or "nfc", which joins accents with their letters.
+    newlines: "keep", or "lf", which turns CR LF and CR into LF.
+    base: the vocabulary to which the characters of the text are added.
+    cache: folder for encoded texts; by default $SMALLM_CACHE, or the user's cache folder.
+    progress: show a bar on stderr while a long text is read.
+    Raises `UserError` for a text that cannot be found, read, decoded, split or stored.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"--data.val_fraction must lie between 0 and 1, not {val_fraction}; try 0.1")
+    if min_count < 1:
+        raise UserError(f"--data.min_count must be at least 1, not {min_count}")
     try:
         "a".encode(encoding)  # refuses codecs such as hex, which do not give text
         codecs.getincrementaldecoder(encoding)
@@ -90,53 +95,51 @@ def open_corpus(
     cache = cache or cache_folder()
     text = replace(find_source(source, encoding, cache), tidy=Tidy(normalise, newlines))
     try:
-        stored = _open(text, min_count, val_fraction, base, cache, progress)
+        return _open(text, min_count, val_fraction, base, cache, progress)
     except OSError as error:
         raise UserError(f"cannot write to {cache}: {error.strerror or error}; set SMALLM_CACHE elsewhere") from None
-    if stored is None:
-        raise UserError(f"{cache} was changed while it was being written; run the command again")
-    facts, *files = stored
-    scalars = (facts[key] for key in ("train_characters", "val_characters", "fingerprint", "start_text"))
-    return Corpus(text.name, Vocabulary.from_hex_tokens(facts["tokens"]), *files, *scalars)
 
 
 def corpus_of(data: DataConfig, base: Vocabulary = BYTES, progress: bool = True) -> Corpus:
-    """The text that the settings name."""
+    """Opens the text that the settings name; base, progress: see `open_corpus`."""
     settings = {key: value for key, value in asdict(data).items() if key != "source"}
     return open_corpus(data.source, **settings, base=base, progress=progress)
 
 
 def _open(
     text: Source, min_count: int, val_fraction: float, base: Vocabulary, cache: Path, progress: bool
-) -> Stored | None:
-    """What is stored of the text; it is read only if its files are not known, and encoded only if nothing is stored."""
+) -> Corpus:
+    def split(known: Survey) -> tuple[int, Vocabulary, Path]:
+        train_characters = _train_characters(text.name, known.characters, val_fraction)
+        vocabulary = known.vocabulary(train_characters, base)
+        return train_characters, vocabulary, store.ids_folder(cache, known.fingerprint, vocabulary.hex_tokens().split())
 
-    def folder(fingerprint: str) -> Path:
-        key = json.dumps([CACHE_FORMAT, fingerprint, float(val_fraction), int(min_count), *base.hex_tokens().split()])
-        return cache / "corpora" / hashlib.sha256(key.encode()).hexdigest()
+    stored = None
+    if remembered := store.recall(cache, text, min_count):
+        known = Survey(**remembered)
+        train_characters, vocabulary, folder = split(known)
+        stored = store.load(folder)
+    if stored is None:  # read it, also if it is remembered: `encode` must get the fingerprint of the text as it is now
+        before = store.stamps(text)
+        known = survey(text, min_count, progress)
+        store.remember(cache, text, min_count, before, asdict(known))
+        train_characters, vocabulary, folder = split(known)
+        stored = store.load(folder) or store.build(
+            folder, lambda folder: encode(text, vocabulary, known.fingerprint, folder, progress), progress
+        )
+    if stored is None:
+        raise UserError(f"{cache} was changed while it was being written; run the command again")
+    cut = _ids_of(stored, train_characters)
+    return Corpus(
+        text.name, vocabulary, stored.part(0, cut), stored.part(cut),
+        train_characters, known.characters - train_characters, known.fingerprint,
+        start_text="\n" if known.first_newline < train_characters else known.first_character, folder=folder,
+    )  # fmt: skip
 
-    def write(folder: Path) -> dict:
-        counts = training_counts(text, known, train_characters, progress)
-        vocabulary = base.extended(frequent(counts, min_count))
-        about_ids = encode(text, vocabulary, known.fingerprint, train_characters, folder, progress)
-        val_characters = known.characters - train_characters
-        about_text = {"fingerprint": known.fingerprint, "tokens": vocabulary.hex_tokens()}
-        return about_text | about_ids | {"train_characters": train_characters, "val_characters": val_characters}
 
-    remembered = index.recall(cache, text)
-    if remembered and (stored := store.load(folder(remembered))):
-        return stored
-    before = index.stamps(text)
-    known = survey(text, progress)
-    index.remember(cache, text, before, known.fingerprint)
-    train_characters = _cut(text.name, known.characters, val_fraction)
-    place = folder(known.fingerprint)
-    return store.load(place) or store.build(place, write, progress)
-
-
-def _cut(name: str, characters: int, val_fraction: float) -> int:
-    """How many of the characters are for training; the others are for validation."""
-    train = int(characters * (1 - Fraction(str(val_fraction))))  # a tenth where 0.1 is written, not the nearest float
+def _train_characters(name: str, characters: int, val_fraction: float) -> int:
+    """How many of the characters are for training; the others are for validation. Raises `UserError` if too few."""
+    train = int(characters * (1 - Fraction(str(val_fraction))))  # 1/10 for 0.1, not the nearest float
     val = characters - train
     if not characters:
         raise UserError(f"{name} is empty; pass a text with --data FILE")
@@ -144,3 +147,14 @@ def _cut(name: str, characters: int, val_fraction: float) -> int:
         parts = f"{train} characters to train on and {val} to validate on; each needs 2"
         raise UserError(f"{name} is too short: it gives {parts}; pass a longer text or --data.val_fraction 0.5")
     return train
+
+
+def _ids_of(stored: StoredIds, characters: int) -> int:
+    """The number of ids that the first `characters` of the text take."""
+    at, offset = stored.marks[bisect_right(stored.marks, characters, key=lambda mark: mark[0]) - 1]
+    while offset < len(stored.ids):  # an id that continues a character may be the first of its piece
+        starts = np.flatnonzero(begins_character(stored.ids[offset : offset + IDS_PER_PIECE]))
+        if characters - at < len(starts):
+            return offset + int(starts[characters - at])
+        at, offset = at + len(starts), offset + IDS_PER_PIECE
+    return offset

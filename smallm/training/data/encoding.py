@@ -1,105 +1,104 @@
-"""From a text to ids: read once to know it, once more to encode it, in bounded memory and on more than one core."""
+"""Turns a text into ids in two readings, in bounded memory and on several cores: `survey` it, then `encode` it."""
 
 import hashlib
 import os
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from smallm.errors import UserError
 from smallm.tokenizer.vocabulary import CODE_POINTS, Vocabulary, count_characters
-from smallm.training.data.source import Piece, Place, Source
-from smallm.training.data.store import TRAIN_IDS, VAL_IDS, VAL_TEXT
+from smallm.training.data.source import Source
+from smallm.training.data.store import IDS
 
-MAX_THREADS = 4  # besides the caller's; more would wait for the one that decodes for all of them
-PLACE_CHARACTERS = 1 << 22  # between the places that are kept
+MAX_THREADS = 4  # besides the caller's thread; one thread decodes the text for all others and is the limit
+CHARACTERS_BETWEEN_MARKS = 1 << 22
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Survey:
-    """What the first reading tells of a text."""
+    """What the first reading finds out about a text. It gives the vocabulary of any split without reading again."""
 
     fingerprint: str
     """SHA-256 of the text in UTF-8, in hex."""
     characters: int
-    counts: np.ndarray
-    """How often each code point above ASCII occurs, (0x110000,) int64; those of ASCII may be left out."""
-    places: list[Place]
-    """Where reading may go on: the beginning, and more every few million characters."""
+    """Length of the text in code points."""
+    first_character: str
+    first_newline: int
+    """Offset of the first newline in characters; the length of the text if it has none."""
+    frequent_from: dict[str, int]
+    """For each non-ASCII character that occurs `min_count` times: the length in characters of the shortest beginning
+    of the text in which it occurs that often."""
+
+    def vocabulary(self, characters: int, base: Vocabulary) -> Vocabulary:
+        """`base`, extended by the characters that occur `min_count` times in the first `characters` of the text."""
+        return base.extended(character for character, length in self.frequent_from.items() if length <= characters)
 
 
-def survey(source: Source, progress: bool) -> Survey:
-    """Reads the text: does it decode, which text is it, how long is it, what does it use? Raises UserError."""
-    digest, counts, places, end = hashlib.sha256(), np.zeros(CODE_POINTS, np.int64), [Place()], Place()
-    for piece, found in _with_each(lambda piece: _count(piece.text), source.pieces("reading", progress)):
-        digest.update(piece.utf8)
-        counts[: len(found)] += found
-        end = piece.end
-        if end.characters - places[-1].characters >= PLACE_CHARACTERS:
-            places.append(end)
-    return Survey(digest.hexdigest(), end.characters, counts, places)
+def survey(source: Source, min_count: int, progress: bool) -> Survey:
+    """Reads the text once. Raises `UserError` if it cannot be read or decoded, or has lone surrogates."""
+    digest, counts, characters, first, newline = hashlib.sha256(), np.zeros(CODE_POINTS, np.int64), 0, "", -1
+    frequent_from = {}
+    for text, found in _with_each(_count_non_ascii, source.pieces("reading", progress)):
+        digest.update(text.encode())
+        before = counts[: len(found)]
+        for code in np.flatnonzero((before < min_count) & (before + found >= min_count)).tolist():
+            frequent_from[chr(code)] = characters + _end_of_nth(text, chr(code), min_count - int(before[code]))
+        before += found
+        first = first or text[0]
+        if newline < 0 and (place := text.find("\n")) >= 0:
+            newline = characters + place
+        characters += len(text)
+    return Survey(digest.hexdigest(), characters, first, newline if newline >= 0 else characters, frequent_from)
 
 
-def training_counts(source: Source, known: Survey, train_characters: int, progress: bool) -> np.ndarray:
-    """As `known.counts`, of the first `train_characters` alone: what follows them is read once more."""
-    counts = known.counts.copy()
-    if counts.any():
-        start = known.places[bisect_right(known.places, train_characters, key=lambda place: place.characters) - 1]
-        halves = _halves(source.pieces("counting", progress, start), train_characters - start.characters)
-        for _, found in _with_each(_count, (val for _, _, val in halves)):
-            counts[: len(found)] -= found
+def encode(source: Source, vocabulary: Vocabulary, fingerprint: str, folder: Path, progress: bool) -> dict[str, Any]:
+    """Writes the ids of the text into `folder`; returns the facts that are needed to use them.
+
+    Facts: dtype; ids: their number; marks: [characters, ids] up to some points of the text, the first one [0, 0].
+    Raises `UserError` if the text no longer has this fingerprint.
+    """
+    digest, characters, count, marks = hashlib.sha256(), 0, 0, [[0, 0]]
+    with (folder / IDS).open("wb") as file:
+        for text, ids in _with_each(vocabulary.encode, source.pieces("encoding", progress)):
+            digest.update(text.encode())
+            file.write(ids.data)
+            characters, count = characters + len(text), count + len(ids)
+            if characters - marks[-1][0] >= CHARACTERS_BETWEEN_MARKS:
+                marks.append([characters, count])
+    if digest.hexdigest() != fingerprint:
+        raise UserError(f"{source.name} changed while it was being read; run the command again")
+    return {"dtype": vocabulary.dtype.str, "ids": count, "marks": marks}
+
+
+def _count_non_ascii(text: str) -> np.ndarray:
+    if text.isascii():  # the ids of ASCII characters do not depend on counts
+        return np.zeros(0, np.int64)
+    counts = count_characters(text)
+    counts[:128] = 0
     return counts
 
 
-def encode(
-    source: Source, vocabulary: Vocabulary, fingerprint: str, train_characters: int, folder: Path, progress: bool
-) -> dict:
-    """Writes the ids, and the validation part as it is, into `folder`; returns what there is to say of them.
-
-    Raises UserError if the text is not the one of this fingerprint any more.
-    """
-    digest, start_text, sizes = hashlib.sha256(), "", [0, 0, 0]
-    halves = _halves(source.pieces("encoding", progress), train_characters)
-    with ExitStack() as stack:
-        files = [stack.enter_context((folder / part).open("wb")) for part in (TRAIN_IDS, VAL_IDS, VAL_TEXT)]
-        for (piece, train, val), ids in _with_each(lambda each: [vocabulary.encode(half) for half in each[1:]], halves):
-            digest.update(piece.utf8)
-            if start_text != "\n":
-                start_text = "\n" if "\n" in train else start_text or train[:1]
-            for i, (file, data) in enumerate(zip(files, (*ids, val.encode()), strict=True)):
-                file.write(data)
-                sizes[i] += len(data)
-    if digest.hexdigest() != fingerprint:
-        raise UserError(f"{source.name} changed while it was being read; run the command again")
-    about_files = dict(zip(("train_ids", "val_ids", "val_bytes"), sizes, strict=True))
-    return {"dtype": vocabulary.dtype.str, "start_text": start_text} | about_files
-
-
-def _count(text: str) -> np.ndarray:
-    return count_characters("" if text.isascii() else text)  # the ids of ASCII do not depend on it
-
-
-def _halves(pieces: Iterable[Piece], train_characters: int) -> Iterator[tuple[Piece, str, str]]:
-    """Each piece with what of it is for training and what is for validation."""
-    for piece in pieces:
-        yield piece, piece.text[:train_characters], piece.text[train_characters:]
-        train_characters = max(0, train_characters - len(piece.text))
+def _end_of_nth(text: str, character: str, n: int) -> int:
+    """The offset after the n-th occurrence of the character, from 1."""
+    end = 0
+    for _ in range(n):
+        end = text.index(character, end) + 1
+    return end
 
 
 def _with_each(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
-    """Each item with its result, in order, from threads that fetch items and compute results a few items ahead.
+    """Yields each item with its result, in order; threads fetch items and compute results a few items ahead.
 
-    Numpy, hashlib and files let go of Python's lock, so all of these, and the caller, work at the same time.
+    numpy, hashlib and file operations release Python's lock, so these threads and the caller run at the same time.
     """
     threads, items, ahead = min(MAX_THREADS, os.cpu_count() or 1), iter(items), deque()
     with ThreadPoolExecutor(threads) as pool:

@@ -1,12 +1,13 @@
-"""The text as it lies there: a file, a folder of them or a built-in name, read in pieces of bounded size.
+"""Where a training text comes from: a file, a folder of files or a built-in text, read in pieces of bounded size.
 
-It is never altered: newlines are not translated, byte-order marks not stripped.
+The text is used as it is: byte order marks stay, and newlines and Unicode forms stay unless `Tidy` asks for a change.
 """
 
 import codecs
 import difflib
 import io
 import re
+import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,54 +17,73 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from smallm.errors import UserError
-from smallm.training.data.tidy import AS_IS, Tidy
 
-PIECE_BYTES = 1 << 18  # what is made of it stays in the processor's cache
+PIECE_BYTES = 1 << 18  # small enough that a piece and its ids stay in the processor's cache
 PROGRESS_FROM_BYTES = 20_000_000
+MAX_HELD = 1 << 12  # characters; a letter with more combining marks than this is cut
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_HASH = "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
+BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with the mark of UTF-16
     "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
 BINARY_BEGINNINGS = (b"%PDF", b"PK\x03\x04", b"\x1f\x8b", b"\x89PNG", b"\xff\xd8\xff", b"\x7fELF", b"GIF8")
-BINARY_HEAD = 4096  # bytes among which a NUL tells a binary file from one in another 8-bit encoding
+BINARY_HEAD = 4096  # a NUL among so many first bytes marks a binary file; other 8-bit encodings have none
 
 
-class Place(NamedTuple):
-    """A place between two pieces, with all that it takes to read on from there."""
+class Tidy(NamedTuple):
+    """Changes made to a text while it is read; `bool(tidy)` is False if there are none."""
 
-    characters: int = 0
-    """Of the text before it."""
-    part: int = 0
-    offset: int = 0
-    """Bytes of the part that were read."""
-    state: tuple[bytes, int] | None = None
-    """Of the decoder; None at the beginning of a part."""
-    last: str = "\n"
-    """The character before it."""
-    held: str = ""
-    """Characters that are read, and not given out before what follows them is known."""
+    normalise: str = "none"
+    """`none`, or `nfc`: a letter and its accents become one character where Unicode has one."""
+    newlines: str = "keep"
+    """`keep`, or `lf`: CR LF and CR become LF."""
+
+    def __bool__(self) -> bool:
+        return self != AS_IS
+
+    def __call__(self, text: str, final: bool) -> tuple[str, str]:
+        """Returns the changed text and an unchanged rest, whose form depends on the text that follows.
+
+        Put the rest before the next piece. final: no text follows, so the rest is empty.
+        """
+        held = 0 if final else self._held(text)
+        text, rest = text[: len(text) - held], text[len(text) - held :]
+        if self.newlines == "lf":
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+        return unicodedata.normalize("NFC", text) if self.normalise == "nfc" else text, rest
+
+    def _held(self, text: str) -> int:
+        """The number of characters at the end that may combine with the text that follows."""
+        if self.normalise != "nfc":
+            return int(self.newlines == "lf" and text.endswith("\r"))
+        held = min(1, len(text))
+        while 0 < held < min(len(text), MAX_HELD) and combines(text[-held]):
+            held += 1
+        if self.newlines == "lf" and text[:-held].endswith("\r"):
+            held += 1
+        return held if held < MAX_HELD else 0
 
 
-class Piece(NamedTuple):
-    """A part of the text, never empty."""
+AS_IS = Tidy()
 
-    text: str
-    utf8: bytes
-    """The same in UTF-8; lone surrogates, which that cannot hold, as three bytes each."""
-    end: Place
+
+def combines(character: str) -> bool:
+    """Whether NFC may join the character to the one before it: marks, and vowels and finals of Hangul syllables."""
+    return unicodedata.category(character)[0] == "M" or "\u1160" <= character <= "\u11ff"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A text that can be read, from its beginning or from a place in it."""
+    """A text that can be read any number of times.
+
+    parts: files, or texts in memory as bytes; a newline is inserted between two parts if the first does not end in one.
+    """
 
     name: str
     parts: list[Path | bytes]
-    """Files, or a text in memory; between two of them a newline is put if there is none."""
     encoding: str = "utf-8"
     tidy: Tidy = AS_IS
 
@@ -72,61 +92,48 @@ class Source:
         """The parts that are files."""
         return [part for part in self.parts if isinstance(part, Path)]
 
-    def pieces(self, doing: str, progress: bool, start: Place | None = None) -> Iterator[Piece]:
-        """The text in pieces; `doing` names the bar that a long text gets on stderr if `progress` is wanted."""
-        place = start or Place()
+    def pieces(self, label: str, progress: bool) -> Iterator[str]:
+        """Yields the text in pieces of bounded size, none of them empty.
+
+        label: names the progress bar. progress: show the bar on stderr; only for texts of 20 MB and more.
+        Raises `UserError` for files that cannot be read or decoded.
+        """
+        last = "\n"
         try:
-            sizes = [part.stat().st_size if isinstance(part, Path) else len(part) for part in self.parts]
-            silent = not progress or sum(sizes) < PROGRESS_FROM_BYTES
-            left = sum(sizes[place.part :]) - place.offset
-            with tqdm(total=left, desc=doing, unit="B", unit_scale=True, leave=False, disable=silent) as bar:
-                for part in range(place.part, len(self.parts)):
-                    for piece in self._of_part(part, place, bar):
-                        yield piece
-                        place = piece.end
+            size = sum(part.stat().st_size if isinstance(part, Path) else len(part) for part in self.parts)
+            silent = not progress or size < PROGRESS_FROM_BYTES
+            with tqdm(total=size, desc=label, unit="B", unit_scale=True, leave=False, disable=silent) as bar:
+                for part in self.parts:
+                    separator = "" if last == "\n" else "\n"
+                    for text in self._read(part, bar):
+                        yield separator + text
+                        separator, last = "", text[-1]
         except OSError as error:
             raise UserError(f"cannot read {error.filename or self.name}: {error.strerror}; check --data") from None
 
-    def _of_part(self, part: int, place: Place, bar: tqdm) -> Iterator[Piece]:
-        """The pieces of one part, from `place` on if that lies in it."""
+    def _read(self, part: Path | bytes, bar: tqdm) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder(self.encoding)("strict")
-        is_utf8 = codecs.lookup(self.encoding).name == "utf-8"
-        between, characters, offset, held, data = "", place.characters, 0, "", b"?"
-        if place.part == part and place.state is not None:
-            offset, held = place.offset, place.held
-            decoder.setstate(place.state)
-        elif place.last != "\n":
-            between = "\n"
-        with self._open(part) as stream:
-            stream.seek(offset)
+        offset, held, data = 0, "", b"?"
+        with part.open("rb") if isinstance(part, Path) else io.BytesIO(part) as stream:
             while data:
-                begun = decoder.getstate()[0]  # the first bytes of a character
                 data = stream.read(PIECE_BYTES)
                 offset += len(data)
                 try:
                     text = decoder.decode(data, final=not data)
                 except UnicodeError as error:
                     problem = _decoding_problem(error, self.encoding, stream, offset)
-                    raise UserError(f"{self.parts[part]} {problem}") from None
+                    raise UserError(f"{part if isinstance(part, Path) else self.name} {problem}") from None
                 text, held = self.tidy(held + text, final=not data)
                 if text:
-                    state, text = decoder.getstate(), between + text
-                    characters += len(text)
-                    if is_utf8 and not self.tidy:
-                        utf8 = (between.encode() + begun + data).removesuffix(state[0])
-                    else:
-                        utf8 = text.encode(errors="surrogatepass")
-                    yield Piece(text, utf8, Place(characters, part, offset, state, text[-1], held))
-                    between = ""
+                    yield text
                 bar.update(len(data))
-
-    def _open(self, part: int) -> BinaryIO:
-        data = self.parts[part]
-        return data.open("rb") if isinstance(data, Path) else io.BytesIO(data)
 
 
 def find_source(name: str, encoding: str, cache: Path) -> Source:
-    """A file, a folder (every *.txt below it) or a built-in name, looked for in this order; downloads go to `cache`."""
+    """Finds a file, a folder (all *.txt files below it) or a built-in text, in this order; downloads go to `cache`.
+
+    Raises `UserError`, naming the nearest file or text, if nothing has this name.
+    """
     path = Path(name)
     try:
         if path.is_file():
@@ -134,7 +141,7 @@ def find_source(name: str, encoding: str, cache: Path) -> Source:
         if name and path.is_dir():
             files = {file.relative_to(path).as_posix(): file for file in path.rglob("*.txt") if file.is_file()}
             if not files:
-                raise UserError(f"folder {name} has no *.txt file in it; pass the text itself with --data FILE")
+                raise UserError(f"folder {name} contains no *.txt file; pass the text itself with --data FILE")
             return Source(path.resolve().name, [files[name] for name in sorted(files)], encoding)
         if name and path.exists():
             raise UserError(f"{name} is neither a file nor a folder; save the text to a file, then pass --data FILE")
@@ -157,13 +164,13 @@ def _nearest(path: Path) -> str:
 
 
 def _python_docs(cache: Path) -> Source:
-    """The language reference that CPython carries for help(), each paragraph once; no download."""
+    """The language reference that CPython ships for help(), each paragraph once; needs no download."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise UserError("this Python comes without python-docs; pass another text with --data FILE") from None
+        raise UserError("this Python has no python-docs; pass another text with --data FILE") from None
     texts, seen = [], set()
-    for key in sorted(topics):  # they share sections: a fifth of them all, and of the validation tail an eighth
+    for key in sorted(topics):  # topics share sections: a fifth of the text
         fresh = [each for each in dict.fromkeys(re.split(r"\n{2,}", topics[key].strip("\n"))) if each not in seen]
         seen.update(fresh)
         texts += ["\n\n".join(fresh)] if fresh else []
@@ -176,10 +183,10 @@ def _shakespeare(cache: Path) -> Source:
 
     pooch.get_logger().setLevel("ERROR")
     try:
-        http = pooch.HTTPDownloader(timeout=20)  # seconds without an answer
+        http = pooch.HTTPDownloader(timeout=20)  # seconds without a response
         folder = cache / "downloads"
         file = pooch.retrieve(SHAKESPEARE_URL, SHAKESPEARE_HASH, "shakespeare.txt", folder, downloader=http)
-    except Exception as error:  # network, proxy, disk or checksum: the way out is the same
+    except Exception as error:  # network, proxy, disk or checksum: the advice is the same
         raise UserError(
             f"shakespeare could not be downloaded ({type(error).__name__}); "
             f"download {SHAKESPEARE_URL} elsewhere and pass it with --data FILE"
@@ -191,7 +198,7 @@ BUILT_IN = {"python-docs": _python_docs, "shakespeare": _shakespeare}
 
 
 def _decoding_problem(error: UnicodeError, encoding: str, stream: BinaryIO, read: int) -> str:
-    """What is wrong with a file of which `read` bytes were read when the error came."""
+    """Says what is wrong with a file; `read`: bytes that had been read when the error was raised."""
     codec = codecs.lookup(encoding).name
     stream.seek(0)
     head = stream.read(4)
@@ -203,17 +210,17 @@ def _decoding_problem(error: UnicodeError, encoding: str, stream: BinaryIO, read
         return "is a binary file, or UTF-16 (--encoding utf-16-le); pass plain text with --data FILE"
     what = str(error)
     if isinstance(error, UnicodeDecodeError):
-        # error.object: the bytes that the decoder had kept from the piece before, then this piece
+        # error.object holds the bytes kept from the previous piece, then this piece
         offset = read - len(error.object) + error.start
         what = f"byte 0x{error.object[error.start]:02x} at offset {offset}"
-        with suppress(UnicodeError):  # some encodings, such as idna, cannot pass over what is wrong
+        with suppress(UnicodeError):  # some codecs, such as idna, cannot ignore errors
             what += f" (line {1 + _newlines(stream, offset, encoding)})"
     example = "latin-1" if codec.startswith("utf-8") else "utf-8"
     return f"is not valid {encoding}: {what}; pass --encoding NAME, for example --encoding {example}"
 
 
 def _newlines(stream: BinaryIO, size: int, encoding: str) -> int:
-    """How many there are in the first `size` bytes."""
+    """The number of newlines in the first `size` bytes."""
     decoder = codecs.getincrementaldecoder(encoding)("ignore")
     stream.seek(0)
     return sum(

@@ -1,71 +1,186 @@
-"""Encoded texts in the cache: each is a folder that exists whole or not at all, whatever else goes on."""
+"""The cache of texts on disk: surveys, found by the files they were made of, and ids, found by text and vocabulary.
+
+The ids of a text lie in a folder that either is complete or does not exist, also after a crash. One process at a time
+writes a folder. A text that several runs split differently is stored once, as long as the vocabulary is the same.
+"""
 
 import hashlib
 import json
+import mmap
 import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 from filelock import FileLock, Timeout
 
-from smallm.training.data.ids import MappedIds
+from smallm.atomic_write import atomic_write
+from smallm.training.data.source import Source
 
-CHECKED_BYTES = 32 << 20  # ids up to this length are compared with their checksum whenever they are opened
-PATIENCE_SECONDS = 3600.0  # with a process that encodes the same text
-PARTS = TRAIN_IDS, VAL_IDS, VAL_TEXT = "train.bin", "val.bin", "val.txt"
-FACTS = "corpus.json"
+INDEX_FORMAT = 3  # raise when surveys change their meaning
+IDS_FORMAT = 2  # raise when the stored files, or the ids that a `Vocabulary` gives, change their meaning
+IDS, FACTS = "ids.bin", "corpus.json"
 UNFINISHED = ".unfinished"
+CHECKED_BYTES = 32 << 20  # ids up to this size are compared with their checksum whenever they are opened
+PATIENCE_SECONDS = 3600.0  # how long to wait for another process that encodes the same text
+SETTLED_SECONDS = 2.0  # the coarsest clock of a file system: a second change within one tick leaves no trace
+RESIDENT_BYTES = 64 << 20  # how much of a mapped file may count as memory of this process
+PAGE_BYTES = 2 << 20  # the largest page of the system's cache; reading one id may map all of it
+
+Stamps = list[list]
 
 
-class Stored(NamedTuple):
-    """An encoded text."""
-
-    facts: dict
-    train_ids: MappedIds
-    val_ids: MappedIds
-    val_text: Path
-    """The validation part in UTF-8."""
+# -- ids in a file
 
 
-def load(folder: Path) -> Stored | None:
-    """What lies in this folder; None if it is missing or damaged."""
+class MappedIds:
+    """Ids in a file, (N,), read-only. Indexing with a slice, or an array of positions, returns a copy of those ids.
+
+    Pages of a memory map count as memory of the process once they are read, and random windows of a long text would
+    soon bring in all of it. So the pages are released now and then; the system keeps them cached while it has room.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype | str, start: int = 0, stop: int | None = None):
+        """Maps the ids [start, stop) of the file. Raises `ValueError` if the file is empty or ends within an id."""
+        self.path = path
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._ids = np.frombuffer(self._map, dtype)[start:stop]
+        self._releases = len(self._map) > RESIDENT_BYTES and hasattr(mmap, "MADV_DONTNEED")
+        self._read = 0  # upper bound of the bytes mapped since the last release
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of the ids."""
+        return self._ids.dtype
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
+        """Returns a copy. The positions in a row of an array should be adjacent, as the ids of a window are."""
+        if not self._releases:
+            return np.array(self._ids[index])
+        if isinstance(index, slice):
+            return self._copy(index, pages=1)
+        rows_at_once = RESIDENT_BYTES // PAGE_BYTES
+        parts = [index[start : start + rows_at_once] for start in range(0, max(1, len(index)), rows_at_once)]
+        return np.concatenate([self._copy(rows, pages=len(rows)) for rows in parts])
+
+    def _copy(self, index: slice | np.ndarray, pages: int) -> np.ndarray:
+        ids = np.array(self._ids[index])
+        self._read += ids.nbytes + pages * PAGE_BYTES
+        if self._read >= RESIDENT_BYTES:
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._read = 0
+        return ids
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self[:], dtype)
+
+
+# -- surveys of files
+
+
+def stamps(source: Source) -> Stamps | None:
+    """What the file system knows of each file and changes with its content; None if a part is not a readable file."""
+    if len(source.files) < len(source.parts):
+        return None
     try:
-        content = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        facts = content["facts"]
-        if content["checksum"] != _checksum_of(facts):
+        status = [(str(file.resolve()), file.stat()) for file in source.files]
+    except OSError:
+        return None
+    return [[path, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev] for path, s in status]
+
+
+def recall(cache: Path, source: Source, min_count: int) -> dict[str, Any] | None:
+    """The survey that `remember` stored for these files, if they have not changed since; otherwise None."""
+    try:
+        now = stamps(source)
+        known = _unsealed(_entry(cache, source, min_count, now)) if now else None
+        return known["survey"] if known and known["stamps"] == now else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remember(cache: Path, source: Source, min_count: int, before: Stamps | None, survey: dict[str, Any]) -> None:
+    """Stores the survey of the files. before: their stamps when reading began; files changed since are not stored."""
+    with suppress(OSError):  # a read-only cache is still useful
+        if not before or before != stamps(source) or not _settled(before):
+            return
+        entry = _entry(cache, source, min_count, before)
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(entry, _sealed({"stamps": before, "survey": survey}))
+
+
+def _settled(stamps: Stamps) -> bool:
+    newest = max(max(mtime, ctime) for _, _, mtime, ctime, _, _ in stamps)
+    return time.time() - newest / 1e9 > SETTLED_SECONDS
+
+
+def _entry(cache: Path, source: Source, min_count: int, stamps: Stamps) -> Path:
+    paths = (path for path, *_ in stamps)
+    return cache / "sources" / f"{_hash([INDEX_FORMAT, source.encoding, source.tidy, min_count, *paths])}.json"
+
+
+# -- ids of texts
+
+
+class StoredIds(NamedTuple):
+    """The ids of a whole text."""
+
+    ids: MappedIds
+    marks: list[list[int]]
+    """[characters, ids] up to some points of the text, from [0, 0] on."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder in which the ids lie."""
+        return self.ids.path.parent
+
+    def part(self, start: int, stop: int | None = None) -> MappedIds:
+        """The ids [start, stop), with a memory map of their own."""
+        return MappedIds(self.ids.path, self.ids.dtype, start, stop)
+
+
+def ids_folder(cache: Path, fingerprint: str, tokens: list[str]) -> Path:
+    """The folder for the ids of a text under the vocabulary with these tokens, in hex."""
+    return cache / "corpora" / _hash([IDS_FORMAT, fingerprint, *tokens])
+
+
+def load(folder: Path) -> StoredIds | None:
+    """The ids in this folder; None if they are missing or damaged."""
+    try:
+        facts = _unsealed(folder / FACTS)
+        ids = MappedIds(folder / IDS, facts["dtype"])
+        if len(ids) != facts["ids"] or _checksum(folder / IDS) != facts["checksum"]:
             return None
-        ids = [MappedIds(folder / part, facts["dtype"]) for part in (TRAIN_IDS, VAL_IDS)]
-        sizes = [*map(len, ids), (folder / VAL_TEXT).stat().st_size]
-        if sizes != [facts["train_ids"], facts["val_ids"], facts["val_bytes"]]:
-            return None
-        if [_checksum(folder / part) for part in PARTS] != facts["checksums"]:
-            return None
-        return Stored(facts, *ids, folder / VAL_TEXT)
+        return StoredIds(ids, facts["marks"])
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
 
 
-def build(folder: Path, encode: Callable[[Path], dict], progress: bool) -> Stored | None:
-    """Has `encode` write the parts into the folder that it is given, and adds the facts that it returns; then `load`.
+def build(folder: Path, encode: Callable[[Path], dict[str, Any]], progress: bool) -> StoredIds | None:
+    """Lets `encode` write the ids into a new folder and return the facts about them; then `load`s the result.
 
-    One process at a time does so, and the others wait for its result.
+    One process at a time does this; the others wait for its result. progress: tell the user about the wait.
     """
     _remove_leftovers(folder.parent)
-    with _alone(folder, progress):
+    with _exclusive(folder, progress):
         if found := load(folder):
             return found
         unfinished = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{UNFINISHED}")
         try:
             unfinished.mkdir(parents=True)
             facts = encode(unfinished)
-            facts["checksums"] = [_checksum(unfinished / part) for part in PARTS]
-            content = {"facts": facts, "checksum": _checksum_of(facts)}
-            (unfinished / FACTS).write_text(json.dumps(content), encoding="utf-8")
+            facts["checksum"] = _checksum(unfinished / IDS)
+            (unfinished / FACTS).write_text(_sealed(facts), encoding="utf-8")
             for path in unfinished.iterdir():
                 with path.open("r+b") as file:
                     os.fsync(file.fileno())
@@ -79,40 +194,53 @@ def _move(unfinished: Path, folder: Path) -> None:
     try:
         unfinished.replace(folder)
     except OSError:
-        if load(folder) is None:  # else a process was faster that no lock kept out
-            # What is there is damaged. All depends on the folder's name alone, so two processes' files go together.
-            for file in (*PARTS, FACTS):
+        if load(folder) is None:  # otherwise a process that no lock kept out was faster
+            # The folder is damaged. The content follows from its name, so files of two processes fit together.
+            for file in (IDS, FACTS):
                 (unfinished / file).replace(folder / file)
 
 
+def _hash(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def _sealed(values: dict[str, Any]) -> str:
+    """JSON with a checksum, for `_unsealed`."""
+    return json.dumps({"values": values, "checksum": _hash(values)})
+
+
+def _unsealed(path: Path) -> dict[str, Any]:
+    """The values in the file. Raises `ValueError`, `KeyError` or `TypeError` if it is damaged."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["checksum"] != _hash(content["values"]):
+        raise ValueError(f"{path} does not match its checksum")
+    return content["values"]
+
+
 def _checksum(path: Path) -> str | None:
-    """SHA-256 of a file that is read in a moment, None of a longer one."""
+    """SHA-256 of the file; None for a file too long to be hashed at each start."""
     with path.open("rb") as file:
         short = os.fstat(file.fileno()).st_size <= CHECKED_BYTES
         return hashlib.file_digest(file, "sha256").hexdigest() if short else None
 
 
-def _checksum_of(facts: dict) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
 def _lock(folder: Path) -> FileLock:
-    """Held by who writes this folder; the system takes it from a process that was killed."""
+    """The lock of the process that writes this folder; the system releases the lock of a process that is killed."""
     path = folder.parent.with_name("locks") / f"{folder.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path)
 
 
 @contextmanager
-def _alone(folder: Path, progress: bool) -> Iterator[None]:
-    """Keeps other processes out. Where the file system has no locks all may encode, and the first to finish wins."""
+def _exclusive(folder: Path, progress: bool) -> Iterator[None]:
+    """Keeps other processes out. On file systems without locks all of them may encode; the first to finish wins."""
     lock = _lock(folder)
     with suppress(NotImplementedError, OSError):
         try:
             lock.acquire(timeout=0)
         except Timeout:
             if progress:
-                print("text   another process is encoding it; waiting for that", file=sys.stderr)
+                print("text   another process is encoding this text; waiting for it", file=sys.stderr)
             lock.acquire(timeout=PATIENCE_SECONDS)
     try:
         yield
@@ -121,7 +249,7 @@ def _alone(folder: Path, progress: bool) -> Iterator[None]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """What killed processes have left: folders that are not finished, and whose lock nobody holds."""
+    """Removes the unfinished folders of killed processes: those whose lock nobody holds."""
     for unfinished in folder.glob(f"*{UNFINISHED}"):
         lock = _lock(folder / unfinished.name.split(".")[0])
         with suppress(NotImplementedError, OSError), lock.acquire(timeout=0):

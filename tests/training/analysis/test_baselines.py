@@ -153,7 +153,7 @@ def test_figures_are_kept(tmp_path, monkeypatch):
     first = baselines.baselines(corpus)
     monkeypatch.setattr(baselines, "_measure", lambda corpus: pytest.fail("measured again"))
     assert baselines.baselines(corpus) == baselines.known_baselines(corpus) == first
-    (corpus.val_file.with_name(baselines.FILE)).write_text("{", encoding="utf-8")
+    corpus.cache_file("baselines").write_text("{", encoding="utf-8")
     assert baselines.known_baselines(corpus) is None
 
 

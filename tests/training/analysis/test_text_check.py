@@ -17,9 +17,9 @@ from smallm.training.analysis import text_statistics as doctor
 from smallm.training.analysis.advice import opening_lines, warnings
 from smallm.training.analysis.characters import Characters, as_text, spread
 from smallm.training.analysis.text_statistics import examine
-from smallm.training.data import source, tidy
+from smallm.training.data import source
 from smallm.training.data.corpus import open_corpus
-from smallm.training.data.tidy import Tidy
+from smallm.training.data.source import Tidy
 
 WORDS = ["stone", "river", "candle", "window", "garden", "thunder", "little", "silver", "écho", "über", "naïve"]
 
@@ -215,7 +215,7 @@ def test_a_cache_that_cannot_be_written_to_is_done_without(checkup, monkeypatch)
         raise OSError(28, "No space left on device")
 
     text, healthy = prose(60_000), Path.replace
-    monkeypatch.setattr(Path, "replace", lambda path, to: full() if "doctor" in str(to) else healthy(path, to))
+    monkeypatch.setattr(Path, "replace", lambda path, to: full() if "text-statistics" in str(to) else healthy(path, to))
     assert warnings(checkup(text)) == []
 
 
@@ -253,7 +253,7 @@ def test_a_text_that_cannot_be_read_is_one_line(tmp_path, refused, content, word
 
 
 def test_check_goes_with_no_run(refused):
-    assert "--check only looks" in refused("--check", "a.txt", "--out", "runs/x")
+    assert "--check only reports" in refused("--check", "a.txt", "--out", "runs/x")
 
 
 # -- what is asked for is done to the text
@@ -286,15 +286,15 @@ def test_tidying_in_pieces_is_tidying_the_whole(text, sizes):
 
 
 def test_a_letter_with_endless_accents_is_not_held_for_ever():
-    piece, held = Tidy("nfc")("e" + "\u0301" * 2 * tidy.MAX_HELD, final=False)
-    assert len(held) < tidy.MAX_HELD < len(piece)
+    piece, held = Tidy("nfc")("e" + "\u0301" * 2 * source.MAX_HELD, final=False)
+    assert len(held) < source.MAX_HELD < len(piece)
 
 
 def test_a_tidied_file_is_another_text(tmp_path, monkeypatch):
     """Its encoded form is not mistaken for that of the file as it is, even if the file itself is not read again."""
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\r\ntwo\r\n" * 20)
-    monkeypatch.setattr("smallm.training.data.index._settled", lambda stamps: True)
+    monkeypatch.setattr("smallm.training.data.store._settled", lambda stamps: True)
     options = {"min_count": 1, "val_fraction": 0.5, "cache": tmp_path / "cache"}
     kept = [open_corpus(str(path), newlines=newlines, **options) for newlines in ("keep", "lf", "keep", "lf")]
     assert [corpus.train_characters + corpus.val_characters for corpus in kept] == [200, 160, 200, 160]

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smallm.training.data import ids as ids_module
+from smallm.training.data import store as ids_module
 from smallm.training.data.dataset import CharDataset
-from smallm.training.data.ids import MappedIds
+from smallm.training.data.store import MappedIds
 
 
 @pytest.fixture(params=[1 << 30, 1 << 21], ids=["small", "gives back"])

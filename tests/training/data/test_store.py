@@ -18,7 +18,7 @@ from smallm.training.budget.configure import open_text
 from smallm.training.config import DataConfig
 from smallm.training.data import corpus as corpus_module
 from smallm.training.data import encoding as encode
-from smallm.training.data import index, store
+from smallm.training.data import store
 from smallm.training.data.corpus import open_corpus
 from smallm.training.data.source import Source
 
@@ -36,7 +36,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def settled(monkeypatch):
     """Files may be remembered at once, although the tests have only just written them."""
-    monkeypatch.setattr(index, "SETTLED_SECONDS", -60.0)
+    monkeypatch.setattr(store, "SETTLED_SECONDS", -60.0)
 
 
 @pytest.fixture
@@ -89,15 +89,29 @@ def test_a_known_file_is_not_read_again(file, cache, calls, monkeypatch):
 def test_other_settings_or_a_lost_encoding_read_it_again(file, cache, calls):
     opened(file)
     opened(file, min_count=2)
-    assert calls == {"survey": 2, "encode": 2}
-    next(cache.rglob("train.bin")).unlink()
+    assert calls == {"survey": 2, "encode": 1}  # the vocabulary is the same
+    opened(file, min_count=1000)
+    assert calls == {"survey": 3, "encode": 2}
+    next(cache.rglob("ids.bin")).unlink()
     opened(file)
-    opened(file, min_count=2)
-    assert calls == {"survey": 3, "encode": 3}
-    for entry in (cache / "sources").iterdir():
-        entry.write_text("[]")
-    assert text_of(opened(file)) == TEXT
+    opened(file, min_count=1000)
     assert calls == {"survey": 4, "encode": 3}
+    for content in (b"[]", b'{"values": {}, "checksum": 1}', None):
+        for entry in (cache / "sources").iterdir():
+            entry.write_bytes(content or entry.read_bytes().replace(b'"characters": ', b'"characters": 1'))
+        assert text_of(opened(file)) == TEXT
+    assert calls == {"survey": 7, "encode": 3}
+
+
+def test_another_share_needs_no_reading(file, calls, monkeypatch):
+    first = opened(file)
+    monkeypatch.setattr(Source, "pieces", None)
+    other = open_corpus(str(file), min_count=1, val_fraction=0.1)
+    assert calls == {"survey": 1, "encode": 1}
+    assert text_of(other) == text_of(first)
+    assert other.val_characters < first.val_characters
+    assert other.folder == first.folder
+    assert other.cache_file("x") != first.cache_file("x")
 
 
 def in_place(file):
@@ -154,12 +168,12 @@ def test_another_encoding_is_another_text(file, calls):
 
 
 def test_a_file_that_was_only_just_changed_is_not_remembered(file, cache, calls, monkeypatch):
-    monkeypatch.setattr(index, "SETTLED_SECONDS", 2.0)
+    monkeypatch.setattr(store, "SETTLED_SECONDS", 2.0)
     opened(file)
     opened(file)
     assert not (cache / "sources").exists()
     assert calls == {"survey": 2, "encode": 1}
-    monkeypatch.setattr(index.time, "time", lambda: file.stat().st_ctime + 2.1)
+    monkeypatch.setattr(store.time, "time", lambda: file.stat().st_ctime + 2.1)
     opened(file)
     opened(file)
     assert calls == {"survey": 3, "encode": 1}
@@ -192,12 +206,12 @@ def test_a_cache_that_can_only_be_read_is_enough(file, cache, calls, monkeypatch
 # -- what is damaged
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.bin", "val.txt", "corpus.json"])
+@pytest.mark.parametrize("name", ["ids.bin", "corpus.json"])
 def test_a_flipped_bit_is_noticed(file, cache, calls, name):
     opened(file)
     path = next(cache.rglob(name))
     good = path.read_bytes()
-    place = good.index(b'"train_characters": ') + 21 if name == "corpus.json" else len(good) // 2
+    place = good.index(b'"ids": ') + 8 if name == "corpus.json" else len(good) // 2
     path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
     if name == "corpus.json":
         json.loads(path.read_text())
@@ -209,7 +223,7 @@ def test_a_flipped_bit_is_noticed(file, cache, calls, name):
 def test_long_ids_are_not_read_at_each_start(file, cache, calls, monkeypatch):
     monkeypatch.setattr(store, "CHECKED_BYTES", 10)
     opened(file)
-    assert json.loads(next(cache.rglob("corpus.json")).read_text())["facts"]["checksums"] == [None] * 3
+    assert json.loads(next(cache.rglob("corpus.json")).read_text())["values"]["checksum"] is None
     opened(file)
     assert calls["encode"] == 1
 
@@ -229,13 +243,13 @@ open_corpus(sys.argv[1], min_count=int(sys.argv[2]), val_fraction=0.25)
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system does not kill")
 def test_what_a_killed_process_leaves_is_neither_used_nor_kept(file, cache, calls):
-    for min_count in ("1", "2"):
+    for min_count in ("1", "1000"):
         done = subprocess.run([sys.executable, "-c", KILLED, str(file), min_count], cwd=REPOSITORY, check=False)
         assert done.returncode == -signal.SIGKILL
     # Those of the first are gone: they lay there when the second began. All files of the second are there.
     (left,) = unfinished(cache)
-    assert {path.name for path in left.iterdir()} == {"train.bin", "val.bin", "val.txt", "corpus.json"}
-    assert text_of(opened(file, min_count=2)) == TEXT
+    assert {path.name for path in left.iterdir()} == {"ids.bin", "corpus.json"}
+    assert text_of(opened(file, min_count=1000)) == TEXT
     assert calls["encode"] == 1
     assert not unfinished(cache)
 
@@ -247,7 +261,7 @@ def test_what_a_living_process_writes_is_left_alone(file, cache):
     with FileLock(cache / "locks" / "abc.lock"):
         opened(file)
         assert unfinished(cache) == [work]
-    opened(file, min_count=2)
+    opened(file, min_count=1000)
     assert not unfinished(cache)
 
 
@@ -275,7 +289,7 @@ def test_one_encodes_and_the_other_waits(file, calls, slow, capsys):
     threading.Timer(0.2, slow.set).start()
     assert text_of(opened(file)) == TEXT
     assert calls == {"survey": 2, "encode": 1}
-    assert capsys.readouterr().err == "text   another process is encoding it; waiting for that\n"
+    assert capsys.readouterr().err == "text   another process is encoding this text; waiting for it\n"
 
 
 def test_patience_ends(file, cache, calls, slow, monkeypatch):
