@@ -66,7 +66,7 @@ def page_charts(runs: Sequence[RunHistory]) -> str:
         items = [("validation", "c0"), ("training", "c1 thin")]
     else:
         items = [(run.name, f"c{i % len(COLOURS)}") for i, run in enumerate(runs)]
-        items += [("validation", "stroke"), ("training", "stroke thin")]
+        items += [("validation", ""), ("training", "thin")]
     key = "".join(f'<li><i class="swatch {kind}"></i>{escape(name)}</li>' for name, kind in items)
     return f'<ul class="key">{key}</ul><div class="charts">{"".join(_charts(runs))}</div>'
 
@@ -256,7 +256,7 @@ class _PageChart:
         axes.set(xlim=self._limits([line.get_xdata() for line in lines]),
                  ylim=y_limits or self._limits([line.get_ydata() for line in lines]))  # fmt: skip
         axes.set(xscale=self._scale, yscale=self._scale)
-        _style(axes, self._x_label, self._y_label, (6, 8 if self._scale == "log" else 5))
+        _style(axes, self._x_label, self._y_label, (6, 8 if self._scale == "log" else 6))
         axes.spines[:].set_visible(False)
         axes.tick_params(bottom=False, left=False, labelsize=12)
         axes.xaxis.set_label_coords(0.5, 12 / HEIGHT, self._figure.transFigure)

@@ -1,4 +1,4 @@
-"""What the model expects in a passage of the validation text: for each character its nats and the likeliest others."""
+"""Scores a passage of the validation text: the surprisal of each character, and the likeliest candidates for it."""
 
 import numpy as np
 import torch
@@ -11,27 +11,29 @@ from smallm.training.devices import to_device
 from smallm.training.report.record import Passage
 
 LENGTH = 1000  # ids
-LOOKED_THROUGH = 2000  # ids at the beginning of the validation text, in which a line begins that is begun with
-EXPECTED = 5  # characters that are told for each place
+SEARCHED = 2000  # ids at the beginning of the validation text among which the passage begins
+EXPECTED = 5  # likeliest characters stored for each position
 
 
 def read_passage(model: nn.Module, corpus: Corpus, step: int) -> Passage:
-    """Whole lines of the validation text, about LENGTH ids, or all but the first character of a shorter text.
+    """Scores whole lines of the validation text, about `LENGTH` ids; a shorter text without its first character.
 
-    Each character is predicted from a quarter of a context at least, where there is one. On several processes all must
-    call this: they may hold the weights together (FSDP).
+    Each character is predicted from at least a quarter of a context, where the text has as much before the character.
+    With several processes, all of them must call this function, because FSDP shards the weights.
+
+    step: step of the model, stored in the passage.
     """
-    ids, block_size = np.asarray(corpus.val_ids[: LOOKED_THROUGH + LENGTH]), model.config.block_size
+    ids, block_size = np.asarray(corpus.val_ids[: SEARCHED + LENGTH]), model.config.block_size
     first, last = _whole_lines(ids)
     before = max(0, first - block_size)
     ids = ids[before:last]
-    nats, likeliest, probabilities = _look(model, ids, corpus.vocabulary)
-    known = len(ids) - len(nats)  # the ids of the first character, which nothing comes before
+    nats, likeliest, probabilities = _predict(model, ids, corpus.vocabulary)
+    unpredicted = len(ids) - len(nats)  # the ids of the first character
     starts = np.flatnonzero(begins_character(ids))
-    starts = starts[starts >= max(known, first - before)]
+    starts = starts[starts >= max(unpredicted, first - before)]
     if not len(starts):
         return Passage()
-    at = starts - known
+    at = starts - unpredicted
     return Passage(
         step,
         text=corpus.vocabulary.decode(ids[starts[0] :]),
@@ -42,7 +44,7 @@ def read_passage(model: nn.Module, corpus: Corpus, step: int) -> Passage:
 
 
 def _whole_lines(ids: np.ndarray) -> tuple[int, int]:
-    """Where the passage begins and ends: at lines, but where these are long or the text is short."""
+    """Start and end of the passage: at line ends, unless the lines are long or the text is short."""
     is_end = ids == ord("\n")
     begins = np.flatnonzero(is_end[:-1] & ~is_end[1:]) + 1
     first = int(begins[0]) if len(begins) and begins[0] + LENGTH <= len(ids) else 0
@@ -51,27 +53,29 @@ def _whole_lines(ids: np.ndarray) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _look(model: nn.Module, ids: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids (N,) -> for each id after the first character its nats (n,), the likeliest and their probabilities (n, 5).
+def _predict(model: nn.Module, ids: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids (N,) -> for the n ids after the first character: nats (n,), likeliest ids (n, K), probabilities (n, K).
 
-    Of the likeliest, only ids that are a character each: what begins a rare one could become several.
+    The likeliest ids are chosen among those that spell a whole character; an id that begins a rare character could
+    belong to several.
     """
     device, block_size = next(model.parameters()).device, model.config.block_size
     whole = torch.from_numpy(_whole_characters(vocabulary)).to(device)
-    found = [np.empty(0), np.empty((0, EXPECTED), np.int64), np.empty((0, EXPECTED))]
+    results = [np.empty(0), np.empty((0, EXPECTED), np.int64), np.empty((0, EXPECTED))]
     model.eval()
     for inputs, targets in windows([ids], block_size, block_size - block_size // 4):
-        logits, goals = model(to_device(inputs, device)), to_device(targets, device)
-        counts = goals != IGNORED
-        logs = logits[counts].float().log_softmax(-1)  # (n, V)
-        top = logs[:, whole].topk(EXPECTED)
-        parts = (-logs.gather(1, goals[counts][:, None])[:, 0], whole[top.indices], top.values.exp())
-        found = [np.concatenate([old, part.cpu().numpy()]) for old, part in zip(found, parts, strict=True)]
+        logits, goals = model(to_device(inputs, device)), to_device(targets, device)  # (B, T, V), (B, T)
+        counted = goals != IGNORED
+        log_probs = logits[counted].float().log_softmax(-1)  # (n, V)
+        top = log_probs[:, whole].topk(EXPECTED)
+        nats = -log_probs.gather(1, goals[counted][:, None])[:, 0]
+        parts = (nats, whole[top.indices], top.values.exp())
+        results = [np.concatenate([old, part.cpu().numpy()]) for old, part in zip(results, parts, strict=True)]
     model.train()
-    return tuple(found)
+    return tuple(results)
 
 
 def _whole_characters(vocabulary: Vocabulary) -> np.ndarray:
-    """The ids that are a character each."""
-    several = [id for id in range(256, vocabulary.size) if vocabulary.decoder().push(id)]
-    return np.array([*range(128), *several])
+    """The ids that spell a whole character each."""
+    above = [id for id in range(256, vocabulary.size) if vocabulary.decoder().push(id)]
+    return np.array([*range(128), *above])

@@ -33,13 +33,13 @@ STATES = {
 }
 MACHINE = ("device", "processor", "cores", "processes", "precision", "system")
 LOSS_EXPLAINED = (
-    "The loss says how badly the model predicts the next character: its mean surprisal, in nats. Lower is better. "
-    "The model learns from the training text only; the validation loss is measured on text that was kept apart. "
-    "A validation loss that rises while the training loss falls means that the model memorises its text."
+    "The loss measures how badly the model predicts the next character: it is the mean surprisal of a character, in "
+    "nats. Lower is better. The validation loss is measured on text that the model does not train on. If it rises "
+    "while the training loss falls, the model memorises its training text instead of learning what is general in it."
 )
 MEMORISATION_EXPLAINED = (
-    "Passages that stand word for word in the training text: how many of them the last samples hold, and how many real "
-    "text holds that was not trained on."
+    "How much of the last samples stands word for word in the training text, and, for comparison, how much of the "
+    "validation text does, which the model has never seen."
 )
 
 

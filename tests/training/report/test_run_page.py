@@ -10,12 +10,10 @@ import tomllib
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from toys import TOY_VOCABULARY, random_model
 
 from smallm.errors import UserError
 from smallm.html.escape import visible
@@ -26,9 +24,8 @@ from smallm.training.data.dataset import CharDataset
 from smallm.training.report import run_page as page
 from smallm.training.report.comparison import comparison_page
 from smallm.training.report.history import read_histories
-from smallm.training.report.passage import read_passage
 from smallm.training.report.plot import main as plot
-from smallm.training.report.record import FILE, Passage, RecordWriter, RunRecord, read_record
+from smallm.training.report.record import FILE, RecordWriter, RunRecord, read_record
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\"'\x1b[31m\u202e"
@@ -273,11 +270,6 @@ def test_a_full_disk(run, monkeypatch):
     assert (run / "report.html").read_bytes() == before
 
 
-def test_a_new_run_keeps_nothing_of_one_before(run):
-    RecordWriter(run, print, resumed=False).update(state="training")
-    assert read_record(run) == RunRecord(state="training")
-
-
 # Files from strangers.
 
 
@@ -324,10 +316,23 @@ def page_of_tags(tmp_path: Path, run: Path) -> Page:
     b'{"version": 1, "passage": {"text": "a", "nats": [1.0], "expected": ["a"], "probabilities": [[2.0]]}}',
     b'{"version": 1, "planned_steps": 1' + b"0" * 500 + b"}",
 ])  # fmt: skip
-def test_a_broken_record_is_as_none(run, content):
+def test_a_broken_record_counts_as_empty(run, content):
     (run / FILE).write_bytes(content)
     assert read_record(run) == RunRecord()
     assert "Surprisal" not in page_of(run).headings
+
+
+def test_a_new_run_forgets_the_record_of_an_earlier_one(run):
+    RecordWriter(run, print, resumed=False).update(state="training")
+    assert read_record(run) == RunRecord(state="training")
+
+
+def test_the_old_name_of_memorisation_is_read(run):
+    values = json.loads((run / FILE).read_text(encoding="utf-8"))
+    rows = values.pop("memorisation")
+    (run / FILE).write_text(json.dumps(values | {"copies": rows}), encoding="utf-8")
+    assert read_record(run).memorisation == rows != []
+    assert "Memorisation" in page_of(run).headings
 
 
 def test_a_passage_without_expected_characters(run):
@@ -412,58 +417,7 @@ def test_the_benchmark_adds_up(monkeypatch, text_file, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-# The parts.
-
-
-@pytest.mark.parametrize(
-    "text", ["one café\nñ" + "x" * 40 + "\né€中 and then some\n" * 60, "a", "", "no line's end " * 200]
-)
-def test_passage_against_the_whole_text_at_once(text):
-    model = random_model(block_size=4096)
-    ids = TOY_VOCABULARY.encode(text)
-    passage = read_passage(model, SimpleNamespace(val_ids=ids, vocabulary=TOY_VOCABULARY), 7)
-    assert passage.text in text
-    assert len(passage.text) >= min(len(text) - 1, 400)
-    if not passage.text:
-        return
-    assert "\n" not in passage.text[:1] or text.startswith("\n")
-    with torch.no_grad():
-        logs = model(torch.from_numpy(ids.astype(np.int64))[None])[0].log_softmax(-1)
-    start = len(TOY_VOCABULARY.encode(text[: text.index(passage.text, 1)]))
-    at = start
-    for place, (character, nats) in enumerate(zip(passage.text, passage.nats, strict=True)):
-        spelled = TOY_VOCABULARY.encode(character).tolist()
-        expected = -sum(float(logs[at + i - 1, id]) for i, id in enumerate(spelled))
-        assert nats == pytest.approx(expected, abs=2e-3)
-        if place % 50 == 0:
-            ranked = sorted(((float(logs[at - 1, id].exp()), id) for id in whole_ids()), reverse=True)[:5]
-            assert passage.probabilities[place] == pytest.approx([p for p, _ in ranked], abs=1e-4)
-            assert passage.expected[place] == TOY_VOCABULARY.decode([id for _, id in ranked])
-        at += len(spelled)
-    assert model.training
-
-
-def whole_ids() -> list[int]:
-    texts = {id: TOY_VOCABULARY.decode([id]) for id in range(TOY_VOCABULARY.size)}
-    return [id for id, text in texts.items() if text != "\N{REPLACEMENT CHARACTER}"]
-
-
-def test_passage_in_windows_sees_a_quarter_of_a_context():
-    model = random_model(block_size=16)
-    ids = TOY_VOCABULARY.encode("\nabc def ghi\n" * 200)
-    passage = read_passage(model, SimpleNamespace(val_ids=ids, vocabulary=TOY_VOCABULARY), 1)
-    start = 1
-    place = 700  # the windows begin at multiples of 12, and count from their fifth target on
-    first = (start + place - 5) // 12 * 12
-    with torch.no_grad():
-        logs = model(torch.from_numpy(ids[first : start + place].astype(np.int64))[None])[0, -1].log_softmax(-1)
-    assert 5 <= start + place - first <= 16
-    assert passage.nats[place] == pytest.approx(-float(logs[ids[start + place]]), abs=2e-3)
-
-
-def test_a_passage_is_whole_or_none():
-    with pytest.raises(UserError):
-        Passage(1, "ab", [1.0, 1.0], ["x", "xy"], [[0.1], [0.1]])
+# Figures that change while a run goes on.
 
 
 def test_the_models_baseline_figure_is_of_the_whole_run(run):
