@@ -2,9 +2,9 @@
 
 python train.py                                            built-in text, half a minute on two cores
 python train.py --data my.txt                              your own text
-python train.py --data my.txt --minutes 5                  size, batch and schedule for this text, machine and time
+python train.py --data my.txt --minutes 5                  size, batch and schedule chosen for this text
 python train.py --config configs/shakespeare-cpu.toml --data shakespeare --out runs/shakespeare
-python train.py --resume runs/shakespeare                  goes on exactly where it stopped
+python train.py --resume runs/shakespeare                  continues a run exactly where it stopped
 accelerate launch --config_file configs/accelerate/multi-gpu.yaml train.py --config configs/shakespeare-gpu.toml
 """
 

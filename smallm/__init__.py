@@ -29,7 +29,7 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name == "export":  # the package is callable, see there
         return import_module("smallm.export")
     if name in _LAZY:

@@ -14,7 +14,7 @@ VALIDATION = "validation.txt"
 OLD_VALIDATION = "old_validation.txt"  # of the run that this one was begun from
 
 
-def new_run(out: str | None, name: str) -> Path:
+def new_run(out: str | Path | None, name: str) -> Path:
     """The folder of a new run: `out`, or the first free of `runs/name`, `runs/name-2`, …
 
     Raises `UserError` if `out` holds a run already.

@@ -64,7 +64,7 @@ def parse(argv: Sequence[str]) -> Request:
 
 
 def build_parser() -> ArgumentParser:
-    """The parser of `train.py`; what is not given is left out of its result."""
+    """The parser of `train.py`; its result holds only the settings that are given."""
     parser = ArgumentParser(
         prog="train.py",
         usage="train.py [--data TEXT] [--minutes N] [--config TOML] [--out DIR] [--section.setting VALUE ...]\n"

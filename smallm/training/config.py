@@ -323,7 +323,7 @@ def check_types(values: Any, prefix: str = "") -> None:
             raise UserError(f"{prefix}{f.name} = {value!r:.80} must be {_described(f.type)}")
 
 
-def _fits(value: object, kind: Any) -> bool:
+def _fits(value: Any, kind: Any) -> bool:
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
         return value in parts

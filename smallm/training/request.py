@@ -90,7 +90,7 @@ def _resumed(settings: Mapping[str, Any], run: Path, more: bool) -> Request:
         raise UserError("resume continues a run and init_from starts a new one; leave out one of them")
     from smallm.training.checkpoint.manager import saved_config
 
-    values = nested(flatten(saved_config(run).to_dict()) | settings)
+    values = nested(flatten(saved_config(run).to_dict()) | dict(settings))
     return Request(Config.from_dict(_one_length(values, settings)), run, True, frozenset(KEYS))
 
 

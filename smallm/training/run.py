@@ -102,7 +102,7 @@ def _is_first_failure() -> bool:
 def _reserve_end(
     accelerator: Accelerator, clock: Clock, config: Config, corpus: Corpus, origin: Origin | None
 ) -> Clock:
-    """Reserves time for what is measured after the last step; the same on all processes, so that their steps agree."""
+    """Reserves time for the measurements after the last step, the same on all processes, so that their steps agree."""
     end = clock.end_seconds + seconds_kept(corpus, 60 * config.train.minutes) + (origin.seconds if origin else 0)
     return replace(clock, end_seconds=broadcast_from_main(accelerator, end)[0])
 
@@ -111,9 +111,9 @@ def _newest_checkpoint(accelerator: Accelerator, run: Path) -> Path | None:
     """The newest intact checkpoint of a run, None before its first one; damaged ones are reported and quarantined."""
     step = -1.0
     if accelerator.is_main_process:
-        damaged: dict[Path, str] = {}
-        newest = newest_checkpoint(run, damaged.setdefault)
-        for folder, problem in damaged.items():
+        damaged: list[tuple[Path, str]] = []
+        newest = newest_checkpoint(run, lambda folder, problem: damaged.append((folder, problem)))
+        for folder, problem in damaged:
             print(f"warning: {folder} is damaged ({problem}); an earlier checkpoint is used", file=sys.stderr)
             quarantine(folder)
         step = step if newest is None else float(newest.name.removeprefix("step-"))

@@ -108,7 +108,7 @@ def _guarded(tracker: GeneralTracker, call: Callable[[], None], say: Callable[[s
     try:
         call()
     except Exception as error:
-        say(f"warning: {tracker.name} failed ({_reason(error)}); training goes on without it")
+        say(f"warning: {tracker.name} failed ({_reason(error)}); training continues without it")
         return False
     return True
 

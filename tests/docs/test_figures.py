@@ -31,7 +31,7 @@ def quotes(text: str) -> list[str]:
 
 
 def agrees(quote: str, losses: list[str]) -> bool:
-    """Whether a quote is one of the losses, rounded to its own number of decimals."""
+    """Whether a quote is one of the losses, rounded to the decimals of the quote."""
     decimals = len(quote.split(".")[1])
     return any(f"{float(loss):.{decimals}f}" == quote for loss in losses)
 

@@ -66,17 +66,17 @@ def test_from_a_worker_thread(train):
 
 
 def test_one_training_at_a_time(train, monkeypatch):
-    begun, end = threading.Event(), threading.Event()
+    begin, end = threading.Event(), threading.Event()
 
     def run_training(request, started):
-        begun.set()
+        begin.set()
         end.wait(60)
         return 0
 
     monkeypatch.setattr("smallm.training.run.run_training", run_training)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(train, out="a")
-        assert begun.wait(60)
+        assert begin.wait(60)
         try:
             with pytest.raises(smallm.UserError, match="another training is running in this process"):
                 train(out="b")

@@ -135,10 +135,10 @@ def test_one_process_that_fails_ends_all_with_its_message(text_file, tmp_path, r
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script),
                "--data", str(text_file), "--out", str(tmp_path / "run"), *SMALL, "--train.max_steps=1000"]  # fmt: skip
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    begun = time.monotonic()
+    before = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
     assert done.returncode != 0
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - before < 60
     if "moon" in error:
         printed = [line for line in done.stderr.splitlines() if line.startswith("smallm: ")]
         assert printed == ["smallm: the moon is full" if rank == "0" else "smallm: process 1: the moon is full"]

@@ -38,13 +38,13 @@ class Notebook(GeneralTracker):
 
     requires_logging_directory = False
     failing = ""
-    begun: dict[str, "Notebook"] = {}  # noqa: RUF012
+    started: dict[str, "Notebook"] = {}  # noqa: RUF012
 
     def __init__(self, project, **settings):
         super().__init__()
         self.lines, self.settings, self.config, self.finished = [], settings, None, 0
         self.project = project
-        self.begun[self.name] = self
+        self.started[self.name] = self
 
     def _fail(self, where):
         if self.failing == where:
@@ -82,11 +82,11 @@ def notebook(monkeypatch):
     """Registers a tracker `notebook` that fails at a place, and `diary`; returns the trackers that started, by name."""
 
     def register(failing="", name="notebook", base=Notebook):
-        kind = type(name.title(), (base,), {"name": name, "failing": failing, "begun": begun})
+        kind = type(name.title(), (base,), {"name": name, "failing": failing, "started": started})
         monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, name, kind)
-        return begun
+        return started
 
-    begun = {}
+    started = {}
     register(name="diary", base=Diary)
     return register
 
@@ -103,9 +103,9 @@ def train(text_file):
 
 def numbers(record):
     """What a tracker should get for a record of metrics.jsonl."""
-    wanted = {f"{record['kind']}/{key}": value for key, value in record.items()
+    expected = {f"{record['kind']}/{key}": value for key, value in record.items()
               if key not in ("kind", "step", "sample") and value is not None}  # fmt: skip
-    return record["step"], wanted
+    return record["step"], expected
 
 
 def lines(run):
@@ -114,8 +114,8 @@ def lines(run):
 
 def test_a_tracker_gets_the_metrics_and_changes_nothing(train, notebook):
     notebook()
-    run, begun = train(train__log_with="notebook"), notebook()
-    (book,) = begun.values()
+    run, started = train(train__log_with="notebook"), notebook()
+    (book,) = started.values()
     assert book.lines == [numbers(line) for line in lines(run)]
     assert {key for _, values in book.lines for key in values} >= {
         "train/loss", "train/learning_rate", "train/grad_norm", "train/characters_per_second", "eval/val_loss",
@@ -139,9 +139,9 @@ def test_samples_are_texts(train, notebook):
 def test_several(train, notebook):
     notebook()
     run = train(train__log_with="notebook, diary,notebook")
-    begun = notebook()
-    assert begun["notebook"].lines == [numbers(line) for line in lines(run)]
-    assert len(begun["diary"].lines) > len(begun["notebook"].lines)
+    started = notebook()
+    assert started["notebook"].lines == [numbers(line) for line in lines(run)]
+    assert len(started["diary"].lines) > len(started["notebook"].lines)
 
 
 @pytest.mark.parametrize("place", ["step 1", "step 5", "text 5", "step 12"])
@@ -150,13 +150,13 @@ def test_a_failing_tracker_is_reported_once_and_left_out(train, notebook, capsys
     notebook(place, base=base)
     run = train(train__log_with="notebook,diary")
     err = capsys.readouterr().err
-    assert err.count("warning: notebook failed (no ink in notebook); training goes on without it") == 1
+    assert err.count("warning: notebook failed (no ink in notebook); training continues without it") == 1
     assert err.count("warning: ") == 1 + err.count("warning: no C compiler")
     assert [line["step"] for line in metrics(run)] == list(range(1, 13))
-    begun = notebook(place, base=base)
-    assert begun["diary"].lines[-1][0] == 12
+    started = notebook(place, base=base)
+    assert started["diary"].lines[-1][0] == 12
     last = int(place.split()[1])
-    assert [step for step, _ in begun["notebook"].lines if step > last] == []
+    assert [step for step, _ in started["notebook"].lines if step > last] == []
     assert sha256(run) == sha256(train("without"))
 
 
@@ -227,17 +227,17 @@ def test_lists_in_files_and_flags(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ("tensorbord", "there is no tracker 'tensorbord'; train.log_with knows aim, comet_ml, mlflow, tensorboard"),
         ("all", "there is no tracker 'all'"),
         ("wandb", "wandb is not installed; pip install wandb, or leave it out of train.log_with"),
     ],
 )
-def test_a_missing_tracker_is_reported_before_training(refused, monkeypatch, text_file, folder, given, told):
+def test_a_missing_tracker_is_reported_before_training(refused, monkeypatch, text_file, folder, given, message):
     monkeypatch.setattr(tracking, "_available_trackers", [])
-    said = refused("--data", str(text_file), "--out", "run", *flags(TOY), "--train.log_with", given)
-    assert told in said
+    line = refused("--data", str(text_file), "--out", "run", *flags(TOY), "--train.log_with", given)
+    assert message in line
     assert list(folder.iterdir()) == []
 
 
@@ -349,7 +349,7 @@ def test_tensorboard_on_a_full_disk(train, read_tensorboard, capsys, monkeypatch
     monkeypatch.setattr(RecordWriter, "write", full)
     run = train(train__log_with="tensorboard")
     err = capsys.readouterr().err
-    assert "warning: tensorboard failed ([Errno 28] No space left on device); training goes on without it" in err
+    assert "warning: tensorboard failed ([Errno 28] No space left on device); training continues without it" in err
     assert err.count("warning: ") == 1 + err.count("warning: no C compiler")
     assert "Traceback" not in err
     assert len(metrics(run)) == 12
