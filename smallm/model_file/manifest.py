@@ -1,4 +1,4 @@
-"""What a model folder says about itself: smallm's own manifest, and the files that other runtimes read."""
+"""The manifest of an exported model: everything that a host needs besides the weights."""
 
 import json
 from collections.abc import Mapping
@@ -7,18 +7,18 @@ from functools import cached_property
 from typing import Any
 
 from smallm.errors import UserError
-from smallm.generation.sampler import Sampling
 from smallm.tokenizer.vocabulary import Vocabulary
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "smallm.json"
-MAX_SAMPLING = 1 << 53  # temperature, top_k: every host's numbers hold it
-CACHE_ROOM = 64 << 20  # bytes that the cache of keys and values may take whatever the size of the file
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+MAX_SAMPLING = 1 << 53  # of temperature and top_k: exact in the numbers of every host
+MIN_CACHE_LIMIT = 64 << 20  # bytes that the KV cache of any model may take, however small its file is
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a host needs besides the weights; stands in the ONNX metadata and, the same, in `smallm.json`."""
+    """Sizes, vocabulary and defaults of a model; stored in the ONNX metadata and, identically, in `smallm.json`."""
 
     block_size: int
     """Longest context, in ids."""
@@ -29,35 +29,35 @@ class Manifest:
     head_dim: int
     vocab_size: int
     tokens: str
-    """The vocabulary's entries from id 256 up, each the hex of its UTF-8 bytes, separated by spaces."""
+    """The tokens of the vocabulary from id 256 up: the UTF-8 bytes of each in hexadecimal, separated by spaces."""
     start_text: str
-    """What an empty seed stands for."""
+    """The text that replaces an empty seed."""
     sampling: dict[str, float] = field(default_factory=dict)
     """Default temperature, top_k, top_p, min_p."""
     training: dict[str, Any] = field(default_factory=dict)
-    """Facts about the training: text, steps, validation loss …"""
+    """Facts about the training: name of the text, steps, validation loss and others."""
     precision: str = "fp32"
-    """Of the matrices: fp32, int8 or int4."""
+    """Precision of the matrices: fp32, int8 or int4."""
     quality: dict[str, Any] = field(default_factory=dict)
-    """What the export measured: bytes of the model, bits per character, characters per second, oldest ONNX Runtime."""
+    """Measurements of the export: size in bytes, bits per character, characters per second, oldest ONNX Runtime."""
     window: int = 0
-    """Positions that attention sees, its own included; 0 = the whole context."""
+    """Number of positions that attention sees, including the current one; 0 = the whole context."""
     rope_theta: float = 10000.0
-    """Base of the rotary positions, by which keys are turned when a text with a window goes past block_size."""
+    """Base of the rotary position embedding, needed to shift cached keys of models with a window past block_size."""
     format_version: int = FORMAT_VERSION
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """The vocabulary that `tokens` spells."""
+        """The vocabulary with these `tokens`."""
         return Vocabulary.from_hex_tokens(self.tokens)
 
     def to_metadata(self) -> dict[str, str]:
-        """One JSON value a field: what `metadata_props` of an ONNX file can hold."""
+        """Each field as JSON, by `smallm.<field>`, for the `metadata_props` of an ONNX file."""
         return {f"smallm.{k}": json.dumps(v, ensure_ascii=True) for k, v in asdict(self).items()}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], source: object) -> "Manifest":
-        """The inverse of `to_metadata`. Raises `UserError`, naming `source`, for anything that is not a manifest."""
+        """The inverse of `to_metadata`. Raises `UserError`, which names `source`, if the metadata is not valid."""
         values = {k.removeprefix("smallm."): v for k, v in metadata.items() if k.startswith("smallm.")}
         if not values:
             raise UserError(f"{source} is not a smallm model; write one with `python export.py`")
@@ -69,7 +69,7 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: object) -> "Manifest":
-        """Checks every value before it is used. Raises `UserError`, naming `source`."""
+        """The manifest with these values. Raises `UserError`, naming `source`, if a value is missing or invalid."""
         version = values.get("format_version")
         if version != FORMAT_VERSION:
             raise UserError(
@@ -80,22 +80,22 @@ class Manifest:
         try:
             manifest = cls(**{k: v for k, v in values.items() if k in known})
             manifest._check()
-        except (TypeError, ValueError):  # the second is also what Vocabulary and Sampling raise
+        except (TypeError, ValueError):  # Vocabulary raises UserError, which is a ValueError
             raise UserError(f"{source} has broken metadata; export the model again") from None
         return manifest
 
     def check_size(self, file_bytes: int, source: object) -> None:
-        """Raises `UserError` if a host would set aside much more for this model than a file of so many bytes explains.
+        """Raises `UserError` if a host would allocate far more memory than the size of the file explains.
 
-        An entry of the embedding takes at least half a byte, a position of the rotary tables a byte a channel.
+        An element of the embedding takes at least half a byte in the file, one of the rotary tables at least a byte.
         """
-        cache = 8 * self.n_layer * self.n_kv_head * self.head_dim * self.block_size  # bytes: keys and values, float32
+        cache = 8 * self.n_layer * self.n_kv_head * self.head_dim * self.block_size  # bytes, in float32
         small = max(self.vocab_size * self.n_embd // 2, self.block_size * self.head_dim) <= file_bytes
-        if not small or cache > CACHE_ROOM + 64 * file_bytes:
+        if not small or cache > MIN_CACHE_LIMIT + 64 * file_bytes:
             raise UserError(f"{source} is too small for the sizes in its metadata; export the model again")
 
     def _check(self) -> None:
-        """Raises `ValueError` or `TypeError` if a value is not what a host may rely on."""
+        """Raises `ValueError` or `TypeError` if a host cannot rely on the values."""
         sizes = (self.block_size, self.n_layer, self.n_head, self.n_kv_head, self.n_embd, self.head_dim)
         sizes += (self.vocab_size,)
         sane = all(type(size) is int and 0 < size < 1 << 24 for size in sizes) and self.n_layer < 1000
@@ -106,8 +106,13 @@ class Manifest:
         sane &= isinstance(self.start_text, str) and 0 < len(self.vocabulary.encode(self.start_text)) < 1000
         sane &= all(isinstance(each, dict) for each in (self.sampling, self.training, self.quality))
         sane &= isinstance(self.precision, str)
-        if not sane:
+        if not sane or not _is_valid_sampling(**{name: self.sampling.get(name, 1) for name in SAMPLING}):
             raise ValueError
-        defaults = Sampling.resolve({}, self.sampling)
-        if max(defaults.temperature, defaults.top_k) > MAX_SAMPLING:
-            raise ValueError
+
+
+def _is_valid_sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> bool:
+    """Whether the sampler accepts these defaults."""
+    if type(top_k) is not int or not all(isinstance(value, int | float) for value in (temperature, top_p, min_p)):
+        return False
+    in_range = 0 <= temperature <= MAX_SAMPLING and 0 <= top_k <= MAX_SAMPLING
+    return in_range and 0 < top_p <= 1 and 0 <= min_p <= 1

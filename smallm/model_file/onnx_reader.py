@@ -1,8 +1,8 @@
-"""What an ONNX file holds, read and checked before ONNX Runtime may see it: files come from strangers.
+"""Reads and checks an ONNX file before ONNX Runtime opens it, because the file may come from a stranger.
 
-An ONNX file is a protobuf message, a row of fields: a key (number << 3 | wire type), then the value. The tables below
-list the fields that a smallm model may have, by message; whatever they do not list is refused, as are operators that
-`OPERATORS` does not list, data in other files and tensors whose shape and data disagree. Weights are not even touched.
+An ONNX file is a protobuf message, a sequence of fields: a key (number << 3 | wire type), then the value. The tables
+below list the fields that a smallm model may have, by message. All other fields are refused, as are operators not in
+`OPERATORS`, data in other files and tensors whose data does not match their shape. The weights are not read.
 """
 
 import math
@@ -14,18 +14,17 @@ from typing import Any
 
 from smallm.errors import UserError
 
-# All that a smallm graph may compute with. No control flow (If, Loop, Scan), no functions, nothing random.
-_NAMES = """
-    Gather GatherElements GatherND GatherBlockQuantized ScatterND ScatterElements TensorScatter Slice Split Concat
-    Reshape Transpose Squeeze Unsqueeze Expand Tile Shape Cast Identity Constant ConstantOfShape Range Where Trilu
-    MatMul MatMulNBits Gemm GroupQueryAttention Attention RotaryEmbedding
-    SimplifiedLayerNormalization SkipSimplifiedLayerNormalization LayerNormalization RMSNormalization
-    QuickGelu Sigmoid Softmax Exp Log Sqrt Rsqrt Reciprocal Pow Cos Sin Add Sub Mul Div Mod Neg Abs Sign Min Max Clip
-    ReduceMax ReduceSum ReduceMean CumSum TopK ArgMax Less Greater Equal And Or Not DequantizeLinear
-"""
-OPERATORS = frozenset(_NAMES.split())
+_OPERATORS = """
+    Add ArgMax Cast Concat ConstantOfShape Div Expand Gather Greater GroupQueryAttention Less MatMul MatMulNBits Max Mul
+    Or QuickGelu Range ReduceMean Reshape ScatterElements Shape Sigmoid SimplifiedLayerNormalization
+    SkipSimplifiedLayerNormalization Slice Softmax Split Sqrt Squeeze Sub Tile Transpose Unsqueeze Where
+    Neg ReduceSum
+"""  # the last line: only in exports of earlier versions
+OPERATORS = frozenset(_OPERATORS.split())
+"""The operators that smallm exports; a test compares them with real exports. No control flow, nothing random."""
 DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
 MAX_NODES = 20_000
+MAX_PARTS = 150_000  # messages in a file, or values of a repeated field: bounds the memory that parsing takes
 MAX_DIMENSIONS = 8
 
 FLOAT, INT64 = 1, 7
@@ -33,7 +32,7 @@ BITS = {FLOAT: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, INT64: 64, 9: 8, 10: 16, 11:
         21: 4, 22: 4}  # fmt: skip
 """Element type (TensorProto.DataType) -> bits of an element."""
 
-# Field number -> name and kind: int (varint), float, str, bytes or another message; in brackets, any number of them.
+# Field number -> name and kind: int (varint), float, str, bytes or another message; a list for a repeated field.
 Message = dict[int, tuple[str, Any]]
 ENTRY: Message = {1: ("key", str), 2: ("value", str)}
 TENSOR: Message = {
@@ -64,17 +63,17 @@ MODEL: Message = {
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """What there is to know of a file that passed the checks."""
+    """The content of a file that passed the checks."""
 
     size: int
     """Bytes."""
     metadata: dict[str, str]
     values: dict[str, tuple[int, list[int]]]
-    """Input or output -> its element type, and those of its dimensions that are fixed."""
+    """Input or output -> its element type and its fixed dimensions."""
 
 
 def read_onnx(path: Path) -> OnnxFile:
-    """Reads and checks a file. Raises `UserError` unless it is an ONNX model of the kind that smallm writes."""
+    """Reads and checks a file. Raises `UserError` if the file is not an ONNX model as smallm writes it."""
     try:
         with path.open("rb") as file:
             return _checked(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
@@ -83,11 +82,11 @@ def read_onnx(path: Path) -> OnnxFile:
     except UserError as error:
         raise UserError(f"{path} is not a smallm model: {error}; write one with `python export.py`") from None
     except ValueError as error:
-        raise UserError(f"{path} is truncated or no ONNX model ({error}); export the model again") from None
+        raise UserError(f"{path} is truncated or not an ONNX model ({error}); export the model again") from None
 
 
 def _checked(data: memoryview) -> OnnxFile:
-    """Raises `UserError` for a file that is not ours, `ValueError` for one that is not ONNX; both without its path."""
+    """Raises `UserError` if smallm did not write the file, `ValueError` if the file is not ONNX."""
     model = read_message(data, MODEL)
     if "graph" not in model:
         raise ValueError("it has no graph")
@@ -105,18 +104,18 @@ def _checked(data: memoryview) -> OnnxFile:
         _check_tensor(tensor)
     metadata = {entry.get("key", ""): entry.get("value", "") for entry in model["metadata_props"]}
     if len(metadata) != len(model["metadata_props"]):
-        raise UserError("its metadata have a key twice")
+        raise UserError("its metadata has a key twice")
     return OnnxFile(len(data), metadata, dict(map(_value, graph["input"] + graph["output"])))
 
 
 def _check_tensor(tensor: dict[str, Any]) -> None:
     name, dims, bits = tensor.get("name", ""), tensor["dims"], BITS.get(tensor.get("data_type", 0))
     if tensor["external_data"] or tensor.get("data_location", 0):
-        raise UserError(f"the tensor {name!r:.80} lies in another file")
+        raise UserError(f"the tensor {name!r:.80} is stored in another file")
     if bits is None or len(dims) > MAX_DIMENSIONS or not all(0 <= n < 1 << 31 for n in dims):
         raise UserError(f"the tensor {name!r:.80} has an unknown type or shape")
     if (math.prod(dims) * bits + 7) // 8 != tensor.get("raw_data", 0):
-        raise UserError(f"the tensor {name!r:.80} has not the size that its shape promises")
+        raise UserError(f"the tensor {name!r:.80} does not have the size of its shape")
 
 
 def _value(value: dict[str, Any]) -> tuple[str, tuple[int, list[int]]]:
@@ -125,37 +124,44 @@ def _value(value: dict[str, Any]) -> tuple[str, tuple[int, list[int]]]:
     return value.get("name", ""), (kind.get("elem_type", 0), [n["dim_value"] for n in dims if "dim_value" in n])
 
 
-def read_message(data: memoryview, message: Message) -> dict[str, Any]:
-    """Name -> value of each field that is there, or a list of values for those that may be repeated.
+def read_message(data: memoryview, message: Message, parts: list[None] | None = None) -> dict[str, Any]:
+    """Name -> value of each field of a message, or a list of values for a repeated field.
 
-    Of bytes only the length is kept, floats are skipped. Raises `ValueError` for what is not such a message.
+    Bytes are given as their length, floats are skipped.
+
+    parts: grows by one for each message, also for those within this one.
+    Raises `ValueError` for data that is not such a message, `UserError` for more than MAX_PARTS.
     """
+    parts = [] if parts is None else parts
+    parts.append(None)
     found: dict[str, Any] = {name: [] for name, kind in message.values() if type(kind) is list}
     for number, wire_type, value in fields(data):
         if number not in message:
-            raise ValueError(f"a field {number} in the place of {', '.join(n for n, _ in message.values())}")
+            raise ValueError(f"an unknown field {number} beside {', '.join(n for n, _ in message.values())}")
         name, kind = message[number]
         if type(kind) is list:
             if wire_type == 2 and kind[0] is int:
-                found[name] += packed(value)
+                found[name] += packed(value[:MAX_PARTS])
             elif wire_type != 2 or kind[0] is not float:
-                found[name].append(_convert(value, wire_type, kind[0]))
-        elif name in found:  # protobuf would merge the two, or take the last
+                found[name].append(_convert(value, wire_type, kind[0], parts))
+            if len(found[name]) + len(parts) > MAX_PARTS:
+                raise UserError(f"it has more than {MAX_PARTS:,} parts")
+        elif name in found:  # protobuf would merge the two, or take the last one
             raise ValueError(f"a second {name}")
         else:
-            found[name] = _convert(value, wire_type, kind)
+            found[name] = _convert(value, wire_type, kind, parts)
     return found
 
 
 def fields(data: memoryview | bytes) -> Iterator[tuple[int, int, Any]]:
     """Number, wire type and value of each field: an int for varints (0), a view of the bytes for the others.
 
-    Raises `ValueError` if the data do not end with a field's end.
+    Raises `ValueError` if the last field is incomplete.
     """
     at, end = 0, len(data)
-    data = data if end > 4096 else bytes(data)  # quicker to index than a view
+    data = data if end > 4096 else bytes(data)  # faster to index than a view
     while at < end:
-        key, at = (data[at], at + 1) if data[at] < 0x80 else _varint(data, at)  # most are short, calls cost time
+        key, at = (data[at], at + 1) if data[at] < 0x80 else _varint(data, at)  # most take one byte: saves a call
         wire_type = key & 7
         if wire_type == 0:
             value, at = _varint(data, at)
@@ -174,7 +180,7 @@ def fields(data: memoryview | bytes) -> Iterator[tuple[int, int, Any]]:
 
 
 def packed(data: memoryview) -> list[int]:
-    """The whole numbers that stand side by side in one field."""
+    """The integers of a packed field."""
     numbers, at = [], 0
     while at < len(data):
         number, at = _varint(data, at)
@@ -182,7 +188,7 @@ def packed(data: memoryview) -> list[int]:
     return numbers
 
 
-def _convert(value: Any, wire_type: int, kind: Any) -> Any:
+def _convert(value: Any, wire_type: int, kind: Any, parts: list[None]) -> Any:
     if wire_type != (0 if kind is int else 5 if kind is float else 2):
         raise ValueError(f"wire type {wire_type} in a wrong place")
     if kind is int:
@@ -191,11 +197,11 @@ def _convert(value: Any, wire_type: int, kind: Any) -> Any:
         return str(value, "utf-8")
     if kind is bytes:
         return len(value)
-    return None if kind is float else read_message(value, kind)
+    return None if kind is float else read_message(value, kind, parts)
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """The number of up to 64 bits that begins at `at`, seven to a byte, and where it ends."""
+    """The number of up to 64 bits that starts at `at`, with seven bits in each byte, and the offset after its end."""
     number = 0
     for shift in range(0, 70, 7):
         if at == len(data):
@@ -205,7 +211,7 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         number |= (byte & 0x7F) << shift
         if byte < 0x80 and number >> 64 == 0:
             return number, at
-    raise ValueError("a number of more than 64 bits")
+    raise ValueError("a number longer than 64 bits")
 
 
 def _signed(number: int) -> int:

@@ -290,7 +290,7 @@ def test_bad_models(infer, exported, tmp_path, content):
     path.write_bytes((exported / "model.onnx").read_bytes()[:9000] if content == "truncated" else content)
     code, out, err = infer("--seed", "a", model=path)
     assert (code, out) == (2, "")
-    assert err.startswith(f"smallm: {path} is truncated or no ONNX model")
+    assert err.startswith(f"smallm: {path} is truncated or not an ONNX model")
     assert err.count("\n") == 1
     missing = tmp_path / "missing"
     expected = f"smallm: there is no model in {missing}; give a run, an export folder or an .onnx file\n"

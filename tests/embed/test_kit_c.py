@@ -444,7 +444,7 @@ def test_files_that_are_no_model(sanitized, exported, tmp_path):
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
         line = refusal(sanitized, tmp_path / name)
-        assert "truncated or no ONNX model" in line, (name, line)
+        assert "truncated or not an ONNX model" in line, (name, line)
     assert "cannot read" in refusal(sanitized, tmp_path / "missing.onnx")
     assert "cannot read" in refusal(sanitized, tmp_path)
 

@@ -363,10 +363,10 @@ def broken_models(exported, tmp_path_factory) -> dict[str, tuple[Path, str]]:
     helper.set_model_props(other, {entry.key: entry.value for entry in onnx.load(good).metadata_props})
     other.doc_string = "x" * 100_000  # as big as the sizes in its metadata want it
     files = {
-        "empty": (b"", "is truncated or no ONNX model (it has no graph)"),
-        "text": (b"Once upon a time there was no model. " * 9, "is truncated or no ONNX model"),
-        "half": (data[: len(data) // 2], "is truncated or no ONNX model"),
-        "short": (data[:-1], "is truncated or no ONNX model"),
+        "empty": (b"", "is truncated or not an ONNX model (it has no graph)"),
+        "text": (b"Once upon a time there was no model. " * 9, "is truncated or not an ONNX model"),
+        "half": (data[: len(data) // 2], "is truncated or not an ONNX model"),
+        "short": (data[:-1], "is truncated or not an ONNX model"),
         "foreign": (foreign.SerializeToString(), "is not a smallm model; write one with python export.py"),
         "other graph": (other.SerializeToString(), "has not the inputs and outputs that its metadata promise"),
     }
@@ -407,7 +407,7 @@ def test_broken_models(ask, exported, broken_models, tmp_path, host):
     calls += [["load", str(tmp_path / "nothing.onnx")], ["load", str(tmp_path)], ["load", 5], ["loadBytes", []]]
     messages = [message for _, message in broken_models.values()]
     messages += ["there is no such file", "cannot read the model", "the model is neither bytes nor a URL nor a path"]
-    messages += ["the model is truncated or no ONNX model"]
+    messages += ["the model is truncated or not an ONNX model"]
     for answer, message in zip(ask(host, exported / MODEL_FILE, calls), messages, strict=True):
         assert_sentence(answer, message)
 
@@ -608,9 +608,9 @@ def test_the_page_says_what_is_wrong(page):
 def test_the_page_without_its_model(page):
     messages = {
         "missing": "cannot load model.onnx: the server answers 404; reload the page",
-        "truncated": "the model is truncated or no ONNX model",
-        "text": "the model is truncated or no ONNX model",
-        "empty": "the model is truncated or no ONNX model",
+        "truncated": "the model is truncated or not an ONNX model",
+        "text": "the model is truncated or not an ONNX model",
+        "empty": "the model is truncated or not an ONNX model",
     }
     assert page["models"].keys() == messages.keys()
     for name, message in messages.items():
@@ -686,7 +686,7 @@ def test_no_model_for_a_kit(tmp_path):
         write_node(tmp_path, tmp_path / "kit")
     (tmp_path / "kit").write_text("a file")
     (tmp_path / MODEL_FILE).write_bytes(b"no model")
-    with pytest.raises(UserError, match="is truncated or no ONNX model"):
+    with pytest.raises(UserError, match="is truncated or not an ONNX model"):
         write_node(tmp_path, tmp_path / "other")
 
 

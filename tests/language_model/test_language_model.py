@@ -485,10 +485,10 @@ def foreign_model(path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is truncated or no ONNX model"),
-        (b"\x00\x01\x02\x03" * 999, "is truncated or no ONNX model"),
-        (b"PK\x03\x04 a zip file", "is truncated or no ONNX model"),
-        ("text of another kind\n".encode("utf-16"), "is truncated or no ONNX model"),
+        (b"", "is truncated or not an ONNX model"),
+        (b"\x00\x01\x02\x03" * 999, "is truncated or not an ONNX model"),
+        (b"PK\x03\x04 a zip file", "is truncated or not an ONNX model"),
+        ("text of another kind\n".encode("utf-16"), "is truncated or not an ONNX model"),
         (foreign_model, "is not a smallm model; write one with `python export.py`"),
         (lambda path: path.mkdir(), "there is no model in"),
         (lambda path: None, "there is no model in"),
@@ -507,7 +507,7 @@ def test_what_cannot_be_opened(tmp_path, content, message):
 def test_a_truncated_file(toy_file, tmp_path, share):
     data, path = toy_file.read_bytes(), tmp_path / "model.onnx"
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(UserError, match=r"^[^\n]*(truncated or no ONNX model|is not a smallm model|broken)[^\n]*$"):
+    with pytest.raises(UserError, match=r"^[^\n]*(truncated or not an ONNX model|is not a smallm model|broken)[^\n]*$"):
         LanguageModel.load(path)
 
 

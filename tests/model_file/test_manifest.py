@@ -1,4 +1,4 @@
-"""smallm.manifest: what a model says of itself survives the way through strings, and nothing else passes for it."""
+"""The manifest survives the round trip through strings, and invalid values are refused in one line."""
 
 import json
 from dataclasses import asdict, fields
@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from toys import TOY_VOCABULARY, manifest_of, random_model
 
 from smallm.errors import UserError
-from smallm.model_file.manifest import FORMAT_VERSION, Manifest
+from smallm.generation.sampler import Sampling
+from smallm.model_file.manifest import FORMAT_VERSION, MAX_SAMPLING, SAMPLING, Manifest
 
 MANIFEST = manifest_of(random_model(), training={"text": "größe.txt 🎉", "val_loss": 1.25, "step": 3, "none": None})
 JSON = st.recursive(
@@ -76,6 +77,18 @@ def test_any_value_is_refused_in_one_line_or_can_be_used(name, value):
             assert manifest.vocabulary.size == manifest.vocab_size
             assert len(manifest.vocabulary.encode(manifest.start_text)) > 0
             assert manifest.format_version == FORMAT_VERSION
+
+
+@given(st.dictionaries(st.sampled_from(SAMPLING), st.integers(-1, 3) | st.floats() | st.booleans() | st.just(1 << 60)))
+def test_sampling_defaults_are_valid_if_the_sampler_accepts_them(sampling):
+    manifest = read_or_refused(lambda: Manifest.from_dict(asdict(MANIFEST) | {"sampling": sampling}, "x"))
+    try:
+        accepted = Sampling.resolve({}, sampling)
+    except UserError:
+        accepted = None
+    if accepted and max(accepted.temperature, accepted.top_k) > MAX_SAMPLING:
+        accepted = None
+    assert (manifest is None) == (accepted is None) or any(type(value) is bool for value in sampling.values())
 
 
 @given(st.sampled_from([f.name for f in fields(Manifest)]), st.text())

@@ -8,6 +8,7 @@ import random
 import shutil
 import struct
 import time
+import tracemalloc
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -20,13 +21,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
-from toys import random_model, save_onnx
+from toys import manifest_of, random_model, save_onnx
 
 from smallm import LanguageModel, UserError
 from smallm.cli import main as cli
+from smallm.export.folder import export_checkpoint
+from smallm.export.graph import build_graph
+from smallm.export.portable_graph import build_portable
 from smallm.generation.stop_strings import StopStrings
 from smallm.model_file.onnx_reader import MODEL, OPERATORS, fields, packed, read_message, read_onnx
 from smallm.runs.state_file import read_json
+from smallm.training.checkpoint.manager import best_checkpoint
 from smallm.training.checkpoint.qwen3 import to_qwen3
 from smallm.training.checkpoint.safe_load import check_fits, weight_shapes
 from smallm.training.config import Config, ModelConfig, check_types
@@ -124,17 +129,17 @@ def test_data_in_other_files_are_refused(toy, tmp_path, location, place):
         tensor.ClearField("raw_data")
         tensor.external_data.add(key="location", value=location)
         if place == "attribute":
-            proto.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=tensor))
+            proto.graph.node.insert(0, helper.make_node("ConstantOfShape", ["shape"], [tensor.name], value=tensor))
             proto.graph.initializer.remove(tensor)
 
-    assert "lies in another file" in refusal(edited(toy, tmp_path / "model.onnx", move))
+    assert "is stored in another file" in refusal(edited(toy, tmp_path / "model.onnx", move))
 
 
 def test_only_the_mark_of_data_elsewhere_is_refused_too(toy, tmp_path):
     def mark(proto):
         largest(proto).data_location = TensorProto.EXTERNAL
 
-    assert "lies in another file" in refusal(edited(toy, tmp_path / "model.onnx", mark))
+    assert "is stored in another file" in refusal(edited(toy, tmp_path / "model.onnx", mark))
 
 
 @pytest.mark.parametrize(
@@ -147,6 +152,33 @@ def test_operators_that_are_not_on_the_list(toy, tmp_path, kind, domain):
         proto.graph.node[3].op_type, proto.graph.node[3].domain = kind, domain
 
     assert "it uses the operator" in refusal(edited(toy, tmp_path / "model.onnx", change))
+
+
+def test_the_list_holds_the_operators_of_real_exports(tiny_run, tmp_path):
+    emitted = set()
+    for precision in ("fp32", "int8", "int4"):
+        export_checkpoint(best_checkpoint(tiny_run), tmp_path / precision, precision, allow_loss=True, portable=True)
+        for file in (tmp_path / precision).glob("*.onnx"):
+            emitted |= {node.op_type for node in onnx.load(file).graph.node}
+    windowed = random_model(window=8)
+    for build in (build_graph, build_portable):
+        emitted |= {node.op_type for node in build(windowed, manifest_of(windowed)).graph.node}
+    assert emitted == OPERATORS - {"Neg", "ReduceSum"}  # which earlier versions exported
+
+
+@pytest.mark.parametrize("field", [1, 5, 11], ids=["nodes", "initializers", "inputs"])
+def test_empty_parts_are_counted_while_they_are_parsed(tmp_path, field):
+    graph = bytes([field << 3 | 2, 0]) * 2_000_000
+    data = b"\x3a" + _varint_bytes(len(graph)) + graph
+    (tmp_path / "model.onnx").write_bytes(data)
+    tracemalloc.start()
+    assert "it has more than 150,000 parts" in refusal(tmp_path / "model.onnx")
+    assert tracemalloc.get_traced_memory()[1] < 120 << 20
+    tracemalloc.stop()
+
+
+def _varint_bytes(number):
+    return bytes([number & 0x7F | 0x80]) + _varint_bytes(number >> 7) if number > 0x7F else bytes([number])
 
 
 def test_the_list_has_no_control_flow_and_no_chance():
@@ -168,7 +200,7 @@ def with_sparse(proto):
 
 @pytest.mark.parametrize("edit", [with_body, with_function, with_sparse])
 def test_parts_that_smallm_never_writes(toy, tmp_path, edit):
-    assert "a field" in refusal(edited(toy, tmp_path / "model.onnx", edit))
+    assert "an unknown field" in refusal(edited(toy, tmp_path / "model.onnx", edit))
 
 
 @pytest.mark.parametrize("dims", [[], [1], [1 << 40], [-1, -1], [1 << 62, 4], [0, 1 << 62], [3] * 9])
@@ -230,7 +262,7 @@ def test_two_files_in_one(toy, tmp_path):
 def test_a_number_without_end_costs_no_time(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"\x80" * 20_000_000)
     begun = time.perf_counter()
-    assert "truncated or no ONNX model" in refusal(tmp_path / "model.onnx")
+    assert "truncated or not an ONNX model" in refusal(tmp_path / "model.onnx")
     assert time.perf_counter() - begun < 2
 
 

@@ -323,7 +323,7 @@ function readManifest(bytes, source) {
   try {
     metadata = readMetadata(bytes);
   } catch (error) {
-    throw new Error(`${source} is truncated or no ONNX model (${error.message}); export the model again`);
+    throw new Error(`${source} is truncated or not an ONNX model (${error.message}); export the model again`);
   }
   const values = Object.entries(metadata).filter(([key]) => key.startsWith("smallm."));
   if (values.length === 0) throw new Error(`${source} is not a smallm model; write one with python export.py`);
