@@ -19,10 +19,10 @@ import onnx
 from onnxruntime.quantization import matmul_nbits_quantizer as peer
 
 from smallm import LanguageModel
-from smallm.export.calibration import own_text, second_moments
+from smallm.export.calibration import generated_ids, second_moments
 from smallm.export.folder import MAX_MEASURED, build_manifest
 from smallm.export.graph import INT8_INPUTS, build_graph, set_accuracy
-from smallm.export.quantisation import fit, largest_block, round_to_nearest
+from smallm.export.quantisation import gptq, largest_block, round_to_nearest
 from smallm.runs.layout import validation_text
 from smallm.training.checkpoint.format import load_model
 from smallm.training.checkpoint.manager import best_checkpoint
@@ -53,14 +53,16 @@ class Comparison:
         self.file.write_bytes(proto.SerializeToString())
         return LanguageModel.load(self.file).perplexity(self.text).bits_per_char
 
-    def ours(self, bits: int, block: int, gptq: bool) -> onnx.ModelProto:
+    def ours(self, bits: int, block: int, calibrated: bool) -> onnx.ModelProto:
         """smallm's round to nearest, or its GPTQ with searched scales."""
         onnx.save(self.proto, self.file)
-        moments = second_moments(self.model, own_text(self.file)) if gptq else {}
+        moments = second_moments(self.model, generated_ids(self.file)) if calibrated else {}
         quantised = {}
         for name, matrix in self.matrices.items():
             size = min(block, largest_block(matrix.shape[1]))
-            quantised[name] = fit(matrix, moments[name], bits, size) if gptq else round_to_nearest(matrix, bits, size)
+            quantised[name] = (
+                gptq(matrix, moments[name], bits, size) if calibrated else round_to_nearest(matrix, bits, size)
+            )
         return build_graph(self.model, self.manifest, quantised)
 
     def theirs(self, bits: int, block: int, config: peer.WeightOnlyQuantConfig | None, symmetric: bool):
@@ -80,15 +82,15 @@ class Comparison:
         m = self.manifest
         onnx.save(self.proto, self.file)
         past = np.zeros((1, m.n_kv_head, 0, m.head_dim), np.float32)
-        for ids in own_text(self.file)[:rows]:
+        for ids in generated_ids(self.file)[:rows]:
             feeds = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
             yield feeds | {f"past_key_values.{i}.{part}": past for i in range(m.n_layer) for part in ("key", "value")}
 
     def methods(self, bits: int, block: int) -> dict[str, Callable[[], onnx.ModelProto]]:
         """Name -> what writes the graph."""
         methods = {
-            "smallm: round to nearest": lambda: self.ours(bits, block, gptq=False),
-            "smallm: GPTQ, searched scales": lambda: self.ours(bits, block, gptq=True),
+            "smallm: round to nearest": lambda: self.ours(bits, block, calibrated=False),
+            "smallm: GPTQ, searched scales": lambda: self.ours(bits, block, calibrated=True),
             "ONNX Runtime: round to nearest, symmetric": lambda: self.theirs(bits, block, None, True),
             "ONNX Runtime: round to nearest, zero points": lambda: self.theirs(bits, block, None, False),
         }

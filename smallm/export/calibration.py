@@ -1,4 +1,4 @@
-"""What goes through a model's matrices when it reads text; text that it writes itself, since no other is at hand."""
+"""Calibration of GPTQ: second moments of the inputs of each matrix, on text that the model generates."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -12,19 +12,20 @@ from smallm.inference.kv_cache import KVCache
 from smallm.inference.session import Session
 from smallm.training.model.transformer import TransformerLanguageModel
 
-STREAMS, LONGEST = 32, 256  # of the text: about 8,000 ids
+STREAMS, MAX_LENGTH = 32, 256
+"""Texts that are generated, and ids of each: about 8,000 ids in all."""
 
 
-def own_text(path: Path) -> np.ndarray:
-    """Ids (STREAMS, T) that an exported model writes at temperature 1, each row from another first id.
+def generated_ids(path: Path) -> np.ndarray:
+    """Ids (STREAMS, T) that an exported model generates at temperature 1.
 
-    Text of the model's own serves nearly as well as what it was trained on, as in LLM-QAT (Liu et al. 2023).
+    Generated text calibrates nearly as well as the training text, as in LLM-QAT (Liu et al. 2023), and is always there.
     """
     session = Session(path)
     m = session.manifest
     cache, rng = KVCache(session, STREAMS), Rng(0)
     start = m.vocabulary.encode(m.start_text)[-1]
-    ids = np.full((STREAMS, min(LONGEST, m.block_size)), start, np.int64)
+    ids = np.full((STREAMS, min(MAX_LENGTH, m.block_size)), start, np.int64)
     for t in range(1, ids.shape[1]):
         logits = cache.decode_batch(ids[:, t - 1]).astype(np.float64)
         shares = np.cumsum(np.exp(logits - logits.max(axis=1, keepdims=True)), axis=1)
@@ -35,7 +36,7 @@ def own_text(path: Path) -> np.ndarray:
 
 @torch.no_grad()
 def second_moments(model: TransformerLanguageModel, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Parameter name of each projection -> sum of x x^T (K, K) float64 over its inputs x, when the model reads ids."""
+    """Parameter name of each projection -> sum of x x^T (K, K) float64 over its inputs x, for ids (streams, T)."""
     moments: dict[str, np.ndarray] = {}
 
     def watch(name: str, layer: nn.Linear) -> None:
@@ -47,7 +48,7 @@ def second_moments(model: TransformerLanguageModel, ids: np.ndarray) -> dict[str
 
     model = deepcopy(model)
     for block in model.h:
-        block.fits_kernels = False  # layer by layer, where the hooks are
+        block.fits_kernels = False  # the fused path would bypass the hooks
     layers = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     for name, layer in layers.items():
         watch(name, layer)

@@ -1,11 +1,11 @@
-"""The table of guesses of a model: what it gives on average after short contexts, from text that it reads."""
+"""Builds a model's draft table: the average predictions of the model after short contexts."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from smallm.export.calibration import own_text
+from smallm.export.calibration import generated_ids
 from smallm.generation.draft_table import (
     ALTERNATIVES,
     CONTEXT,
@@ -19,41 +19,45 @@ from smallm.generation.draft_table import (
 )
 from smallm.language_model import LanguageModel
 
-MIN_TEXT = 5_000  # ids
-MIN_SEEN = 3  # times that a context occurs in the text; of rarer ones a shorter one is the better guess
-MAX_CONTEXTS = 10_000  # the commonest: 320 KB
+MIN_TEXT = 5_000
+"""Ids; a shorter text is replaced by text that the model generates."""
+MIN_SEEN = 3
+"""Occurrences that a context needs; a shorter context predicts better than a rare one."""
+MAX_CONTEXTS = 10_000
+"""Most frequent contexts that are kept: 320 KB."""
 
 
 def write_draft_table(path: Path, text: str) -> None:
-    """Puts the table beside a model file, from some text like that which it will write; its own, if that is short.
+    """Writes the draft table beside a model file, from the model's predictions on a text.
 
-    None where there is nothing to go by: in a very short context, or with more ids than the table has room for.
+    text: similar to the text that the model will write; if it is shorter than MIN_TEXT ids, text that the model
+    generates is used. Nothing is written if block_size is less than CONTEXT or if the vocabulary exceeds MAX_IDS.
     """
     model = LanguageModel.load(path)
     ids = model.vocabulary.encode(text)
-    table = distil(model, ids if len(ids) >= MIN_TEXT else own_text(path).ravel()).table
+    table = distil(model, ids if len(ids) >= MIN_TEXT else generated_ids(path).ravel()).table
     if len(table):
         np.save(path.with_name(DRAFT_TABLE_FILE), table)
 
 
 def distil(model: LanguageModel, ids: np.ndarray) -> DraftTable:
-    """ids (N,) of some text -> the table of what the model expects after contexts that occur there.
+    """The draft table of a model for the contexts that occur in ids (N,).
 
-    The model's probabilities are averaged, which tells more than counting what does come next: each place in the text
-    tells of every id (Hinton et al. 2015). All but the ALTERNATIVES likeliest at a place count as nothing.
+    Averages the model's probabilities after each context, which needs less text than counting the ids that follow
+    (Hinton et al. 2015). At each position only the ALTERNATIVES likeliest ids are counted.
     """
-    places = [*_predictions(model, ids)] if model.vocab_size <= MAX_IDS else []
-    if not places:
+    predictions = [*_predictions(model, ids)] if model.vocab_size <= MAX_IDS else []
+    if not predictions:
         return DraftTable(np.empty(0, ROW))
-    contexts, *predicted = (np.concatenate(parts) for parts in zip(*places, strict=True))
+    contexts, *predicted = (np.concatenate(parts) for parts in zip(*predictions, strict=True))
     masks = [np.uint64((1 << ID_BITS * length) - 1) for length in range(CONTEXT + 1)]
     table, seen = (np.concatenate(p) for p in zip(*(_averages(contexts & m, *predicted) for m in masks), strict=True))
-    commonest = np.argsort(-seen, kind="stable")[:MAX_CONTEXTS]
-    return DraftTable(np.sort(table[commonest], order="context"))
+    most_frequent = np.argsort(-seen, kind="stable")[:MAX_CONTEXTS]
+    return DraftTable(np.sort(table[most_frequent], order="context"))
 
 
 def _predictions(model: LanguageModel, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Of some places each: contexts (n,), the A likeliest ids (n, A) after them, in no order, their probabilities."""
+    """For each window of the text: contexts (n,), the A likeliest next ids (n, A), unordered, and probabilities."""
     size, A = model.block_size, min(ALTERNATIVES, model.vocab_size)
     for start in range(0, len(ids) - CONTEXT + 1, size):
         row = ids[start : start + size].astype(np.int64)
@@ -62,27 +66,29 @@ def _predictions(model: LanguageModel, ids: np.ndarray) -> Iterator[tuple[np.nda
         logits = model.logits(row[None])[0, CONTEXT - 1 :]  # (n, V)
         logits -= logits.max(axis=1, keepdims=True)
         likeliest = np.argpartition(-logits, A - 1)[:, :A]
-        chances = np.exp(np.take_along_axis(logits, likeliest, axis=1)) / np.exp(logits).sum(axis=1, keepdims=True)
-        yield _contexts(row), likeliest, chances
+        probabilities = np.exp(np.take_along_axis(logits, likeliest, axis=1)) / np.exp(logits).sum(
+            axis=1, keepdims=True
+        )
+        yield _contexts(row), likeliest, probabilities
 
 
 def _contexts(ids: np.ndarray) -> np.ndarray:
-    """ids (T,) -> the context (T - CONTEXT + 1,) that ends with each but the first few."""
+    """ids (T,) -> packed contexts (T - CONTEXT + 1,), one ending at each id from the CONTEXT-th on."""
     packed = np.zeros(len(ids) - CONTEXT + 1, np.uint64)
     for i in range(CONTEXT):
         packed = packed << np.uint64(ID_BITS) | (ids[i : i + len(packed)] + 1).astype(np.uint64)
     return packed
 
 
-def _averages(contexts: np.ndarray, likeliest: np.ndarray, chances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the table (m,), one for each context that occurs often enough, and how often it does."""
+def _averages(contexts: np.ndarray, likeliest: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the table (m,), one for each context that occurs at least MIN_SEEN times, and their counts (m,)."""
     known, which, seen = np.unique(contexts, return_inverse=True, return_counts=True)
-    pairs, place = np.unique((which[:, None] << ID_BITS | likeliest).ravel(), return_inverse=True)
-    sums = np.bincount(place, weights=chances.ravel())
+    pairs, index = np.unique((which[:, None] << ID_BITS | likeliest).ravel(), return_inverse=True)
+    sums = np.bincount(index, weights=probabilities.ravel())
     which, ids = pairs >> ID_BITS, pairs & MAX_IDS
-    order = np.lexsort((-sums, which))  # by context, the likeliest id first
+    order = np.lexsort((-sums, which))  # by context, then by descending probability
     firsts = np.searchsorted(which, np.arange(len(known)))
-    rank = np.arange(len(pairs)) - firsts[which]  # of what stands there in that order
+    rank = np.arange(len(pairs)) - firsts[which]  # rank of each pair within its context, in that order
     nats = np.log(sums[order][firsts][which] / sums[order]) / STEP
     table = np.zeros(len(known), ROW)
     table["context"], table["nats"] = known, NONE

@@ -154,7 +154,7 @@ def _write_model(
         if not allow_loss:
             check_loss(measured[-1], precision)
         if not drafts_per_pass(precision.name, path.stat().st_size // manifest.n_layer):
-            path.with_name(DRAFT_TABLE_FILE).unlink(missing_ok=True)  # nobody would read it
+            path.with_name(DRAFT_TABLE_FILE).unlink(missing_ok=True)  # the runtime would not use the table
     return _with_quality(path, manifest, measured[-1]), difference, measured
 
 

@@ -1,4 +1,4 @@
-"""GGUF, the file of llama.cpp and what is built on it. Its own converter refuses vocabularies that it does not know."""
+"""Writes GGUF, the model file of llama.cpp. The converter of llama.cpp itself refuses unknown vocabularies."""
 
 import json
 from pathlib import Path
@@ -9,17 +9,20 @@ from safetensors.numpy import load_file
 
 from smallm.errors import UserError
 
-Q8_BLOCK = 32  # weights of a row that share a scale
+Q8_BLOCK = 32
+"""Number of weights in a row that share a scale in q8_0."""
 KINDS = {"fp32": "F32", "int8": "Q8_0"}
-"""Precision of the export -> that of the matrices in a GGUF."""
+"""Precision of the export -> type of the matrices in the GGUF file."""
 NEVER = 255
-"""The id of the byte 0xFF, which no UTF-8 text has. llama.cpp wants an end of text; without one it takes id 11."""
+"""The id of the byte 0xFF, which never occurs in UTF-8. llama.cpp needs an end-of-text id; its default is id 11."""
 
 
 def check_gguf(precision: str, window: int = 0) -> None:
-    """Raises `UserError` if a GGUF cannot be written here, or not in this precision."""
+    """Raises `UserError` if the package gguf is missing, or if GGUF has no form for this precision or window."""
     if window:
-        raise UserError(f"llama.cpp knows no window in this family, this model has one of {window}; leave out --gguf")
+        raise UserError(
+            f"llama.cpp does not support sliding windows for Qwen3, and model.window = {window}; leave out --gguf"
+        )
     if precision not in KINDS:
         raise UserError(f"--gguf goes with --precision {' or '.join(KINDS)}, not {precision}")
     try:
@@ -29,9 +32,10 @@ def check_gguf(precision: str, window: int = 0) -> None:
 
 
 def write_gguf(checkpoint: Path, path: Path, precision: str, name: str = "") -> None:
-    """Writes a checkpoint as a GGUF: matrices in f32, or q8_0 for int8; all else in f32.
+    """Writes a checkpoint as a GGUF file: matrices in f32, or in q8_0 for int8; everything else in f32.
 
-    Raises `UserError` for rows that q8_0 cannot hold. Needs the package gguf, see `check_gguf`.
+    name: the model's name in the file; "" takes the name of the file. Raises `UserError` for an int8 model whose widths
+    are not multiples of Q8_BLOCK. Needs the package gguf, see `check_gguf`.
     """
     import gguf
 
@@ -51,12 +55,12 @@ def write_gguf(checkpoint: Path, path: Path, precision: str, name: str = "") -> 
     writer.add_name(name or path.stem)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if precision == "int8" else gguf.LlamaFileType.ALL_F32)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
-    for theirs, tensor in tensors.items():
-        ours = names.get_name(theirs, try_suffixes=(".weight",))
+    for parameter, tensor in tensors.items():
+        gguf_name = names.get_name(parameter, try_suffixes=(".weight",))
         if tensor.ndim == 2:
-            writer.add_tensor(ours, gguf.quantize(tensor.astype(np.float32), kind), raw_dtype=kind)
+            writer.add_tensor(gguf_name, gguf.quantize(tensor.astype(np.float32), kind), raw_dtype=kind)
         else:
-            writer.add_tensor(ours, tensor.astype(np.float32))
+            writer.add_tensor(gguf_name, tensor.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -78,16 +82,16 @@ def _add_shape(writer: Any, config: dict[str, Any]) -> None:
 
 
 def _add_vocabulary(writer: Any, tokenizer: dict[str, Any]) -> None:
-    """The byte-level BPE of `tokenizer.json`; its merges are pairs, or strings of two words."""
+    """Adds the byte-level BPE of `tokenizer.json`. A merge is a pair, or a string of two parts in older files."""
     import gguf
 
     tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")  # the merges cross no character, so any will do
+    writer.add_tokenizer_pre("gpt-2")  # no merge crosses a character, so any pre-tokenizer works
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["merges"]]
-    writer.add_token_merges(merges or ["ÿ ÿ"])  # llama.cpp wants some; two bytes 0xFF stand in no text
+    writer.add_token_merges(merges or ["ÿ ÿ"])  # llama.cpp needs at least one merge; this one never applies
     writer.add_bos_token_id(NEVER)
     writer.add_eos_token_id(NEVER)
     writer.add_add_bos_token(False)

@@ -1,18 +1,19 @@
 """The ONNX graph of a model, built node by node from its weights.
 
-Inputs and outputs bear the names that onnxruntime-genai and Hugging Face's tools expect:
+Inputs and outputs have the names that onnxruntime-genai and Hugging Face's tools expect:
 
     input_ids (batch_size, sequence_length), attention_mask (batch_size, total_sequence_length),
     past_key_values.N.key/value (batch_size, n_kv_head, past_sequence_length, head_dim)
     -> logits (batch_size, positions, vocab_size), present.N.key/value (as past, with the new positions)
 
-and the optional num_logits_to_keep, a scalar: 1 = logits of the last position only, 0 (its default) = of all. Past and
-present may be one buffer, and attention_mask may be longer than the text, with zeros at its end: then nothing but the
-ids and one number of the mask changes from one id to the next. Attention is `com.microsoft.GroupQueryAttention`, which
-ONNX Runtime has on every platform.
+The optional input num_logits_to_keep is a scalar: 1 = logits of the last position only, 0 (the default) = logits of
+all positions. Past and present may share one buffer. attention_mask may be longer than the text, with zeros at the end;
+with a shared buffer only input_ids and one element of the mask change from one id to the next. Attention is
+`com.microsoft.GroupQueryAttention`, which ONNX Runtime provides on every platform.
 
-A small model spends its time on nodes, not on arithmetic, so there are few: queries and keys of all heads share a norm,
-gate and up a product, sums go into the norm that follows, and what the first layer makes of a character is a table.
+A small model spends its time on the overhead of nodes, not on arithmetic, so the graph has few nodes: queries and keys
+of all heads are normalised together, gate and up projection are one product, each residual sum is fused with the norm
+after it, and the first layer's queries, keys and values are looked up in a table with one row per id.
 """
 
 from collections.abc import Mapping
@@ -29,39 +30,40 @@ from smallm.training.model.transformer import TransformerLanguageModel, rotary_t
 OPSET, IR_VERSION = 17, 8  # read by ONNX Runtime from 1.20 to today
 MICROSOFT = "com.microsoft"
 INT64_MAX = np.iinfo(np.int64).max
-EXACT, INT8_INPUTS = 0, 4  # accuracy levels of MatMulNBits: with the latter, inputs are rounded to 8 bits, by blocks
+EXACT, INT8_INPUTS = 0, 4  # accuracy levels of MatMulNBits: fp32 arithmetic; inputs rounded to 8 bits, per block
 
 
 def build_graph(
     model: TransformerLanguageModel, manifest: Manifest, quantised: Mapping[str, Quantised] | None = None
 ) -> onnx.ModelProto:
-    """The graph with the model's weights and, in `metadata_props`, the manifest.
+    """The ONNX model with the weights and, in `metadata_props`, the manifest.
 
-    The matrices in `quantised`, by parameter name, are stored as that, the others in fp32.
+    quantised: parameter name -> quantised matrix; all other parameters are stored in fp32.
     """
     return Graph(model, quantised or {}).build(manifest)
 
 
 def has_table(model: TransformerLanguageModel) -> bool:
-    """Whether the first layer's queries, keys and values are a table of the characters: where that is not too big."""
+    """Whether the first layer's queries, keys and values come from a table with one row per id: if it is small."""
     return model.vocab_size <= 4 * model.config.n_embd
 
 
 def set_accuracy(proto: onnx.ModelProto, level: int) -> None:
-    """Changes the arithmetic of all products with quantised matrices."""
+    """Sets the accuracy level, `EXACT` or `INT8_INPUTS`, of all products with quantised matrices."""
     for attribute in (each for node in proto.graph.node for each in node.attribute):
         if attribute.name == "accuracy_level":
             attribute.i = level
 
 
 class Graph:
-    """Collects nodes and initialisers. Comments give shapes: B batch, T time, C channels, V vocabulary, hd head.
+    """Collects nodes and initialisers.
 
-    What may be computed by other operators has a method of its own, see `portable.py`.
+    Shapes in comments: B batch, T time, C channels, V vocabulary, nh query heads, nkv key/value heads, hd head_dim.
+    `PortableGraph` overrides the methods for which standard ONNX has no fused operator.
     """
 
     domains = ("", MICROSOFT)
-    """Of the operators."""
+    """Domains of the operators."""
 
     def __init__(self, model: TransformerLanguageModel, quantised: Mapping[str, Quantised]):
         self.model, self.config, self.quantised = model, model.config, quantised
@@ -88,7 +90,7 @@ class Graph:
         return self._model(manifest)
 
     def _positions(self) -> None:
-        """What every attention node is told: the position of the last key (B,), and how many there may be (1,)."""
+        """Inputs shared by all attention nodes: index of the last key (B,), length of the mask (1,), RoPE tables."""
         c = self.config
         last = self._add("ArgMax", "/last_key", "attention_mask", axis=1, keepdims=0, select_last_index=1)
         self.seqlens_k = self._add("Cast", "/seqlens_k", last, to=TensorProto.INT32)
@@ -112,16 +114,16 @@ class Graph:
         return self._add("Concat", f"{at}/packed", qk, v, axis=-1)
 
     def _qk_gain(self, i: int) -> np.ndarray:
-        """(heads, hd): the gains of the queries, each with attention's scale in it, then those of the keys.
+        """(heads, hd): the gains of the queries, multiplied by attention's scale, then the gains of the keys.
 
-        The kernel's products are quicker without a scale of their own.
+        The attention kernel is faster with a scale of 1.
         """
         c = self.config
         q, k = (self.weights[f"h.{i}.attn.{x}_norm.weight"] for x in "qk")
         return np.repeat(np.stack((q * np.float32(c.head_dim**-0.5), k)), (c.n_head, c.kv_heads), axis=0)
 
     def _table(self) -> np.ndarray:
-        """(V, (nh + 2 nkv) hd): the first layer's queries, keys and values, which depend on the character only."""
+        """(V, (nh + 2 nkv) hd): the first layer's queries, keys and values, which depend on the id alone."""
         c, w = self.config, {name: weight.astype(np.float64) for name, weight in self.weights.items()}
         heads = c.n_head + c.kv_heads
         qkv = (_rms_norm(w["wte.weight"]) * w["h.0.ln_1.weight"]) @ w["h.0.attn.c_attn.weight"].T
@@ -153,21 +155,23 @@ class Graph:
         return self._matmul(f"{at}/c_proj", gated, f"h.{i}.mlp.c_proj")
 
     def _logits(self, x: str) -> None:
-        """Cuts off the positions whose logits nobody asked for; the embedding is the output matrix too."""
+        """Logits of the positions that num_logits_to_keep asks for; the embedding is also the output matrix."""
         start = self._add("Mul", "/first_kept", "num_logits_to_keep", self._constant("backwards", [-1]))  # 0: all
         end, axis = self._constant("end", [INT64_MAX]), self._constant("axis_1", [1])
         kept = self._add("Slice", "/kept", x, start, end, axis)
         if "wte.weight" in self.quantised:
             self._matmul("logits", kept, "wte")
         else:
-            head = self._add("Transpose", "/lm_head", self._weight("wte"), perm=[1, 0])  # folded when it is loaded
+            head = self._add(
+                "Transpose", "/lm_head", self._weight("wte"), perm=[1, 0]
+            )  # constant-folded when the model is loaded
             self._add("MatMul", "logits", kept, head)
 
     def _model(self, manifest: Manifest) -> onnx.ModelProto:
         c = self.config
         ids = [("input_ids", "sequence_length"), ("attention_mask", "total_sequence_length")]
         inputs = [helper.make_tensor_value_info(n, TensorProto.INT64, ["batch_size", length]) for n, length in ids]
-        # The number of dimensions is fixed, the names are a contract: transformers.js sizes an empty cache by them.
+        # transformers.js sizes its empty cache by the number and the names of these dimensions.
         past = ["batch_size", c.kv_heads, "past_sequence_length", c.head_dim]
         present = ["batch_size", c.kv_heads, "total_sequence_length", c.head_dim]
         logits = ["batch_size", "positions", manifest.vocab_size]
@@ -184,7 +188,7 @@ class Graph:
         helper.set_model_props(model, manifest.to_metadata())
         return model
 
-    # Small words for the above.
+    # Helpers that add nodes.
 
     def _add(self, kind: str, name: str, *inputs: str, domain: str = "", **attributes) -> str:
         self.nodes.append(helper.make_node(kind, list(inputs), [name], name=name, domain=domain, **attributes))
@@ -194,7 +198,7 @@ class Graph:
         return self._add("SimplifiedLayerNormalization", name, x, gain, axis=-1, epsilon=NORM_EPS, stash_type=1)
 
     def _add_and_norm(self, name: str, x: str, change: str, gain: str) -> tuple[str, str]:
-        """The norm of x + change, and x + change itself."""
+        """Returns the norm of x + change, and x + change."""
         outputs = [name, "", "", f"{name}/sum"]
         kind = "SkipSimplifiedLayerNormalization"
         node = helper.make_node(kind, [x, change, gain], outputs, name=name, domain=MICROSOFT, epsilon=NORM_EPS)
@@ -218,7 +222,7 @@ class Graph:
         return self._constant(f"{name}.weight", self.weights[f"{name}.weight"])
 
     def _constant(self, name: str, value) -> str:
-        """An initialiser, added at its first use; whole numbers become int64."""
+        """Adds an initialiser unless it exists, and returns its name; lists and ints become int64."""
         if name not in self.initializers:
             array = value if isinstance(value, np.ndarray) else np.array(value, dtype=np.int64)
             self.initializers[name] = numpy_helper.from_array(array, name)

@@ -1,4 +1,4 @@
-"""The model card: the README.md of an export folder, which is what a stranger sees first."""
+"""The model card: the README.md of an export folder, with facts, measurements and examples for each runtime."""
 
 import json
 import math
@@ -16,9 +16,10 @@ from smallm.training.analysis.baselines import Baseline
 CARD_FILE = "README.md"
 WEIGHTS_FILE = "model.safetensors"
 MARK = "<!-- Written by export.py, anew with each export; of changes, only those of the licence are kept. -->"
-UNKNOWN_LICENCE = "unknown # fill in that of the model, such as mit or cc0-1.0; mind that of the text"
+UNKNOWN_LICENCE = "unknown # fill in the licence of the model, such as mit or cc0-1.0; mind that of the text"
 LICENCE_LINE = re.compile(r"^license: (.+)$", re.MULTILINE)
-MAX_NEW = 200  # characters that the examples write
+MAX_NEW = 200
+"""New characters that the examples generate."""
 
 
 def is_card(file: Path) -> bool:
@@ -27,7 +28,7 @@ def is_card(file: Path) -> bool:
 
 
 def licence_of(file: Path) -> str:
-    """What the user put into the licence field of an earlier card; otherwise a hint to do so."""
+    """The licence field of an earlier card, which users may fill in; otherwise a hint to fill it in."""
     found = LICENCE_LINE.search(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else None
     return found[1] if found else UNKNOWN_LICENCE
 
@@ -41,24 +42,31 @@ def model_card(
     licence: str,
     baselines: Iterable[Baseline] = (),
 ) -> str:
-    """The card of a model: what it is, what it is worth, and how each host opens it.
+    """The text of the model card: what the model is, its measured quality, and code for each runtime.
 
-    `sizes` are the bytes of the files in the folder by their names, `sample` some text that the model wrote.
+    Args:
+        name: The name of the model.
+        manifest: The manifest of the exported model.
+        measured: Measurements of the model files.
+        sizes: File name -> bytes of each file in the folder.
+        sample: Text that the model wrote.
+        licence: The content of the licence field.
+        baselines: Losses of compressors and n-gram models on the same validation text.
     """
     name = _plain(name)
     parts = [
         _front_matter(licence, WEIGHTS_FILE in sizes),
         MARK,
         f"# {name}",
-        _what_it_is(manifest),
+        _description(manifest),
         "## A sample",
         _sample(manifest, sample),
         "## The model",
         _facts(manifest),
-        *_beside(manifest, [one for one in baselines if one.name != "model"]),
+        *_baselines(manifest, [baseline for baseline in baselines if baseline.name != "model"]),
         "## Precision",
         _precision(list(measured)),
-        "## Opening it",
+        "## How to use the model",
         *_examples(manifest, sizes, sample),
         "## Files",
         _files(sizes),
@@ -73,13 +81,13 @@ def _front_matter(licence: str, has_weights: bool) -> str:
     return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
 
 
-def _what_it_is(manifest: Manifest) -> str:
+def _description(manifest: Manifest) -> str:
     text = manifest.training.get("text")
     trained = f", trained on {_code(text)}" if text else ""
     return (
-        f"A character-level language model{trained} with smallm. It writes text in the manner of what it was trained "
-        "on, one character after another, and says how likely each character of a given text is. It needs ONNX Runtime "
-        f"{manifest.quality['onnxruntime']} or newer; `{MODEL_FILE}` alone holds all there is, vocabulary included."
+        f"A character-level language model{trained} with smallm. It writes text in the style of its training text, one "
+        "character after another, and gives the probability of each character of a text. It needs ONNX Runtime "
+        f"{manifest.quality['onnxruntime']} or newer; `{MODEL_FILE}` alone is complete, vocabulary included."
     )
 
 
@@ -87,57 +95,58 @@ def _sample(manifest: Manifest, sample: str) -> str:
     shown = _shown(sample)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
     how = ", ".join(f"{key} {value:g}" for key, value in manifest.sampling.items())
-    return f"{fence}text\n{shown}\n{fence}\n\nAs it came, with the model's defaults ({how}) and rng_seed 1."
+    return f"{fence}text\n{shown}\n{fence}\n\nUnedited, with the model's sampling defaults ({how}) and rng_seed 1."
 
 
 def _shown(sample: str) -> str:
-    """What of it a page can hold."""
+    """The sample without control characters, which a page cannot show."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in sample).strip("\n")
 
 
 def _facts(manifest: Manifest) -> str:
     m, training = manifest, manifest.training
-    loss, more = training.get("val_loss"), m.vocab_size - 256
+    loss = training.get("val_loss")
     bits = m.quality.get("bits_per_char")
     rows = {
         "trained on": training.get("text") and f"{_code(training['text'])}, {training['characters']:,} characters",
         "trained for": f"{training['step']:,} steps" if "step" in training else None,
-        "validation loss": None if loss is None else f"{loss:.4f} nats per character, on text kept out of the training",
+        "validation loss": None if loss is None else f"{loss:.4f} nats per character, on text that was not trained on",
         "bits per character": None
         if bits is None
-        else f"{bits:.4f} of this file, on the first {m.quality['characters'] + 1:,} characters of that text",
+        else f"{bits:.4f} with this file, on the first {m.quality['characters'] + 1:,} characters of that text",
         "parameters": f"{training['parameters']:,}" if "parameters" in training else None,
-        "shape": f"{m.n_layer} layers, {m.n_embd} wide, {m.n_head} heads, {m.n_kv_head} of keys and values "
+        "shape": f"{m.n_layer} layers, width {m.n_embd}, {m.n_head} query heads, {m.n_kv_head} key/value heads "
         "(Transformer decoder of the Qwen3 family)",
-        "context": f"{m.block_size} ids: a seed and what follows it have to fit into that in most hosts; smallm's own "
-        "go on beyond it",
-        "vocabulary": f"{m.vocab_size} ids: the 256 bytes, and {more} for characters that are not ASCII. Any text can "
-        "be read and written; a rare character takes two to four ids",
-        "end of text": "none: no character doubles as one, and generation goes on for as long as it is told to",
+        "context": f"{m.block_size} ids: in most runtimes seed and new text must fit into the context; smallm's "
+        "runtimes can continue beyond the context",
+        "vocabulary": f"{m.vocab_size} ids: the 256 bytes, and {m.vocab_size - 256} for non-ASCII characters. Any "
+        "text can be read and written; a rare character takes two to four ids",
+        "end of text": "the vocabulary has no end-of-text id; generation ends after the requested number of characters",
     }
     return _table(["", ""], [[key, value] for key, value in rows.items() if value])
 
 
-def _beside(manifest: Manifest, baselines: list[Baseline]) -> list[str]:
-    """What others need for the validation text, without which a loss says little."""
+def _baselines(manifest: Manifest, baselines: list[Baseline]) -> list[str]:
+    """The losses of the baselines on the validation text, for comparison."""
     loss = manifest.training.get("val_loss")
     if not baselines or loss is None:
         return []
     rows = [["the model", f"{loss / math.log(2):.4f}", "on the whole validation text"]]
-    rows += [[_plain(one.name), f"{one.bits_per_char:.4f}", _plain(one.how)] for one in baselines]
-    return ["## Beside compressors and counted letters", _table(["", "bits per character", ""], rows)]
+    rows += [[_plain(each.name), f"{each.bits_per_char:.4f}", _plain(each.how)] for each in baselines]
+    return ["## Compared with baselines", _table(["", "bits per character", ""], rows)]
 
 
 def _precision(measured: list[Quality]) -> str:
     heads = ["precision", "MB", "bits per character", "characters per second", "ONNX Runtime"]
     return (
-        "Measured at the export, by smallm's runtime: the loss on the beginning of the validation text, the speed of "
-        "one text on the machine that exported it.\n\n" + _table(heads, [row.cells() for row in measured])
+        "Measured during the export with smallm's runtime: the loss on the beginning of the validation text, and the "
+        "speed of generating one text on the machine that exported the model.\n\n"
+        + _table(heads, [row.cells() for row in measured])
     )
 
 
 def _examples(manifest: Manifest, sizes: Mapping[str, int], sample: str) -> list[str]:
-    """Texts and code, with this folder as the working directory."""
+    """Example code for each runtime, to be run in the export folder."""
     seed = next((word for word in sample.split() if word.isalpha() and len(word) < 16), "The")
     length = len(manifest.vocabulary.encode(seed))
     new = max(1, min(MAX_NEW, manifest.block_size - length))
@@ -163,16 +172,16 @@ def _filled(template: str, values: Mapping[str, object]) -> str:
 def _files(sizes: Mapping[str, int]) -> str:
     def reader(name: str) -> str:
         if name.startswith("onnx/"):
-            return f"transformers.js, which looks for it there; the same bytes as `{MODEL_FILE}`"
+            return f"transformers.js, which expects this name; the same bytes as `{MODEL_FILE}`"
         if name.endswith(".gguf"):
-            return "llama.cpp and what is built on it"
+            return "llama.cpp and programs that build on it"
         return READERS[name]
 
     rows = [[_code(name), f"{size / 1000:,.1f}", reader(name)] for name, size in sizes.items()]
-    table = f"; with `{DRAFT_TABLE_FILE}` beside it smallm writes the same text faster"
-    faster = table if DRAFT_TABLE_FILE in sizes else ""
+    has_table = DRAFT_TABLE_FILE in sizes
+    faster = f"; with `{DRAFT_TABLE_FILE}` in the same folder smallm generates text faster" if has_table else ""
     return (
-        f"An app needs only the files of its host. For smallm and ONNX Runtime that is `{MODEL_FILE}`{faster}.\n\n"
+        f"An app needs only the files of its runtime. For smallm and ONNX Runtime that is `{MODEL_FILE}`{faster}.\n\n"
         + _table(["file", "kB", "read by"], rows)
     )
 
@@ -183,7 +192,7 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def _plain(text: object) -> str:
-    """On one line, whatever it holds."""
+    """The text on one line, without control characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
@@ -193,15 +202,15 @@ def _code(text: object) -> str:
 
 READERS = {
     MODEL_FILE: "smallm, ONNX Runtime in any language, onnxruntime-genai",
-    DRAFT_TABLE_FILE: "smallm: what probably comes next, for the model to check several characters at a time",
-    MANIFEST_FILE: f"hosts that cannot read the metadata of `{MODEL_FILE}`, which say the same",
+    DRAFT_TABLE_FILE: "smallm: the draft table for speculative decoding, which makes generation faster",
+    MANIFEST_FILE: f"hosts that cannot read the metadata of `{MODEL_FILE}`; the content is the same",
     "config.json": "transformers, transformers.js",
-    "generation_config.json": "transformers, transformers.js: how to sample",
-    "tokenizer.json": "all but smallm: the vocabulary as a byte-level BPE",
-    "tokenizer_config.json": "all but smallm",
+    "generation_config.json": "transformers, transformers.js: sampling defaults",
+    "tokenizer.json": "all runtimes except smallm: the vocabulary as a byte-level BPE",
+    "tokenizer_config.json": "all runtimes except smallm",
     "genai_config.json": "onnxruntime-genai",
-    WEIGHTS_FILE: "transformers and others that build on PyTorch",
-    PORTABLE_FILE: "OpenVINO and other engines than ONNX Runtime: operators of the ONNX standard only",
+    WEIGHTS_FILE: "transformers and other libraries for PyTorch",
+    PORTABLE_FILE: "OpenVINO and other engines than ONNX Runtime: standard ONNX operators only",
 }
 
 SMALLM = """\
@@ -233,7 +242,7 @@ import onnxruntime_genai as og  # pip install onnxruntime-genai
 
 model = og.Model(".")
 tokenizer, parameters = og.Tokenizer(model), og.GeneratorParams(model)
-parameters.set_search_options(max_length=<all>)  # of seed and new text, in ids; at most <block_size>
+parameters.set_search_options(max_length=<all>)  # ids of seed and new text; at most <block_size>
 generator = og.Generator(model, parameters)
 generator.append_tokens(tokenizer.encode(<seed>))
 while not generator.is_done():
@@ -275,16 +284,16 @@ model = ov.Core().compile_model("{PORTABLE_FILE}", "CPU")
 ids = np.array([tokenizer.encode(<seed>).ids])
 feeds = {{"input_ids": ids, "attention_mask": np.ones_like(ids)}}
 for past in model.inputs[2:]:
-    shape = past.partial_shape  # batch, heads, positions so far, channels
+    shape = past.partial_shape  # batch, heads, past length, channels
     feeds[past.any_name] = np.zeros((1, shape[1].get_length(), 0, shape[3].get_length()), np.float32)
-print(tokenizer.decode([model(feeds)["logits"][0, -1].argmax()]))  # the likeliest to follow
+print(tokenizer.decode([model(feeds)["logits"][0, -1].argmax()]))  # the likeliest next character
 ```"""
 
-ONNX_RUNTIME = f"""\
+ONNX_RUNTIME = """\
 ### ONNX Runtime, in any language
 
-`{MODEL_FILE}` reads `input_ids` and `attention_mask` (batch, time), int64, and `past_key_values.N.key` and `.value`
-(batch, heads of keys and values, time, channels), float32, of length 0 at first. It gives `logits` (batch, time,
-vocabulary) and `present.N.key` and `.value`, which are the next step's past; both may be one buffer. The optional
-`num_logits_to_keep`, a scalar, is 1 for the logits of the last position only. Ids below 256 are bytes of UTF-8; the
-bytes of the others stand in the metadata as `smallm.tokens`."""
+Inputs: `input_ids` and `attention_mask` (batch, time), int64, and `past_key_values.N.key` and `.value` (batch,
+key/value heads, past length, channels), float32, with past length 0 for the first pass. Outputs: `logits` (batch, time,
+vocabulary), and `present.N.key` and `.value`, which are the past of the next pass; past and present may share one
+buffer. The optional input `num_logits_to_keep`, a scalar, is 1 for the logits of the last position only. Ids below 256
+are UTF-8 bytes; the bytes of the other ids are in the metadata, under `smallm.tokens`."""

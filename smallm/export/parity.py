@@ -1,4 +1,4 @@
-"""Proof that an exported file computes what the PyTorch model computes, in the very ways in which it will be used."""
+"""The parity check: an exported file computes the logits of the PyTorch model, in every way that hosts run it."""
 
 from pathlib import Path
 
@@ -10,18 +10,20 @@ from smallm.inference.kv_cache import KVCache
 from smallm.inference.session import Session
 from smallm.training.model.transformer import TransformerLanguageModel
 
-TOLERANCE = 1e-4  # largest allowed difference of a logit, in fp32 arithmetic
+TOLERANCE = 1e-4
+"""Largest allowed difference of a logit, in fp32 arithmetic."""
 MAX_IDS = 1024
+"""Longest sequence that is compared."""
 
 
-def check_parity(model: TransformerLanguageModel, path: Path, longest: int | None = None) -> float:
-    """Largest |difference| of the logits over whole, chunked and id-by-id passes of several shapes.
+def check_parity(model: TransformerLanguageModel, path: Path, max_ids: int = MAX_IDS) -> float:
+    """The largest |difference| of a logit between PyTorch and the file, on random ids.
 
-    Texts of up to block_size ids, or of up to `longest`. Raises `UserError` if a difference exceeds `TOLERANCE`, or is
-    not a number.
+    Compares batches of 1 and 3 sequences of several lengths, up to block_size or `max_ids`, whole, id by id and in
+    chunks. Raises `UserError` if a difference exceeds `TOLERANCE` or is NaN.
     """
     session = Session(path)
-    block_size, generator = min(model.config.block_size, longest or MAX_IDS), np.random.default_rng(0)
+    block_size, generator = min(model.config.block_size, max_ids), np.random.default_rng(0)
     worst = 0.0
     for batch in (1, 3):
         for length in sorted({1, min(7, block_size), block_size}):
@@ -40,12 +42,12 @@ def _torch_logits(model: TransformerLanguageModel, ids: np.ndarray) -> np.ndarra
     with torch.no_grad():
         logits = model(torch.from_numpy(ids)).float().numpy()
     if not np.isfinite(logits).all():
-        raise UserError("the PyTorch model's own logits are not finite, so nothing was written; train it again")
+        raise UserError("the PyTorch model's logits are not finite, so nothing was written; train it again")
     return logits
 
 
 def _one_by_one(session: Session, ids: np.ndarray) -> np.ndarray:
-    """Logits (B, T, V) by handing each step the cache that the step before returned."""
+    """Logits (B, T, V) of passes of one id, each given the cache that the previous pass returned."""
     past, found = None, []
     for t in range(ids.shape[1]):
         logits, past = session.forward_with_past(ids[:, t : t + 1], past)
@@ -54,7 +56,7 @@ def _one_by_one(session: Session, ids: np.ndarray) -> np.ndarray:
 
 
 def _in_chunks(session: Session, ids: np.ndarray, size: int) -> tuple[np.ndarray, list[int]]:
-    """Logits (n, V) after each chunk fed to a shared cache, and the positions they belong to."""
+    """Logits (n, V) after each chunk read into a shared cache, and their positions."""
     cache, found, positions = KVCache(session), [], []
     for start in range(0, len(ids), size):
         chunk = ids[start : start + size]

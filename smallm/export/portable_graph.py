@@ -1,8 +1,8 @@
-"""The same model in the operators of the ONNX standard alone, for engines that are not ONNX Runtime.
+"""The same model in standard ONNX operators only, for engines other than ONNX Runtime.
 
-Inputs, outputs and what they mean are those of `graph.py`, the shared buffer included: keys and values are written
-into the past at the places that the mask gives them. A past that has no room for them, such as one that holds exactly
-the ids so far, is first made as long as the mask. Costs speed: nothing is fused, and caches are copied at every step.
+Inputs and outputs are those of `graph.py`, including the shared buffer: new keys and values are written into the past
+at the positions given by attention_mask. A past that is shorter than the mask, such as a cache of exactly the previous
+ids, is padded to the length of the mask first. This graph is slower: nothing is fused, and every pass copies the cache.
 """
 
 import numpy as np
@@ -18,17 +18,17 @@ PORTABLE_FILE = "model.portable.onnx"
 
 
 def build_portable(model: TransformerLanguageModel, manifest: Manifest) -> onnx.ModelProto:
-    """As `build_graph`, in fp32; passes onnx's checker."""
+    """Like `build_graph`, in fp32; the result passes `onnx.checker`."""
     return PortableGraph(model, {}).build(manifest)
 
 
 class PortableGraph(Graph):
-    """Letters as there, and nh query heads, nkv heads of keys and values, g = nh / nkv, L places in a cache."""
+    """Shapes as in `Graph`, and g = nh / nkv query heads per key/value head, L positions in a cache."""
 
     domains = ("",)
 
     def _positions(self) -> None:
-        """Where the new ids stand (B, T), what they may look at (B, 1, g T, L), and how to write them into a cache."""
+        """Adds positions of the new ids (B, T), hidden keys (B, 1, g T, L) and cache indices (B, nkv, T, hd)."""
         c, axis = self.config, self._constant
         last = self._add("ArgMax", "/last_key", "attention_mask", axis=1, keepdims=1, select_last_index=1)  # (B, 1)
         length = self._add("Shape", "/ids_length", "input_ids", start=1, end=2)  # (1,)
@@ -44,20 +44,22 @@ class PortableGraph(Graph):
         total = self._add("Max", "/cache_length", past, mask)  # L
         missing = self._add("Sub", "/missing", total, past)
         heads, channels = axis("kv_heads", [c.kv_heads]), axis("head_dim", [c.head_dim])
-        shape = self._add("Concat", "/room_shape", batch, heads, missing, channels, axis=0)
+        shape = self._add("Concat", "/padding_shape", batch, heads, missing, channels, axis=0)
         empty = numpy_helper.from_array(np.zeros(1, np.float32))
-        self.room = self._add("ConstantOfShape", "/room", shape, value=empty)  # (B, nkv, missing, hd)
-        shape = self._add("Concat", "/places_shape", batch, heads, length, channels, axis=0)
-        column = self._add("Unsqueeze", "/place_column", positions, axis("axes_1_3", [1, 3]))  # (B, 1, T, 1)
-        self.places = self._add("Expand", "/places", column, shape)  # (B, nkv, T, hd)
+        self.padding = self._add("ConstantOfShape", "/padding", shape, value=empty)  # (B, nkv, missing, hd)
+        shape = self._add("Concat", "/indices_shape", batch, heads, length, channels, axis=0)
+        column = self._add("Unsqueeze", "/position_column", positions, axis("axes_1_3", [1, 3]))  # (B, 1, T, 1)
+        self.indices = self._add("Expand", "/indices", column, shape)  # (B, nkv, T, hd)
 
         keys = self._range("/keys", total)  # (L,)
-        hidden = self._add("Greater", "/to_come", keys, column)  # (B, 1, T, L)
+        hidden = self._add("Greater", "/future", keys, column)  # (B, 1, T, L)
         if c.window:
-            first_seen = self._add("Sub", "/first_seen", column, axis("before_own", [c.window - 1]))
-            hidden = self._add("Or", "/hidden_from_id", hidden, self._add("Less", "/left_behind", keys, first_seen))
+            first_seen = self._add("Sub", "/first_seen", column, axis("window_minus_1", [c.window - 1]))
+            hidden = self._add("Or", "/hidden_from_id", hidden, self._add("Less", "/before_window", keys, first_seen))
         repeats = axis("group_rows", [1, 1, c.n_head // c.kv_heads, 1])
-        as_float = self._add("Cast", "/hidden_as_float", hidden, to=TensorProto.FLOAT)  # not all engines repeat truth
+        as_float = self._add(
+            "Cast", "/hidden_as_float", hidden, to=TensorProto.FLOAT
+        )  # not all engines can tile booleans
         repeated = self._add("Tile", "/hidden_repeated", as_float, repeats)
         self.hidden = self._add("Cast", "/hidden", repeated, to=TensorProto.BOOL)
 
@@ -84,20 +86,20 @@ class PortableGraph(Graph):
         keys, values = (self._written(f"{i}.{part}", x) for part, x in (("key", k), ("value", v)))
 
         rows = self._constant("by_kv_head", [0, c.kv_heads, -1, c.head_dim])
-        q = self._add("Reshape", f"{at}/q_rows", q, rows)  # (B, nkv, g T, hd): heads that share keys, one below another
+        q = self._add("Reshape", f"{at}/q_rows", q, rows)  # (B, nkv, g T, hd): query heads that share keys are stacked
         keys = self._add("Transpose", f"{at}/keys", keys, perm=[0, 1, 3, 2])
         scores = self._add("MatMul", f"{at}/scores", q, keys)  # (B, nkv, g T, L)
-        never = self._constant("never", np.array(-np.inf, np.float32))
-        seen = self._add("Where", f"{at}/seen", self.hidden, never, scores)
-        shares = self._add("Softmax", f"{at}/shares", seen, axis=-1)
-        y = self._add("MatMul", f"{at}/y_rows", shares, values)
+        hidden = self._constant("minus_infinity", np.array(-np.inf, np.float32))
+        seen = self._add("Where", f"{at}/seen", self.hidden, hidden, scores)
+        weights = self._add("Softmax", f"{at}/weights", seen, axis=-1)
+        y = self._add("MatMul", f"{at}/y_rows", weights, values)
         y = self._add("Reshape", f"{at}/y_by_head", y, self._constant("by_head", [0, c.n_head, -1, c.head_dim]))
         y = self._add("Transpose", f"{at}/y_heads", y, perm=[0, 2, 1, 3])
         y = self._add("Reshape", f"{at}/y", y, self._constant("join_heads", [0, 0, c.n_head * c.head_dim]))
         return self._matmul(f"{at}/c_proj", y, f"h.{i}.attn.c_proj")
 
     def _rotated(self, at: str, x: str) -> str:
-        """(B, T, heads, hd): each pair of channels (j, j + hd / 2) turned by the angle of its position."""
+        """RoPE on (B, T, heads, hd): rotates each pair of channels (j, j + hd / 2) by the angle of its position."""
         half = self._constant("half_heads", [self.config.head_dim // 2] * 2)
         a, b = self._split(x, half, f"{at}/first_half", f"{at}/second_half", axis=3)
         turned = {
@@ -108,15 +110,15 @@ class PortableGraph(Graph):
         return self._add("Concat", f"{at}/turned", *turned.values(), axis=3)
 
     def _written(self, part: str, new: str) -> str:
-        """The past with new (B, nkv, T, hd) in its places: the present (B, nkv, L, hd)."""
+        """The present (B, nkv, L, hd): the padded past with new (B, nkv, T, hd) written at the new positions."""
         past, present = f"past_key_values.{part}", f"present.{part}"
-        longer = self._add("Concat", f"/{present}/with_room", past, self.room, axis=2)
-        return self._add("ScatterElements", present, longer, self.places, new, axis=2)
+        longer = self._add("Concat", f"/{present}/padded", past, self.padding, axis=2)
+        return self._add("ScatterElements", present, longer, self.indices, new, axis=2)
 
-    # Small words.
+    # Helpers that add nodes.
 
     def _range(self, name: str, length: str) -> str:
-        """0 to length - 1, for a length (1,)."""
+        """The integers 0 to length - 1 (length,), for a length (1,)."""
         zero, one = self._constant("zero_scalar", 0), self._constant("one_scalar", 1)
         end = self._add("Squeeze", f"{name}_end", length, self._constant("axis_0", [0]))
         return self._add("Range", name, zero, end, one)

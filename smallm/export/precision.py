@@ -1,4 +1,4 @@
-"""The precisions of an exported model, what each of them may cost, and what it does cost."""
+"""Precisions of an exported model: how each is written, the loss that it may cost, and its measured quality."""
 
 import time
 from collections.abc import Mapping
@@ -6,64 +6,67 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 
 from smallm.cli.table import table
 from smallm.errors import UserError
-from smallm.export.calibration import own_text, second_moments
+from smallm.export.calibration import generated_ids, second_moments
 from smallm.export.graph import EXACT, build_graph, has_table, set_accuracy
 from smallm.export.parity import check_parity
-from smallm.export.quantisation import Quantised, fit, largest_block, round_to_nearest
+from smallm.export.quantisation import Quantised, gptq, largest_block, round_to_nearest
 from smallm.language_model import LanguageModel
 from smallm.model_file.manifest import Manifest
 from smallm.training.model.transformer import TransformerLanguageModel
 
 TIMED_IDS = 400
-PARITY_IDS = 64  # MatMulNBits in fp32 arithmetic is slow
+"""Ids that are generated to measure the speed."""
+PARITY_IDS = 64
+"""Longest sequence in the parity check of quantised matrices; MatMulNBits in fp32 arithmetic is slow."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How the matrices of a model are stored."""
+    """How the weight matrices of a model are stored."""
 
     name: str
     onnxruntime: str
-    """The oldest version that runs it."""
+    """The oldest version of ONNX Runtime that runs it."""
     bits: int = 32
     block: int = 0
-    """Inputs that share a scale."""
-    most_loss: float = 0.0
-    """Bits per character that it may cost against fp32."""
+    """Number of inputs that share a scale."""
+    max_loss: float = 0.0
+    """Bits per character that the precision may cost compared with fp32."""
 
 
 PRECISIONS = {
     precision.name: precision
     for precision in (
         Precision("fp32", "1.21"),
-        Precision("int8", "1.23", bits=8, block=128, most_loss=0.002),  # 1.22 on x86-64
-        Precision("int4", "1.21", bits=4, block=128, most_loss=0.02),
+        Precision("int8", "1.23", bits=8, block=128, max_loss=0.002),  # x86-64: 1.22
+        Precision("int4", "1.21", bits=4, block=128, max_loss=0.02),
     )
 }
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What a model file is worth, measured."""
+    """Measurements of a model file."""
 
     precision: str
     bytes: int
-    """Of the file, but for what it says of this."""
+    """Size of the file before the measurements were stored in it."""
     bits_per_char: float | None
-    """On the beginning of the validation text; None without one."""
+    """Loss on the beginning of the validation text; None if there is no validation text."""
     characters: int
-    """How many were predicted for that."""
+    """Number of characters that were predicted to measure the loss."""
     chars_per_second: float
-    """Of generation, one text."""
+    """Speed of generating one text."""
     onnxruntime: str
-    """The oldest version that runs it."""
+    """The oldest version of ONNX Runtime that runs the file."""
     loss: float | None = None
-    """Bits per character lost against fp32."""
+    """Bits per character lost compared with fp32; None for fp32, or if there is no validation text."""
 
     def cells(self) -> list[str]:
         """Precision, MB, bits per character, characters per second and ONNX Runtime, for a table."""
@@ -73,7 +76,10 @@ class Quality:
 
 
 def measure(path: Path, precision: Precision, text: str, reference: Quality | None = None) -> Quality:
-    """Loads a model file as an app would, scores the text with it, if there is enough, and lets it write."""
+    """Measures a model file as an app would run it: loss on the text, if it has two characters or more, and speed.
+
+    reference: the measurements in fp32, from which the loss of another precision is counted.
+    """
     model = LanguageModel.load(path)
     bits = model.perplexity(text).bits_per_char if len(text) > 1 else None
     loss = None if reference is None or bits is None else bits - reference.bits_per_char
@@ -82,7 +88,7 @@ def measure(path: Path, precision: Precision, text: str, reference: Quality | No
 
 
 def _speed(model: LanguageModel) -> float:
-    """Characters per second, the best of three."""
+    """Characters per second, the best of three runs."""
     length, best = max(1, min(TIMED_IDS, model.block_size - 1)), 0.0
     for rng_seed in range(3):
         begun = time.perf_counter()
@@ -92,10 +98,10 @@ def _speed(model: LanguageModel) -> float:
 
 
 def write_quantised(model: TransformerLanguageModel, manifest: Manifest, path: Path, precision: Precision) -> float:
-    """Puts the graph with matrices in few bits in the place of that in fp32.
+    """Replaces the fp32 model file by one with quantised matrices.
 
-    Returns how far it is from PyTorch with the same matrices. That is checked in fp32 arithmetic: as the graph will
-    run, inputs are rounded to 8 bits too. Raises `UserError`.
+    Returns the largest difference of a logit from PyTorch with the same, dequantised matrices. The parity check runs in
+    fp32 arithmetic, the written graph rounds the inputs of the products to 8 bits. Raises `UserError`.
     """
     quantised = _quantised(model, precision, path)
     model = with_weights(model, {name: matrix.dequantised() for name, matrix in quantised.items()})
@@ -108,8 +114,8 @@ def write_quantised(model: TransformerLanguageModel, manifest: Manifest, path: P
     return difference
 
 
-def with_weights(model: TransformerLanguageModel, weights: Mapping[str, object]) -> TransformerLanguageModel:
-    """A copy of a model with some of its parameters replaced by these arrays."""
+def with_weights(model: TransformerLanguageModel, weights: Mapping[str, np.ndarray]) -> TransformerLanguageModel:
+    """A copy of the model with parameters replaced. weights: parameter name -> array."""
     changed = deepcopy(model)
     with torch.no_grad():
         for name, values in weights.items():
@@ -118,7 +124,10 @@ def with_weights(model: TransformerLanguageModel, weights: Mapping[str, object])
 
 
 def _quantised(model: TransformerLanguageModel, precision: Precision, reference: Path) -> dict[str, Quantised]:
-    """Every matrix but those that are tables in fp32: of 8 bits rounded, of 4 bits fitted to what goes through them."""
+    """Parameter name -> quantised matrix: rounded to nearest in 8 bits, by GPTQ in 4 bits.
+
+    The embedding stays in fp32, and so does the first layer's QKV projection if it is exported as a table.
+    """
     names = [name for name, parameter in model.named_parameters() if parameter.ndim == 2]
     if has_table(model):
         names.remove("h.0.attn.c_attn.weight")
@@ -126,22 +135,22 @@ def _quantised(model: TransformerLanguageModel, precision: Precision, reference:
     blocks = {name: min(precision.block, largest_block(matrix.shape[1])) for name, matrix in matrices.items()}
     if precision.bits == 8:
         return {name: round_to_nearest(matrix, 8, blocks[name]) for name, matrix in matrices.items()}
-    del matrices["wte.weight"]  # in 4 bits the output matrix loses more than its size is worth
-    moments = second_moments(model, own_text(reference))
-    return {name: fit(matrix, moments[name], precision.bits, blocks[name]) for name, matrix in matrices.items()}
+    del matrices["wte.weight"]  # the output matrix in 4 bits costs more loss than its size is worth
+    moments = second_moments(model, generated_ids(reference))
+    return {name: gptq(matrix, moments[name], precision.bits, blocks[name]) for name, matrix in matrices.items()}
 
 
 def check_loss(quality: Quality, precision: Precision) -> None:
-    """Raises `UserError` if the precision costs more than it may, or if that is unknown."""
+    """Raises `UserError` if the precision costs more than it may, or if its cost is unknown."""
     if precision.bits == 32:
         return
     advice = "choose another --precision, or pass --allow-loss"
     if quality.loss is None:
         raise UserError(f"there is no validation text to measure the loss of {precision.name} on; {advice}")
-    if not quality.loss <= precision.most_loss:  # also true for NaN
+    if not quality.loss <= precision.max_loss:  # true for NaN as well
         raise UserError(
             f"{precision.name} loses {quality.loss:.4f} bits per character on the validation text, at most "
-            f"{precision.most_loss:g} is allowed, so nothing was written; {advice}"
+            f"{precision.max_loss:g} is allowed, so nothing was written; {advice}"
         )
 
 

@@ -1,4 +1,4 @@
-"""smallm.export.card: the model card says what is in the folder, and keeps the licence that its owner gave."""
+"""smallm.export.model_card: the card describes the folder and keeps the licence that its owner gave."""
 
 import json
 import re
@@ -25,10 +25,10 @@ def card_of(sample: str = "an old owl\n", name: str = "owls", licence: str = "mi
 
 def test_the_card_sets_yardsticks_beside_the_model(exported):
     card = (exported / CARD_FILE).read_text(encoding="utf-8")
-    section = card.split("## Beside compressors and counted letters")[1].split("\n## ")[0]
+    section = card.split("## Compared with baselines")[1].split("\n## ")[0]
     for name in ("the model", "gzip", "bz2", "xz", "-gram"):
         assert re.search(rf"\| [0-9]*{name} \| \d\.\d{{4}} \|", section), name
-    assert "## Beside" not in card_of()  # of a model without its run
+    assert "## Compared" not in card_of()  # of a model without its run
 
 
 def front_matter(card: str) -> dict:
@@ -82,7 +82,7 @@ def test_whatever_the_model_writes(sample):
     shown = card.split(f"{fence}text\n", 1)[1].split(f"\n{fence}\n", 1)[0]
     assert shown == sample.replace("\x1b", "�").replace("\x07", "�").replace("\x00", "�").strip("\n")
     assert "\x1b" not in card
-    for code in re.findall(r"```python\n(.*?)```", card.split("## Opening it")[1], re.DOTALL):
+    for code in re.findall(r"```python\n(.*?)```", card.split("## How to use the model")[1], re.DOTALL):
         compile(code, "card", "exec")
 
 

@@ -161,7 +161,7 @@ def test_it_is_fp32_beside_int4(tiny_run, tmp_path, capsys):
 def test_a_wrong_graph_is_not_exported(tiny_run, tmp_path, monkeypatch, capsys):
     def wrong(model, manifest):
         proto = build_portable(model, manifest)
-        (node,) = (node for node in proto.graph.node if node.name == "/to_come")
+        (node,) = (node for node in proto.graph.node if node.name == "/future")
         node.op_type = "Less"
         return proto
 

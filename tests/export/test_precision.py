@@ -15,11 +15,11 @@ from toys import manifest_of, random_model, save_onnx
 from smallm import LanguageModel, UserError
 from smallm.export import folder as export_folder
 from smallm.export import precision as export_precision
-from smallm.export.calibration import own_text, second_moments
+from smallm.export.calibration import generated_ids, second_moments
 from smallm.export.folder import export_checkpoint
 from smallm.export.parity import TOLERANCE
 from smallm.export.precision import PRECISIONS, write_quantised
-from smallm.export.quantisation import Quantised, fit, largest_block, round_to_nearest
+from smallm.export.quantisation import Quantised, gptq, largest_block, round_to_nearest
 from smallm.inference.kv_cache import KVCache
 from smallm.inference.session import Session
 from smallm.language_model import MODEL_FILE
@@ -73,7 +73,7 @@ def test_fitting_beats_rounding_where_inputs_go_together(K, block):
     def error(matrix):
         return np.square(inputs @ (matrix.dequantised() - weights).T).mean()
 
-    fitted = fit(weights, inputs.T @ inputs, 4, block)
+    fitted = gptq(weights, inputs.T @ inputs, 4, block)
     assert fitted.codes.shape == round_to_nearest(weights, 4, block).codes.shape
     assert error(fitted) < 0.6 * error(round_to_nearest(weights, 4, block))
 
@@ -81,7 +81,7 @@ def test_fitting_beats_rounding_where_inputs_go_together(K, block):
 def test_fitting_inputs_that_never_come():
     weights, inputs = correlated(8, 32)
     inputs[:, 5:20] = 0
-    assert np.isfinite(fit(weights, inputs.T @ inputs, 4, 16).dequantised()).all()
+    assert np.isfinite(gptq(weights, inputs.T @ inputs, 4, 16).dequantised()).all()
 
 
 @pytest.mark.parametrize(("inputs", "block"), [(1, 16), (16, 16), (48, 32), (64, 64), (352, 256)])
@@ -94,11 +94,11 @@ def test_largest_block(inputs, block):
 
 def test_the_text_that_the_model_writes(tmp_path):
     path = save_onnx(random_model(), tmp_path / "model.onnx")
-    ids = own_text(path)
+    ids = generated_ids(path)
     assert ids.shape == (32, 16)
     assert ids.max() < 262
     assert len({tuple(row) for row in ids.tolist()}) == 32
-    assert (own_text(path) == ids).all()
+    assert (generated_ids(path) == ids).all()
 
 
 def test_second_moments_are_those_of_the_inputs():
@@ -204,7 +204,7 @@ def test_the_limit_decides(run, monkeypatch, name):  # noqa: F811
     checkpoint, out = best_checkpoint(run), run / "export"
     loss = export_checkpoint(checkpoint, out, name, allow_loss=True).measured[-1].loss
     for limit, allowed in ((loss + 1e-6, True), (loss - 1e-6, False)):
-        monkeypatch.setitem(PRECISIONS, name, replace(PRECISIONS[name], most_loss=limit))
+        monkeypatch.setitem(PRECISIONS, name, replace(PRECISIONS[name], max_loss=limit))
         if allowed:
             assert export_checkpoint(checkpoint, out, name).measured[-1].loss == pytest.approx(loss, abs=1e-9)
         else:
