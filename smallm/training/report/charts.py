@@ -145,11 +145,10 @@ def _style(axes: "Axes", x_label: str, y_label: str, max_ticks: tuple[int, int] 
     for axis, count in zip((axes.xaxis, axes.yaxis), max_ticks, strict=True):
         low, high = axis.get_view_interval()
         if axis.get_scale() == "log" and high >= 10 * low:
-            locator = LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,))
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
         else:
             whole = axis is axes.xaxis and x_label == "step"
-            locator = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=1)
-        axis.set_major_locator(locator)
+            axis.set_major_locator(MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=1))
         axis.set_major_formatter(lambda value, _: short(value))
         axis.minorticks_off()
     axes.grid(color=GRID)
@@ -188,7 +187,7 @@ def _draw_losses(
 def _draw_key(axes: "Axes", runs: Sequence[RunHistory]) -> None:
     """Explains the lines and gives each run's losses, in a panel that covers no curve."""
     axes.axis("off")
-    place = {"loc": "upper left", "frameon": False, "borderpad": 0}
+    place: dict[str, Any] = {"loc": "upper left", "frameon": False, "borderpad": 0}
     colours = _colours(runs)
     train, val = colours[0] if len(runs) == 1 else (KEY, KEY)
     styles = {"training": ("-", train, 1, 0), "validation": ("-o", val, 2, 5), "best": ("*", val, 0, 11)}
@@ -252,9 +251,9 @@ class _PageChart:
 
     def html(self, y_limits: tuple[float, float] | None = None) -> str:
         """The figure with its title, the chart, and a paragraph for the values under the pointer."""
-        axes, lines = self._axes, self._axes.lines
-        axes.set(xlim=self._limits([line.get_xdata() for line in lines]),
-                 ylim=y_limits or self._limits([line.get_ydata() for line in lines]))  # fmt: skip
+        axes = self._axes
+        points = np.concatenate([line.get_xydata() for line in axes.lines])  # (n, 2)
+        axes.set(xlim=self._limits(points[:, 0]), ylim=y_limits or self._limits(points[:, 1]))
         axes.set(xscale=self._scale, yscale=self._scale)
         _style(axes, self._x_label, self._y_label, (6, 8 if self._scale == "log" else 6))
         axes.spines[:].set_visible(False)
@@ -270,10 +269,9 @@ class _PageChart:
             '<p class="values" aria-live="polite"></p></figure>'
         )
 
-    def _limits(self, values: Sequence[np.ndarray]) -> tuple[float, float]:
-        """The ends of an axis that holds all finite values, with room for the marks at the ends."""
-        known = np.concatenate(values)
-        known = known[np.isfinite(known) & (known > 0)]
+    def _limits(self, values: np.ndarray) -> tuple[float, float]:
+        """The ends of an axis for all finite values, with room for the marks at the ends."""
+        known = values[np.isfinite(values) & (values > 0)]
         if self._scale == "linear":
             return 0.0, 1.03 * float(known.max(initial=0.0)) or 1.0
         low, high = (float(known.min()), float(known.max())) if len(known) else (1.0, 10.0)

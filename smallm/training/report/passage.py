@@ -2,12 +2,12 @@
 
 import numpy as np
 import torch
-from torch import nn
 
 from smallm.inference.scoring import IGNORED, begins_character, windows
 from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.data.corpus import Corpus
 from smallm.training.devices import to_device
+from smallm.training.model.transformer import TransformerLanguageModel
 from smallm.training.report.record import Passage
 
 LENGTH = 1000  # ids
@@ -15,7 +15,7 @@ SEARCHED = 2000  # ids at the beginning of the validation text among which the p
 EXPECTED = 5  # likeliest characters stored for each position
 
 
-def read_passage(model: nn.Module, corpus: Corpus, step: int) -> Passage:
+def read_passage(model: TransformerLanguageModel, corpus: Corpus, step: int) -> Passage:
     """Scores whole lines of the validation text, about `LENGTH` ids; a shorter text without its first character.
 
     Each character is predicted from at least a quarter of a context, where the text has as much before the character.
@@ -53,7 +53,9 @@ def _whole_lines(ids: np.ndarray) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _predict(model: nn.Module, ids: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _predict(
+    model: TransformerLanguageModel, ids: np.ndarray, vocabulary: Vocabulary
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """ids (N,) -> for the n ids after the first character: nats (n,), likeliest ids (n, K), probabilities (n, K).
 
     The likeliest ids are chosen among those that spell a whole character; an id that begins a rare character could
@@ -68,11 +70,11 @@ def _predict(model: nn.Module, ids: np.ndarray, vocabulary: Vocabulary) -> tuple
         counted = goals != IGNORED
         log_probs = logits[counted].float().log_softmax(-1)  # (n, V)
         top = log_probs[:, whole].topk(EXPECTED)
-        nats = -log_probs.gather(1, goals[counted][:, None])[:, 0]
-        parts = (nats, whole[top.indices], top.values.exp())
+        parts = (-log_probs.gather(1, goals[counted][:, None])[:, 0], whole[top.indices], top.values.exp())
         results = [np.concatenate([old, part.cpu().numpy()]) for old, part in zip(results, parts, strict=True)]
     model.train()
-    return tuple(results)
+    nats, likeliest, probabilities = results
+    return nats, likeliest, probabilities
 
 
 def _whole_characters(vocabulary: Vocabulary) -> np.ndarray:

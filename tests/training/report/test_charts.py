@@ -24,12 +24,12 @@ from smallm.training.report.charts import (
 from smallm.training.report.record import RunRecord
 
 
-def test_smooth_few_points_stay():
+def test_few_points_are_not_smoothed():
     values = np.array([5.0, 1.0, 3.0])
     np.testing.assert_array_equal(smooth(values), values)
 
 
-def test_smooth_keeps_the_level_and_takes_the_noise():
+def test_smoothing_removes_noise_and_keeps_the_level():
     noise = np.random.default_rng(0).normal(2.0, 0.1, 1000)
     smoothed = smooth(noise)
     assert smoothed.shape == noise.shape
@@ -45,7 +45,7 @@ class TestLossLimits:
         assert 1.4 < low < 1.5
         assert high < 2.0 < run.train["loss"][0]
 
-    def test_all_that_comes_later_is_shown(self, tmp_path):
+    def test_all_later_losses_are_shown(self, tmp_path):
         records = [train(step, 3 - step / 500) for step in range(1, 1001)]
         overfit = [evaluation(step, 1.8 + step / 1000) for step in range(100, 1001, 100)]
         low, high = loss_limits([read_history(tmp_path / "run", records + overfit)])
@@ -94,8 +94,8 @@ def test_the_lines_of_the_picture_carry_the_data(tmp_path):
     assert by_step.get_ylim() == by_epoch.get_ylim() == loss_limits(runs)
     assert by_step.get_xlim() == rate.get_xlim()
     assert "nats per character" in by_step.get_ylabel()
-    told = [text.get_text() for text in key.get_legend().get_texts()]
-    assert told == [f"{run.name}\n{summary(run)}" for run in runs]
+    shown = [text.get_text() for text in key.get_legend().get_texts()]
+    assert shown == [f"{run.name}\n{summary(run)}" for run in runs]
 
 
 def test_one_run_has_a_colour_for_each_kind_of_loss(tmp_path):

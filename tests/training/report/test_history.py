@@ -12,7 +12,7 @@ from smallm.training.report.history import read_histories
 
 
 class TestRecords:
-    def test_in_the_order_of_the_file(self, tmp_path):
+    def test_evaluations_keep_their_content(self, tmp_path):
         records = [train(10), train(20), evaluation(20, train_loss=None)]
         assert read_histories([write_run(tmp_path / "run", records)])[0].evaluations == records[2:]
 
@@ -39,7 +39,7 @@ class TestRecords:
         with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is broken"):
             read_histories([run])
 
-    def test_a_whole_but_wrong_last_line_is_an_error(self, tmp_path):
+    def test_a_complete_but_wrong_last_line_is_an_error(self, tmp_path):
         with pytest.raises(UserError, match="line 2 is broken"):
             read_histories([write_run(tmp_path / "run", [train(10)], b'{"kind": "train"}')])
 
@@ -66,17 +66,17 @@ class TestCurves:
         np.testing.assert_array_equal(run.val["loss"], [2.4, 2.3])
         assert run.best_index == 1
 
-    def test_a_resumed_run_counts_the_later_record(self, tmp_path):
+    def test_of_a_step_logged_twice_the_later_record_counts(self, tmp_path):
         before, after = [train(step, 3.0) for step in (10, 20, 30)], [train(step, 2.0) for step in (15, 20, 40)]
         run = read_history(tmp_path / "run", before + after)
         np.testing.assert_array_equal(run.train["step"], [10, 15, 20, 30, 40])
         np.testing.assert_array_equal(run.train["loss"], [3, 2, 2, 3, 2])
 
-    def test_without_training_lines_the_evaluations_tell_the_training_loss(self, tmp_path):
+    def test_without_training_records_the_evaluations_give_the_training_loss(self, tmp_path):
         run = read_history(tmp_path / "run", [evaluation(5, 2.1, None), evaluation(8, 2.0, 2.2)])
         np.testing.assert_array_equal(run.train["loss"], [np.nan, 2.2])
 
-    def test_best_skips_what_is_missing(self, tmp_path):
+    def test_the_best_loss_ignores_missing_losses(self, tmp_path):
         records = [evaluation(1, None), evaluation(2, 2.0), evaluation(3, 2.5)]
         assert read_history(tmp_path / "run1", records).best_index == 1
         assert read_history(tmp_path / "run2", [train(1), evaluation(1, None)]).best_index is None

@@ -28,14 +28,14 @@ def test_passage_against_the_whole_text_at_once(text):
         logs = model(torch.from_numpy(ids.astype(np.int64))[None])[0].log_softmax(-1)
     start = len(TOY_VOCABULARY.encode(text[: text.index(passage.text, 1)]))
     at = start
-    for place, (character, nats) in enumerate(zip(passage.text, passage.nats, strict=True)):
+    for i, (character, nats) in enumerate(zip(passage.text, passage.nats, strict=True)):
         spelled = TOY_VOCABULARY.encode(character).tolist()
         expected = -sum(float(logs[at + i - 1, id]) for i, id in enumerate(spelled))
         assert nats == pytest.approx(expected, abs=2e-3)
-        if place % 50 == 0:
+        if i % 50 == 0:
             ranked = sorted(((float(logs[at - 1, id].exp()), id) for id in whole_ids()), reverse=True)[:5]
-            assert passage.probabilities[place] == pytest.approx([p for p, _ in ranked], abs=1e-4)
-            assert passage.expected[place] == TOY_VOCABULARY.decode([id for _, id in ranked])
+            assert passage.probabilities[i] == pytest.approx([p for p, _ in ranked], abs=1e-4)
+            assert passage.expected[i] == TOY_VOCABULARY.decode([id for _, id in ranked])
         at += len(spelled)
     assert model.training
 
@@ -50,14 +50,14 @@ def test_passage_in_windows_sees_a_quarter_of_a_context():
     ids = TOY_VOCABULARY.encode("\nabc def ghi\n" * 200)
     passage = read_passage(model, SimpleNamespace(val_ids=ids, vocabulary=TOY_VOCABULARY), 1)
     start = 1
-    place = 700  # the windows begin at multiples of 12, and count from their fifth target on
-    first = (start + place - 5) // 12 * 12
+    i = 700  # windows begin at multiples of 12 and are scored from their fifth target on
+    first = (start + i - 5) // 12 * 12
     with torch.no_grad():
-        logs = model(torch.from_numpy(ids[first : start + place].astype(np.int64))[None])[0, -1].log_softmax(-1)
-    assert 5 <= start + place - first <= 16
-    assert passage.nats[place] == pytest.approx(-float(logs[ids[start + place]]), abs=2e-3)
+        logs = model(torch.from_numpy(ids[first : start + i].astype(np.int64))[None])[0, -1].log_softmax(-1)
+    assert 5 <= start + i - first <= 16
+    assert passage.nats[i] == pytest.approx(-float(logs[ids[start + i]]), abs=2e-3)
 
 
-def test_a_passage_is_whole_or_none():
+def test_an_incomplete_passage_is_an_error():
     with pytest.raises(UserError):
         Passage(1, "ab", [1.0, 1.0], ["x", "xy"], [[0.1], [0.1]])

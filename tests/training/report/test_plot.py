@@ -54,7 +54,7 @@ class TestPicture:
         for colour in COLOURS[:6]:
             assert count(image, tuple(bytes.fromhex(colour[1:]))) > 100
 
-    def test_a_name_that_is_no_formula(self, tmp_path):
+    def test_a_name_with_dollars_is_not_typeset(self, tmp_path):
         out = plot_runs([write_run(tmp_path / "$\\frac$", [train(1)])], tmp_path / "loss.png")
         assert out.stat().st_size > 1000
 

@@ -1,4 +1,4 @@
-"""The report of a run, and of several: that it is whole, says what the run says, and is written whatever happens."""
+"""Report pages: they are complete and agree with the run, and they are written however the run ended."""
 
 import errno
 import json
@@ -32,7 +32,7 @@ NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\"'\
 
 
 class Page(HTMLParser):
-    """A page as it is read: fails on elements that are not closed in their order."""
+    """A parsed page. Fails if elements are not closed in order."""
 
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
@@ -76,13 +76,13 @@ def read(file: Path) -> Page:
 
 @pytest.fixture
 def run(tiny_run, tmp_path) -> Path:
-    """A copy of `tiny_run`, without its checkpoints: a report needs none."""
+    """A copy of `tiny_run` without its checkpoints, which a report does not need."""
     shutil.copytree(tiny_run, tmp_path / "runs" / "tiny", ignore=shutil.ignore_patterns("checkpoints", ".lock"))
     return tmp_path / "runs" / "tiny"
 
 
 def edit(run: Path, **values) -> None:
-    """Changes what a run has kept."""
+    """Changes fields of report.json."""
     known = json.loads((run / FILE).read_text(encoding="utf-8"))
     (run / FILE).write_text(json.dumps(known | values), encoding="utf-8")
 
@@ -96,10 +96,10 @@ def page_of(run: Path) -> Page:
     return read(page.write_report(run))
 
 
-# What a finished run leaves.
+# A finished run.
 
 
-def test_a_run_leaves_its_report(tiny_run, text_file):
+def test_a_finished_run_has_a_report(tiny_run, text_file):
     found = read(tiny_run / "report.html")
     best = min(values["val_loss"] for values in metrics(tiny_run, "eval"))
     assert f"{best:.4f}" in found.text
@@ -118,7 +118,7 @@ def test_a_run_leaves_its_report(tiny_run, text_file):
     assert torch.__version__ in found.text
 
 
-def test_all_settings_are_shown_and_those_of_ones_own_marked(tiny_run):
+def test_all_settings_are_shown_and_changed_ones_marked(tiny_run):
     text = (tiny_run / "report.html").read_text(encoding="utf-8")
     rows = re.findall(r'<tr class="(changed|)"><th scope="row">([a-z_]+)</th><td>(.*?)</td><td.*?>(.*?)</td>', text)
     config = flatten(tomllib.loads((tiny_run / "config.toml").read_text()))
@@ -148,11 +148,11 @@ def test_the_passage_is_of_the_best_step_and_coloured(tiny_run):
     best = min(evaluations, key=lambda values: values["val_loss"])
     assert passage.step == best["step"]
     assert passage.text in (tiny_run / "validation.txt").read_text(encoding="utf-8")
-    assert np.mean(passage.nats) == pytest.approx(best["val_loss"], rel=0.3)  # of the whole text
+    assert np.mean(passage.nats) == pytest.approx(best["val_loss"], rel=0.3)  # the loss of the whole text
     assert passage.text in read(tiny_run / "report.html").text.replace("↵", "")
 
 
-def test_again_it_is_the_same(tiny_run, tmp_path, capsys):
+def test_a_page_written_again_is_identical(tiny_run, tmp_path, capsys):
     before = (tiny_run / "report.html").read_bytes()
     capsys.readouterr()
     assert plot([str(tiny_run), "--html", str(tmp_path / "sub" / "again.html")]) == 0
@@ -161,18 +161,18 @@ def test_again_it_is_the_same(tiny_run, tmp_path, capsys):
     assert list((tmp_path / "sub").iterdir()) == [tmp_path / "sub" / "again.html"]
 
 
-def test_html_and_a_picture_at_once(run, tmp_path, capsys):
+def test_a_page_and_a_picture_in_one_call(run, tmp_path, capsys):
     assert plot([str(run), "--html", str(tmp_path / "a.html"), "--out", str(tmp_path / "a.svg")]) == 0
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "a.html"), str(tmp_path / "a.svg")]
     assert (tmp_path / "a.svg").is_file()
 
 
-# However a run ends.
+# Runs that ended otherwise, and folders that lack files.
 
 
 @pytest.fixture
 def train(text_file, tmp_path, monkeypatch):
-    """Trains a toy of 12 steps into `run`; returns the folder."""
+    """A function that trains a tiny model for 12 steps into the folder `run` and returns this folder."""
     monkeypatch.setattr("smallm.training.report.plot.plot_runs", lambda runs, out, **options: out)
     monkeypatch.chdir(tmp_path)
     settings = {
@@ -188,7 +188,7 @@ def train(text_file, tmp_path, monkeypatch):
     return train
 
 
-def test_an_interrupted_run_has_one_and_a_resumed_one_another(train, monkeypatch, capsys):
+def test_an_interrupted_run_has_a_report_and_a_resumed_run_a_new_one(train, monkeypatch, capsys):
     batch = CharDataset.batch
 
     def pressing(self, wanted, *args, **options):
@@ -222,9 +222,9 @@ def test_out_of_patience(train):
     assert "python train.py --resume run --train.patience=0" in found.words
 
 
-def test_a_killed_run_gets_one_later(run):
+def test_the_report_of_a_killed_run_can_be_written_later(run):
     (run / "report.html").unlink()
-    edit(run, state="training", memorisation=[])  # as it stands until the end
+    edit(run, state="training", memorisation=[])  # as before the end of a run
     (run / "baselines.json").unlink()
     found = page_of(run)
     assert "the run still trains, or was killed" in found.text
@@ -232,7 +232,7 @@ def test_a_killed_run_gets_one_later(run):
     assert not {"Baselines", "Memorisation"} & set(found.headings)
 
 
-def test_an_old_run_has_one_without_what_it_did_not_keep(run):
+def test_the_report_of_an_old_run_leaves_out_what_is_missing(run):
     for name in (FILE, "config.toml", "baselines.json", "validation.txt", "report.html", "loss.png"):
         (run / name).unlink()
     found = page_of(run)
@@ -241,7 +241,7 @@ def test_an_old_run_has_one_without_what_it_did_not_keep(run):
 
 
 @pytest.mark.parametrize("name", ["report.html", FILE, "baselines.json"])
-def test_a_report_that_cannot_be_written_spoils_no_run(train, tmp_path, capsys, name):
+def test_a_report_that_cannot_be_written_does_not_fail_the_run(train, tmp_path, capsys, name):
     (tmp_path / "run" / name).mkdir(parents=True)
     train()
     out, err = capsys.readouterr()
@@ -265,7 +265,7 @@ def test_a_full_disk(run, monkeypatch):
     writer = RecordWriter(run, said.append, resumed=True)
     writer.update(state="finished")
     writer.update(state="interrupted")
-    assert len(said) == 1  # once is enough
+    assert len(said) == 1  # the warning is printed once
     assert "No space left on device" in said[0]
     assert (run / "report.html").read_bytes() == before
 
@@ -278,9 +278,9 @@ def test_hostile_names_texts_and_settings_stay_text(run, tmp_path):
     run.rename(nasty)
     (nasty / "config.toml").write_text(f"[sample]\nseed = {json.dumps(NASTY)}\n[{json.dumps(NASTY)}]\nx = 1\n")
     (nasty / "baselines.json").write_text(json.dumps([{"name": NASTY, "bits_per_char": 2.0, "how": NASTY}]))
-    places = len(NASTY)
-    passage = {"step": 1, "text": NASTY, "nats": [1.0] * places, "expected": ["<>&'\""] * places,
-               "probabilities": [[0.2] * 5] * places}  # fmt: skip
+    count = len(NASTY)
+    passage = {"step": 1, "text": NASTY, "nats": [1.0] * count, "expected": ["<>&'\""] * count,
+               "probabilities": [[0.2] * 5] * count}  # fmt: skip
     facts = {"text": NASTY, NASTY: NASTY}
     edit(nasty, facts=facts, findings=[NASTY], memorisation=[[NASTY] * 3], began=NASTY, passage=passage)
     values = metrics(nasty, "eval")[-1]
@@ -358,14 +358,14 @@ def test_figures_that_are_missing_are_left_out(run):
 
 
 @pytest.mark.parametrize("argv", [["none"], ["runs/tiny", "none"]])
-def test_what_is_no_run_is_said(run, argv, monkeypatch):
+def test_a_folder_that_is_not_a_run_is_an_error(run, argv, monkeypatch):
     monkeypatch.chdir(run.parents[1])
     with pytest.raises(UserError, match="none is not a folder"):
         plot([*argv, "--html", "a.html"])
     assert not Path("a.html").exists()
 
 
-# Several runs.
+# Comparisons.
 
 
 def test_comparison(run, train, tmp_path):
@@ -388,7 +388,7 @@ def test_comparison(run, train, tmp_path):
     assert re.findall(r'<td class="best">(.*?)</td>', text)[0] == f"{lowest:.4f}"
 
 
-def test_comparison_of_the_same_and_of_old_ones(run):
+def test_comparison_of_equal_runs_and_of_old_runs(run):
     assert "All runs have the same settings." in comparison_page(read_histories([run, run]))
     for name in (FILE, "config.toml", "baselines.json"):
         (run / name).unlink()
@@ -427,7 +427,7 @@ def test_the_models_baseline_figure_is_of_the_whole_run(run):
     assert read_histories([run])[0].baselines[0].bits_per_char == pytest.approx(0.5 / math.log(2))
 
 
-def test_a_loss_that_has_risen_is_said(run):
+def test_a_risen_validation_loss_gives_a_warning(run):
     assert "has risen" not in page_of(run).text
     values = metrics(run, "eval")[-1]
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
