@@ -53,9 +53,9 @@ def main(argv: Sequence[str]) -> int:
     elif options.next is not None:
         _next_characters(model, options)
     elif options.interactive:
-        from smallm.cli.repl import converse
+        from smallm.cli.repl import run_repl
 
-        converse(model, options.seed, _chosen(options), options.stream)
+        run_repl(model, options.seed, _chosen(options), options.stream)
     else:
         _generate(model, options)
     print(end="", flush=True)  # a reader who has gone (head) is noticed here, not when Python shuts down

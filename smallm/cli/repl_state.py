@@ -1,4 +1,4 @@
-"""A text in the making, as `infer.py --interactive` has it: gone on with, taken back, branched. No terminal here."""
+"""The state of the REPL: a text that is continued, undone and branched. Independent of any terminal."""
 
 import secrets
 from collections.abc import Iterator
@@ -11,208 +11,211 @@ from smallm.generation.sampler import Rng
 from smallm.generation.text_stream import TextStream
 from smallm.language_model import LanguageModel
 
-ENDLESS = 1 << 53  # characters: how much to write at once is for the story to count, so that a writer can go on
-KEPT = 8  # writers that wait at the ends of parts; each holds a whole cache
-FRESH = {"max_length": 500, "rng_seed": None, "stop": ()}  # the options' values at the start; of others the model's
+NO_LIMIT = 1 << 53  # max_length of the streams: the state counts the characters of a turn, so that streams can continue
+MAX_STREAMS = 8  # paused streams; each holds a KV cache
+DEFAULTS = {"max_length": 500, "rng_seed": None, "stop": ()}
+"""Defaults of the REPL's own; those of all other options come from the model."""
 
 
 @dataclass(eq=False)
-class Part:
-    """What was typed, or written at one go, after all that came before it."""
+class Turn:
+    """A part of the text that was typed, or generated at one go."""
 
-    before: "Part | None"
+    before: "Turn | None"
+    """The turn before; the turns of all branches are a tree."""
     typed: bool
     text: str = ""
     stopped: bool = False
-    """Whether the model met a stop text."""
+    """Whether the model met a stop string."""
 
     @property
-    def whole(self) -> list["Part"]:
-        """All parts of the text that ends here, in their order."""
-        parts, part = [], self
-        while part is not None:
-            parts.append(part)
-            part = part.before
-        return parts[::-1]
+    def path(self) -> list["Turn"]:
+        """All turns up to this one, in order."""
+        turns, turn = [], self
+        while turn is not None:
+            turns.append(turn)
+            turn = turn.before
+        return turns[::-1]
 
 
 @dataclass(eq=False)
-class _Paused:
-    """A writer that waits at the end of a part, and what it has given beyond that."""
+class _PausedStream:
+    """A stream at the end of a turn, and characters that it has generated beyond that end."""
 
-    writer: TextStream
+    stream: TextStream
     rest: str = ""
 
-    def take(self, most: int) -> str:
-        """The next piece, at most so many characters of it."""
-        piece = self.rest or next(self.writer)
-        self.rest = piece[most:]
-        return piece[:most]
+    def next(self, max_length: int) -> str:
+        """The next characters, at most `max_length`. Raises `StopIteration` after a stop string."""
+        chunk = self.rest or next(self.stream)
+        self.rest = chunk[max_length:]
+        return chunk[:max_length]
 
 
 class ReplState:
-    """The text so far with its branches, and the options for what comes next.
+    """The current text, its branches, and the options for the next turn.
 
-    The texts that share a beginning are a tree of parts: to take back is to step to the part before, a branch is a name
-    for a part, and the model goes on from where it has been without reading the text again.
+    Texts that share a beginning are a tree of turns: undo is a step to the turn before, a branch is a name for a turn.
+    Streams that wait at the ends of turns let the model continue without reading the text again.
     """
 
     def __init__(self, model: LanguageModel, **options: Any):
-        """options: as for `LanguageModel.stream`, max_length for one go. Raises `UserError` for one out of range."""
+        """options: as for `LanguageModel.stream`; max_length is the length of a turn. Raises `UserError`."""
         self.model = model
-        self.here: Part | None = None
-        """The last part of the text; None = there is no text."""
-        self.branches: dict[str, Part] = {}
+        self.last: Turn | None = None
+        """The last turn of the current text; None for an empty text."""
+        self.branches: dict[str, Turn] = {}
         self.options: dict[str, Any] = {}
-        """Those that were set; `FRESH` and the model have the others."""
+        """The options that were set; the others have their defaults."""
         self.rng_seed: int | None = None
-        """What was drawn from last."""
-        self._anew = False  # whether the draws begin anew, whatever the text ends with
-        self._unused = False  # whether nothing was drawn yet from the rng_seed that was set
-        self._paused: dict[tuple, _Paused] = {}  # the longest unused first
+        """The random seed used last."""
+        self._restart_rng = False  # the next turn starts the random numbers again
+        self._seed_is_unused = False  # no turn has used the rng_seed that was set
+        self._paused: dict[tuple, _PausedStream] = {}  # least recently used first
         for name, value in options.items():
             self.set(name, value)
 
     @property
     def text(self) -> str:
-        """All of it."""
-        return "".join(part.text for part in self.parts)
+        """The current text."""
+        return "".join(turn.text for turn in self.turns)
 
     @property
-    def parts(self) -> list[Part]:
-        """What was typed and what was written, in their order."""
-        return self.here.whole if self.here else []
+    def turns(self) -> list[Turn]:
+        """The turns of the current text, in order."""
+        return self.last.path if self.last else []
 
     def set(self, name: str, value: Any) -> None:
-        """An option for what is written from now on. Raises `UserError`, and nothing has changed then."""
+        """Sets an option for the next turns. Raises `UserError`, in which case nothing changes."""
         wanted = self.options | {name: value}
-        resolve(self.model.metadata, **FRESH | wanted).rng()
+        resolve(self.model.metadata, **DEFAULTS | wanted).rng()
         self.options = wanted
         if name == "rng_seed":
-            self._anew = self._unused = True
+            self._restart_rng = self._seed_is_unused = True
 
     def value(self, name: str) -> Any:
-        """What holds for an option now; of rng_seed None if it is random, of allowed if it is all characters."""
+        """The current value of an option; None for a random rng_seed, and for `allowed` if all characters are."""
         if name in ("stop", "allowed", "banned", "rng_seed"):
             return self.options.get(name, {"stop": (), "banned": ""}.get(name))
-        request = resolve(self.model.metadata, **FRESH | self.options)
+        request = resolve(self.model.metadata, **DEFAULTS | self.options)
         return getattr(request.sampling if hasattr(request.sampling, name) else request, name)
 
     def unset(self, name: str) -> None:
-        """Takes an option back to its default."""
+        """Resets an option to its default."""
         self.options.pop(name, None)
 
-    def type(self, text: str) -> None:
-        """Adds what a person wrote. Raises `UserError` for a text that UTF-8 cannot hold."""
+    def add(self, text: str) -> None:
+        """Adds a typed turn. Raises `UserError` for a text that UTF-8 cannot encode."""
         self.model.vocabulary.encode(text)
-        self.here = Part(self.here, typed=True, text=text)
+        self.last = Turn(self.last, typed=True, text=text)
 
-    def write(self, rng_seed: int | None = None) -> Iterator[str]:
-        """Has the model go on: the new text in pieces, up to max_length characters or a stop text.
+    def generate(self, rng_seed: int | None = None) -> Iterator[str]:
+        """Adds a turn of the model: yields the new text in chunks, up to max_length characters or a stop string.
 
-        It may be left at any time; what came is part of the text. Right after another go of the model it is what that
-        would have given if it had been longer. Else the draws begin anew, from `rng_seed`, the option or a random one,
-        and it is what `LanguageModel.stream` gives for the text so far. Raises `UserError`.
+        The iterator may be abandoned at any time; the turn then holds what was yielded. Directly after another turn of
+        the model, the text continues as if that turn had been longer. Otherwise the random numbers start again, from
+        `rng_seed`, the option or a random seed, and the text equals that of `LanguageModel.stream`.
+        Raises `UserError`.
         """
-        options = FRESH | self.options
-        left, paused = options["max_length"], self._begin(options, rng_seed)
-        part = Part(self.here, typed=False)
-        key = _key(part, options)
+        options = DEFAULTS | self.options
+        left, paused = options["max_length"], self._resume(options, rng_seed)
+        turn = Turn(self.last, typed=False)
+        key = _key(turn, options)
         while left:
             try:
-                piece = paused.take(left)
+                chunk = paused.next(left)
             except StopIteration:
-                self.here, part.stopped = part, True
-                self._paused.pop(key, None)  # it is beyond the stop text, which is no part of this one
+                self.last, turn.stopped = turn, True
+                self._paused.pop(key, None)  # the stream is past the stop string, which is not part of the turn
                 return
-            except BaseException:  # it was interrupted, nobody knows where
+            except BaseException:  # an interrupt can leave the stream in any state
                 self._paused.pop(key, None)
                 raise
-            if self.here is not part:
-                self.here = part
-                self._keep(key, paused)
-            part.text += piece
-            left -= len(piece)
-            yield piece
+            if self.last is not turn:
+                self.last = turn
+                self._store(key, paused)
+            turn.text += chunk
+            left -= len(chunk)
+            yield chunk
 
-    def again(self, rng_seed: int | None = None) -> Iterator[str]:
-        """Has the model write its last part anew, from another rng_seed: a random one, or if one is set, the next."""
-        if self.here is None or self.here.typed:
-            raise UserError("the model wrote nothing since you typed; an empty line has it go on")
+    def retry(self, rng_seed: int | None = None) -> Iterator[str]:
+        """Replaces the last turn of the model, with this rng_seed; default: a random one, or the option's plus 1."""
+        if self.last is None or self.last.typed:
+            raise UserError("the model has written nothing since you typed; an empty line continues the text")
         known = self.options.get("rng_seed")
         if rng_seed is None:
-            rng_seed = secrets.randbits(32) if known is None else (known + (not self._unused)) % (1 << 32)
-        Rng(rng_seed)  # refuses what is out of range before anything is taken back
+            rng_seed = secrets.randbits(32) if known is None else (known + (not self._seed_is_unused)) % (1 << 32)
+        Rng(rng_seed)  # refuses a seed out of range before anything changes
         if known is not None:
             self.set("rng_seed", rng_seed)
-        self.here = self.here.before
-        return self.write(rng_seed)
+        self.last = self.last.before
+        return self.generate(rng_seed)
 
-    def undo(self) -> Part:
-        """Takes back the last part, typed or written, and returns it. Raises `UserError` if there is none."""
-        if self.here is None:
-            raise UserError("there is no text to take back")
-        undone, self.here = self.here, self.here.before
-        self._anew = True
-        return undone
+    def undo(self) -> Turn:
+        """Removes the last turn and returns it. Raises `UserError` if there is none."""
+        if self.last is None:
+            raise UserError("there is no turn to undo")
+        removed, self.last = self.last, self.last.before
+        self._restart_rng = True
+        return removed
 
     def branch(self, name: str = "") -> str:
-        """Gives the text as it stands a name, by default the next number, and returns it. Raises `UserError`."""
-        if self.here is None:
+        """Stores the current text under a name, by default the next number; returns the name. Raises `UserError`."""
+        if self.last is None:
             raise UserError("there is no text yet to branch from")
         if name in self.branches:
             raise UserError(f"there is a branch {name} already; choose another name")
         if not name:
             name = str(next(n for n in range(1, len(self.branches) + 2) if str(n) not in self.branches))
-        self.branches[name] = self.here
+        self.branches[name] = self.last
         return name
 
-    def go(self, name: str | None) -> str:
-        """Goes to a branch, or with None to an empty text. Returns the branch that keeps the text left, '' for none.
+    def switch(self, name: str | None) -> str:
+        """Switches to a branch, or with None to an empty text, and stores the current text if no branch has it.
 
-        Raises `UserError` if there is no such branch.
+        Returns the name under which the current text was stored, or "". Raises `UserError` for an unknown branch.
         """
         if name is not None and name not in self.branches:
             known = f"there are: {', '.join(self.branches)}" if self.branches else "/branch makes one"
             raise UserError(f"there is no branch {name}; {known}")
-        lost = self.here is not None and self.here not in self.branches.values()
-        kept = self.branch() if lost else ""
-        self.here, self._anew = None if name is None else self.branches[name], True
-        return kept
+        is_unsaved = self.last is not None and self.last not in self.branches.values()
+        stored = self.branch() if is_unsaved else ""
+        self.last, self._restart_rng = None if name is None else self.branches[name], True
+        return stored
 
     def next_characters(self, n: int) -> list[tuple[str, float]]:
-        """The n likeliest next characters, as `LanguageModel.next_characters` has them."""
+        """The n most likely next characters with their probabilities."""
         return self.model.next_characters(self.text, n)
 
-    def _begin(self, options: dict[str, Any], rng_seed: int | None) -> _Paused:
-        """What to write with at the end of the text: a branch of the writer that waits there, or of a new one."""
-        on = _key(self.here, options)  # one that goes on drawing where it stopped
-        goes_on = on in self._paused and rng_seed is None and not self._anew
+    def _resume(self, options: dict[str, Any], rng_seed: int | None) -> _PausedStream:
+        """A branch of the stream that waits at the end of the text, or of a new stream."""
+        same_draws = _key(self.last, options)
+        continues = same_draws in self._paused and rng_seed is None and not self._restart_rng
         if rng_seed is None:
             rng_seed = options["rng_seed"]
-        if not goes_on:
+        if not continues:
             self.rng_seed = secrets.randbits(32) if rng_seed is None else rng_seed
-        key = on if goes_on else (*on, "anew")
-        waiting = self._paused.get(key) or _Paused(self._writer(options))
-        self._anew = self._unused = False
-        self._paused.pop(key, None)  # whoever is interrupted in the next line leaves nothing half done behind
-        branch = _Paused(waiting.writer.branch(None if goes_on else self.rng_seed), waiting.rest)
-        self._keep(key, waiting)
+        key = same_draws if continues else (*same_draws, "restarted")
+        waiting = self._paused.get(key) or _PausedStream(self._new_stream(options))
+        self._restart_rng = self._seed_is_unused = False
+        self._paused.pop(key, None)  # an interrupt in the next line must not leave a broken stream behind
+        branch = _PausedStream(waiting.stream.branch(None if continues else self.rng_seed), waiting.rest)
+        self._store(key, waiting)
         return branch
 
-    def _writer(self, options: dict[str, Any]) -> TextStream:
-        wanted = options | {"max_length": ENDLESS}
-        if self.here is not None and self.here.stopped:  # to go on is to go past the stop text
+    def _new_stream(self, options: dict[str, Any]) -> TextStream:
+        wanted = options | {"max_length": NO_LIMIT}
+        if self.last is not None and self.last.stopped:  # continue past the stop string
             wanted["min_length"] = max(1, wanted.get("min_length", 0))
         return self.model.stream(self.text, **wanted)
 
-    def _keep(self, key: tuple, paused: _Paused) -> None:
+    def _store(self, key: tuple, paused: _PausedStream) -> None:
         self._paused.pop(key, None)
         self._paused[key] = paused
-        while len(self._paused) > KEPT:
+        while len(self._paused) > MAX_STREAMS:
             del self._paused[next(iter(self._paused))]
 
 
-def _key(part: Part | None, options: dict[str, Any]) -> tuple:
-    """Where a writer stands and what it goes by, but for the length of what it gives and its draws."""
-    return part, repr(sorted(item for item in options.items() if item[0] not in ("max_length", "rng_seed")))
+def _key(turn: Turn | None, options: dict[str, Any]) -> tuple:
+    """The end of a text and all options on which its continuation depends, except its length and random seed."""
+    return turn, repr(sorted(item for item in options.items() if item[0] not in ("max_length", "rng_seed")))

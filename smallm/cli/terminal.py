@@ -1,4 +1,4 @@
-"""What a conversation wants of a terminal: lines with a history, Ctrl-C as a wish, texts that command nothing."""
+"""What the REPL needs of a terminal: lines with a history, Ctrl-C as a request, and bold text."""
 
 import os
 import signal
@@ -11,13 +11,13 @@ HISTORY_LINES = 1000
 
 
 def bold(text: str) -> str:
-    """The text as a colour terminal shows it in bold."""
+    """The text with the escape codes for bold."""
     return f"{BOLD}{text}{PLAIN}" if text else ""
 
 
 @contextmanager
-def ctrl_c() -> Iterator[list[bool]]:
-    """Within it, the first Ctrl-C is only noted, so that no step of the model is cut in two; a second interrupts."""
+def note_ctrl_c() -> Iterator[list[bool]]:
+    """In this context the first Ctrl-C only fills the list, so that no step of the model is cut; a second raises."""
     pressed: list[bool] = []
 
     def note(_number: int, _frame: object) -> None:
@@ -34,9 +34,9 @@ def ctrl_c() -> Iterator[list[bool]]:
 
 @contextmanager
 def line_editing(completions: Callable[[str], list[str]]) -> Iterator[None]:
-    """Within it, `input` completes commands and knows earlier lines, which are kept in the user's state folder.
+    """Within this context `input` completes commands and has a history, stored in the user's state folder.
 
-    Where Python comes without readline, or nothing can be kept, it does without.
+    Without readline, or without a folder for the history, `input` works as usual.
     """
     try:
         import readline

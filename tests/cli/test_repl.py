@@ -1,4 +1,4 @@
-"""`infer.py --interactive`: the text as a tree of parts, what a line means, and a real terminal with Ctrl-C."""
+"""`infer.py --interactive`: the text as a tree of turns, the meaning of a line, and a real terminal with Ctrl-C."""
 
 import io
 import os
@@ -16,7 +16,7 @@ from toys import random_model, save_onnx
 from smallm import LanguageModel, UserError
 from smallm.cli import main as cli
 from smallm.cli.repl import OPTIONS, Console
-from smallm.cli.repl_state import KEPT, ReplState
+from smallm.cli.repl_state import MAX_STREAMS, ReplState
 from smallm.generation.config import Options
 from smallm.generation.text_stream import TextStream
 from smallm.html.escape import printable
@@ -31,8 +31,8 @@ def lm(exported) -> LanguageModel:
 
 
 @pytest.fixture
-def story(lm) -> ReplState:
-    """Nothing typed yet; 20 characters at once, from rng_seed 5."""
+def state(lm) -> ReplState:
+    """An empty text; turns of 20 characters, from rng_seed 5."""
     return ReplState(lm, max_length=20, rng_seed=5)
 
 
@@ -40,182 +40,182 @@ def interrupt(*_) -> None:
     raise KeyboardInterrupt
 
 
-def write(story: ReplState) -> str:
-    return "".join(story.write())
+def generate(state: ReplState) -> str:
+    return "".join(state.generate())
 
 
 # The text, without a terminal.
 
 
 @pytest.mark.parametrize("overflow", ["crop", "shift"])
-def test_going_on_gives_the_text_that_writing_at_once_gives(lm, overflow):
-    story = ReplState(lm, max_length=13, rng_seed=5, overflow=overflow, stop=["zzz"])
-    story.type("Zoë ")
+def test_several_turns_give_the_text_of_one_long_turn(lm, overflow):
+    state = ReplState(lm, max_length=13, rng_seed=5, overflow=overflow, stop=["zzz"])
+    state.add("Zoë ")
     for _ in range(6):  # past the context of 32
-        assert len(write(story)) == 13
-    assert story.text == lm.generate("Zoë ", 6 * 13, rng_seed=5, overflow=overflow, stop=["zzz"])
+        assert len(generate(state)) == 13
+    assert state.text == lm.generate("Zoë ", 6 * 13, rng_seed=5, overflow=overflow, stop=["zzz"])
 
 
-def test_going_on_computes_nothing_again(story, monkeypatch):
+def test_continuing_computes_nothing_again(state, monkeypatch):
     windows = []
     feed = KVCache.prefill
     monkeypatch.setattr(KVCache, "prefill", lambda self, ids: windows.append(len(ids)) or feed(self, ids))
-    story.set("max_length", 4)
-    story.type("the ")
+    state.set("max_length", 4)
+    state.add("the ")
     for _ in range(3):
-        write(story)
+        generate(state)
     assert windows == [4]
-    list(story.again(9))
-    assert windows == [4, 12]  # no one has waited there for another seed
-    list(story.again(10))
+    list(state.retry(9))
+    assert windows == [4, 12]  # no stream waited there for another seed
+    list(state.retry(10))
     assert windows == [4, 12]
 
 
-def test_what_is_typed_in_between_counts(story, lm):
-    story.type("the ")
-    first = write(story)
-    story.type(" Zoë")
-    second = write(story)
+def test_text_typed_in_between_counts(state, lm):
+    state.add("the ")
+    first = generate(state)
+    state.add(" Zoë")
+    second = generate(state)
     assert second == lm.generate(f"the {first} Zoë", 20, rng_seed=5).removeprefix(f"the {first} Zoë")
-    assert [(part.typed, part.text) for part in story.parts] == [
+    assert [(turn.typed, turn.text) for turn in state.turns] == [
         (True, "the "), (False, first), (True, " Zoë"), (False, second),
     ]  # fmt: skip
 
 
-def test_an_empty_story_begins_like_a_line(story, lm):
-    assert write(story) == story.text == lm.generate("", 20, rng_seed=5)
+def test_an_empty_text_begins_like_a_line(state, lm):
+    assert generate(state) == state.text == lm.generate("", 20, rng_seed=5)
 
 
-def test_options_count_from_the_next_piece_on(story, lm):
-    story.type("the ")
-    first = write(story)
-    story.set("temperature", 0)
+def test_options_count_from_the_next_turn_on(state, lm):
+    state.add("the ")
+    first = generate(state)
+    state.set("temperature", 0)
     seed = f"the {first}"
-    assert seed + write(story) == lm.generate(seed, 20, temperature=0)
-    story.unset("temperature")
-    seed = story.text
-    assert seed + write(story) == lm.generate(seed, 20, rng_seed=5)
+    assert seed + generate(state) == lm.generate(seed, 20, temperature=0)
+    state.unset("temperature")
+    seed = state.text
+    assert seed + generate(state) == lm.generate(seed, 20, rng_seed=5)
 
 
-def test_a_set_seed_begins_the_draws_anew(story, lm):
-    story.type("the ")
-    seed = story.text + write(story)
-    story.set("rng_seed", 5)
-    assert seed + write(story) == lm.generate(seed, 20, rng_seed=5)
-    story.set("rng_seed", 6)
-    assert seed + "".join(story.again()) == lm.generate(seed, 20, rng_seed=6)  # not the next: it was not used yet
-    assert seed + "".join(story.again()) == lm.generate(seed, 20, rng_seed=7)
-    assert story.options["rng_seed"] == story.rng_seed == 7
-    assert seed + "".join(story.again(3)) == lm.generate(seed, 20, rng_seed=3)
+def test_a_set_seed_restarts_the_random_numbers(state, lm):
+    state.add("the ")
+    seed = state.text + generate(state)
+    state.set("rng_seed", 5)
+    assert seed + generate(state) == lm.generate(seed, 20, rng_seed=5)
+    state.set("rng_seed", 6)
+    assert seed + "".join(state.retry()) == lm.generate(seed, 20, rng_seed=6)  # not 7: no turn has used 6 yet
+    assert seed + "".join(state.retry()) == lm.generate(seed, 20, rng_seed=7)
+    assert state.options["rng_seed"] == state.rng_seed == 7
+    assert seed + "".join(state.retry(3)) == lm.generate(seed, 20, rng_seed=3)
 
 
-def test_without_a_seed_each_is_another_and_can_be_had_again(lm):
-    story = ReplState(lm, max_length=40)
-    story.type("the ")
+def test_without_a_seed_each_turn_differs_and_can_be_repeated(lm):
+    state = ReplState(lm, max_length=40)
+    state.add("the ")
     texts = {}
     for _ in range(3):
-        texts[write(story)] = story.rng_seed
-        story.undo()
+        texts[generate(state)] = state.rng_seed
+        state.undo()
     assert len(texts) == 3
-    text = write(story)
-    assert "".join(story.again(story.rng_seed)) == text
-    assert "".join(story.again()) != text
-    assert "rng_seed" not in story.options
+    text = generate(state)
+    assert "".join(state.retry(state.rng_seed)) == text
+    assert "".join(state.retry()) != text
+    assert "rng_seed" not in state.options
 
 
-def test_a_piece_that_is_left_goes_on(story, lm):
-    story.type("the ")
-    begun = "".join(islice(story.write(), 7))
-    assert story.text == "the " + begun
-    assert story.text + write(story) == lm.generate("the ", 27, rng_seed=5)
-    assert story.undo().text == lm.generate("the ", 27, rng_seed=5).removeprefix(f"the {begun}")
+def test_an_abandoned_turn_continues(state, lm):
+    state.add("the ")
+    begun = "".join(islice(state.generate(), 7))
+    assert state.text == "the " + begun
+    assert state.text + generate(state) == lm.generate("the ", 27, rng_seed=5)
+    assert state.undo().text == lm.generate("the ", 27, rng_seed=5).removeprefix(f"the {begun}")
 
 
-def test_a_piece_that_is_broken_off_in_the_middle_of_a_step_leaves_nothing_half_done(story, lm, monkeypatch):
-    story.type("the ")
-    pieces = story.write()
-    begun = next(pieces) + next(pieces)
+def test_a_turn_interrupted_in_the_middle_of_a_step_leaves_a_consistent_state(state, lm, monkeypatch):
+    state.add("the ")
+    chunks = state.generate()
+    begun = next(chunks) + next(chunks)
     with monkeypatch.context() as patch:
         patch.setattr(TextStream, "__next__", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            next(pieces)
-    assert story.text == "the " + begun
-    assert story.text + write(story) == lm.generate("the " + begun, 20, rng_seed=5)  # from the text, not from the wreck
+            next(chunks)
+    assert state.text == "the " + begun
+    assert state.text + generate(state) == lm.generate("the " + begun, 20, rng_seed=5)  # read again
 
-    story.undo()
+    state.undo()
     with monkeypatch.context() as patch:
         patch.setattr(TextStream, "_prediction", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            write(story)
-    assert story.text + write(story) == lm.generate("the " + begun, 20, rng_seed=5)
+            generate(state)
+    assert state.text + generate(state) == lm.generate("the " + begun, 20, rng_seed=5)
 
 
-def test_a_stop_ends_a_piece_and_going_on_goes_past_it(story, lm):
-    story.set("stop", [".\n"])
-    story.set("max_length", 200)
-    story.type("the ")
-    write(story)
-    assert story.text == lm.generate("the ", 200, rng_seed=5, stop=".\n")
-    assert story.here.stopped
-    seed = story.text
+def test_a_stop_ends_a_turn_and_the_next_turn_continues_after_it(state, lm):
+    state.set("stop", [".\n"])
+    state.set("max_length", 200)
+    state.add("the ")
+    generate(state)
+    assert state.text == lm.generate("the ", 200, rng_seed=5, stop=".\n")
+    assert state.last.stopped
+    seed = state.text
     assert len(seed) < 204
-    assert seed + write(story) == lm.generate(seed, 200, rng_seed=5, stop=".\n", min_length=1)
-    assert len(story.text) > len(seed)
+    assert seed + generate(state) == lm.generate(seed, 200, rng_seed=5, stop=".\n", min_length=1)
+    assert len(state.text) > len(seed)
 
 
-def test_a_stop_that_holds_text_back_beyond_the_end_of_a_piece(story, lm):
-    story.set("stop", ["e" * 5])
-    story.set("allowed", "e ")
-    story.type("the ")
-    story.set("max_length", 1)
-    pieces = [write(story) for _ in range(9)]
+def test_a_stop_that_holds_text_back_beyond_the_end_of_a_turn(state, lm):
+    state.set("stop", ["e" * 5])
+    state.set("allowed", "e ")
+    state.add("the ")
+    state.set("max_length", 1)
+    pieces = [generate(state) for _ in range(9)]
     assert {len(piece) for piece in pieces} == {1}
     assert "the " + "".join(pieces) == lm.generate("the ", 9, rng_seed=5, allowed="e ")
 
 
-def test_undo(story):
-    with pytest.raises(UserError, match="no text to take back"):
-        story.undo()
-    story.type("the ")
-    text = write(story)
-    assert story.undo().text == text
-    assert story.text == "the "
-    assert story.undo().typed
-    assert story.text == ""
-    assert story.here is None
+def test_undo(state):
+    with pytest.raises(UserError, match="no turn to undo"):
+        state.undo()
+    state.add("the ")
+    text = generate(state)
+    assert state.undo().text == text
+    assert state.text == "the "
+    assert state.undo().typed
+    assert state.text == ""
+    assert state.last is None
 
 
-def test_branches(story, lm):
-    for call in (story.branch, story.again):
+def test_branches(state, lm):
+    for call in (state.branch, state.retry):
         with pytest.raises(UserError):
             call()
-    story.type("the ")
-    first = story.text + write(story)
-    assert story.branch() == "1"
-    write(story)
-    assert story.branch("long") == "long"
-    assert story.go("1") == ""
-    assert story.text == first
-    assert first + write(story) == lm.generate(first, 20, rng_seed=5)
-    story.undo()
-    assert first + write(story) == lm.generate(first, 20, rng_seed=5)
-    story.type("!")
-    assert story.go(None) == "2"
-    assert (story.text, story.go("2")) == ("", "")
-    assert story.text.endswith("!")
+    state.add("the ")
+    first = state.text + generate(state)
+    assert state.branch() == "1"
+    generate(state)
+    assert state.branch("long") == "long"
+    assert state.switch("1") == ""
+    assert state.text == first
+    assert first + generate(state) == lm.generate(first, 20, rng_seed=5)
+    state.undo()
+    assert first + generate(state) == lm.generate(first, 20, rng_seed=5)
+    state.add("!")
+    assert state.switch(None) == "2"
+    assert (state.text, state.switch("2")) == ("", "")
+    assert state.text.endswith("!")
     for name, told in (("3", "there are: 1, long, 2"), ("", "there is no branch ;")):
         with pytest.raises(UserError, match=re.escape(told)):
-            story.go(name)
+            state.switch(name)
     with pytest.raises(UserError, match="there is a branch long already"):
-        story.branch("long")
-    assert story.text.endswith("!")
+        state.branch("long")
+    assert state.text.endswith("!")
 
 
-def test_few_caches_are_kept_however_long_it_goes_on(story):
-    for _ in range(3 * KEPT):
-        write(story)
-        story.type("a")
-    assert len(story._paused) == KEPT
+def test_the_number_of_caches_is_bounded(state):
+    for _ in range(3 * MAX_STREAMS):
+        generate(state)
+        state.add("a")
+    assert len(state._paused) == MAX_STREAMS
 
 
 @pytest.mark.parametrize(
@@ -224,24 +224,24 @@ def test_few_caches_are_kept_however_long_it_goes_on(story):
      ("rng_seed", 1 << 32), ("rng_seed", -1), ("overflow", "slide"), ("overflow", "x"), ("allowed", "\ud800"),
      ("stop", ["\ud800"]), ("repetition_penalty", 0), ("repetition_window", 1000)],
 )  # fmt: skip
-def test_options_out_of_range_change_nothing(story, name, value):
-    before = dict(story.options)
+def test_options_out_of_range_change_nothing(state, name, value):
+    before = dict(state.options)
     with pytest.raises(UserError):
-        story.set(name, value)
-    assert story.options == before
-    assert len(write(story)) == 20
+        state.set(name, value)
+    assert state.options == before
+    assert len(generate(state)) == 20
 
 
-def test_a_mistake_takes_nothing_back(story):
-    story.type("the ")
-    write(story)
-    text = story.text
+def test_a_mistake_changes_nothing(state):
+    state.add("the ")
+    generate(state)
+    text = state.text
     for rng_seed in (-1, 1 << 32):
         with pytest.raises(UserError, match="rng_seed"):
-            story.again(rng_seed)
+            state.retry(rng_seed)
     with pytest.raises(UserError, match="surrogate"):
-        story.type("\udcff")
-    assert story.text == text
+        state.add("\udcff")
+    assert state.text == text
 
 
 # Lines, without a terminal: a script.
@@ -288,13 +288,13 @@ def test_commands(script, lm, tmp_path):
     )  # fmt: skip
     assert (code, err) == (0, "")
     lines = out.removeprefix(text + "\n").split("\n")
-    assert lines[0] == "kept as 1"
-    assert lines[1] == "took back 30 characters; left are 4 characters: the "
-    assert lines[2].startswith("kept the other text as 2")
+    assert lines[0] == "stored as 1"
+    assert lines[1] == "removed 30 characters; left are 4 characters: the "
+    assert lines[2].startswith("stored the other text as 2")
     other = lm.generate("the ", 30, rng_seed=5)
     assert other[4:] in out
     assert re.search(r"^  1  34 characters: ", out, re.MULTILINE)
-    assert "kept the other text as 3\n0 characters\n4 characters: the \nthe \n" in out
+    assert "stored the other text as 3\n0 characters\n4 characters: the \nthe \n" in out
     likeliest = lm.next_characters("the ", 2)
     assert "".join(f'{p:.6f}  "{character}"\n' for character, p in likeliest) in out
     assert out.endswith(f"wrote 34 characters to {file}\n")
@@ -319,9 +319,9 @@ def test_every_option_of_generation_has_a_line():
     assert {name for name, _, _ in OPTIONS.values()} == {*Options.__annotations__, "max_length"} - {"stream_number"}
 
 
-def test_help_names_everything(script, story, capsys):
+def test_help_names_everything(script, state, capsys):
     out = script("/help")[1]
-    for name in (*OPTIONS, *Console(story)._commands, "quit"):
+    for name in (*OPTIONS, *Console(state).commands, "quit"):
         assert re.search(rf"^.*/{name}\b", out, re.MULTILINE), name
     assert max(map(len, out.splitlines())) <= 80
 
@@ -332,33 +332,33 @@ def test_help_names_everything(script, story, capsys):
         ("/temperatur 1", "there is no command /temperatur; did you mean /temperature?"),
         ("/usr/bin", "there is no command /usr/bin; /help lists them"),
         ("/", "there is no command /;"),
-        ("/temperature hot", "/temperature wants a number, not 'hot'"),
+        ("/temperature hot", "/temperature needs a number, not 'hot'"),
         ("/temperature nan", "temperature = nan is out of range"),
-        ("/top-k 1.5", "/top-k wants a whole number"),
+        ("/top-k 1.5", "/top-k needs a whole number"),
         ("/max-length -1", "max_length = -1"),
-        ("/max-length 1" + "0" * 5000, "/max-length wants a whole number"),
+        ("/max-length 1" + "0" * 5000, "/max-length needs a whole number"),
         ("/overflow slide", "overflow = 'slide' needs a model"),
-        ("/undo", "no text to take back"),
-        ("/undo 3", "/undo stands alone"),
-        ("/again", "the model wrote nothing since you typed"),
+        ("/undo", "no turn to undo"),
+        ("/undo 3", "/undo takes no argument"),
+        ("/again", "the model has written nothing since you typed"),
         ("/branch", "there is no text yet"),
-        ("/go", "/go wants the name"),
+        ("/go", "/go needs an argument: /go NAME"),
         ("/go 7", "there is no branch 7; /branch makes one"),
-        ("/next x", "/next wants a whole number"),
+        ("/next x", "/next needs a whole number"),
         ("/next 0", "/next 0 is out of range"),
-        ("/save", "/save wants the name"),
-        ("/save .", "is there already"),
+        ("/save", "/save needs an argument: /save FILE"),
+        ("/save .", "exists already"),
         ("/save no/where/x.txt", "cannot write no/where/x.txt: No such file"),
         ("/save a\0b", "cannot write a\\x00b"),
         ("/save ~nobody-of-this-name/x", "cannot write"),
-        ("/unset", "/unset wants an option: temperature"),
-        ("/unset x", "/unset wants an option: temperature"),
+        ("/unset", "/unset needs an option: temperature"),
+        ("/unset x", "/unset needs an option: temperature"),
         ("/go \x1b[2J", r"there is no branch \x1b[2J"),
         ("\udcff", "this line is not UTF-8"),
         ("/stop \udcff", "this line is not UTF-8"),
     ],
 )
-def test_a_mistake_is_one_line_and_the_conversation_goes_on(script, tmp_path, monkeypatch, line, told):
+def test_a_mistake_is_one_line_and_the_next_line_is_read(script, tmp_path, monkeypatch, line, told):
     monkeypatch.chdir(tmp_path)
     code, out, err = script(line, "/max-length", argv=SHORT)
     assert (code, out) == (0, "max-length 30\n")
@@ -379,15 +379,15 @@ def test_what_readme_shows(script):
         assert "there is no command" not in script(f"/{name}", argv=SHORT)[2]
 
 
-def test_a_file_of_others_is_not_written_over(script, tmp_path):
+def test_an_existing_file_is_not_overwritten(script, tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("mine")
-    assert "is there already; choose another name" in script("the ", f"/save {file}", argv=SHORT)[2]
+    assert "exists already; choose another name" in script("the ", f"/save {file}", argv=SHORT)[2]
     assert file.read_text() == "mine"
 
 
 @pytest.mark.parametrize("other", [("--json",), ("--num-samples", 2), ("--next", 3), ("--perplexity",)])
-def test_what_it_does_not_go_with(script, other):
+def test_options_that_exclude_each_other(script, other):
     code, out, err = script(argv=other)
     assert (code, out) == (2, "")
     assert err == f"smallm: --interactive does not go with {other[0]}; leave out one of them\n"
@@ -399,7 +399,7 @@ def test_options_of_the_command_line_are_checked(script):
     assert err.startswith("smallm: temperature = -1.0 is out of range")
 
 
-def test_bytes_that_are_no_text(exported):
+def test_bytes_that_are_not_utf8(exported):
     """A whole process: what is read from a pipe is UTF-8 in any locale."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "infer.py"), "--model", str(exported), "--interactive", "--max-length", "0"],
@@ -410,7 +410,7 @@ def test_bytes_that_are_no_text(exported):
     assert done.stderr == b"smallm: this line is not UTF-8; set the terminal, or save the file, as UTF-8\n"
 
 
-def test_infer_does_not_load_it_unless_asked(exported):
+def test_infer_loads_the_repl_only_when_asked(exported):
     code = f"""
 import sys
 from smallm.cli.infer import main
@@ -442,7 +442,7 @@ def wild(tmp_path_factory) -> ReplState:
     [({"TERM": "xterm"}, True), ({"TERM": "xterm", "NO_COLOR": ""}, True), ({"TERM": "xterm", "NO_COLOR": "1"}, False),
      ({"TERM": "dumb"}, False), ({}, False)],
 )  # fmt: skip
-def test_what_was_typed_is_bold_and_nothing_the_model_writes_commands_the_terminal(
+def test_typed_text_is_bold_and_the_models_control_characters_are_escaped(
     wild, monkeypatch, variables, coloured
 ):
     for name in ("TERM", "NO_COLOR"):
@@ -451,21 +451,21 @@ def test_what_was_typed_is_bold_and_nothing_the_model_writes_commands_the_termin
         monkeypatch.setenv(name, value)
     screen = Screen()
     monkeypatch.setattr(sys, "stdout", screen)
-    Console(wild).obey(r"a\nb")
+    Console(wild).execute(r"a\nb")
     shown = screen.getvalue()
     typed = "\x1b[1ma\nb\x1b[0m" if coloured else "a\nb"
     assert shown.startswith(typed)
     rest = shown.removeprefix(typed)
     assert not [c for c in rest if not c.isprintable() and c not in "\n\t"]
-    written = wild.here.text
-    assert [c for c in written if not c.isprintable() and c not in "\n\t"]  # and there was something to keep away
+    written = wild.last.text
+    assert [c for c in written if not c.isprintable() and c not in "\n\t"]  # and the text had control characters
     assert rest == printable(written, keep="\n\t") + "\n"
     assert "\\x1b" in printable("\x1b[2J")
 
 
 def test_a_pipe_gets_the_text_as_it_is(wild, monkeypatch, capsys):
     monkeypatch.setenv("TERM", "xterm")
-    Console(wild).obey("ab")
+    Console(wild).execute("ab")
     assert capsys.readouterr().out == wild.text + "\n"
 
 
@@ -476,10 +476,10 @@ def test_hidden_characters_are_spelled_out():
     assert printable("a\nb\x1b") == r"a\nb\x1b"
 
 
-def test_completions(story):
-    story.type("a")
-    story.branch("home")
-    console = Console(story)
+def test_completions(state):
+    state.add("a")
+    state.branch("home")
+    console = Console(state)
     assert console.completions("/te") == ["/text", "/temperature"]
     assert console.completions("/go ") == ["/go home"]
     assert console.completions("/unset top-") == ["/unset top-k", "/unset top-p"]
@@ -524,7 +524,7 @@ def typist(exported, tmp_path):
         def _read(self) -> str:
             try:
                 data = os.read(self.screen, 1 << 16)
-            except OSError:  # Linux says so that nobody is there any more
+            except OSError:  # Linux reports a closed terminal with this error
                 data = b""
             assert data, self.seen[-2000:]
             return data.decode("utf-8", errors="replace")
@@ -564,14 +564,14 @@ def test_ctrl_c_stops_the_text_and_not_the_program(typist, tmp_path):
     person.press("/max-length 20\n")
     person.expect("max-length 20\r\n")
     person.press("/branch here\n")
-    person.expect("kept as here\r\n")
+    person.expect("stored as here\r\n")
     person.press("/undo\n")
-    taken = re.search(r"took back ([\d,]+) characters", person.expect("left are 4 characters: Zoë"))
+    taken = re.search(r"removed ([\d,]+) characters", person.expect("left are 4 characters: Zoë"))
     assert int(taken[1].replace(",", "")) >= 400
     person.press("half a line\x03")
     person.expect("Ctrl-D or /quit leaves")
     person.press("/bran\t\n")  # completed as far as it goes
-    person.expect("kept as 1")
+    person.expect("stored as 1")
     assert person.leave() == 0
     history = (tmp_path / "state" / "smallm" / "history").read_text(encoding="utf-8").splitlines()
     assert history[-5:] == ["Zoë ", "/max-length 20", "/branch here", "/undo", "/branch"]
