@@ -37,7 +37,7 @@ def interrupts():
 def fp32():
     """`mixed_precision = auto` means fp32 in the tests of this process, also on processors that are faster in bf16."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("smallm.training.precision.FASTER", 0.0)
+        patch.setattr("smallm.training.precision.MAX_BF16_TIME", 0.0)
         yield
 
 

@@ -1,20 +1,26 @@
-"""The first and the last words of a run."""
+"""What happens around the training loop: summaries, metrics and samples, the report, forgetting, baselines.
 
-import json
+The trainer calls the callbacks, in their order, with a snapshot of the run; callbacks never see the trainer.
+"""
+
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
 
 from smallm.errors import UserError
 from smallm.inference.scoring import perplexity
-from smallm.runs.layout import METRICS
-from smallm.training import finetune as learn_on
+from smallm.runs.layout import OLD_VALIDATION, VALIDATION
+from smallm.runs.metrics import read_metrics
 from smallm.training.analysis.advice import full_report, opening_lines
 from smallm.training.analysis.baselines import (
     MAX_SHARE,
+    Baseline,
     baselines,
     in_words,
     known_baselines,
@@ -23,133 +29,363 @@ from smallm.training.analysis.baselines import (
 )
 from smallm.training.analysis.memorisation import copies
 from smallm.training.analysis.text_statistics import examine
+from smallm.training.budget.clock import Forecast
+from smallm.training.budget.configure import bz2_nats_per_character
+from smallm.training.checkpoint.format import TrainingState, checkpoint_folder, load_weights
+from smallm.training.config import Config
+from smallm.training.data.corpus import Corpus
+from smallm.training.devices import warnings
+from smallm.training.evaluate import sample_text
+from smallm.training.finetune import model_name, old_text_loss
+from smallm.training.logger import Logger
+from smallm.training.model.transformer import TransformerLanguageModel
+from smallm.training.report.passage import read_passage
 from smallm.training.report.record import RecordWriter, machine_facts
+from smallm.training.step_plan import StepPlan
 
-if TYPE_CHECKING:
-    from smallm.training.trainer import Trainer
-
-SEARCHED = 1 << 24  # ids, in which copies are looked for at the end of a training: a moment's work
-LAST_SAMPLES = 3  # that are looked for
+MAX_SEARCHED_IDS = 1 << 24  # a longer training text is not searched for copies, which would take too long
+SEARCHED_SAMPLES = 3  # the last ones
 
 
-def opening(trainer: "Trainer") -> str:
-    """What is about to happen: text, model, length and machine, a line each."""
-    c, corpus, facts = trainer.config, trainer.corpus, trainer.state.facts
-    about = "about " if c.train.minutes else ""
-    return (
-        f"text   {corpus.name}: {corpus.train_characters:,} characters to learn, "
-        f"{corpus.val_characters:,} to validate; vocabulary of {corpus.vocabulary.size}\n"
-        f"{learn_on.opening(trainer)}"
-        f"model  {c.model.n_layer} layers x {c.model.n_embd}, {facts['parameters']:,} parameters, "
-        f"context {c.model.block_size}, {trainer.model.flops_per_id() / 1e6:.1f} MFLOP per id\n"
-        f"run    {trainer.run}: {about}{trainer.total_steps:,} steps of {trainer.characters_per_step:,.0f} characters "
-        f"= {trainer.total_steps / trainer.steps_per_epoch:.1f} epochs, {c.optim.name}\n"
-        f"on     {facts['processes']} process(es), each with {facts['device']}, {facts['precision']}, "
-        f"{trainer.grad_accum_steps} x {trainer.micro_batch_size} sequences a step"
-    )
+@dataclass(frozen=True)
+class RunSnapshot:
+    """A run at one moment, as callbacks see it."""
+
+    folder: Path
+    config: Config
+    corpus: Corpus
+    accelerator: Accelerator
+    model: TransformerLanguageModel
+    logger: Logger
+    plan: StepPlan
+    state: TrainingState
+    """A copy."""
+    total_steps: int
+    """Steps of the whole run; under train.minutes an estimate."""
+    stopped_early: bool
+    """Whether train.patience has run out."""
+    start: float
+    """`time.perf_counter()` at the start of the run, minus the seconds of its earlier parts."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the main process, the only one that prints and writes."""
+        return self.accelerator.is_main_process
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, from 0 to 1."""
+        return self.state.step / self.total_steps
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start of the run, without interruptions."""
+        return time.perf_counter() - self.start
 
 
-def beginning(trainer: "Trainer") -> RecordWriter:
-    """Where the run keeps what its report will say, with text and machine in it; of a new run, says the findings."""
-    corpus, step, main = trainer.corpus, trainer.state.step, trainer.accelerator.is_main_process
-    record = RecordWriter(trainer.run, trainer.report.say, resumed=step > 0, enabled=main)
-    if not main:
-        return record
-    checkup = examine(corpus)
-    record.update(
-        state="training",
-        planned_steps=trainer.total_steps,
-        facts=trainer.state.facts | machine_facts(),
-        train_characters=corpus.train_characters,
-        val_characters=corpus.val_characters,
-        findings=full_report(corpus, checkup),
-    )
-    if not step:
-        record.update(began=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
-        trainer.report.say("\n".join(opening_lines(checkup)))
-    return record
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation; losses in nats per character."""
+
+    val_loss: float
+    train_loss: float | None
+    """Mean since the evaluation before; None if no step was logged since."""
+    improved: bool
+    """Whether `val_loss` is the lowest of the run."""
 
 
-def broken_off(trainer: "Trainer", number: int) -> Iterator[str]:
-    """What a signal has ended, and how to go on."""
-    if trainer.accelerator.is_main_process:
-        yield from page_of(trainer, "interrupted")
-    why = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
-    yield f"{why} at step {trainer.state.step:,}; go on with: python train.py --resume {trainer.run}"
+class Callback:
+    """Base class: every method is called on all processes, and does nothing by default."""
+
+    def on_start(self, run: RunSnapshot) -> None:
+        """Before the first step, also of a resumed run; the progress bar is not shown yet."""
+
+    def on_log(self, run: RunSnapshot, metrics: dict[str, Any]) -> None:
+        """Every train.log_every steps, with the record for metrics.jsonl."""
+
+    def on_evaluation(self, run: RunSnapshot, evaluation: Evaluation) -> None:
+        """After every evaluation that was not interrupted."""
+
+    def on_end(self, run: RunSnapshot) -> None:
+        """After the last step and its checkpoint. `KeyboardInterrupt` may be raised here: handlers are restored."""
+
+    def on_interrupt(self, run: RunSnapshot, signum: int) -> None:
+        """After a signal has ended the run and its checkpoint is saved."""
 
 
-def closing(trainer: "Trainer", state: str, more: Iterable[str] = ()) -> Iterator[str]:
-    """How good the model is, `more`, where everything lies and what to type next; state: how the run ended."""
-    best = trainer.state.best_val_loss
-    yield (
-        f"best validation loss {best:.4f} nats per character ({best / math.log(2):.3f} bits, perplexity "
-        f"{perplexity(best):.2f}) at step {trainer.state.best_step:,}{_plot(trainer)}"
-    )
-    yield from more
-    yield from comparison(trainer)
-    yield from copied(trainer)
-    yield from page_of(trainer, state)
-    yield f"next: python export.py {trainer.run}"
+def default_callbacks() -> list[Callback]:
+    """The callbacks of `train.py`, in the order of their output."""
+    record = ReportRecord()
+    return [
+        StartupSummary(),
+        record,
+        TextCheck(record),
+        LossForecast(),
+        MetricsLog(),
+        FinalSummary(),
+        Forgetting(),
+        BaselineComparison(),
+        Memorisation(record),
+        ReportPage(record),
+        NextCommand(),
+    ]
 
 
-def comparison(trainer: "Trainer") -> Iterator[str]:
-    """The yardsticks beside the model, in words and in the run folder.
+class StartupSummary(Callback):
+    """Prints text, model, length of the run and device, one line each."""
 
-    The model is saved by then, so measuring them, once for a text, keeps no step waiting. Under `--minutes` there is
-    time kept for it; if that would be too much of it, only those are said that are known.
-    """
-    corpus, promised = trainer.corpus, 60 * trainer.config.train.minutes
-    too_long = 0 < MAX_SHARE * promised < seconds_needed(corpus)
-    try:
-        measured = known_baselines(corpus) if too_long else baselines(corpus)
-    except KeyboardInterrupt:  # of someone who will not wait; the run is finished
-        measured = None
-    if measured is None:
-        yield "for yardsticks (gzip, bz2, xz, n-grams) beside it: python train.py --check TEXT"
-        return
-    bits = trainer.state.best_val_loss / math.log(2)
-    try:
-        write_baselines(trainer.run, measured, bits, trainer.corpus.val_characters)
-    except OSError as error:
-        trainer.report.say(f"warning: cannot write the baselines into {trainer.run} ({error.strerror})")
-    yield in_words(measured, bits)
+    def on_start(self, run: RunSnapshot) -> None:
+        c, corpus, facts, plan = run.config, run.corpus, run.state.facts, run.plan
+        for line in warnings(run.accelerator):
+            run.logger.warning(line)
+        about = "about " if c.train.minutes else ""
+        run.logger.info(
+            f"text   {corpus.name}: {corpus.train_characters:,} characters to learn, "
+            f"{corpus.val_characters:,} to validate; vocabulary of {corpus.vocabulary.size}\n"
+            f"{self._origin(run)}"
+            f"model  {c.model.n_layer} layers x {c.model.n_embd}, {facts['parameters']:,} parameters, "
+            f"context {c.model.block_size}, {run.model.flops_per_id() / 1e6:.1f} MFLOP per id\n"
+            f"run    {run.folder}: {about}{run.total_steps:,} steps of {plan.characters_per_step:,.0f} characters "
+            f"= {run.total_steps / plan.steps_per_epoch:.1f} epochs, {c.optim.name}\n"
+            f"on     {facts['processes']} process(es), each with {facts['device']}, {facts['precision']}, "
+            f"{plan.grad_accum_steps} x {plan.micro_batch_size} sequences a step"
+        )
 
-
-def copied(trainer: "Trainer") -> Iterator[str]:
-    """One line if the last samples are copies; a text too long to be known by heart is not searched."""
-    if len(trainer.corpus.train_ids) > SEARCHED:
-        return
-    with suppress(OSError, ValueError, KeyError):
-        lines = (trainer.run / METRICS).read_bytes().splitlines()
-        samples = [values["sample"] for values in map(json.loads, lines) if values["kind"] == "eval"][-LAST_SAMPLES:]
-        report = copies([sample for sample in samples if sample], trainer.corpus)
-        trainer.record.update(memorisation=report.rows())
-        if report.is_remarkable:
-            yield f"its samples are copies: {report.lines()[0]}; more text, --model.dropout 0.2 or fewer steps help"
+    def _origin(self, run: RunSnapshot) -> str:
+        """The line about train.init_from."""
+        if not run.config.train.init_from:
+            return ""
+        new, old_loss = run.corpus.vocabulary.size - run.state.base_vocab_size, run.state.old_text_loss
+        loss = "" if old_loss is None else f"; {old_loss:.4f} nats per character on its own text"
+        return f"init   {run.config.train.init_from}: {new:,} ids are new{loss}\n"
 
 
-def page_of(trainer: "Trainer", state: str) -> Iterator[str]:
-    """Writes the report, and says where it is; one that cannot be written spoils no run."""
-    from smallm.training.report.run_page import write_report
+class ReportRecord(Callback):
+    """Stores facts, text check, passage and memorisation in report.json, from which the report page is written."""
 
-    trainer.record.update(state=state, planned_steps=trainer.total_steps)
-    try:
-        yield f"report: {write_report(trainer.run)}"
-    except UserError as error:
-        trainer.report.say(f"warning: no report: {error}")
+    def on_start(self, run: RunSnapshot) -> None:
+        resumed = run.state.step > 0
+        self._writer = RecordWriter(run.folder, run.logger.info, resumed=resumed, enabled=run.is_main)
+        began = {} if resumed else {"began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
+        self.update(
+            state="training",
+            planned_steps=run.total_steps,
+            facts=run.state.facts | machine_facts(),
+            train_characters=run.corpus.train_characters,
+            val_characters=run.corpus.val_characters,
+            **began,
+        )
+
+    def on_evaluation(self, run: RunSnapshot, evaluation: Evaluation) -> None:
+        if evaluation.improved:
+            self.update(passage=read_passage(run.model, run.corpus, run.state.step))
+
+    def update(self, **fields: Any) -> None:
+        """Sets fields of the report's record."""
+        self._writer.update(**fields)
 
 
-def _plot(trainer: "Trainer") -> str:
-    """Draws the curves, and says how long all took; a picture that cannot be drawn spoils no finished run.
+class TextCheck(Callback):
+    """Examines the training text; prints the findings of a new run that the user should know."""
 
-    With one evaluation there is no curve to see, and drawing would take a tenth of so short a run.
-    """
-    picture = ""
-    if trainer.state.step > trainer.eval_every:
+    def __init__(self, record: ReportRecord):
+        self._record = record
+
+    def on_start(self, run: RunSnapshot) -> None:
+        if not run.is_main:
+            return
+        statistics = examine(run.corpus)
+        self._record.update(findings=full_report(run.corpus, statistics))
+        if not run.state.step:
+            run.logger.info("\n".join(opening_lines(statistics)))
+
+
+class LossForecast(Callback):
+    """After a tenth of a run under train.minutes, prints the loss to expect at the end."""
+
+    def __init__(self) -> None:
+        self._forecast: Forecast | None = None
+
+    def on_start(self, run: RunSnapshot) -> None:
+        if run.config.train.minutes and run.is_main:
+            self._forecast = Forecast(run.progress, bz2_nats_per_character(run.corpus))
+
+    def on_log(self, run: RunSnapshot, metrics: dict[str, Any]) -> None:
+        if self._forecast and (line := self._forecast.update(run.progress, metrics["loss"])):
+            run.logger.info(line)
+
+
+class MetricsLog(Callback):
+    """Writes metrics.jsonl, shows loss and speed beside the bar, prints evaluations with a sample of the model."""
+
+    def on_log(self, run: RunSnapshot, metrics: dict[str, Any]) -> None:
+        run.logger.show(f"loss {metrics['loss']:.3f}, {metrics['characters_per_second']:,.0f} chars/s")
+        run.logger.write("train", metrics)
+
+    def on_evaluation(self, run: RunSnapshot, evaluation: Evaluation) -> None:
+        sample, step, epoch = self._sample(run), run.state.step, run.state.step / run.plan.steps_per_epoch
+        loss, train_loss, bits = evaluation.val_loss, evaluation.train_loss, evaluation.val_loss / math.log(2)
+        train = "" if train_loss is None else f", train {train_loss:.4f}"
+        run.logger.info(
+            f"step {step:,} (epoch {epoch:.2f}): validation {loss:.4f} nats per character = {bits:.3f} bits{train}"
+        )
+        if sample:
+            run.logger.info("    " + sample.strip("\n").replace("\n", "\n    "))
+        run.logger.write("eval", {
+            "step": step, "epoch": epoch, "train_loss": train_loss, "val_loss": loss, "bits_per_character": bits,
+            "perplexity": perplexity(loss), "seconds": run.seconds, "sample": sample,
+        })  # fmt: skip
+
+    def _sample(self, run: RunSnapshot) -> str:
+        """Seed text and continuation by the settings of the run; computed by all processes (FSDP)."""
+        c, vocabulary = run.config, run.corpus.vocabulary
+        ids = vocabulary.encode(c.sample.seed or run.corpus.start_text).tolist()
+        length, block_size = c.train.sample_length, c.model.block_size
+        return c.sample.seed + sample_text(run.model, vocabulary, ids, length, block_size, c.sample.sampling)
+
+
+class FinalSummary(Callback):
+    """Prints the best validation loss and the duration; draws the loss curves."""
+
+    def on_end(self, run: RunSnapshot) -> None:
+        if not run.is_main:
+            return
+        if run.stopped_early:
+            run.logger.info(f"stopped: no better validation loss in {run.config.train.patience} evaluations")
+        best, curves = run.state.best_val_loss, self._plot(run)
+        assert best is not None  # the last step is always evaluated
+        run.logger.result(
+            f"best validation loss {best:.4f} nats per character ({best / math.log(2):.3f} bits, perplexity "
+            f"{perplexity(best):.2f}) at step {run.state.best_step:,}, {run.seconds:.0f} s{curves}"
+        )
+
+    def _plot(self, run: RunSnapshot) -> str:
+        """Draws the curves, which a single evaluation does not have. A run does not fail if its plot fails."""
+        if run.state.step <= run.plan.eval_every:
+            return ""
         from smallm.training.report.plot import plot_runs
 
         try:
-            picture = f"; curves in {plot_runs([trainer.run], trainer.run / 'loss.png')}"
+            return f"; curves in {plot_runs([run.folder], run.folder / 'loss.png')}"
         except UserError as error:
-            trainer.report.say(f"warning: {error}")
-    return f", {trainer.meter.seconds:.0f} s{picture}"
+            run.logger.warning(str(error))
+            return ""
+
+
+class Forgetting(Callback):
+    """After fine-tuning (train.init_from): measures how the best checkpoint's loss on the old text has changed."""
+
+    def on_end(self, run: RunSnapshot) -> None:
+        if not run.config.train.init_from:
+            return
+        state, name = run.state, model_name(Path(run.config.train.init_from))
+        before = state.old_text_loss
+        if before is None or not (run.folder / OLD_VALIDATION).is_file():
+            run.logger.result(f"forgetting was not measured: the old text of {name} ({VALIDATION}) is missing")
+            return
+        try:
+            after, characters = self._measure(run)
+        except KeyboardInterrupt:  # the run is finished; only this figure is missing
+            run.logger.result("forgetting was not measured: interrupted")
+            return
+        record = {"step": state.best_step, "name": name, "characters": characters, "before": before, "after": after}
+        run.logger.write("old_text", record)
+        run.logger.result(
+            f"loss on the old text of {name}: {before:.4f} nats per character before, {after:.4f} after "
+            f"({after - before:+.4f}), over {characters:,} characters"
+        )
+
+    def _measure(self, run: RunSnapshot) -> tuple[float, int]:
+        """Loads the best weights into the model of the run, which no longer trains; called by all processes."""
+        if run.state.best_step != run.state.step:
+            load_weights(checkpoint_folder(run.folder, run.state.best_step), run.model)
+        return old_text_loss(run.accelerator, run.model, run.corpus.vocabulary, run.folder)
+
+
+class BaselineComparison(Callback):
+    """Compares the model with compressors and n-gram models, on the terminal and in the run folder."""
+
+    def on_end(self, run: RunSnapshot) -> None:
+        if not run.is_main:
+            return
+        try:
+            measured = self._baselines(run)
+        except KeyboardInterrupt:  # the run is finished; only the comparison is missing
+            measured = None
+        if measured is None:
+            run.logger.result("to compare with baselines (gzip, bz2, xz, n-grams): python train.py --check TEXT")
+            return
+        bits = run.state.best_val_loss / math.log(2)
+        try:
+            write_baselines(run.folder, measured, bits, run.corpus.val_characters)
+        except OSError as error:
+            run.logger.warning(f"cannot write the baselines into {run.folder} ({error.strerror})")
+        run.logger.result(in_words(measured, bits))
+
+    def _baselines(self, run: RunSnapshot) -> list[Baseline] | None:
+        """Measured once for each text. A run under train.minutes reserves time for that, unless it is too much of it;
+        then only known figures are used, if there are any.
+        """
+        seconds = 60 * run.config.train.minutes
+        too_long = 0 < MAX_SHARE * seconds < seconds_needed(run.corpus)
+        return known_baselines(run.corpus) if too_long else baselines(run.corpus)
+
+
+class Memorisation(Callback):
+    """Searches the training text for the last samples; prints a line if the model copies."""
+
+    def __init__(self, record: ReportRecord):
+        self._record = record
+
+    def on_end(self, run: RunSnapshot) -> None:
+        if not run.is_main or len(run.corpus.train_ids) > MAX_SEARCHED_IDS:
+            return
+        with suppress(OSError, ValueError, KeyError):
+            samples = [record["sample"] for record in read_metrics(run.folder) if record["kind"] == "eval"]
+            report = copies([sample for sample in samples[-SEARCHED_SAMPLES:] if sample], run.corpus)
+            self._record.update(memorisation=report.rows())
+            if report.is_remarkable:
+                run.logger.result(f"its samples are copies: {report.lines()[0]}; more text, --model.dropout 0.2 or "
+                                  "fewer steps help")  # fmt: skip
+
+
+class ReportPage(Callback):
+    """Writes the report page and prints its path. A run does not fail if its report fails."""
+
+    def __init__(self, record: ReportRecord):
+        self._record = record
+
+    def on_end(self, run: RunSnapshot) -> None:
+        if path := self._write(run, "out of patience" if run.stopped_early else "finished"):
+            run.logger.result(f"report: {path}")
+
+    def on_interrupt(self, run: RunSnapshot, signum: int) -> None:
+        if path := self._write(run, "interrupted"):
+            run.logger.info(f"report: {path}")
+
+    def _write(self, run: RunSnapshot, state: str) -> Path | None:
+        if not run.is_main:
+            return None
+        from smallm.training.report.run_page import write_report
+
+        self._record.update(state=state, planned_steps=run.total_steps)
+        try:
+            return write_report(run.folder)
+        except UserError as error:
+            run.logger.warning(f"no report: {error}")
+            return None
+
+
+class NextCommand(Callback):
+    """Prints where a resumed run starts, and at the end the command to type next."""
+
+    def on_start(self, run: RunSnapshot) -> None:
+        if run.state.step:
+            run.logger.info(f"going on from step {run.state.step:,}")
+
+    def on_end(self, run: RunSnapshot) -> None:
+        run.logger.result(f"next: python export.py {run.folder}")
+
+    def on_interrupt(self, run: RunSnapshot, signum: int) -> None:
+        why = "interrupted" if signum == signal.SIGINT else f"stopped by {signal.Signals(signum).name}"
+        run.logger.info(f"{why} at step {run.state.step:,}; go on with: python train.py --resume {run.folder}")

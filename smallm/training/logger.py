@@ -1,96 +1,154 @@
-"""What a run says while it runs: a progress bar, lines on stderr, and `metrics.jsonl` for programs."""
+"""What a run measures and prints while it trains: mean loss and speed, progress bar, messages, `metrics.jsonl`."""
 
 import json
 import math
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
+from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
-from tqdm import tqdm
+from torch import Tensor
+from tqdm.auto import tqdm  # a widget in notebooks, text elsewhere
 
 from smallm.atomic_write import atomic_write
-from smallm.training.checkpoint.format import TrainingState
+from smallm.runs.layout import METRICS
+from smallm.runs.metrics import Record, read_metrics
 from smallm.training.trackers import log_record
 
 
-class Report:
-    """Bar, messages and metrics of one run; silent where not enabled (all processes but the first)."""
+class Meter:
+    """Mean loss and speed between two log lines; losses stay on the device until a line is due."""
 
-    def __init__(
-        self, metrics: Path, state: TrainingState, total_steps: int, enabled: bool, trackers: list[GeneralTracker]
-    ):
-        """Goes on with the metrics of a resumed run, without the lines written after its checkpoint.
+    def __init__(self, accelerator: Accelerator, start: float):
+        """start: `time.perf_counter()` at the start of the run, minus the seconds of its earlier parts."""
+        self._accelerator = accelerator
+        self.start = start
+        self._mark = time.perf_counter()
+        self.paused_seconds = 0.0
+        self._total, self._steps = torch.zeros(2, device=accelerator.device), 0  # sum of the losses, their number
+        self._sum_since_evaluation, self._steps_since_evaluation = 0.0, 0
 
-        trackers: get the same figures.
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start of the run, with evaluations, checkpoints and the earlier parts of the run."""
+        return time.perf_counter() - self.start
+
+    def add(self, loss: Tensor) -> None:
+        """Adds the loss of one step on this process, still on the device; a loss that is not finite is left out."""
+        counts = loss.isfinite()
+        self._total += torch.stack([torch.where(counts, loss, 0), counts])
+        self._steps += 1
+
+    def read(self) -> tuple[float, float]:
+        """Mean loss over processes and steps since the last reading (NaN without a finite loss), and steps per second.
+
+        All processes must call this.
         """
-        self.enabled, self._trackers = enabled, trackers
-        if enabled:
-            atomic_write(metrics, b"".join(_lines_until(metrics, state.step)))
-            self._file = metrics.open("ab")
-        self._step, self._total_steps = state.step, total_steps
+        total, count = self._accelerator.reduce(self._total, "sum").tolist()
+        mean = total / count if count else math.nan
+        now, steps = time.perf_counter(), self._steps
+        speed = steps / (now - self._mark)
+        if count:
+            self._sum_since_evaluation += mean * steps
+            self._steps_since_evaluation += steps
+        self._total, self._steps, self._mark = torch.zeros_like(self._total), 0, now
+        return mean, speed
 
-    def __enter__(self) -> "Report":
-        """Starts the bar."""
-        self._bar = tqdm(total=self._total_steps, initial=self._step, unit="step", disable=not self.enabled,
+    def since_evaluation(self) -> float | None:
+        """Mean of the readings since the last call; None without a reading."""
+        total, steps = self._sum_since_evaluation, self._steps_since_evaluation
+        self._sum_since_evaluation, self._steps_since_evaluation = 0.0, 0
+        return total / steps if steps else None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in this context does not count as training speed."""
+        begun = time.perf_counter()
+        yield
+        pause = time.perf_counter() - begun
+        self._mark += pause
+        self.paused_seconds += pause
+
+
+class Logger:
+    """Progress bar, messages, metrics and trackers of a run; silent on all processes but the main one."""
+
+    def __init__(self, folder: Path, step: int, total_steps: int, trackers: list[GeneralTracker], enabled: bool):
+        """folder: of the run. In a resumed run, `step` is that of its checkpoint; later records are removed.
+
+        trackers: receive every record of metrics.jsonl too.
+        """
+        self._enabled, self._trackers = enabled, trackers
+        self._step, self._total_steps = step, total_steps
+        if enabled:
+            records = read_metrics(folder) if step else []
+            lines = [_json_line(record) for record in records if _step_of(record) <= step]
+            atomic_write(folder / METRICS, b"".join(lines))
+            self._file = (folder / METRICS).open("ab")
+
+    def __enter__(self) -> "Logger":
+        """Shows the bar."""
+        self._bar = tqdm(total=self._total_steps, initial=self._step, unit="step", disable=not self._enabled,
                          dynamic_ncols=True, mininterval=0.5)  # fmt: skip
         return self
 
-    def __exit__(self, *_exception) -> None:
-        self.close()
+    def __exit__(self, *_exception: object) -> None:
+        self.close_bar()
+        if self._enabled:
+            self._file.close()
 
-    def say(self, message: str) -> None:
-        """A message above the bar."""
-        if self.enabled:
+    def info(self, message: str) -> None:
+        """Prints a message on stderr, above the bar."""
+        if self._enabled:
             tqdm.write(message, file=sys.stderr)
 
+    def warning(self, message: str) -> None:
+        """Prints a warning on stderr, above the bar."""
+        self.info(f"warning: {message}")
+
+    def result(self, message: str) -> None:
+        """Prints a line on stdout; the bar must be closed."""
+        if self._enabled:
+            print(message, flush=True)
+
     def advance(self, step: int, total_steps: int) -> None:
-        """Moves the bar to `step` of so many."""
+        """Moves the bar to `step` of `total_steps`."""
         self._bar.total = total_steps
         self._bar.update(step - self._bar.n)
 
-    def train(self, **values) -> None:
-        """Figures of the last training steps."""
-        speed = f"{values['characters_per_second']:,.0f} chars/s"
-        self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed}", refresh=False)
-        whole = {key: value if math.isfinite(value) else None for key, value in values.items()}  # JSON has no NaN
-        self._write({"kind": "train", **whole})
+    def show(self, status: str) -> None:
+        """Sets the text at the end of the bar."""
+        self._bar.set_postfix_str(status, refresh=False)
 
-    def evaluation(self, **values) -> None:
-        """Figures of an evaluation, and the sample."""
-        train_loss = "" if values["train_loss"] is None else f", train {values['train_loss']:.4f}"
-        self.say(
-            f"step {values['step']:,} (epoch {values['epoch']:.2f}): validation {values['val_loss']:.4f} nats per "
-            f"character = {values['bits_per_character']:.3f} bits{train_loss}"
-        )
-        if values["sample"]:
-            self.say("    " + values["sample"].strip("\n").replace("\n", "\n    "))
-        self._write({"kind": "eval", **values})
-
-    def old_text(self, **values) -> None:
-        """How the loss on the text of the model that the run began with moved."""
-        self._write({"kind": "old_text", **values})
-
-    def close(self) -> None:
-        """Ends the bar and the file; messages may still follow."""
+    def close_bar(self) -> None:
+        """Ends the bar; messages and records may follow."""
         self._bar.close()
-        if self.enabled:
-            self._file.close()
 
-    def _write(self, values: dict) -> None:
-        if self.enabled:
-            self._file.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
+    def write(self, kind: str, values: dict[str, Any]) -> None:
+        """Appends a record to metrics.jsonl and passes the record to the trackers.
+
+        kind: `train`, `eval` or `old_text`; values: with `step`; numbers that are not finite become null.
+        """
+        if self._enabled:
+            record = {"kind": kind, **{key: _json_value(value) for key, value in values.items()}}
+            self._file.write(_json_line(record))
             self._file.flush()
-            log_record(values, self._trackers, self.say)
+            log_record(record, self._trackers, self.info)
 
 
-def _lines_until(metrics: Path, step: int) -> list[bytes]:
-    if not step or not metrics.is_file():
-        return []
-    kept = []
-    for line in metrics.read_bytes().splitlines(keepends=True):  # of bytes: text has more line ends than JSON Lines
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # a line cut off by a kill
-    return kept
+def _json_value(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _json_line(record: Record) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+
+
+def _step_of(record: Record) -> float:
+    step = record.get("step")
+    return step if isinstance(step, int | float) else math.inf

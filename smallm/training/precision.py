@@ -1,4 +1,4 @@
-"""Which arithmetic suits this machine: found out, not assumed."""
+"""The default precision for this machine; on CPUs bf16 is measured against fp32."""
 
 import os
 import time
@@ -11,23 +11,23 @@ from smallm.training.model.kernels.compiler import has_bf16
 from smallm.training.model.kernels.loader import load
 from smallm.training.model.transformer import Rotary, TransformerBlock
 
-FASTER = 0.9  # a block in bf16 must take less than this share of its time in fp32
+MAX_BF16_TIME = 0.9  # of the time in fp32; bf16 is chosen below that
 ROUNDS = 5
 
 
 def best_precision() -> str:
-    """bf16 or fp16 on a GPU that computes it natively, bf16 on a CPU where it proves faster; fp32 elsewhere."""
+    """`bf16` or `fp16` on a GPU that has it in hardware, `bf16` on a CPU where it is faster, otherwise `no` (fp32)."""
     if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
-        return "bf16" if not torch.accelerator.is_available() and bf16_pays() else "no"
+        return "bf16" if not torch.accelerator.is_available() and bf16_is_faster() else "no"
     major, _ = torch.cuda.get_device_capability()
     return "bf16" if major >= 8 else "fp16" if major >= 7 else "no"
 
 
 @cache
-def bf16_pays() -> bool:
-    """Whether this CPU has bf16 products and our kernels are faster with them.
+def bf16_is_faster() -> bool:
+    """Whether this CPU multiplies bf16 in hardware and a Transformer block is faster in bf16 than in fp32.
 
-    Measured once in a process, in some milliseconds, so that all runs of a process use the same precision.
+    Takes some milliseconds. The answer is cached, so that all runs of a process use the same precision.
     """
     if not has_bf16() or load(bf16=True) is None:
         return False
@@ -43,4 +43,4 @@ def bf16_pays() -> bool:
 
     pairs = [(seconds(True), seconds(False)) for _ in range(ROUNDS)]
     half, full = (min(times) for times in zip(*pairs, strict=True))
-    return half < FASTER * full
+    return half < MAX_BF16_TIME * full

@@ -26,7 +26,7 @@ from smallm.training.config import Config
 from smallm.training.data.corpus import Corpus
 from smallm.training.devices import build_accelerator
 from smallm.training.distributed import broadcast_from_main
-from smallm.training.finetune import Origin, base_vocabulary, origin_of
+from smallm.training.finetune import Origin, base_vocabulary, load_origin
 from smallm.training.request import Request
 from smallm.training.trainer import Trainer
 
@@ -45,7 +45,7 @@ def run_training(request: Request, started: float | None = None) -> int:
     accelerator = build_accelerator(config.train)
     with report_first_failure(accelerator), _locked(accelerator, out):
         folder = _newest_checkpoint(accelerator, out) if request.resume else None
-        origin = origin_of(accelerator, config, out) if config.train.init_from and folder is None else None
+        origin = load_origin(accelerator, config, out) if config.train.init_from and folder is None else None
         base = origin.vocabulary if origin else base_vocabulary(folder)
         corpus = open_text(accelerator, config.data, base)
         clock = _reserve_end(accelerator, clock, config, corpus, origin)
@@ -61,7 +61,7 @@ def run_training(request: Request, started: float | None = None) -> int:
             if folder is not None:
                 trainer.resume(folder)
             elif origin:
-                origin.hand_over(trainer)
+                origin.load_into(trainer.model, corpus.vocabulary, trainer.state)
             with trackers.started(accelerator, config, out, trainer.state.step):
                 code = trainer.train()
         except OSError as error:

@@ -287,14 +287,14 @@ def test_a_run_in_bf16_products(monkeypatch, text_file, tmp_path):
 def test_bf16_is_chosen_only_where_it_measures_faster(monkeypatch):
     from smallm.training import precision
 
-    monkeypatch.setattr(precision, "bf16_pays", precision.bf16_pays.__wrapped__)  # measures anew at each call
+    monkeypatch.setattr(precision, "bf16_is_faster", precision.bf16_is_faster.__wrapped__)  # measures anew at each call
     monkeypatch.setattr(precision, "has_bf16", lambda: False)
     assert precision.best_precision() == "no"
     monkeypatch.setattr(precision, "has_bf16", lambda: True)
     monkeypatch.setattr(operations, "has_bf16", lambda: True)
-    monkeypatch.setattr(precision, "FASTER", 0.0)
+    monkeypatch.setattr(precision, "MAX_BF16_TIME", 0.0)
     assert precision.best_precision() == "no"
-    monkeypatch.setattr(precision, "FASTER", 1e9)
+    monkeypatch.setattr(precision, "MAX_BF16_TIME", 1e9)
     assert precision.best_precision() == "bf16"
     monkeypatch.setattr(precision, "load", lambda bf16: None)
     assert precision.best_precision() == "no"
