@@ -3,7 +3,7 @@
     python benchmarks/report_cost.py [--out DIR] [any flag of train.py]
 
 Trains as train.py does, by default the quick start, in this process, and adds up the time spent in the report's parts:
-`beginning` (text and machine), `passage` at each best evaluation, `record` (report.json, within and beside the others),
+`text check`, `passage` at each best evaluation, `record` (report.json, within and beside the others),
 `page` (its imports included). Shares are of the whole process, from before PyTorch is imported, in wall time and in
 processor time, so they hold on a busy machine too. Prints a table, then all figures as one line of JSON.
 """
@@ -42,15 +42,13 @@ class Stopwatch:
 
 def main(argv: list[str]) -> int:
     wall, processor, watch = time.perf_counter(), time.process_time(), Stopwatch()
-    from smallm.training import callbacks as words
-    from smallm.training import cli, trainer
+    from smallm.training import callbacks, cli
     from smallm.training.report import record
 
-    page = words.page_of
-    trainer.beginning = watch("beginning", trainer.beginning)
-    trainer.read_passage = watch("passage", trainer.read_passage)
+    callbacks.TextCheck.on_start = watch("text check", callbacks.TextCheck.on_start)
+    callbacks.read_passage = watch("passage", callbacks.read_passage)
     record.RecordWriter.update = watch("record", record.RecordWriter.update)
-    words.page_of = watch("page", lambda *args: iter(list(page(*args))))  # its lines at once: it is a generator
+    callbacks.ReportPage.on_end = watch("page", callbacks.ReportPage.on_end)
     with tempfile.TemporaryDirectory() as folder:
         given = argv if "--out" in argv else ["--out", f"{folder}/run", *argv]
         code = cli.main(given)

@@ -18,8 +18,7 @@ from smallm import LanguageModel
 from smallm.export.folder import export_checkpoint
 from smallm.runs.layout import OLD_VALIDATION, VALIDATION
 from smallm.tokenizer.vocabulary import Vocabulary
-from smallm.training import cli
-from smallm.training import finetune as learn_on
+from smallm.training import cli, finetune
 from smallm.training.checkpoint.format import load_model, load_vocabulary, load_weights, read_state
 from smallm.training.checkpoint.manager import best_checkpoint, checkpoints
 from smallm.training.config import Config, OptimConfig
@@ -82,7 +81,7 @@ def test_logits_of_the_old_ids_are_those_of_the_old_model(tiny_run):
     old = load_model(best_checkpoint(tiny_run))
     vocabulary = load_vocabulary(best_checkpoint(tiny_run)).extended("сова‰")
     new = random_model(vocabulary, **{key: getattr(old.config, key) for key in ("n_head", "n_kv_head", "n_embd")})
-    load_weights(best_checkpoint(tiny_run), new, lambda rows: learn_on.extend_embedding(rows, vocabulary))
+    load_weights(best_checkpoint(tiny_run), new, lambda rows: finetune.extend_embedding(rows, vocabulary))
     ids = torch.randint(0, old.vocab_size, (3, 16), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(new(ids)[..., : old.vocab_size], old(ids))
@@ -90,13 +89,13 @@ def test_logits_of_the_old_ids_are_those_of_the_old_model(tiny_run):
 
 def test_without_new_characters_there_are_no_new_rows():
     rows = torch.randn(TOY_VOCABULARY.size, 8)
-    assert torch.equal(learn_on.extend_embedding(rows, TOY_VOCABULARY), rows)
+    assert torch.equal(finetune.extend_embedding(rows, TOY_VOCABULARY), rows)
 
 
 def test_new_rows_are_the_same_each_time_and_unlike_each_other():
     rows, vocabulary = torch.randn(256, 32), Vocabulary.from_characters("éñ")
-    new = learn_on.extend_embedding(rows, vocabulary)
-    assert torch.equal(new, learn_on.extend_embedding(rows, vocabulary))
+    new = finetune.extend_embedding(rows, vocabulary)
+    assert torch.equal(new, finetune.extend_embedding(rows, vocabulary))
     assert torch.equal(new[:256], rows)
     assert not torch.equal(new[256], new[257])
 
@@ -156,13 +155,13 @@ def test_an_old_text_that_is_gone_is_said(tiny_run, new_text, capsys):
     shutil.copytree(tiny_run, "old")
     Path("old", VALIDATION).unlink()
     assert learn("old", new_text, "run", "--train.max_steps=2") == 0
-    assert "old text of old (validation.txt) was not there" in capsys.readouterr().out
+    assert "old text of old (validation.txt) is missing" in capsys.readouterr().out
     assert metrics(Path("run"), "old_text") == []
     assert not Path("run", OLD_VALIDATION).exists()
 
 
 def test_the_schedule_is_gentle_unless_it_is_set():
-    origin, config = learn_on.Origin(Path(), Config(), Vocabulary(), None, 0.0), Config()
+    origin, config = finetune.Origin(Path(), Config(), Vocabulary(), None, 0.0), Config()
     scale_learning_rates, usual = origin.scale_learning_rates(config, frozenset()).optim, OptimConfig()
     assert scale_learning_rates.learning_rate < usual.learning_rate
     assert scale_learning_rates.adam_learning_rate < usual.adam_learning_rate

@@ -177,7 +177,7 @@ def test_a_tracker_that_cannot_start_is_reported_before_training(refused, notebo
 
 
 def test_a_failed_training_ends_its_trackers(notebook, text_file, monkeypatch):
-    monkeypatch.setattr("smallm.training.trainer.evaluate", lambda *_: float("nan"))
+    monkeypatch.setattr("smallm.training.trainer.evaluate", lambda *_, **options: float("nan"))
     with pytest.raises(UserError, match=r"lower optim\.learning_rate"):
         cli.main(["--data", str(text_file), "--out", "run", *flags(TOY), "--train.log_with=diary"])
     assert notebook()["diary"].finished == 1

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from safetensors.torch import load_file
 from toys import edit_state
 
 from smallm.inference.scoring import IGNORED
-from smallm.training import cli, trainer
+from smallm.training import callbacks, cli, trainer
+from smallm.training.checkpoint import format as checkpoint
 from smallm.training.checkpoint.format import load_model, load_vocabulary, read_state
 from smallm.training.checkpoint.manager import best_checkpoint, checkpoints
 from smallm.training.config import Config
@@ -191,7 +193,7 @@ def test_dropout_differs_from_pass_to_pass(train, monkeypatch):
         return y
 
     monkeypatch.setattr(torch.nn.functional, "dropout", recording)
-    monkeypatch.setattr("smallm.training.model.transformer.kernels", lambda x: None)  # they have masks of their own
+    monkeypatch.setattr("smallm.training.model.transformer.cpu_kernels", lambda x: None)  # they have masks of their own
     train("run", model__dropout=0.5, train__max_steps=3, train__micro_batch_size=4)
     assert len(masks) == 3 * 2 * 5  # steps, passes, places in the model
     assert len(set(masks[::5])) == 3 * 2  # at the embedding; a fresh block gives zeros
@@ -367,6 +369,59 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder, text_file):
     assert f"interrupted at step {step:,}" in err
     assert cli.main(["--resume", "run", "--train.max_steps", str(step + 2), "--train.eval_every", "1"]) == 0
     assert [line["step"] for line in metrics(Path("run"))] == list(range(1, step + 3))
+
+
+def test_a_second_signal_does_not_interrupt_the_save(train, monkeypatch):
+    """Within two seconds of the first, as a launcher sends it."""
+    save = checkpoint.save_checkpoint
+
+    def interrupted_save(*args):
+        signal.raise_signal(signal.SIGINT)
+        return save(*args)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", interrupted_save)
+    with ctrl_c(6):
+        run = train("run", code=130, train__eval_every=100)
+    assert names(run) == ["step-000007"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_training_runs_outside_the_main_thread(train):
+    """Python allows signal handlers in the main thread only."""
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(train, "run", train__max_steps=2).result()
+    assert names(run) == ["step-000002"]
+
+
+def test_callbacks_see_a_snapshot_of_the_run(train, monkeypatch):
+    """In the order of the events; a change to a snapshot does not reach the run."""
+    events = []
+
+    class Recorder(callbacks.Callback):
+        def on_start(self, run):
+            events.append(("start", run.state.step, run.progress))
+
+        def on_log(self, run, metrics):
+            events.append(("log", run.state.step))
+            run.state.step = 1000
+
+        def on_evaluation(self, run, evaluation):
+            events.append(("evaluation", run.state.step, evaluation.improved))
+            assert run.state.val_loss == evaluation.val_loss
+
+        def on_end(self, run):
+            events.append(("end", run.state.step, run.progress))
+
+        def on_interrupt(self, run, signum):
+            events.append(("interrupt", run.state.step, signum))
+
+    monkeypatch.setattr(trainer, "default_callbacks", lambda: [Recorder()])
+    train("run", train__max_steps=4, train__eval_every=4, train__log_every=2)
+    assert events == [("start", 0, 0.0), ("log", 2), ("log", 4), ("evaluation", 4, True), ("end", 4, 1.0)]
+    events.clear()
+    with ctrl_c(0):
+        train("other", code=130, train__log_every=100)
+    assert events == [("start", 0, 0.0), ("interrupt", 1, signal.SIGINT)]
 
 
 def test_ctrl_c_at_the_very_end(train, capsys):

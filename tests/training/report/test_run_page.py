@@ -399,19 +399,18 @@ def test_the_benchmark_adds_up(monkeypatch, text_file, tmp_path, capsys):
     monkeypatch.syspath_prepend(Path(__file__).parents[3] / "benchmarks")
     import report_cost
 
-    from smallm.training import callbacks as words
-    from smallm.training import trainer
+    from smallm.training import callbacks
     from smallm.training.report import record
 
     monkeypatch.chdir(tmp_path)
-    timed = (trainer, "beginning"), (trainer, "read_passage"), (record.RecordWriter, "update"), (words, "page_of")
-    for place, name in timed:
+    for place, name in ((callbacks.TextCheck, "on_start"), (callbacks, "read_passage"),
+                        (record.RecordWriter, "update"), (callbacks.ReportPage, "on_end")):  # fmt: skip
         monkeypatch.setattr(place, name, getattr(place, name))  # put back at the end
     argv = ["--data", str(text_file), "--train.max_steps=4", "--train.eval_every=2", "--train.sample_length=0"]
     assert report_cost.main(argv) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {name: part["calls"] for name, part in figures["parts"].items()} == {
-        "beginning": 1, "passage": 2, "record": 6, "page": 1,
+        "text check": 1, "passage": 2, "record": 6, "page": 1,
     }  # fmt: skip
     assert 0 < figures["parts"]["passage"]["wall_s"] < figures["whole"]["wall_s"]
     assert not (tmp_path / "runs").exists()
