@@ -71,7 +71,7 @@ def train(
     if not _TRAINING.acquire(blocking=False):
         raise UserError("another training is running in this process; wait for it, or start a second process")
     try:
-        code = run_training(request, started)
+        code = run_training(request, started, last=False)
     finally:
         _TRAINING.release()
     if code:

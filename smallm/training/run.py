@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,13 +32,13 @@ from smallm.training.trainer import Trainer
 STORE_SECONDS = 5  # to wait for the launcher's store when a process has failed
 
 
-def run_training(request: Request, started: float | None = None) -> int:
+def run_training(request: Request, started: float, last: bool = True) -> int:
     """Trains, and returns 0, or 128 + the number of the signal that interrupted the run.
 
-    started: time.perf_counter() when the program began, by default now; a time budget counts from there.
-    Raises `UserError`.
+    started: time.perf_counter() when the program began; a time budget counts from there. last: whether to end the
+    process group; several processes must keep it to train again. Raises `UserError`.
     """
-    clock = Clock.after_imports(time.perf_counter() if started is None else started)
+    clock = Clock.after_imports(started)
     config, out = request.config, request.out
     trackers.check(config.train.trackers)
     accelerator = build_accelerator(config.train)
@@ -67,7 +66,10 @@ def run_training(request: Request, started: float | None = None) -> int:
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"cannot write to {out}: {reason}; solve this, then continue with --resume {out}") from None
-    accelerator.end_training()
+    if last:
+        accelerator.end_training()
+    else:
+        accelerator.wait_for_everyone()  # until the main process has written the whole run folder
     return code
 
 

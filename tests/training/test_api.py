@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -68,7 +71,7 @@ def test_from_a_worker_thread(train):
 def test_one_training_at_a_time(train, monkeypatch):
     begin, end = threading.Event(), threading.Event()
 
-    def run_training(request, started):
+    def run_training(request, started, last):
         begin.set()
         end.wait(60)
         return 0
@@ -178,6 +181,29 @@ def test_an_interrupt_saves_and_is_raised(train):
     (checkpoint,) = Path("run/checkpoints").iterdir()
     step = int(checkpoint.name.removeprefix("step-"))
     assert smallm.train(resume="run", train={"max_steps": step + 1}).step == step + 1
+
+
+TWO_TRAININGS = """
+import smallm
+if __name__ == "__main__":
+    text, *settings = {arguments!r}
+    for out in ("a", "b"):
+        run = smallm.train(text, out=out, model=settings[0], train=settings[1])
+        print(run.state, run.val_loss)
+"""
+
+
+@pytest.mark.slow
+def test_twice_with_two_processes(text_file, folder):
+    Path("twice.py").write_text(TWO_TRAININGS.format(arguments=[str(text_file), MODEL, TRAIN]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "twice.py"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(smallm.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert done.returncode == 0, done.stderr
+    printed = [line for line in done.stdout.splitlines() if re.fullmatch(r"finished \d\.\d+", line)]
+    assert len(printed) == 4
+    assert losses("a") == losses("b")
 
 
 def test_the_base_install_is_told_what_to_install(folder):
