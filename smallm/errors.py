@@ -1,12 +1,12 @@
-"""The one exception that users meet."""
+"""The exceptions that users see."""
 
 
 class UserError(ValueError):
-    """Something the caller can mend: a single line that says what is wrong and what to do about it.
+    """A mistake that the caller can correct. The message is one line: what is wrong, and what to do.
 
-    The command line prints it as ``smallm: <message>`` and exits with code 2.
+    The command line prints `smallm: <message>` and exits with code 2.
     """
 
 
 class ProcessError(UserError):
-    """One that shows on a single one of several processes: that one says it, whichever it is."""
+    """A mistake that only one of several processes notices; this process prints the message, whatever its rank."""

@@ -1,9 +1,10 @@
-"""Text to ids and back: ids 0-255 are the bytes, ids from 256 up are the non-ASCII characters the training text uses.
+"""Text to ids and back: ids 0-255 are the bytes, ids from 256 up the non-ASCII characters of the training text.
 
-ASCII text encodes to its own bytes, a character with an id of its own takes one id, and every other character is
-spelled in UTF-8, so any Unicode prompt works and nothing is ever "unknown". Written as a byte-level BPE whose merges
-only rebuild single characters, the same vocabulary gives the same ids in Hugging Face tokenizers, onnxruntime-genai and
-llama.cpp. A merge joins two pieces, so a 3- or 4-byte character needs helper tokens: its first 2 (and 3) bytes.
+ASCII text encodes to its bytes, each character of the vocabulary takes one id, and every other character is spelled in
+UTF-8 bytes. So any Unicode text can be encoded, and no id for unknown characters exists. Written as a byte-level BPE
+whose merges only rebuild single characters, the vocabulary gives the same ids in Hugging Face tokenizers,
+onnxruntime-genai and llama.cpp. A merge joins two tokens, so a character of 3 or 4 bytes needs helper tokens: its first
+2 (and 3) bytes.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,9 +17,9 @@ from smallm.errors import UserError
 from smallm.tokenizer.stream_decoder import StreamDecoder, check_id
 
 CODE_POINTS = 0x110000
-_CHUNK = 1 << 18  # characters handled at a time: the arrays stay in the processor's cache
-_SHORT = 64  # up to this many characters a loop is quicker than building the lookup table
-_ADD_NOTHING = {  # what transformers 5 writes for "no post-processor"
+_CHUNK = 1 << 18  # characters encoded at a time: the arrays fit the processor's cache
+_SHORT = 64  # for up to this many characters a loop is faster than building the lookup table
+_NO_POST_PROCESSOR = {  # as transformers 5 writes it
     "type": "TemplateProcessing",
     "single": [{"Sequence": {"id": "A", "type_id": 0}}],
     "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
@@ -27,16 +28,17 @@ _ADD_NOTHING = {  # what transformers 5 writes for "no post-processor"
 
 
 class Vocabulary:
-    """An immutable mapping between text and ids; equal tokens make equal vocabularies.
+    """An immutable mapping between text and ids. Vocabularies with equal tokens are equal.
 
-    ``tokens`` are the byte strings from id 256 up: non-ASCII characters in UTF-8, each right after those of its
-    prefixes (of 2 or more bytes) that no earlier character brought in. Anything else is a ``UserError``. The characters
-    of one text come by code point; those that a model learned later follow them.
+    tokens: the byte strings of the ids from 256 up: non-ASCII characters in UTF-8, each directly after those of its
+        prefixes (of 2 or more bytes) that are not there yet. The characters of the first text are in the order of
+        their code points; characters added by `extended` follow.
+    Raises `UserError` for other tokens.
     """
 
     def __init__(self, tokens: Sequence[bytes] = ()):
         self.tokens = tuple(tokens)
-        self._bytes = (*(bytes([b]) for b in range(256)), *self.tokens)  # what each id stands for
+        self._bytes = (*(bytes([b]) for b in range(256)), *self.tokens)  # of each id
         self._ids = {token: i for i, token in enumerate(self._bytes) if isinstance(token, bytes)}
         for id, (token, after) in enumerate(pairwise((*self.tokens, None)), 256):
             if not self._belongs(id, token, after):
@@ -48,7 +50,7 @@ class Vocabulary:
         self.dtype = np.dtype(np.uint16 if self.size <= 1 << 16 else np.uint32)
 
     def _belongs(self, id: int, token: bytes, after: bytes | None) -> bool:
-        """Whether a token is new, its prefix is there before it, and it is a character or begins the token after it."""
+        """Whether a token is unique, its prefix precedes it, and it is a character or the prefix of the next token."""
         if not isinstance(token, bytes) or self._ids[token] != id or len(token) < 2:
             return False
         prefixed = len(token) == 2 or 256 <= self._ids.get(token[:-1], 0) < id
@@ -56,25 +58,20 @@ class Vocabulary:
 
     @classmethod
     def from_characters(cls, characters: Iterable[str]) -> "Vocabulary":
-        """The vocabulary in which each of these characters has an id of its own (ASCII ones have one already)."""
+        """The vocabulary with an id for each of these characters (ASCII characters have one already)."""
         return cls().extended(characters)
 
-    @classmethod
-    def from_counts(cls, counts: np.ndarray, min_count: int) -> "Vocabulary":
-        """The vocabulary of the characters that occur at least ``min_count`` >= 1 times, by count_characters."""
-        return cls.from_characters(frequent(counts, min_count))
-
     def extended(self, characters: Iterable[str]) -> "Vocabulary":
-        """With an id for each of these characters too. The ids that are there stay, and new ones follow them.
+        """This vocabulary with an id for each of these characters. Existing ids stay, new ids follow them.
 
-        A character without an id of its own may be spelled otherwise than before: with a prefix that is new.
+        The spelling of other characters may change, because it uses the longest known prefix. Raises `UserError`.
         """
         chosen = set(characters)
         for c in chosen:
             if not isinstance(c, str) or len(c) != 1 or "\ud800" <= c <= "\udfff":
                 raise UserError(f"vocabulary: {_show(c)} is not a character; pass single characters, no surrogates")
-        due = _with_helpers(c.encode() for c in chosen if not c.isascii())
-        return Vocabulary((*self.tokens, *(token for token in due if token not in self._ids)))
+        tokens = _with_helpers(c.encode() for c in chosen if not c.isascii())
+        return Vocabulary((*self.tokens, *(token for token in tokens if token not in self._ids)))
 
     def __len__(self) -> int:
         return self.size
@@ -88,7 +85,7 @@ class Vocabulary:
     # -- text to ids
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of ``text``, (N,) of ``dtype``; a lone surrogate, which UTF-8 cannot hold, is a ``UserError``."""
+        """The ids of a text, (N,) of `dtype`. Raises `UserError` for a lone surrogate, which UTF-8 cannot encode."""
         try:
             pieces = [self._encode_chunk(chunk) for chunk in _chunks(text)]
         except UnicodeEncodeError:
@@ -113,13 +110,13 @@ class Vocabulary:
         starts = (np.cumsum(repeats) - repeats)[unknown]
         result = np.repeat(ids, repeats)
         padded = np.array([(*s, -1, -1, -1)[:4] for s in spellings])[which]
-        for place in range(4):
-            has = lengths > place
-            result[starts[has] + place] = padded[has, place]
+        for i in range(4):
+            has = lengths > i
+            result[starts[has] + i] = padded[has, i]
         return result.astype(self.dtype)
 
     def _spell(self, character: str) -> list[int]:
-        """The longest prefix that is a token (at best the whole character), then single bytes: what BPE merges give."""
+        """The longest prefix that is a token (possibly the whole character), then single bytes, as BPE merges give."""
         data = character.encode()
         length = len(data)
         while length > 1 and data[:length] not in self._ids:
@@ -128,7 +125,7 @@ class Vocabulary:
 
     @cached_property
     def _table(self) -> np.ndarray:
-        """The id of each code point, -1 where it has none of its own; (0x110000,) int32."""
+        """(0x110000,) int32: the id of each code point, or -1 if the code point is not in the vocabulary."""
         table = np.full(CODE_POINTS, -1, np.int32)
         table[:128] = np.arange(128)
         for i, token in enumerate(self.tokens, 256):
@@ -139,7 +136,7 @@ class Vocabulary:
     # -- ids to text
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The UTF-8 that the ids (N,) stand for; an id that the vocabulary does not have is a ``UserError``."""
+        """The UTF-8 bytes of ids (N,). Raises `UserError` for an id that is not in the vocabulary."""
         ids = np.asarray(ids)
         if ids.size == 0:
             return b""
@@ -149,31 +146,31 @@ class Vocabulary:
             check_id(int(extreme), self.size)
         pieces = self._padded[ids]
         used = pieces != 0
-        used[:, 0] = True  # a zero that is not padding can only be id 0 itself
+        used[:, 0] = True  # of id 0, whose only byte is zero
         return pieces[used].tobytes()
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of the ids (N,); bytes that are not valid UTF-8 become U+FFFD."""
+        """The text of ids (N,); bytes that are not valid UTF-8 become U+FFFD. Raises `UserError` for an unknown id."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decoder(self) -> StreamDecoder:
-        """A fresh decoder for ids that come one at a time."""
+        """A new decoder for ids that arrive one at a time."""
         return StreamDecoder(self._bytes)
 
     @cached_property
     def _padded(self) -> np.ndarray:
-        """The bytes of each id, filled up with zeros; (size, 4) uint8."""
+        """(size, 4) uint8: the bytes of each id, padded with zeros."""
         return np.array(self._bytes, "S4").view(np.uint8).reshape(-1, 4)
 
-    # -- the vocabulary itself to a string (ONNX metadata) and to tokenizer.json, and back
+    # -- the vocabulary to a string (ONNX metadata) and to tokenizer.json, and back
 
     def hex_tokens(self) -> str:
-        """The tokens from id 256 up in hexadecimal, separated by spaces ('c3a9 e282 e282ac'); '' if there are none."""
+        """The tokens from id 256 up in hexadecimal, separated by spaces, as in 'c3a9 e282 e282ac'."""
         return " ".join(token.hex() for token in self.tokens)
 
     @classmethod
     def from_hex_tokens(cls, text: str) -> "Vocabulary":
-        """The inverse of hex_tokens."""
+        """The inverse of `hex_tokens`. Raises `UserError`."""
         try:
             tokens = [bytes.fromhex(word) for word in text.split()]
         except (AttributeError, ValueError):
@@ -181,7 +178,7 @@ class Vocabulary:
         return cls(tokens)
 
     def tokenizer_json(self) -> dict:
-        """The content of a Hugging Face tokenizer.json (byte-level BPE) that gives the same ids."""
+        """The content of a Hugging Face tokenizer.json, a byte-level BPE that gives the same ids."""
         spelled = ["".join(_alphabet()[b] for b in token) for token in self._bytes]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
         return {
@@ -209,7 +206,7 @@ class Vocabulary:
 
     @classmethod
     def from_tokenizer_json(cls, content: dict) -> "Vocabulary":
-        """The inverse of tokenizer_json, also after another tool re-wrote the file; a UserError for other content."""
+        """The inverse of `tokenizer_json`, also if another tool has rewritten the file. Raises `UserError`."""
         model = content.get("model") if isinstance(content, dict) else None
         vocab = model.get("vocab") if isinstance(model, dict) else None
         if not isinstance(vocab, dict) or not all(isinstance(i, int) for i in vocab.values()):
@@ -220,20 +217,20 @@ class Vocabulary:
         except (KeyError, TypeError, UserError):
             raise _foreign_tokenizer("its pieces are not the 256 bytes and then non-ASCII characters") from None
         expected = vocabulary.tokenizer_json()
-        if content.get("post_processor") == _ADD_NOTHING:
-            expected["post_processor"] = _ADD_NOTHING
+        if content.get("post_processor") == _NO_POST_PROCESSOR:
+            expected["post_processor"] = _NO_POST_PROCESSOR
         merges = expected["model"].pop("merges")
-        if model.get("merges") not in (merges, [pair.split() for pair in merges]):  # both spellings are in use
+        if model.get("merges") not in (merges, [pair.split() for pair in merges]):  # both forms are in use
             raise _foreign_tokenizer("its merges do not just rebuild the characters")
         for found, wanted in ((model, expected.pop("model")), (content, expected)):
             for key in (found.keys() | wanted.keys()) - {"merges", "model"}:
-                if (found.get(key) or None) != (wanted.get(key) or None):  # None, False, "" and [] all say "none"
+                if (found.get(key) or None) != (wanted.get(key) or None):  # None, False, "" and [] are equivalent
                     raise _foreign_tokenizer(f"its {_show(key)} differs")
         return vocabulary
 
 
 def count_characters(text: str) -> np.ndarray:
-    """How often each code point occurs, up to the highest: (n,) int64. A lone surrogate is a UserError."""
+    """(n,) int64: the occurrences of each code point up to the highest. Raises `UserError` for a lone surrogate."""
     counts = np.zeros(0, np.int64)
     try:
         for chunk in _chunks(text):
@@ -245,13 +242,6 @@ def count_characters(text: str) -> np.ndarray:
     return counts
 
 
-def frequent(counts: np.ndarray, min_count: int) -> list[str]:
-    """The characters that occur at least ``min_count`` >= 1 times, by count_characters."""
-    if min_count < 1:
-        raise UserError(f"min_count is {min_count}: a character needs an id only if it occurs; use 1 or more")
-    return [chr(c) for c in np.flatnonzero(np.asarray(counts) >= min_count) if not 0xD800 <= c <= 0xDFFF]
-
-
 def _chunks(text: str) -> Iterator[str]:
     return (text[i : i + _CHUNK] for i in range(0, max(len(text), 1), _CHUNK))
 
@@ -261,7 +251,7 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def _with_helpers(characters: Iterable[bytes]) -> list[bytes]:
-    # Bytes sort as code points do and a prefix before what it starts, so sorting alone gives the order we want.
+    # UTF-8 bytes sort like code points, and a prefix sorts before its extensions: exactly the order needed.
     return sorted({data[:length] for data in characters for length in range(2, len(data) + 1)})
 
 
@@ -272,7 +262,7 @@ def _is_character(token: bytes) -> bool:
 
 @cache
 def _alphabet() -> dict[int, str]:
-    """The printable stand-in for each byte that GPT-2's tokenizer introduced and all byte-level BPE readers share."""
+    """The printable character for each byte that GPT-2's tokenizer introduced and byte-level BPE tokenizers share."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)}
@@ -291,6 +281,6 @@ def _foreign_tokenizer(reason: str) -> UserError:
 
 
 def _show(value: object) -> str:
-    """A value from a stranger, safe to print: one short line."""
+    """A value of unknown origin as one short printable line."""
     text = value[:24].hex() if isinstance(value, bytes) else ascii(value)
     return text if len(text) <= 48 else text[:45] + "..."

@@ -177,7 +177,7 @@ def test_new_characters_get_ids_after_the_old_ones():
 
 @quick
 @given(texts=st.lists(TEXTS, min_size=1, max_size=4))
-def test_whatever_is_added_the_ids_stay(texts):
+def test_existing_ids_stay_when_characters_are_added(texts):
     vocabulary = Vocabulary()
     for text in texts:
         before, vocabulary = vocabulary, vocabulary.extended(text)
@@ -225,17 +225,6 @@ def test_counting(text):
     assert {chr(c): counts[c] for c in np.flatnonzero(counts)} == {c: text.count(c) for c in text}
 
 
-def test_min_count():
-    counts = count_characters("aaa é éé €€ 😀")
-    counts[0xD800] = 9  # never from text; still must not get an id
-    assert Vocabulary.from_counts(counts, 1) == Vocabulary.from_characters("é€😀")
-    assert Vocabulary.from_counts(counts, 2) == Vocabulary.from_characters("é€")
-    assert Vocabulary.from_counts(counts, 3) == Vocabulary.from_characters("é")
-    assert Vocabulary.from_counts(counts, 4) == Vocabulary()
-    with pytest.raises(UserError, match="min_count"):
-        Vocabulary.from_counts(counts, 0)
-
-
 def test_stream_yields_only_whole_characters():
     vocabulary = Vocabulary.from_characters("é😀")
     stream = vocabulary.decoder()
@@ -253,13 +242,13 @@ def test_invalid_bytes_become_replacement_characters():
 @pytest.mark.parametrize(
     "ids", [[256], [-1], [0, 1000], np.array([1 << 40]), [0.5], ["a"], [[1, 2]], 7, [1 << 80], [True]]
 )
-def test_ids_that_do_not_exist(ids):
+def test_unknown_ids(ids):
     with pytest.raises(UserError, match="id"):
         Vocabulary().decode(ids)
 
 
 @pytest.mark.parametrize("id", [-1, 256, 1 << 80])
-def test_stream_refuses_ids_that_do_not_exist(id):
+def test_stream_refuses_unknown_ids(id):
     with pytest.raises(UserError, match="not in the vocabulary"):
         Vocabulary().decoder().push(id)
 
@@ -297,21 +286,21 @@ def test_lone_surrogate(function, chunk):
         [b"\xc3\xa9" * 10**6],
     ],
 )
-def test_tokens_that_make_no_vocabulary(tokens):
+def test_invalid_tokens(tokens):
     with pytest.raises(UserError) as caught:
         Vocabulary(tokens)
     assert one_short_line(caught)
 
 
 @pytest.mark.parametrize("characters", ["\ud800", ["ab"], [""], [7], [b"a"]])
-def test_characters_that_are_none(characters):
+def test_invalid_characters(characters):
     with pytest.raises(UserError) as caught:
         Vocabulary.from_characters(characters)
     assert one_short_line(caught)
 
 
 @pytest.mark.parametrize("text", ["xyz", "c3a", "é", "c3a9,e282", "c3a9 c3a9", "61", None, 7, "z" * 10**6])
-def test_hex_that_makes_no_vocabulary(text):
+def test_invalid_hex(text):
     with pytest.raises(UserError) as caught:
         Vocabulary.from_hex_tokens(text)
     assert one_short_line(caught)

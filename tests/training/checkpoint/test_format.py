@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from toys import edit_state
 
 from smallm.errors import UserError
-from smallm.tokenizer.vocabulary import Vocabulary, count_characters
+from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.checkpoint import format as checkpoint
 from smallm.training.checkpoint.format import (
     TrainingState,
@@ -34,7 +34,7 @@ from smallm.training.model.operations import cross_entropy
 from smallm.training.model.transformer import TransformerLanguageModel
 from smallm.training.optim.optimizers import build_optimizer, set_learning_rate
 
-VOCABULARY = Vocabulary.from_counts(count_characters("Zoë söng: 10 € für naïve Größe 🎉"), 1)
+VOCABULARY = Vocabulary.from_characters("Zoë söng: 10 € für naïve Größe 🎉")
 GROUPED = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_inner=96, block_size=24, rope_theta=500.0)
 TRICKY = "Zoë 10 €\r\n\t🎉🎉 日本 \x00\x7f  é e\u0301 I'll <|endoftext|> \ud7ff"
 SAVED = {

@@ -18,7 +18,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from smallm.errors import UserError
-from smallm.tokenizer.vocabulary import Vocabulary, count_characters
+from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.data import corpus as corpus_module
 from smallm.training.data import encoding as encode
 from smallm.training.data import source
@@ -130,7 +130,7 @@ def test_only_the_training_part_makes_the_vocabulary(tmp_path):
 def test_ids_are_those_of_the_whole_text_at_once(text, piece_bytes, min_count, val_fraction, encoding):
     cut = int(len(text) * (1 - Fraction(str(val_fraction))))
     assume(2 <= cut <= len(text) - 2)
-    vocabulary = Vocabulary.from_counts(count_characters(text[:cut]), min_count)
+    vocabulary = Vocabulary.from_characters(c for c in text[:cut] if text[:cut].count(c) >= min_count)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(source, "PIECE_BYTES", piece_bytes)
         patch.setattr(encode, "CHARACTERS_BETWEEN_MARKS", 5)
