@@ -31,7 +31,7 @@ class StreamDecoder:
         return other
 
     def flush(self) -> str:
-        """Ends the text and resets the decoder. Returns U+FFFD if an incomplete character is left, else an empty string."""
+        """Ends the text and resets the decoder. Returns U+FFFD if an incomplete character is left, else ""."""
         return self._utf8.decode(b"", final=True)
 
 
