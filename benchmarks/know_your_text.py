@@ -1,12 +1,12 @@
-"""Time and memory of the text doctor, the yardsticks, the copy report and surprise, each as a process of its own.
+"""Time and memory of text statistics, baselines, memorisation and surprisal, each in a separate process.
 
     python benchmarks/know_your_text.py [--sizes 1MB 100MB] [--text FILE] [--folder DIR] [--model EXPORT] [--only PART]
 
 Texts of these sizes are made on the spot (see big_corpus.py), or are the beginning of --text, repeated never: it has to
 be long enough. Each is encoded beforehand; then each part runs in a fresh process that opens the encoded text, and the
-copy report looks for 10,000 characters, half of them copied. Seconds are of processor and of wall time, of the part
-alone, without imports; memory is the process's highest resident memory, and how much of that came with the part. As a
-yardstick for a noisy machine, "hash" is the time that SHA-256 of the same file takes in the same process: the ratio to
+memorisation report searches for 10,000 characters, half of them copied. Seconds are of processor and of wall time, of
+the part alone, without imports; memory is the process's highest resident memory, and how much of that came with the
+part. As a reference on a noisy machine, "hash" is the time that SHA-256 of the same file takes in the same process: the ratio to
 it compares between machines. Prints a table, then all figures as one line of JSON.
 
 With --model the text is read by a model as well: "perplexity" and "perplexity-half", in windows side by side and
@@ -38,15 +38,15 @@ from smallm.surprisal.page import PAGE_CHARACTERS
 from smallm.surprisal.spans import SpanFinder
 from smallm.surprisal.terminal_view import surprise
 from smallm.training.analysis.baselines import _measure
-from smallm.training.analysis.memorisation import copies
-from smallm.training.analysis.text_statistics import _examine
+from smallm.training.analysis.memorisation import measure_memorisation
+from smallm.training.analysis.text_statistics import _compute
 from smallm.training.data.corpus import Corpus, open_corpus
 
 
-def copy_report(corpus: Corpus) -> None:
+def memorisation(corpus: Corpus) -> None:
     """Of 5,000 characters of the training part and as many that nobody wrote."""
     learnt = corpus.vocabulary.decode(corpus.train_ids[:20_000])[-5000:]
-    copies(learnt + learnt[::-1], corpus)
+    measure_memorisation(learnt + learnt[::-1], corpus)
 
 
 def read_for_surprise(model: LanguageModel, text: Path) -> None:
@@ -66,7 +66,7 @@ def write_page(model: LanguageModel, text: Path) -> None:
     print(f"the page: {page.stat().st_size / held:.1f} bytes for each of {held:,} characters", file=sys.stderr)
 
 
-PARTS = {"doctor": _examine, "yardsticks": _measure, "copies": copy_report}
+PARTS = {"text-statistics": _compute, "baselines": _measure, "memorisation": memorisation}
 MODEL_PARTS = {
     "perplexity": lambda model, text: model.perplexity(pieces(text, "utf-8")),
     "perplexity-half": lambda model, text: model.perplexity(pieces(text, "utf-8"), stride=model.block_size // 2),

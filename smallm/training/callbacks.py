@@ -17,18 +17,18 @@ from smallm.errors import UserError
 from smallm.inference.scoring import perplexity
 from smallm.runs.layout import OLD_VALIDATION, VALIDATION
 from smallm.runs.metrics import read_metrics
-from smallm.training.analysis.advice import full_report, opening_lines
 from smallm.training.analysis.baselines import (
-    MAX_SHARE,
+    MAX_TIME_SHARE,
     Baseline,
-    baselines,
-    in_words,
-    known_baselines,
+    cached_baselines,
+    comparison_line,
+    measure_baselines,
     seconds_needed,
     write_baselines,
 )
-from smallm.training.analysis.memorisation import copies
-from smallm.training.analysis.text_statistics import examine
+from smallm.training.analysis.memorisation import measure_memorisation
+from smallm.training.analysis.text_check import report_lines, summary_lines
+from smallm.training.analysis.text_statistics import compute_statistics
 from smallm.training.budget.clock import Forecast
 from smallm.training.budget.configure import bz2_nats_per_character
 from smallm.training.checkpoint.format import TrainingState, checkpoint_folder, load_weights
@@ -194,10 +194,10 @@ class TextCheck(Callback):
     def on_start(self, run: RunSnapshot) -> None:
         if not run.is_main:
             return
-        statistics = examine(run.corpus)
-        self._record.update(findings=full_report(run.corpus, statistics))
+        statistics = compute_statistics(run.corpus)
+        self._record.update(findings=report_lines(run.corpus, statistics))
         if not run.state.step:
-            run.logger.info("\n".join(opening_lines(statistics)))
+            run.logger.info("\n".join(summary_lines(statistics)))
 
 
 class LossForecast(Callback):
@@ -320,15 +320,15 @@ class BaselineComparison(Callback):
             write_baselines(run.folder, measured, bits, run.corpus.val_characters)
         except OSError as error:
             run.logger.warning(f"cannot write the baselines into {run.folder} ({error.strerror})")
-        run.logger.result(in_words(measured, bits))
+        run.logger.result(comparison_line(measured, bits))
 
     def _baselines(self, run: RunSnapshot) -> list[Baseline] | None:
         """Measured once for each text. A run under train.minutes reserves time for that, unless it is too much of it;
         then only known figures are used, if there are any.
         """
         seconds = 60 * run.config.train.minutes
-        too_long = 0 < MAX_SHARE * seconds < seconds_needed(run.corpus)
-        return known_baselines(run.corpus) if too_long else baselines(run.corpus)
+        too_long = 0 < MAX_TIME_SHARE * seconds < seconds_needed(run.corpus)
+        return cached_baselines(run.corpus) if too_long else measure_baselines(run.corpus)
 
 
 class Memorisation(Callback):
@@ -342,7 +342,7 @@ class Memorisation(Callback):
             return
         with suppress(OSError, ValueError, KeyError):
             samples = [record["sample"] for record in read_metrics(run.folder) if record["kind"] == "eval"]
-            report = copies([sample for sample in samples[-SEARCHED_SAMPLES:] if sample], run.corpus)
+            report = measure_memorisation([sample for sample in samples[-SEARCHED_SAMPLES:] if sample], run.corpus)
             self._record.update(memorisation=report.rows())
             if report.is_remarkable:
                 run.logger.result(f"its samples are copies: {report.lines()[0]}; more text, --model.dropout 0.2 or "

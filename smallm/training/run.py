@@ -15,7 +15,7 @@ from torch.distributed import TCPStore
 from smallm.errors import ProcessError, UserError
 from smallm.runs.layout import LOCK
 from smallm.training import trackers
-from smallm.training.analysis.baselines import seconds_kept
+from smallm.training.analysis.baselines import seconds_to_reserve
 from smallm.training.budget.clock import Clock
 from smallm.training.budget.configure import open_text, plan_run
 from smallm.training.checkpoint.format import checkpoint_folder
@@ -105,7 +105,7 @@ def _reserve_end(
     accelerator: Accelerator, clock: Clock, config: Config, corpus: Corpus, origin: Origin | None
 ) -> Clock:
     """Reserves time for the measurements after the last step, the same on all processes, so that their steps agree."""
-    end = clock.end_seconds + seconds_kept(corpus, 60 * config.train.minutes) + (origin.seconds if origin else 0)
+    end = clock.end_seconds + seconds_to_reserve(corpus, 60 * config.train.minutes) + (origin.seconds if origin else 0)
     return replace(clock, end_seconds=broadcast_from_main(accelerator, end)[0])
 
 

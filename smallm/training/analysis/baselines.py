@@ -1,7 +1,7 @@
-"""Yardsticks: what compressors and a counter of letters need for the validation text, beside which to read a loss.
+"""Baselines: bits per character that compressors and an n-gram model need for the validation text, beside a model's.
 
-All of them learn from the end of the training part, as much as their windows or our patience hold, and are measured on
-the beginning of the tail that follows it; the work is bounded, and done once for a text.
+All of them learn from the end of the training part, as much as their windows or limits hold, and are measured on the
+beginning of the validation part. The work is bounded; the results are cached.
 """
 
 import bz2
@@ -16,86 +16,86 @@ from pathlib import Path
 import numpy as np
 
 from smallm.errors import UserError
-from smallm.training.analysis.characters import Characters
+from smallm.inference.scoring import begins_character
 from smallm.training.analysis.ngram import best_ngram
 from smallm.training.cache import cached_json, read_cached_json
 from smallm.training.config import check_types
 from smallm.training.data.corpus import Corpus
 
-VERSION = 1  # of what is kept
-FILE = "baselines.json"
-OLD_FILE = "yardsticks.json"  # its name in runs of earlier versions
-MAX_TAIL = 1 << 20  # ids of the tail that are measured on
+VERSION = 1  # of the cached results
+FILE, OLD_FILE = "baselines.json", "yardsticks.json"  # in a run folder; the old name is only read
+MAX_VAL = 1 << 20  # ids of the validation part that are measured on
 MAX_NGRAM = 1 << 22  # ids of the training part that the n-gram model learns from
 DEFLATE_WINDOW = 1 << 15
 BZIP2_BLOCK = 900_000
-XZ_WINDOW = 1 << 22  # bytes of the training part; the dictionary holds these and the tail
-MAX_SHARE = 0.04  # of the time of a run that has only so much
-ALIKE = 0.005  # difference of two bits per character that says nothing, as a share
-SECONDS_AT_LEAST, SECONDS_PER_ID = 0.5, 3e-6  # about what all of it takes, on a slow core
+XZ_WINDOW = 1 << 22  # bytes of the training part; the dictionary holds them and the validation part
+MAX_TIME_SHARE = 0.04  # of the time budget of a run
+EQUAL = 0.005  # relative difference of bits per character that is not significant
+MIN_SECONDS, SECONDS_PER_ID = 0.5, 3e-6  # rough cost of all baselines on a slow core
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Something that can predict text, and how well it does."""
+    """A predictor of text and its result."""
 
     name: str
     bits_per_char: float
     how: str
-    """What it learnt from and was measured on."""
+    """What it learned from and was measured on."""
 
 
-def baselines(corpus: Corpus) -> list[Baseline]:
-    """gzip, bz2, xz and the best n-gram model on the validation text; known figures come from the cache."""
-    file = corpus.cache_file("baselines")
-    values = cached_json(file, VERSION, lambda: {"baselines": [asdict(one) for one in _measure(corpus)]})
-    return _of(values)
+def measure_baselines(corpus: Corpus) -> list[Baseline]:
+    """gzip, bz2, xz and the best n-gram model on the validation text; from the cache if they were measured before."""
+    values = cached_json(_cache(corpus), VERSION, lambda: {"baselines": [asdict(one) for one in _measure(corpus)]})
+    return [Baseline(**one) for one in values["baselines"]]
 
 
-def known_baselines(corpus: Corpus) -> list[Baseline] | None:
-    """Those that were measured before."""
-    values = read_cached_json(corpus.cache_file("baselines"), VERSION)
-    return None if values is None else _of(values)
+def cached_baselines(corpus: Corpus) -> list[Baseline] | None:
+    """The baselines if they were measured before; otherwise None."""
+    values = read_cached_json(_cache(corpus), VERSION)
+    return None if values is None else [Baseline(**one) for one in values["baselines"]]
 
 
 def seconds_needed(corpus: Corpus) -> float:
-    """About how long measuring takes."""
-    return SECONDS_AT_LEAST + SECONDS_PER_ID * (min(len(corpus.train_ids), MAX_NGRAM) + _tail_ids(corpus))
+    """About how many seconds the measurement takes."""
+    return MIN_SECONDS + SECONDS_PER_ID * (min(len(corpus.train_ids), MAX_NGRAM) + min(len(corpus.val_ids), MAX_VAL))
 
 
-def seconds_kept(corpus: Corpus, seconds: float) -> float:
-    """What to keep for measuring of a run that has so many seconds: nothing if that is done, or would be too much."""
+def seconds_to_reserve(corpus: Corpus, seconds: float) -> float:
+    """Seconds that a run with a time budget of `seconds` reserves: 0 if the results are cached or cost too much."""
     needed = seconds_needed(corpus)
-    return 0.0 if needed > MAX_SHARE * seconds or known_baselines(corpus) else needed
+    return 0.0 if needed > MAX_TIME_SHARE * seconds or cached_baselines(corpus) else needed
 
 
-def in_words(measured: list[Baseline], bits_per_char: float) -> str:
-    """One line that sets a model's bits per character beside the yardsticks."""
-    best = min(measured, key=lambda one: one.bits_per_char)
-    others = ", ".join(f"{one.name} {one.bits_per_char:.3f}" for one in measured)
+def comparison_line(baselines: list[Baseline], bits_per_char: float) -> str:
+    """One line that compares a model's bits per character with the baselines."""
+    best = min(baselines, key=lambda one: one.bits_per_char)
+    others = ", ".join(f"{one.name} {one.bits_per_char:.3f}" for one in baselines)
     return f"bits per character: the model {bits_per_char:.3f}; {others}: {verdict(best, bits_per_char)}"
 
 
 def verdict(best: Baseline, bits_per_char: float) -> str:
-    """What a model is worth beside the best of the yardsticks."""
+    """Compares a model with the best of the baselines."""
     saved = 1 - bits_per_char / best.bits_per_char if best.bits_per_char > 0 else -math.inf
-    if saved >= ALIKE:
+    if saved >= EQUAL:
         return f"it needs {100 * saved:.0f} % less than {best.name}"
-    if saved > -ALIKE:
-        return f"it needs about what {best.name} needs; train longer, or a larger model"
+    if saved > -EQUAL:
+        return f"it needs about as much as {best.name}; train longer, or a larger model"
     return f"it needs more than {best.name}; train longer, or a larger model"
 
 
-def write_baselines(run: Path, measured: list[Baseline], bits_per_char: float, characters: int) -> None:
-    """`baselines.json` in a run folder: the model's best figure, over so many characters, and the yardsticks'."""
+def write_baselines(run: Path, baselines: list[Baseline], bits_per_char: float, characters: int) -> None:
+    """Writes `baselines.json` into a run folder: the model's best result, over so many characters, then the baselines.
+
+    Raises `OSError`.
+    """
     how = f"the best checkpoint, on the whole validation text, {characters:,} characters"
     model = Baseline("model", bits_per_char, how)
-    text = json.dumps([asdict(one) for one in (model, *measured)], indent=1)
-    (run / FILE).write_text(text + "\n", encoding="utf-8")
+    (run / FILE).write_text(json.dumps([asdict(one) for one in (model, *baselines)], indent=1) + "\n", encoding="utf-8")
 
 
 def read_baselines(run: Path) -> list[Baseline]:
-    """What `write_baselines` left in a run folder; nothing of a file that is missing or broken."""
+    """Reads the file that `write_baselines` wrote; an empty list if it is missing or damaged."""
     file = run / FILE if (run / FILE).exists() else run / OLD_FILE
     try:
         found = [Baseline(**one) for one in json.loads(file.read_text(encoding="utf-8"))]
@@ -106,53 +106,48 @@ def read_baselines(run: Path) -> list[Baseline]:
         return []
 
 
-def _of(values: dict) -> list[Baseline]:
-    return [Baseline(**one) for one in values["baselines"]]
+def _cache(corpus: Corpus) -> Path:
+    return corpus.cache_file("baselines")
 
 
 def _measure(corpus: Corpus) -> list[Baseline]:
-    stop = _tail_ids(corpus)
-    characters = len(Characters(corpus.val_ids, corpus.vocabulary).between(0, stop))
-    tail = corpus.vocabulary.decode(corpus.val_ids[:stop]).encode()
-    learnt = np.asarray(corpus.train_ids[max(0, len(corpus.train_ids) - MAX_NGRAM) :])
-    before = corpus.vocabulary.decode_bytes(learnt)
-    first = "" if stop == len(corpus.val_ids) else f"the first {characters:,} characters of "
-    on = f"{first}the validation text"
-    with ThreadPoolExecutor() as pool:  # the compressors let go of Python's lock
-        sizes = [(name, pool.submit(size, before, tail), how) for name, size, how in COMPRESSORS]
-        order, bits = best_ngram(learnt, np.asarray(corpus.val_ids[1:stop]), corpus.vocabulary.size)
-        results = [Baseline(name, 8 * size.result() / characters, f"{how}; on {on}") for name, size, how in sizes]
-    part = "the training part" if len(learnt) == len(corpus.train_ids) else f"its last {len(learnt):,} ids"
+    val_ids = np.asarray(corpus.val_ids[:MAX_VAL])
+    train_ids = np.asarray(corpus.train_ids[max(0, len(corpus.train_ids) - MAX_NGRAM) :])
+    characters = int(np.count_nonzero(begins_character(val_ids)))
+    before, val = corpus.vocabulary.decode_bytes(train_ids), corpus.vocabulary.decode(val_ids).encode()
+    part = "" if len(val_ids) == len(corpus.val_ids) else f"the first {characters:,} characters of "
+    measured_on = f"on {part}the validation text"
+    with ThreadPoolExecutor() as pool:  # the compressors release Python's lock
+        sizes = [(name, pool.submit(size, before, val), how) for name, size, how in COMPRESSORS]
+        order, bits = best_ngram(train_ids, val_ids[1:], corpus.vocabulary.size)
+        results = [Baseline(name, 8 * size.result() / characters, f"{how}; {measured_on}") for name, size, how in sizes]
+    part = "the training text" if len(train_ids) == len(corpus.train_ids) else f"its last {len(train_ids):,} ids"
     how = (
-        f"interpolated modified Kneser-Ney of order {order}, chosen on the end of the training part, "
-        f"learnt from {part}; on {on}"
+        f"character n-gram model (interpolated modified Kneser-Ney) of order {order}, which was chosen on the end of "
+        f"the training text; trained on {part}; {measured_on}"
     )
     return [*results, Baseline(f"{order}-gram", bits / max(1, characters - 1), how)]
 
 
-def _tail_ids(corpus: Corpus) -> int:
-    return min(len(corpus.val_ids), MAX_TAIL)
-
-
-def _gzip(before: bytes, tail: bytes) -> int:
+def _gzip(before: bytes, val: bytes) -> int:
     packer = zlib.compressobj(9, wbits=-15, zdict=before[-DEFLATE_WINDOW:])
-    return len(packer.compress(tail)) + len(packer.flush())
+    return len(packer.compress(val)) + len(packer.flush())
 
 
-def _bz2(before: bytes, tail: bytes) -> int:
-    primer = before[len(before) - min(len(before), max(0, BZIP2_BLOCK - len(tail))) :]
-    return len(bz2.compress(primer + tail)) - (len(bz2.compress(primer)) if primer else 0)
+def _bz2(before: bytes, val: bytes) -> int:
+    primer = before[len(before) - min(len(before), max(0, BZIP2_BLOCK - len(val))) :]
+    return len(bz2.compress(primer + val)) - (len(bz2.compress(primer)) if primer else 0)
 
 
-def _xz(before: bytes, tail: bytes) -> int:
+def _xz(before: bytes, val: bytes) -> int:
     primer = before[-XZ_WINDOW:]
     settings = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 2 * XZ_WINDOW}]
-    with_tail, alone = (len(lzma.compress(data, lzma.FORMAT_RAW, filters=settings)) for data in (primer + tail, primer))
-    return with_tail - alone
+    with_val, alone = (len(lzma.compress(data, lzma.FORMAT_RAW, filters=settings)) for data in (primer + val, primer))
+    return with_val - alone
 
 
 COMPRESSORS = (
-    ("gzip", _gzip, "deflate, level 9, begun with its window of 32 KiB full of the end of the training part"),
-    ("bz2", _bz2, "in blocks of 900 kB, the first begun with as much of the training part as leaves room for the tail"),
-    ("xz", _xz, "LZMA2, preset 6, after the last 4 MiB at most of the training part, less those alone"),
+    ("gzip", _gzip, "deflate, level 9, primed with the last 32 KiB of the training text"),
+    ("bz2", _bz2, "bzip2, its first block of 900 kB filled up with the end of the training text"),
+    ("xz", _xz, "LZMA2, preset 6, primed with at most 4 MiB of the end of the training text"),
 )

@@ -1,6 +1,6 @@
-"""The copy report: how much of what a model wrote stands word for word in the text that it learnt from.
+"""Memorisation: how much of a generated text occurs word for word in the text that the model was trained on.
 
-The same figures of the real validation text, in passages as long in all, say how much of that is the language's nature.
+The same figures of the validation text, in passages of the same length in all, show how much of the overlap is natural.
 """
 
 from collections.abc import Sequence
@@ -9,53 +9,53 @@ from dataclasses import dataclass
 import numpy as np
 
 from smallm.training.analysis.characters import Characters, as_text, spread
-from smallm.training.analysis.windows import SEPARATOR, Sums, Windows, joined
+from smallm.training.analysis.windows import WindowSet, window_hashes
 from smallm.training.data.corpus import Corpus
 
 WIDTHS = 20, 50, 100  # characters of the windows whose share is counted
-LONGEST = 1 << 14  # characters of a run, beyond which it is not followed
-MIN_VALIDATION, PASSAGES = 10_000, 8  # characters of the validation text to compare with, and pieces of it
-REMARKABLE = 3  # times the validation text's longest run, from which on a copied run is worth a line ...
-REMARKABLE_CHARACTERS = 50  # ... if it is as long as that
-ENOUGH = 1_000  # characters of which a share says something; in fewer one turn of phrase is a tenth
+LONGEST = 1 << 14  # characters after which a copied passage is not followed further
+MIN_VALIDATION, PASSAGES = 10_000, 8  # characters of the validation text to compare with, and passages of it
+REMARKABLE = 3  # factor over the validation text from which on copying is reported ...
+REMARKABLE_CHARACTERS = 50  # ... if the passage has at least so many characters
+MIN_CHARACTERS = 1_000  # for a share to mean something; in a shorter text one turn of phrase is a tenth
 
 
 @dataclass(frozen=True)
-class Copied:
-    """What of a text stands in the training text."""
+class Overlap:
+    """What a text has in common with the training text."""
 
     characters: int
     """Length of the text."""
     longest: int
-    """Characters of its longest run that stands there; 0 if that is shorter than WIDTHS[0], at most LONGEST."""
+    """Length of the longest common passage; 0 if that is shorter than WIDTHS[0], at most LONGEST."""
     passage: str
-    """That run."""
+    """The longest common passage."""
     shares: dict[int, float]
-    """Of its windows of so many characters, the share that stands there, from 0 to 1."""
+    """For each width, the share of the text's windows that occur in the training text, from 0 to 1."""
 
 
 @dataclass(frozen=True)
-class CopyReport:
-    """What a model copied, beside what the real validation text has in common with the training text."""
+class MemorisationReport:
+    """The overlap of generated text with the training text, beside that of the validation text."""
 
-    generated: Copied
-    validation: Copied
+    generated: Overlap
+    validation: Overlap
 
     @property
     def is_remarkable(self) -> bool:
-        """Whether the model copies more than anyone who writes in this language."""
-        most = max(REMARKABLE_CHARACTERS, REMARKABLE * self.validation.longest)
+        """Whether the model copies more than new text in the same language does."""
+        threshold = max(REMARKABLE_CHARACTERS, REMARKABLE * self.validation.longest)
         width = WIDTHS[1]
         more = self.generated.shares[width] > 0.1 + REMARKABLE * self.validation.shares[width]
-        return self.generated.longest >= most or (more and self.generated.characters >= ENOUGH)
+        return self.generated.longest >= threshold or (more and self.generated.characters >= MIN_CHARACTERS)
 
     def rows(self) -> list[list[str]]:
-        """The figures as a table: what, generated, validation text."""
+        """The figures as a table: label, generated text, validation text."""
         both = self.generated, self.validation
         return [
-            ["characters looked at", *(f"{one.characters:,}" for one in both)],
-            ["longest run", *map(_length, both)],
-            *([f"windows of {w} characters", *(f"{100 * one.shares[w]:.1f} %" for one in both)] for w in WIDTHS),
+            ["characters compared", *(f"{one.characters:,}" for one in both)],
+            ["longest copied passage", *map(_length, both)],
+            *([f"copied windows of {w} characters", *(f"{100 * one.shares[w]:.1f} %" for one in both)] for w in WIDTHS),
         ]
 
     def lines(self) -> list[str]:
@@ -63,101 +63,76 @@ class CopyReport:
         ours, theirs = self.generated, self.validation
         shares = [f"{100 * ours.shares[w]:.1f} % ({100 * theirs.shares[w]:.1f} %) of {w}" for w in WIDTHS]
         return [
-            f"word for word from the training text: a run of {_length(ours)} (validation text: {_length(theirs)})",
-            f"of its windows of so many characters (validation text): {', '.join(shares)}",
+            f"longest passage copied from the training text: {_length(ours)} (validation text: {_length(theirs)})",
+            f"share of windows of so many characters that are copied (validation text): {', '.join(shares)}",
         ]
 
 
-def copies(generated: str | Sequence[str], training: str | Corpus, validation: str | None = None) -> CopyReport:
-    """Looks for all that is written in `generated`, one text or several, in the training text.
+def measure_memorisation(
+    generated: str | Sequence[str], training: str | Corpus, validation: str | None = None
+) -> MemorisationReport:
+    """Searches the training text, in one reading, for everything that `generated`, one text or several, contains.
 
-    training: a text, or a corpus whose validation text is taken if none is given. Of the validation text there are
-    compared as many ids as characters were generated, or MIN_VALIDATION if that is more, in PASSAGES evenly spread.
+    training: a text, or a corpus, whose validation text is the default for `validation`. As many characters of the
+    validation text are compared as were generated, but at least MIN_VALIDATION, in PASSAGES evenly spaced passages.
     """
     if isinstance(training, str):
         source, tail = Characters.of(training), Characters.of(validation or "")
     else:
         source = Characters(training.train_ids, training.vocabulary)
         tail = Characters(training.val_ids, training.vocabulary) if validation is None else Characters.of(validation)
-    written = [Characters.of(text) for text in ([generated] if isinstance(generated, str) else generated)]
-    ours = Search([text.between(0, len(text)) for text in written])
-    most = max(MIN_VALIDATION, ours.characters)
-    theirs = Search([tail.between(*part) for part in spread(len(tail), most, max(1, most // PASSAGES))])
-    for codes, _ in source.pieces(keep=max(ours.reach, theirs.reach)):
-        sums = Sums(codes)
-        ours.look(sums)
-        theirs.look(sums)
-    return CopyReport(ours.result(), theirs.result())
+    samples = [Characters.of(text) for text in ([generated] if isinstance(generated, str) else generated)]
+    ours = _Search([sample.between(0, len(sample)) for sample in samples])
+    limit = max(MIN_VALIDATION, ours.characters)
+    theirs = _Search([tail.between(*part) for part in spread(len(tail), limit, max(1, limit // PASSAGES))])
+    for codes, _ in source.pieces(overlap=max(ours.reach, theirs.reach)):
+        hashes = {width: window_hashes(codes, width) for width in WIDTHS}
+        ours.look(codes, hashes)
+        theirs.look(codes, hashes)
+    return MemorisationReport(ours.overlap(), theirs.overlap())
 
 
-class Search:
-    """Some texts that are looked for in a longer one as it goes by."""
+class _Search:
+    """The windows of some texts, and the longest passage of these texts, that a longer text contains."""
 
     def __init__(self, texts: Sequence[np.ndarray]):
-        self._windows = [Windows(texts, width) for width in WIDTHS]
-        self._codes = joined(texts)
-        self._sums = Sums(self._codes)
-        self._apart = np.concatenate([[0], np.cumsum(self._codes == SEPARATOR)])
-        self._hashes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._longest, self._start = 0, 0
+        self._sets = [WindowSet(texts, width) for width in WIDTHS]
+        self._texts = [as_text(text) for text in texts]
+        self._passage = ""
         self.characters = sum(map(len, texts))
         self.reach = min(LONGEST, max([WIDTHS[-1], *map(len, texts)]))
-        """The most characters that matter from one place on."""
+        """The longest passage to expect in characters, by which pieces of the longer text must overlap."""
 
-    def look(self, sums: Sums) -> None:
-        """Looks in the next piece of the long text; what stands in a wider window is where a narrower one is."""
-        starts = None
-        for windows in self._windows:
-            if starts is not None:
-                starts = starts[starts + windows.width <= len(sums.codes)]
-            found = windows.look(sums, starts)
-            starts = found
-            if windows is self._windows[0]:
-                candidates = found
-        self._follow(sums, candidates)
+    def look(self, codes: np.ndarray, hashes: dict[int, np.ndarray]) -> None:
+        """Searches the next piece of the longer text; hashes: those of its windows for each width."""
+        starts, *_ = [windows.find(codes, hashes[windows.width]) for windows in self._sets]
+        if len(starts):
+            self._lengthen(codes, starts)
 
-    def _follow(self, sums: Sums, starts: np.ndarray) -> None:
-        """Makes the longest run longer if one of those that begin at `starts` is: twice as long, then in the middle."""
-        low = max(self._longest, WIDTHS[0] - 1)
-        high = min(self.reach, len(sums.codes)) + 1
-        step = 1
-        while low + 1 < high:
-            width = min(low + step, high - 1) if step else (low + high) // 2
-            place = self._place(sums, starts, width)
-            if place is None:
-                high, step = width, 0
-            else:
-                low, self._longest, self._start, step = width, width, place, 2 * step
+    def _lengthen(self, codes: np.ndarray, starts: np.ndarray) -> None:
+        """Replaces the passage by longer ones, which begin at `starts`: there the narrowest windows were found."""
+        lasts = starts[np.append(np.diff(starts) > 1, True)]  # the last of adjacent starts
+        limits = np.minimum(lasts[np.searchsorted(lasts, starts)] - starts + WIDTHS[0], LONGEST)
+        while True:
+            length = max(WIDTHS[0], len(self._passage) + 1)
+            starts, limits = starts[limits >= length], limits[limits >= length]
+            _, first = np.unique(window_hashes(codes, length)[starts], return_index=True)  # each passage once
+            found = (i for i in first.tolist() if self._contains(as_text(codes[starts[i] : starts[i] + length])))
+            if (i := next(found, None)) is None:
+                return
+            passage = as_text(codes[starts[i] : starts[i] + limits[i]])
+            while length < len(passage) and self._contains(passage[: length + 1]):
+                length += 1
+            self._passage = passage[:length]
 
-    def _place(self, sums: Sums, starts: np.ndarray, width: int) -> int | None:
-        """Where a run of this width that begins at one of `starts` stands in our texts."""
-        starts = starts[starts + width <= len(sums.codes)]
-        hashes, places = self._of_width(width)
-        if not len(starts) or not len(hashes):
-            return None
-        theirs = sums.windows(width, starts)
-        which = np.minimum(np.searchsorted(hashes, theirs), len(hashes) - 1)
-        for hit in np.flatnonzero(hashes[which] == theirs)[:1]:
-            start, place = int(starts[hit]), int(places[which[hit]])
-            if (sums.codes[start : start + width] == self._codes[place : place + width]).all():
-                return place
-        return None
+    def _contains(self, passage: str) -> bool:
+        return any(passage in text for text in self._texts)
 
-    def _of_width(self, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """The hashes of our windows of this width, sorted, and where they stand."""
-        if width not in self._hashes:
-            number = max(0, len(self._codes) - width + 1)
-            places = np.flatnonzero(self._apart[width : width + number] == self._apart[:number])
-            hashes = self._sums.windows(width, places)
-            order = np.argsort(hashes)
-            self._hashes = {width: (hashes[order], places[order])} | dict(list(self._hashes.items())[:15])
-        return self._hashes[width]
-
-    def result(self) -> Copied:
+    def overlap(self) -> Overlap:
         """What was found."""
-        passage = as_text(self._codes[self._start : self._start + self._longest])
-        return Copied(self.characters, self._longest, passage, {one.width: one.share for one in self._windows})
+        shares = {windows.width: windows.share for windows in self._sets}
+        return Overlap(self.characters, len(self._passage), self._passage, shares)
 
 
-def _length(copied: Copied) -> str:
-    return f"{copied.longest:,} characters" if copied.longest else f"fewer than {WIDTHS[0]} characters"
+def _length(overlap: Overlap) -> str:
+    return f"{overlap.longest:,} characters" if overlap.longest else f"fewer than {WIDTHS[0]} characters"

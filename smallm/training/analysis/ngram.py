@@ -1,11 +1,11 @@
-"""Interpolated modified Kneser-Ney over ids (Chen and Goodman 1999): what counting alone can learn of a text.
+"""An n-gram model of ids with interpolated modified Kneser-Ney smoothing (Chen and Goodman 1999).
 
-The probability of an id after a context is that of its count there, less a discount; what the discounts give free is
-shared out by the same model with a shorter context. The longest context goes by plain counts, the shorter ones by the
-number of different ids that stand before an n-gram. Below all is the uniform distribution over the vocabulary.
+The probability of an id after a context is its discounted count there; the mass that the discounts set free is
+distributed by the model with a context shorter by one id. The highest order uses plain counts, the lower orders the
+number of distinct ids that precede an n-gram. The lowest order is interpolated with the uniform distribution.
 
-An n-gram is one number, its ids packed from the oldest in the highest bits to the newest in the lowest, so that the
-n-grams of all orders come from one sorted array.
+An n-gram is packed into one integer, the oldest id in the highest bits, so that one sorted array holds the n-grams of
+all orders.
 """
 
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-HIGHEST_ORDER = 8  # ids of an n-gram: up to seven before the one that is predicted
+MAX_ORDER = 8  # ids of an n-gram: up to seven before the predicted one
 KEY_BITS = 64
-HELD_OUT, MAX_HELD_OUT = 0.05, 50_000  # of the training ids, at their end, on which the order is chosen
+HELD_OUT, MAX_HELD_OUT = 0.05, 50_000  # share of the training ids, at their end, on which the order is chosen
 
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """The n-grams of one order: sorted, each with its discounted share; their contexts, each with what is left over."""
+    """The sorted n-grams of one order with their discounted probabilities; their contexts with the freed mass."""
 
     bits: int
     grams: np.ndarray
@@ -30,7 +30,7 @@ class Level:
 
     @classmethod
     def of(cls, grams: np.ndarray, counts: np.ndarray, bits: int) -> "Level":
-        """grams: (n,) uint64, sorted, each once; counts: how often each occurs."""
+        """grams: (n,) uint64, sorted and distinct; counts: (n,)."""
         contexts = grams >> np.uint64(bits)
         starts = _starts(contexts)
         totals = np.add.reduceat(counts, starts)
@@ -40,7 +40,7 @@ class Level:
         return cls(bits, grams, shares, contexts[starts], left)
 
     def probabilities(self, grams: np.ndarray, shorter: np.ndarray) -> np.ndarray:
-        """Of the last id of each n-gram after the others, (n,); shorter: the same with one id less before it."""
+        """Probabilities (n,) of the last id of each n-gram given the others; shorter: with one id less of context."""
         known, place = _find(self.contexts, grams >> np.uint64(self.bits))
         result = np.where(known, self.left[place], 1.0) * shorter
         known, place = _find(self.grams, grams)
@@ -48,37 +48,37 @@ class Level:
 
 
 class NGram:
-    """The counts of some ids, from which the models of all orders up to the highest are made."""
+    """The n-gram counts of a training text, from which the models of all orders are derived."""
 
-    def __init__(self, ids: np.ndarray, vocabulary_size: int, highest: int = HIGHEST_ORDER):
-        """ids: (N,), at least 2. The highest order is lower where so many different ids do not fit into a key."""
+    def __init__(self, ids: np.ndarray, vocabulary_size: int, max_order: int = MAX_ORDER):
+        """ids: (N,) with N >= 2. The order is limited further if n-grams of so many distinct ids exceed 64 bits."""
         self._used = np.unique(ids)
-        self._bits = max(1, len(self._used).bit_length())  # 0 stands for all that do not occur
-        self.highest = max(1, min(highest, KEY_BITS // self._bits, len(ids)))
+        self._bits = max(1, len(self._used).bit_length())  # 0 stands for all ids that do not occur
+        self.max_order = max(1, min(max_order, KEY_BITS // self._bits, len(ids)))
         self._uniform = 1 / vocabulary_size
-        keys = np.sort(self._pack(self._codes(ids), self.highest))
+        keys = np.sort(self._pack(self._codes(ids), self.max_order))
         starts = _starts(keys)
         self._grams, self._counts = keys[starts], np.diff(starts, append=len(keys))
 
     def bits(self, before: np.ndarray, ids: np.ndarray) -> Iterator[float]:
-        """Bits that the model of order 1, 2, ... needs for all `ids` (n,), which stand after `before`."""
-        codes = self._codes(np.concatenate([before[len(before) - min(len(before), self.highest) :], ids]))
+        """Yields the bits that the model of order 1, 2, ... needs for `ids` (n,), which follow `before`."""
+        codes = self._codes(np.concatenate([before[len(before) - min(len(before), self.max_order) :], ids]))
         shorter = np.full(len(ids), self._uniform)
-        for order in range(1, self.highest + 1):
+        for order in range(1, self.max_order + 1):
             grams = self._pack(np.concatenate([np.zeros(order, np.uint64), codes]), order)[-len(ids) :]
             level = Level.of(*self._plain(order), self._bits)
             yield float(-np.log2(level.probabilities(grams, shorter)).sum())
-            if order < self.highest:
+            if order < self.max_order:
                 shorter = Level.of(*self._continued(order), self._bits).probabilities(grams, shorter)
 
     def _plain(self, order: int) -> tuple[np.ndarray, np.ndarray]:
-        """The n-grams of this order, and how often each occurs."""
-        grams = self._grams >> np.uint64(self._bits * (self.highest - order))
+        """The n-grams of this order and their counts."""
+        grams = self._grams >> np.uint64(self._bits * (self.max_order - order))
         starts = _starts(grams)
         return grams[starts], np.add.reduceat(self._counts, starts)
 
     def _continued(self, order: int) -> tuple[np.ndarray, np.ndarray]:
-        """The n-grams of this order, and after how many different ids each occurs."""
+        """The n-grams of this order and the numbers of distinct ids that precede them."""
         longer, _ = self._plain(order + 1)
         grams = np.sort(longer & np.uint64((1 << self._bits * order) - 1))
         starts = _starts(grams)
@@ -97,9 +97,9 @@ class NGram:
 
 
 def best_ngram(train: np.ndarray, val: np.ndarray, vocabulary_size: int) -> tuple[int, float]:
-    """The order that suits the end of `train` best, learnt from what is before it; and the bits for `val` with it.
+    """Chooses the order on the end of `train`; returns it and the bits that the model needs for `val`.
 
-    train, val: ids (N,), val follows train; the model of that order is then learnt from all of `train`.
+    train, val: ids (N,); `val` follows `train`. The final model is trained on all of `train`.
     """
     cut = len(train) - max(1, min(MAX_HELD_OUT, int(len(train) * HELD_OUT)))
     trials = list(NGram(train[:cut], vocabulary_size).bits(train[:cut], train[cut:]))
@@ -109,19 +109,19 @@ def best_ngram(train: np.ndarray, val: np.ndarray, vocabulary_size: int) -> tupl
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:
-    """What is taken off counts of 0, 1, 2, and 3 or more; from how many n-grams occur once to four times."""
+    """Discounts for counts of 0, 1, 2, and 3 or more, estimated from the numbers of n-grams that occur 1 to 4 times."""
     ones, twos, threes, fours = (max(1, int(np.count_nonzero(counts == n))) for n in range(1, 5))
     y = ones / (ones + 2 * twos)
-    wanted = [0, 1 - 2 * y * twos / ones, 2 - 3 * y * threes / twos, 3 - 4 * y * fours / threes]
-    return np.clip(wanted, [0, 0.05, 0.05, 0.05], [0, 0.95, 1.95, 2.95])  # few n-grams tell little
+    discounts = [0, 1 - 2 * y * twos / ones, 2 - 3 * y * threes / twos, 3 - 4 * y * fours / threes]
+    return np.clip(discounts, [0, 0.05, 0.05, 0.05], [0, 0.95, 1.95, 2.95])  # few n-grams give poor estimates
 
 
 def _starts(ordered: np.ndarray) -> np.ndarray:
-    """Where each run of equal values begins."""
+    """The positions at which runs of equal values begin."""
     return np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
 
 
 def _find(ordered: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each value is there, and at which place (any, if not)."""
+    """Whether each value is in `ordered`, and its position (arbitrary if not)."""
     place = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
     return ordered[place] == values, place

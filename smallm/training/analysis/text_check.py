@@ -1,16 +1,162 @@
-"""`train.py --check TEXT`: all that can be told of a text before a model is trained on it."""
+"""The text check: what the statistics of a text mean for training, and what to do; `train.py --check TEXT`."""
 
-from smallm.training.analysis.advice import full_report
-from smallm.training.analysis.baselines import baselines
-from smallm.training.analysis.text_statistics import examine
+import unicodedata
+from collections.abc import Iterator
+
+from smallm.training.analysis.baselines import measure_baselines
+from smallm.training.analysis.text_statistics import CONTROLS, LEAK_WIDTH, RARE, TextStatistics, compute_statistics
 from smallm.training.config import DataConfig
-from smallm.training.data.corpus import corpus_of
+from smallm.training.data.corpus import Corpus, corpus_of
+
+LEAK, REPEATED = 0.04, 0.1  # shares that are worth a warning; turns of phrase alone make up some percent
+BINARY = 0.01  # share of control characters above which a file is not text
+UNSEEN = 0.001
+LONG_LINE = 10_000  # characters
+SHORT_TEXT = 50_000  # characters of a training part that any useful model soon memorises
+MISREAD = 5  # pairs; fewer may be intended
+EXAMPLE = 40  # characters of an example
 
 
 def check(data: DataConfig) -> int:
-    """Prints the findings on stdout; returns 0, whatever they are. Raises UserError for a text that cannot be read."""
+    """Prints the report on stdout and returns 0. Raises `UserError` for a text that cannot be read."""
     corpus = corpus_of(data)
-    print(*full_report(corpus, examine(corpus)), sep="\n", flush=True)
-    figures = ", ".join(f"{one.name} {one.bits_per_char:.3f}" for one in baselines(corpus))
-    print(f"beat     {figures}: bits per character of the validation tail, which a model must get below")
+    print(*report_lines(corpus, compute_statistics(corpus)), sep="\n", flush=True)
+    figures = ", ".join(f"{one.name} {one.bits_per_char:.3f}" for one in measure_baselines(corpus))
+    print(f"beat     {figures}: bits per character of the validation text; a useful model needs fewer")
     return 0
+
+
+def summary_lines(statistics: TextStatistics) -> list[str]:
+    """For the start of training: the warnings, or one line if there are none."""
+    lines = warnings(statistics) or [f"{_characters(statistics)}; no problems found"]
+    return [f"check  {line}" for line in lines]
+
+
+def report_lines(corpus: Corpus, statistics: TextStatistics) -> list[str]:
+    """The full report: the statistics and all warnings."""
+    s, problems = statistics, warnings(statistics)
+    lines = s.crlf + s.lf
+    sample = "" if s.characters_read == s.train_characters else f"; {s.characters_read:,} of the former were read"
+    kinds = [f"{number:,} {kind}" for kind, number in (("LF", s.lf), ("CR LF", s.crlf), ("CR", s.cr)) if number]
+    rare = f"{100 * s.rare_share:.2g} % of the text: {_quoted(s.rare)}" if s.rare else "none"
+    most = f"; most frequent: {_quoted(s.repeated_most)} ({s.repeated_times:,} times)" if s.repeated_times > 1 else ""
+    return [
+        f"text     {corpus.name}: {s.characters:,} characters, {lines:,} lines",
+        f"parts    {s.train_characters:,} characters to train on, {corpus.val_characters:,} to validate on{sample}",
+        f"letters  {_characters(s)}; vocabulary of {corpus.vocabulary.size:,} ids",
+        f"rare     characters that occur fewer than {RARE} times: {rare}",
+        f"lines    line ends: {', '.join(kinds) or 'none'}; longest line: {s.longest_line:,} characters "
+        f"(line {s.longest_line_number:,})",
+        f"repeats  {_percent(s.repeated)} of the training text repeats an earlier part of it{most}",
+        f"leak     {_percent(s.leak)} of the validation text also occurs in the training text "
+        f"(passages of {LEAK_WIDTH} characters or more; {s.leak_characters:,} characters compared)",
+        *(f"warning  {line}" for line in problems),
+        *([] if problems else ["result   no problems found"]),
+    ]
+
+
+def warnings(statistics: TextStatistics) -> list[str]:
+    """The problems of a text, one line each: what was found, what follows from it, what to do. Most severe first."""
+    return [line for group in (_reading_problems, _loss_problems, _style_problems) for line in group(statistics)]
+
+
+def _reading_problems(s: TextStatistics) -> Iterator[str]:
+    """Signs that the file is not the intended text or was decoded wrongly."""
+    controls = sum(s.controls.values())
+    if s.controls.get("U+0000", 0) > s.characters / 8:
+        yield (
+            f"{_percent(s.controls['U+0000'] / s.characters)} of the text are NUL characters, so the file is UTF-16 or "
+            "binary; try --encoding utf-16-le or --encoding utf-16-be"
+        )
+    elif controls > BINARY * s.characters:
+        yield (
+            f"{_percent(controls / s.characters)} of the text are control characters, so the file is probably binary; "
+            "save it as plain text, or pass the right --encoding"
+        )
+    elif controls:
+        kinds = ", ".join(f"{number:,} {name}" for name, number in list(s.controls.items())[:3])
+        yield f"{controls:,} control characters ({kinds}); the model will learn to write them, so remove stray ones"
+    if s.replacements:
+        yield (
+            f"{s.replacements:,} replacement characters (U+FFFD): an earlier conversion lost the original characters; "
+            "convert the original file again"
+        )
+    if s.misread >= MISREAD:
+        yield (
+            f"{s.misread:,} pairs such as 'Ã©': UTF-8 was probably read as Latin-1 or cp1252; check --encoding, or "
+            "convert the original file again"
+        )
+    if s.byte_order_marks:
+        yield (
+            f"{s.byte_order_marks:,} byte order mark(s), which the model would learn as characters; "
+            "--encoding utf-8-sig drops the one at the beginning of each file"
+        )
+
+
+def _loss_problems(s: TextStatistics) -> Iterator[str]:
+    """Reasons why the validation loss is misleading."""
+    if s.leak >= LEAK:
+        yield (
+            f"{_percent(s.leak)} of the validation text also occurs word for word in the training text, for example "
+            f"{_quoted(s.leak_example)}: the validation loss will look better than the model is; "
+            "remove duplicates from the text"
+        )
+    if s.repeated >= REPEATED:
+        example = f", for example {_quoted(s.repeated_most)}" if s.repeated_most else ""
+        yield (
+            f"{_percent(s.repeated)} of the training text repeats an earlier part of it{example}: "
+            "the model will memorise these passages; remove duplicates unless the repetition is intended"
+        )
+    if s.unseen_share >= UNSEEN:
+        yield (
+            f"{_percent(s.unseen_share)} of the validation text are characters that never occur in the training text "
+            f"({_quoted(s.unseen)}): the end differs from the rest; shuffle the documents before joining them"
+        )
+    if s.train_characters < SHORT_TEXT:
+        yield (
+            f"only {s.train_characters:,} characters to train on: the model will soon memorise them; "
+            "--minutes 1 chooses a model of suitable size, and more text helps most"
+        )
+
+
+def _style_problems(s: TextStatistics) -> Iterator[str]:
+    """Accidental properties that the model would imitate."""
+    if s.crlf or s.cr:
+        kinds = {"CR LF": s.crlf, "LF": s.lf, "CR": s.cr}
+        used = [f"{number:,} {kind}" for kind, number in kinds.items() if number > 0]
+        found = "line ends are mixed" if len(used) > 1 else "line ends are not LF"
+        yield f"{found} ({', '.join(used)}); the model would imitate them, and --data.newlines lf converts them to LF"
+    if s.decomposed and s.composed:
+        yield (
+            f"accented letters are written in two ways: {s.composed:,} as one character (NFC) and {s.decomposed:,} as "
+            "letter and accent (NFD); --data.normalise nfc makes each of them one character"
+        )
+    elif s.decomposed:
+        yield (
+            f"{s.decomposed:,} accented letters are written as letter and accent (NFD): the text is longer than "
+            "needed, and most prompts are typed otherwise; --data.normalise nfc makes each of them one character"
+        )
+    if s.longest_line > LONG_LINE:
+        found = "the text has no line ends" if not s.crlf + s.lf else f"line {s.longest_line_number:,} is very long"
+        yield f"{found} ({s.longest_line:,} characters); this is harmless if intended, otherwise check the file"
+
+
+def _characters(s: TextStatistics) -> str:
+    """For example `65 distinct characters, Latin`."""
+    main = {name: share for name, share in s.scripts.items() if share >= 0.001}
+    scripts = [f"{name} {_percent(share)}" if share < 0.995 else name for name, share in main.items()]
+    return f"{s.distinct:,} distinct characters, {', '.join(scripts) or 'no letters'}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.0005 or not share else "less than 0.1 %"
+
+
+def _quoted(text: str) -> str:
+    """An example, safe on one line of a terminal."""
+    short = text.strip(" \n")[:EXAMPLE]
+    return "'" + "".join(c if c.isprintable() and ord(c) not in CONTROLS else _escaped(c) for c in short) + "'"
+
+
+def _escaped(character: str) -> str:
+    return ascii(character)[1:-1] if unicodedata.category(character) != "Zs" else " "

@@ -1,4 +1,4 @@
-"""smallm.training.yardsticks and ngram: figures that can be checked by hand, and the lines that show them."""
+"""smallm.training.analysis.baselines and ngram: results that can be checked by hand, and the lines that show them."""
 
 import gzip
 import json
@@ -9,9 +9,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from smallm.training.analysis import baselines as baselines
-from smallm.training.analysis import ngram
-from smallm.training.analysis.baselines import Baseline, in_words
+from smallm.training.analysis import baselines, ngram
+from smallm.training.analysis.baselines import Baseline, comparison_line
 from smallm.training.analysis.ngram import NGram, best_ngram
 from smallm.training.cli import main
 from smallm.training.data.corpus import open_corpus
@@ -28,7 +27,7 @@ def opened(tmp_path, text, **options):
 
 
 def figures(corpus):
-    return {one.name.split("-")[-1]: one.bits_per_char for one in baselines.baselines(corpus)}
+    return {one.name.split("-")[-1]: one.bits_per_char for one in baselines.measure_baselines(corpus)}
 
 
 # -- the n-gram model
@@ -69,7 +68,7 @@ def test_the_model_is_kneser_neys(order):
 def test_probabilities_add_up_to_one():
     train = np.array([rng.randrange(7) for _ in range(2000)])
     model = NGram(train, 10)
-    for order in range(model.highest):
+    for order in range(model.max_order):
         for before in (train, train[:3], np.array([9, 9, 9])):
             total = sum(2 ** -list(model.bits(before, np.array([symbol])))[order] for symbol in range(10))
             assert total == pytest.approx(1)
@@ -86,8 +85,8 @@ def test_the_best_order_finds_what_there_is_to_find():
 
 def test_many_different_ids_make_the_orders_fewer():
     ids = np.arange(5000) % 3000
-    assert NGram(ids, 4000).highest == 5  # of 12 bits each
-    assert NGram(ids % 200, 4000).highest == 8
+    assert NGram(ids, 4000).max_order == 5  # of 12 bits each
+    assert NGram(ids % 200, 4000).max_order == 8
 
 
 @pytest.mark.parametrize("train", [[1, 2], [7] * 100, [0, 255, 0]])
@@ -96,7 +95,7 @@ def test_texts_of_next_to_nothing(train):
     assert 0 < bits < math.inf
 
 
-# -- the yardsticks of a text
+# -- the baselines of a text
 
 
 def test_figures_of_noise_and_of_a_repeated_text(tmp_path):
@@ -117,7 +116,7 @@ def test_what_the_figures_are(tmp_path):
     assert found["gram"] < found["xz"] < entropy
     source = (3 + math.log2(3) - 2 / 3) / (2 + 1 / 3)  # a syllable of eight, a space after a third of them
     assert source < found["gram"] < 1.1 * source
-    *_, last = baselines.baselines(corpus)
+    *_, last = baselines.measure_baselines(corpus)
     assert last.name.endswith("-gram")
     assert "Kneser-Ney" in last.how
 
@@ -130,12 +129,12 @@ def test_ids_of_several_to_a_character_make_no_difference_to_compressors(tmp_pat
 
 
 def test_the_work_on_long_texts_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(baselines, "MAX_TAIL", 1000)
+    monkeypatch.setattr(baselines, "MAX_VAL", 1000)
     monkeypatch.setattr(baselines, "MAX_NGRAM", 5000)
     learnt = []
     monkeypatch.setattr(baselines, "best_ngram", lambda train, val, size: (
         learnt.append((len(train), len(val))), best_ngram(train, val, size))[1])  # fmt: skip
-    *_, last = baselines.baselines(opened(tmp_path, TEXT))
+    *_, last = baselines.measure_baselines(opened(tmp_path, TEXT))
     assert learnt == [(5000, 999)]
     assert "its last 5,000 ids" in last.how
     assert "the first 1,000 characters of the validation text" in last.how
@@ -149,33 +148,33 @@ def test_tiny_texts_have_figures_too(tmp_path, text):
 
 def test_figures_are_kept(tmp_path, monkeypatch):
     corpus = opened(tmp_path, TEXT)
-    assert baselines.known_baselines(corpus) is None
-    first = baselines.baselines(corpus)
+    assert baselines.cached_baselines(corpus) is None
+    first = baselines.measure_baselines(corpus)
     monkeypatch.setattr(baselines, "_measure", lambda corpus: pytest.fail("measured again"))
-    assert baselines.baselines(corpus) == baselines.known_baselines(corpus) == first
+    assert baselines.measure_baselines(corpus) == baselines.cached_baselines(corpus) == first
     corpus.cache_file("baselines").write_text("{", encoding="utf-8")
-    assert baselines.known_baselines(corpus) is None
+    assert baselines.cached_baselines(corpus) is None
 
 
 def test_a_run_by_the_clock_keeps_time_for_them(tmp_path):
     corpus = opened(tmp_path, TEXT)
     needed = baselines.seconds_needed(corpus)
-    assert baselines.seconds_kept(corpus, 26 * needed) == needed
-    assert baselines.seconds_kept(corpus, 24 * needed) == 0  # too much of it
-    assert baselines.seconds_kept(corpus, 0) == 0  # no such run
-    baselines.baselines(corpus)
-    assert baselines.seconds_kept(corpus, 26 * needed) == 0
+    assert baselines.seconds_to_reserve(corpus, 26 * needed) == needed
+    assert baselines.seconds_to_reserve(corpus, 24 * needed) == 0  # too much of it
+    assert baselines.seconds_to_reserve(corpus, 0) == 0  # no such run
+    baselines.measure_baselines(corpus)
+    assert baselines.seconds_to_reserve(corpus, 26 * needed) == 0
 
 
 # -- beside a model
 
 
-def test_words():
+def test_comparison_line():
     measured = [Baseline("gzip", 3.0, ""), Baseline("5-gram", 2.0, "")]
-    assert "20 % less than 5-gram" in in_words(measured, 1.6)
-    assert "it needs more than 5-gram" in in_words(measured, 2.5)
-    assert "about what 5-gram needs" in in_words(measured, 2.001)
-    assert "it needs more than xz" in in_words([Baseline("xz", 0.0, "")], 0.1)  # a text that is one letter
+    assert "20 % less than 5-gram" in comparison_line(measured, 1.6)
+    assert "it needs more than 5-gram" in comparison_line(measured, 2.5)
+    assert "about as much as 5-gram" in comparison_line(measured, 2.001)
+    assert "it needs more than xz" in comparison_line([Baseline("xz", 0.0, "")], 0.1)  # a text that is one letter
 
 
 def test_a_run_ends_with_them(tiny_run):
@@ -206,7 +205,7 @@ def test_ctrl_c_leaves_them_out_of_a_finished_run(tmp_path, monkeypatch, capsys)
     def interrupted(corpus):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("smallm.training.callbacks.baselines", interrupted)
+    monkeypatch.setattr("smallm.training.callbacks.measure_baselines", interrupted)
     (tmp_path / "a.txt").write_text(TEXT[:20_000], encoding="utf-8")
     shape = ["--model.n_layer", "1", "--model.n_head", "1", "--model.n_embd", "32", "--model.block_size", "32"]
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""smallm.training.doctor, advice, tidy: faults planted in a healthy text are found, measured, and nothing else is."""
+"""The text check: problems planted in a good text are found and measured, and no others; `Tidy` mends some of them."""
 
 import random
 import unicodedata
@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 
 from smallm.cli.main import run, train
 from smallm.tokenizer.vocabulary import Vocabulary
-from smallm.training.analysis import characters
-from smallm.training.analysis import text_statistics as doctor
-from smallm.training.analysis.advice import opening_lines, warnings
+from smallm.training.analysis import characters, text_statistics
 from smallm.training.analysis.characters import Characters, as_text, spread
-from smallm.training.analysis.text_statistics import examine
+from smallm.training.analysis.text_check import summary_lines, warnings
+from smallm.training.analysis.text_statistics import compute_statistics
 from smallm.training.data import source
 from smallm.training.data.corpus import open_corpus
 from smallm.training.data.source import Tidy
@@ -34,21 +33,21 @@ def prose(characters: int, seed: int = 1) -> str:
 
 
 @pytest.fixture
-def checkup(tmp_path, monkeypatch):
-    """The findings of a text, or of the bytes of a file."""
+def statistics_of(tmp_path, monkeypatch):
+    """Computes the statistics of a text, or of the bytes of a file."""
     monkeypatch.setenv("SMALLM_CACHE", str(tmp_path / "cache"))
 
-    def checkup(text: str | bytes, **options):
+    def statistics_of(text: str | bytes, **options):
         path = tmp_path / "a.txt"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return examine(open_corpus(str(path), **{"min_count": 10, "val_fraction": 0.1} | options))
+        return compute_statistics(open_corpus(str(path), **{"min_count": 10, "val_fraction": 0.1} | options))
 
-    return checkup
+    return statistics_of
 
 
-def only(findings, *words: str) -> None:
-    """There is one warning, and it says these words."""
-    (line,) = warnings(findings)
+def only(statistics, *words: str) -> None:
+    """There is exactly one warning, and it contains these words."""
+    (line,) = warnings(statistics)
     assert "\n" not in line
     for word in words:
         assert word in line
@@ -57,101 +56,102 @@ def only(findings, *words: str) -> None:
 # -- what is wrong with a text
 
 
-def test_a_healthy_text_gets_one_quiet_line(checkup):
-    found = checkup(prose(100_000))
+def test_a_healthy_text_gets_one_quiet_line(statistics_of):
+    found = statistics_of(prose(100_000))
     assert warnings(found) == []
-    (line,) = opening_lines(found)
+    (line,) = summary_lines(found)
     assert line.startswith("check  ")
     assert "Latin" in line
     assert found.leak == 0
-    assert (found.characters, found.looked_at) == (100_000, 90_000)
+    assert (found.characters, found.characters_read) == (100_000, 90_000)
     assert found.distinct == len(set(prose(100_000)))
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5])
-def test_a_leak_is_found_and_measured(checkup, share):
+def test_a_leak_is_found_and_measured(statistics_of, share):
     text = prose(200_000)
     tail, copied = text[180_000:], text[50_000 : 50_000 + int(20_000 * share)]
-    found = checkup(text[:180_000] + tail[:7_000] + copied + tail[7_000 + len(copied) :])
+    found = statistics_of(text[:180_000] + tail[:7_000] + copied + tail[7_000 + len(copied) :])
     assert found.leak == pytest.approx(share, abs=0.003)
     assert found.leak_example in copied
-    only(found, f"{100 * found.leak:.1f} % of the validation tail stands word for word", "remove")
+    only(found, f"{100 * found.leak:.1f} % of the validation text also occurs word for word", "remove")
 
 
-def test_a_leak_in_a_long_tail_is_measured_on_a_sample(checkup, monkeypatch):
-    monkeypatch.setattr(doctor, "LEAK_CHARACTERS", 8192)
-    monkeypatch.setattr(doctor, "LEAK_PIECE", 256)
+def test_a_leak_in_a_long_tail_is_measured_on_a_sample(statistics_of, monkeypatch):
+    monkeypatch.setattr(text_statistics, "LEAK_CHARACTERS", 8192)
+    monkeypatch.setattr(text_statistics, "LEAK_PIECE", 256)
     text = prose(200_000)
-    found = checkup(text[:180_000] + text[:10_000] + text[190_000:])
+    found = statistics_of(text[:180_000] + text[:10_000] + text[190_000:])
     assert found.leak_characters == 8192
     assert found.leak == pytest.approx(0.5, abs=0.05)
 
 
-def test_windows_do_not_stop_at_the_pieces(checkup, monkeypatch):
+def test_windows_do_not_stop_at_the_pieces(statistics_of, monkeypatch):
     """One copied passage, wherever the pieces of the training part end."""
     monkeypatch.setattr(characters, "PIECE", 1000)
     monkeypatch.setattr(Characters.pieces, "__defaults__", (None, 1000, 0))
     text = prose(60_000)
     for start in (970, 999, 1960):
-        found = checkup(text[:54_000] + text[start : start + 70] + text[54_070:])
+        found = statistics_of(text[:54_000] + text[start : start + 70] + text[54_070:])
         assert found.leak * 6000 == pytest.approx(70, abs=8)  # a letter before or after may be the same by chance
 
 
-def test_repeats_are_counted(checkup):
+def test_repeats_are_counted(statistics_of):
     text = prose(100_000)
-    found = checkup(text[:50_000] + text[:25_000] + text[75_000:])
+    found = statistics_of(text[:50_000] + text[:25_000] + text[75_000:])
     assert found.repeated == pytest.approx(25 / 90, abs=0.01)
-    only(found, f"{100 * found.repeated:.1f} % of the training part are repeats")
-    found = checkup(text[:80_000] + "This line stands here again and again, all the same as it was.\n\n" * 300 + text)
+    only(found, f"{100 * found.repeated:.1f} % of the training text repeats an earlier part of it")
+    line = "This line occurs here again and again, the same each time as before.\n\n"
+    found = statistics_of(text[:80_000] + line * 300 + text)
     assert found.repeated_times in (299, 300)
-    assert found.repeated_most.strip() in "This line stands here again and again, all the same as it was.\n\n" * 3
+    assert found.repeated_most.strip() in line * 3
 
 
-def test_repeats_are_counted_in_a_sample_of_a_long_text(checkup, monkeypatch):
-    monkeypatch.setattr(doctor, "REPEAT_SAMPLE", 10_000)
+def test_repeats_are_counted_in_a_sample_of_a_long_text(statistics_of, monkeypatch):
+    monkeypatch.setattr(text_statistics, "REPEAT_SAMPLE", 10_000)
     text = prose(100_000)
-    assert checkup(text[:50_000] + text[:25_000] + text[75_000:]).repeated == pytest.approx(25 / 90, abs=0.03)
+    assert statistics_of(text[:50_000] + text[:25_000] + text[75_000:]).repeated == pytest.approx(25 / 90, abs=0.03)
 
 
-def test_crlf(checkup):
+def test_crlf(statistics_of):
     text = prose(100_000)
     ends = text.count("\n")
-    found = checkup(text.replace("\n", "\r\n").encode())
+    found = statistics_of(text.replace("\n", "\r\n").encode())
     assert (found.crlf, found.lf, found.cr) == (ends, 0, 0)
-    only(found, f"all {ends:,} CR LF line ends", "--data.newlines lf")
+    only(found, "line ends are not LF", f"{ends:,} CR LF", "--data.newlines lf")
     half = text[:50_000].replace("\n", "\r\n") + text[50_000:]
-    mixed = checkup(half.encode())
+    mixed = statistics_of(half.encode())
     assert (mixed.crlf, mixed.lf, mixed.cr) == (text[:50_000].count("\n"), text[50_000:].count("\n"), 0)
     only(mixed, "mixed", "--data.newlines lf")
-    assert warnings(checkup(half.encode(), newlines="lf")) == []
-    assert checkup(text.replace("\n", "\r").encode()).cr == ends
+    assert warnings(statistics_of(half.encode(), newlines="lf")) == []
+    assert statistics_of(text.replace("\n", "\r").encode()).cr == ends
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 1000])
 def test_lines_are_counted_across_pieces(size):
     text = "ab\r\n\r\nc\rd\n" + "x" * 30 + "\r\ny\n\r"
-    reading = doctor.Reading(len(text))
+    reading = text_statistics.PartStatistics(len(text))
     codes = Characters.of(text).between(0, len(text))
     for start in range(0, len(codes), size):
-        reading.look(codes[start : start + size])
+        reading.add(codes[start : start + size])
     assert reading.ends == {"crlf": 3, "lf": 2, "cr": 2}
     assert (reading.longest_line, reading.longest_line_number) == (31, 4)  # its CR counts
 
 
-def test_mixed_nfc_and_nfd(checkup):
+def test_mixed_nfc_and_nfd(statistics_of):
     text = prose(100_000)
     accents = sum(text.count(c) for c in "éüï")
     half = text[:50_000] + unicodedata.normalize("NFD", text[50_000:])
     later = sum(text[50_000:].count(c) for c in "éüï")
-    found = checkup(half)
+    found = statistics_of(half)
     assert (found.composed, found.decomposed) == (accents - later, later)
-    only(found, f"{later:,} with the accent apart", "--data.normalise nfc")
-    assert warnings(checkup(half, normalise="nfc")) == []
-    only(checkup(unicodedata.normalize("NFD", text)), "NFD", "--data.normalise nfc")
+    only(found, f"{later:,} as letter and accent", "--data.normalise nfc")
+    assert warnings(statistics_of(half, normalise="nfc")) == []
+    only(statistics_of(unicodedata.normalize("NFD", text)), "NFD", "--data.normalise nfc")
 
 
-def test_texts_that_have_one_form_only_are_left_alone(checkup):
-    assert warnings(checkup("한국어 텍스트입니다 हिन्दी पाठ है ไทยก็มี العربية\n" + prose(90_000))) == []
+def test_texts_that_have_one_form_only_are_left_alone(statistics_of):
+    assert warnings(statistics_of("한국어 텍스트입니다 हिन्दी पाठ है ไทยก็มี العربية\n" + prose(90_000))) == []
 
 
 @pytest.mark.parametrize(
@@ -164,59 +164,59 @@ def test_texts_that_have_one_form_only_are_left_alone(checkup):
         (prose(20_000).replace("\n", " "), ["line 1 is very long", "20,0"]),
     ],
 )
-def test_planted(checkup, planted, words):
-    only(checkup(planted + prose(100_000)), *words)
+def test_planted(statistics_of, planted, words):
+    only(statistics_of(planted + prose(100_000)), *words)
 
 
-def test_a_tail_of_another_kind(checkup):
-    only(checkup(prose(90_000) + "Совсем другой язык.\n" * 499, min_count=1), "never has", "С", "mix")
+def test_a_tail_of_another_kind(statistics_of):
+    only(statistics_of(prose(90_000) + "Совсем другой язык.\n" * 499, min_count=1), "never occur", "С", "shuffle")
 
 
-def test_scripts_and_rare_characters(checkup):
-    found = checkup("Ещё немного русского текста, " * 900 + "and some English. " * 1450 + "ж§§")
+def test_scripts_and_rare_characters(statistics_of):
+    found = statistics_of("Ещё немного русского текста, " * 900 + "and some English. " * 1450 + "ж§§")
     assert list(found.scripts) == ["Cyrillic", "Latin"]
     assert found.scripts["Cyrillic"] == pytest.approx(0.5, abs=0.1)
-    found = checkup("§" * 3 + "中" * 9 + prose(100_000) + "中" * 100)
+    found = statistics_of("§" * 3 + "中" * 9 + prose(100_000) + "中" * 100)
     assert found.rare == "中§"
 
 
 # -- texts that are hardly one
 
 
-def test_utf16_without_its_mark_and_binary_files(checkup):
+def test_utf16_without_its_mark_and_binary_files(statistics_of):
     ascii_text = prose(9_000).encode("ascii", "ignore").decode()
-    assert "--encoding utf-16-le" in warnings(checkup(ascii_text.encode("utf-16-le")))[0]
+    assert "--encoding utf-16-le" in warnings(statistics_of(ascii_text.encode("utf-16-le")))[0]
     noise = np.random.default_rng(1).integers(0, 256, 60_000).astype(np.uint8).tobytes()
-    assert "binary" in warnings(checkup(noise, encoding="latin-1"))[0]
+    assert "binary" in warnings(statistics_of(noise, encoding="latin-1"))[0]
 
 
-def test_one_line_giant(checkup):
-    only(checkup(prose(1_000_000).replace("\n", " ")), "no line ends", "1,000,000 characters")
+def test_one_line_giant(statistics_of):
+    only(statistics_of(prose(1_000_000).replace("\n", " ")), "no line ends", "1,000,000 characters")
 
 
 @pytest.mark.parametrize("text", ["abcd", "\r\n\r\n", "a" * 50_000, "\n" * 1000, "ééé\r\n中中" * 3, "\ufeff\ufeff\0\0"])
-def test_texts_that_are_tiny_or_all_the_same(checkup, text):
-    found = checkup(text, val_fraction=0.5)
+def test_texts_that_are_tiny_or_all_the_same(statistics_of, text):
+    found = statistics_of(text, val_fraction=0.5)
     assert found.characters == len(text)
     assert 0 <= found.leak <= 1
     assert 0 <= found.repeated <= 1
-    assert "few" in " ".join(warnings(found))
+    assert "only" in " ".join(warnings(found))
 
 
-def test_findings_are_kept_with_the_encoded_text(checkup, monkeypatch):
-    first = checkup(prose(60_000))
-    monkeypatch.setattr(doctor, "_examine", lambda corpus: pytest.fail("examined again"))
-    assert checkup(prose(60_000)) == first
+def test_statistics_are_cached(statistics_of, monkeypatch):
+    first = statistics_of(prose(60_000))
+    monkeypatch.setattr(text_statistics, "_compute", lambda corpus: pytest.fail("computed again"))
+    assert statistics_of(prose(60_000)) == first
     monkeypatch.undo()
 
 
-def test_a_cache_that_cannot_be_written_to_is_done_without(checkup, monkeypatch):
+def test_a_cache_that_cannot_be_written_to_is_done_without(statistics_of, monkeypatch):
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")
 
     text, healthy = prose(60_000), Path.replace
     monkeypatch.setattr(Path, "replace", lambda path, to: full() if "text-statistics" in str(to) else healthy(path, to))
-    assert warnings(checkup(text)) == []
+    assert warnings(statistics_of(text)) == []
 
 
 # -- the command
@@ -231,7 +231,7 @@ def test_check_tells_all_and_trains_nothing(tmp_path, monkeypatch, capsys):
         assert word in out
     assert not Path("runs").exists()
     assert run(train, ["--check", "my.txt", "--data.newlines", "lf"]) == 0
-    assert "nothing wrong found" in capsys.readouterr().out
+    assert "no problems found" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -307,8 +307,8 @@ def test_a_tidied_file_is_another_text(tmp_path, monkeypatch):
 @given(st.text("ab\néß€中🎉", min_size=1, max_size=60), st.sets(st.sampled_from("é€中🎉")), st.integers(1, 9))
 def test_characters_of_ids_in_pieces(text, known, size):
     vocabulary = Vocabulary.from_characters(known)
-    held = Characters(vocabulary.encode(text), vocabulary)
-    pieces = [as_text(codes[carried:]) for codes, carried in held.pieces(size=size, keep=2)]
+    characters = Characters(vocabulary.encode(text), vocabulary)
+    pieces = [as_text(codes[carried:]) for codes, carried in characters.pieces(size=size, overlap=2)]
     assert "".join(pieces) == text
 
 
@@ -318,9 +318,9 @@ def test_spread_pieces_cover_the_ends():
     assert spread(100, 3, 5) == [(0, 3)]
 
 
-def test_a_longer_text_than_is_looked_at(checkup, monkeypatch):
-    monkeypatch.setattr(doctor, "MOST", 30_000)
+def test_a_longer_text_than_is_characters_read(statistics_of, monkeypatch):
+    monkeypatch.setattr(text_statistics, "MAX_TRAIN", 30_000)
     monkeypatch.setattr(Characters.pieces, "__defaults__", (None, 1000, 0))
-    found = checkup(prose(100_000))
-    assert 29_000 < found.looked_at <= 30_000
+    found = statistics_of(prose(100_000))
+    assert 29_000 < found.characters_read <= 30_000
     assert warnings(replace(found, train_characters=90_000)) == []
