@@ -6,8 +6,8 @@ Texts of these sizes are made on the spot (see big_corpus.py), or are the beginn
 be long enough. Each is encoded beforehand; then each part runs in a fresh process that opens the encoded text, and the
 memorisation report searches for 10,000 characters, half of them copied. Seconds are of processor and of wall time, of
 the part alone, without imports; memory is the process's highest resident memory, and how much of that came with the
-part. As a reference on a noisy machine, "hash" is the time that SHA-256 of the same file takes in the same process: the ratio to
-it compares between machines. Prints a table, then all figures as one line of JSON.
+part. As a reference on a noisy machine, "hash" is the time that SHA-256 of the same file takes in the same process: the
+ratio to it compares between machines. Prints a table, then all figures as one line of JSON.
 
 With --model the text is read by a model as well: "perplexity" and "perplexity-half", in windows side by side and
 overlapping by half, are what to hold "surprise", with its places, and "surprise-page" against. A model of 0.8 M
