@@ -1,4 +1,4 @@
-/* What tests/test_kit_c.py asks of smallm.c: its inner functions, and calls that no command line makes. */
+/* The test program of tests/embed/test_kit_c.py: calls internal functions of smallm.c and calls that main.c never makes. */
 
 #include <stdlib.h>
 
@@ -37,23 +37,23 @@ static int print_ids(char **argv)
     enum { V = 256, WINDOW = 8 };
     smallm model;
     smallm_options options;
-    static float logits[V], wanted[V];
+    static float logits[V], processed[V];
     static uint64_t keys[V], order[V], spare[V];
     static double weights[V];
     int64_t ids[12];
     memset(&model, 0, sizeof model);
-    model.vocab_size = V, model.wanted = wanted, model.weights = weights;
+    model.vocab_size = V, model.processed = processed, model.weights = weights;
     model.keys = keys, model.order = order, model.spare = spare;
     smallm_default_options(NULL, &options, sizeof options);
     options.temperature = strtod(argv[0], NULL), options.top_k = strtol(argv[1], NULL, 10);
     options.top_p = strtod(argv[2], NULL), options.min_p = strtod(argv[3], NULL);
-    model.draft.key = rng_key(7, 0);
+    model.state.key = rng_key(7, 0);
     for (size_t step = 0; step < 12; step++) {
         size_t seen = step < WINDOW ? step : WINDOW;
         for (uint32_t id = 0; id < V; id++)
             logits[id] = (float)((mix(256 * (uint32_t)(step % 3) + id) >> 8) / 2097152.0 - 4);
         penalise(&model, logits, ids + step - seen, seen, strtod(argv[4], NULL));
-        ids[step] = sample(&model, uniform(&model.draft), &options);
+        ids[step] = sample(&model, uniform(&model.state), &options);
         printf("%ld\n", (long)ids[step]);
     }
     return 0;
@@ -62,22 +62,22 @@ static int print_ids(char **argv)
 /* For each line of "temperature top_k top_p min_p u logit logit ..." the id that is taken. */
 static int print_samples(void)
 {
-    enum { MOST = 64 };
+    enum { MAX_IDS = 64 };
     smallm model;
     smallm_options options;
-    float wanted[MOST];
-    uint64_t keys[MOST], order[MOST], spare[MOST];
-    double weights[MOST], u;
+    float processed[MAX_IDS];
+    uint64_t keys[MAX_IDS], order[MAX_IDS], spare[MAX_IDS];
+    double weights[MAX_IDS], u;
     long long top_k;
     memset(&model, 0, sizeof model);
-    model.wanted = wanted, model.weights = weights;
+    model.processed = processed, model.weights = weights;
     model.keys = keys, model.order = order, model.spare = spare;
     smallm_default_options(NULL, &options, sizeof options);
     while (scanf("%d %lf %lld %lf %lf %lf", &model.vocab_size, &options.temperature, &top_k, &options.top_p,
                  &options.min_p, &u) == 6) {
         options.top_k = top_k;
-        for (int i = 0; i < model.vocab_size && i < MOST; i++)
-            if (scanf("%f", &wanted[i]) != 1) return 1;
+        for (int i = 0; i < model.vocab_size && i < MAX_IDS; i++)
+            if (scanf("%f", &processed[i]) != 1) return 1;
         printf("%ld\n", (long)sample(&model, u, &options));
     }
     return 0;
@@ -97,27 +97,27 @@ static int print_numbers(char **argv)
 }
 
 /* The ids that may come after the bytes (hexadecimal) of a character, of a vocabulary: tokens allowed|- banned bytes. */
-static int print_permitted(char **argv)
+static int print_allowed(char **argv)
 {
     static token tokens[64];
-    static bool permitted[256 + 64];
+    static bool allowed[256 + 64];
     smallm model;
     memset(&model, 0, sizeof model);
     model.tokens = tokens;
     if (!read_tokens(span_of(argv[0], strlen(argv[0])), tokens, &model.token_count)) return 1;
     model.vocab_size = 256 + (int32_t)model.token_count;
-    model.draft.options.allowed = strcmp(argv[1], "-") == 0 ? NULL : argv[1];
-    model.draft.options.banned = argv[2];
-    if (prepare_permitted(&model, &model.draft) != SMALLM_OK) return 1;
-    free(model.draft.permitted);
-    model.draft.permitted = permitted;
+    model.state.options.allowed = strcmp(argv[1], "-") == 0 ? NULL : argv[1];
+    model.state.options.banned = argv[2];
+    if (prepare_allowed(&model, &model.state) != SMALLM_OK) return 1;
+    free(model.state.allowed);
+    model.state.allowed = allowed;
     for (const char *hex = argv[3]; *hex; hex += 2)
-        model.draft.decoder.bytes[model.draft.decoder.length++] =
+        model.state.decoder.bytes[model.state.decoder.length++] =
             (uint8_t)(hex_digit((uint8_t)hex[0]) << 4 | hex_digit((uint8_t)hex[1]));
-    find_permitted(&model, &model.draft);
+    find_allowed(&model, &model.state);
     for (int id = 0; id < model.vocab_size; id++)
-        if (permitted[id]) printf("%d\n", id);
-    free(model.draft.characters);
+        if (allowed[id]) printf("%d\n", id);
+    free(model.state.characters);
     return 0;
 }
 
@@ -125,13 +125,13 @@ static int print_permitted(char **argv)
 static int print_decoded(void)
 {
     pending decoder = {{0}, 0};
-    char text[MOST_PUSHED];
+    char text[MAX_PUSHED];
     for (int c; (c = getchar()) != EOF;) fwrite(text, 1, push_byte(&decoder, (uint8_t)c, text), stdout);
     return 0;
 }
 
-/* The pieces of a text in hexadecimal, one per line, then what they cost in allocations. */
-static int print_pieces(char **argv)
+/* The chunks of a text in hexadecimal, one per line, then what they cost in allocations. */
+static int print_chunks(char **argv)
 {
     smallm *model;
     smallm_options options;
@@ -161,13 +161,13 @@ static int print_score(char **argv)
     static char text[1 << 16];
     static double found[1 << 16];
     smallm *model;
-    const char *piece;
+    const char *chunk;
     size_t bytes = fread(text, 1, sizeof text, stdin), count = 0, length;
     if (smallm_open(argv[0], NULL, &model) != SMALLM_OK) return 1;
     if (smallm_generate_start(model, "the ", 4, NULL) != SMALLM_OK) return 1;
     for (int i = 0; i < 20; i++) {
-        if (smallm_next(model, &piece, &length) != SMALLM_OK) return 1;
-        fwrite(piece, 1, length, stdout);
+        if (smallm_next(model, &chunk, &length) != SMALLM_OK) return 1;
+        fwrite(chunk, 1, length, stdout);
         if (i == 5 && smallm_score(model, text, bytes, found, 1 << 16, &count) != SMALLM_OK) return 1;
     }
     printf("\x1e");
@@ -278,11 +278,11 @@ static int make_mistakes(char **argv)
 static void *write_text(void *path)
 {
     smallm *model;
-    const char *piece;
+    const char *chunk;
     size_t bytes;
     char *text = calloc(1, 4096);
     if (smallm_open(path, NULL, &model) == SMALLM_OK && smallm_generate_start(model, "the ", 4, NULL) == SMALLM_OK)
-        while (smallm_next(model, &piece, &bytes) == SMALLM_OK) strcat(text, piece);
+        while (smallm_next(model, &chunk, &bytes) == SMALLM_OK) strcat(text, chunk);
     smallm_close(model);
     return text;
 }
@@ -309,9 +309,9 @@ int main(int argc, char **argv)
     if (strcmp(what, "ids") == 0) return print_ids(argv + 2);
     if (strcmp(what, "samples") == 0) return print_samples();
     if (strcmp(what, "numbers") == 0) return print_numbers(argv + 2);
-    if (strcmp(what, "permitted") == 0) return print_permitted(argv + 2);
+    if (strcmp(what, "allowed") == 0) return print_allowed(argv + 2);
     if (strcmp(what, "decode") == 0) return print_decoded();
-    if (strcmp(what, "pieces") == 0) return print_pieces(argv + 2);
+    if (strcmp(what, "chunks") == 0) return print_chunks(argv + 2);
     if (strcmp(what, "score") == 0) return print_score(argv + 2);
     if (strcmp(what, "mistakes") == 0) return make_mistakes(argv + 2);
     if (strcmp(what, "threads") == 0) return print_threads(argv + 2);

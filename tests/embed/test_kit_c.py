@@ -244,7 +244,7 @@ def test_golden_ids(inner, case):
 @pytest.mark.parametrize("case", GOLDEN["permitted"], ids=lambda case: f"{case['allowed']}-{case['banned']:.2}")
 def test_golden_permitted_ids(inner, case):
     allowed = "-" if case["allowed"] is None else case["allowed"]
-    found = inner("permitted", case["tokens"], allowed, case["banned"], case["after"]).split()
+    found = inner("allowed", case["tokens"], allowed, case["banned"], case["after"]).split()
     assert [int(id) for id in found] == case["ids"]
 
 
@@ -321,7 +321,7 @@ def test_texts_slide_as_in_python(generate, tmp_path, window, block_size):
 
 def test_sliding_and_banning_take_no_memory(inner, tmp_path):
     path = save_onnx(random_model(window=5), tmp_path / "model.onnx")
-    *found, end = inner("pieces", path, "the ", 300, "", "", 0, 1.0, 0, 2, "€ab").splitlines()
+    *found, end = inner("chunks", path, "the ", 300, "", "", 0, 1.0, 0, 2, "€ab").splitlines()
     stream = LanguageModel.load(path).stream("the ", 300, rng_seed=3, temperature=1, top_k=0, banned="€ab")
     text = "".join(stream)
     assert not set(text) & set("€ab")
@@ -377,7 +377,7 @@ def test_pieces_are_those_of_python(inner, lm, exported, stops, min_length, pena
         )
     )  # fmt: skip
     *found, end = inner(
-        "pieces", exported / "model.onnx", "the ", 150, *stops, min_length, penalty, window, 1, ""
+        "chunks", exported / "model.onnx", "the ", 150, *stops, min_length, penalty, window, 1, ""
     ).splitlines()
     assert [bytes.fromhex(piece).decode() for piece in found] == pieces
     status, allocations, *error = end.split()

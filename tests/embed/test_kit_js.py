@@ -292,7 +292,7 @@ MISTAKES = {
     "lone surrogate in a seed": (["generate", "a\ud800"], "the seed text has a lone surrogate (U+D800)"),
     "lone surrogate in a text": (["score", "\udc00"], "the text has a lone surrogate (U+DC00)"),
     "lone surrogate in a stop": (["generate", "a", {"stop": ["b", "\ud800"]}], "stop has a lone surrogate"),
-    "no string": (["generate", 5], "the seed text is no string"),
+    "no string": (["generate", 5], "the seed text is not a string"),
     "huge length": (["generate", "a", {"maxLength": 1e300}], "maxLength = 1e+300 is out of range"),
     "negative length": (["generate", "a", {"maxLength": -1}], "maxLength = -1 is out of range"),
     "length of half a character": (["generate", "a", {"maxLength": 0.5}], "maxLength = 0.5 is out of range"),
@@ -311,8 +311,8 @@ MISTAKES = {
     "nothing allowed": (["generate", "a", {"allowed": ""}], "allowed and banned leave no character"),
     "all banned": (["generate", "a", {"allowed": "aé", "banned": "éa"}], "allowed and banned leave no character"),
     "lone surrogate allowed": (["generate", "a", {"allowed": "a\ud800"}], "allowed has a lone surrogate"),
-    "a list of banned ones": (["generate", "a", {"banned": ["a"]}], "banned is no string"),
-    "unknown option": (["generate", "a", {"top_k": 3}], "option top_k is unknown; there are maxLength, temperature"),
+    "a list of banned ones": (["generate", "a", {"banned": ["a"]}], "banned is not a string"),
+    "unknown option": (["generate", "a", {"top_k": 3}], "unknown option top_k; use one of: maxLength, temperature"),
     "number of next characters": (["nextCharacters", "a", -1], "n = -1 is out of range"),
 }
 
@@ -368,7 +368,7 @@ def broken_models(exported, tmp_path_factory) -> dict[str, tuple[Path, str]]:
         "half": (data[: len(data) // 2], "is truncated or not an ONNX model"),
         "short": (data[:-1], "is truncated or not an ONNX model"),
         "foreign": (foreign.SerializeToString(), "is not a smallm model; write one with python export.py"),
-        "other graph": (other.SerializeToString(), "has not the inputs and outputs that its metadata promise"),
+        "other graph": (other.SerializeToString(), "inputs and outputs do not match its metadata"),
     }
     found = {}
     for name, (content, message) in files.items():
@@ -394,7 +394,7 @@ def broken_models(exported, tmp_path_factory) -> dict[str, tuple[Path, str]]:
         "temperature": ({"sampling": '{"temperature": -1}'}, "has broken metadata"),
         "list": ({"training": "[]"}, "has broken metadata"),
         "huge": ({"block_size": "16000000"}, "is too small for the sizes in its metadata"),
-        "one layer more": ({"n_layer": "3"}, "has not the inputs and outputs that its metadata promise"),
+        "one layer more": ({"n_layer": "3"}, "inputs and outputs do not match its metadata"),
     }
     for name, (changes, message) in metadata.items():
         found[name] = with_metadata(good, folder / name, **changes), message
@@ -563,7 +563,7 @@ def test_a_text_in_the_page(page, model):
     assert shares == pytest.approx(np.minimum(100, nats * 100 / 6), abs=0.6)
     assert saw["status"] == "Done: 200 characters"
     assert re.fullmatch(r"[\d,]+ characters per second", saw["progress"])
-    assert "All that it loads is" in saw["footer"]
+    assert "The page loads" in saw["footer"]
     assert saw["live"] == ["polite", "false"]
 
 
@@ -594,7 +594,7 @@ def test_the_page_says_what_is_wrong(page):
         "maxLength -5": ("maxLength = -5 is out of range", "maxLength"),
         "maxLength 1e12": ("this page writes at most 100000", "maxLength"),
         "rngSeed 4294967296": ("rngSeed = 4294967296 is out of range", "rngSeed"),
-        "temperature ": ("temperature is not a number; type one", "temperature"),
+        "temperature ": ("temperature is not a number; enter a number", "temperature"),
         "seed lone \ud800": ("the seed text has a lone surrogate (U+D800)", "seed"),
     }
     assert saw.pop("empty") == [10, True]

@@ -1,9 +1,9 @@
-/* An example of smallm.h that is of use: writes text, or measures it.
+/* A useful example of smallm.h: generates text, or scores a text.
 
        ./generate [MODEL] --seed "Once" --rng-seed 1
        ./generate [MODEL] --score FILE
 
-   Results go to stdout, everything else to stderr; a mistake is one line, and exit code 2. */
+   Results go to stdout, everything else to stderr; an error is one line and exit code 2. */
 
 #ifndef _WIN32
 #define _POSIX_C_SOURCE 200112L /* setenv */
@@ -21,23 +21,23 @@
 static const char USAGE[] =
     "usage: generate [MODEL] [options]          MODEL: default model.onnx\n"
     "\n"
-    "  --seed TEXT, --seed-file FILE            the text to go on from; FILE - = stdin\n"
-    "  --max-length N                           most new characters; default 500\n"
-    "  --temperature T --top-k K --top-p P --min-p P   how daring; default: the model's own\n"
-    "  --repetition-penalty R --repetition-window N    against going round in circles\n"
-    "  --rng-seed N --stream-number N           equal numbers, equal text; default: the time\n"
+    "  --seed TEXT, --seed-file FILE            the text to continue; FILE - is stdin\n"
+    "  --max-length N                           maximum number of new characters; default 500\n"
+    "  --temperature T --top-k K --top-p P --min-p P   sampling; default: the values in the model file\n"
+    "  --repetition-penalty R --repetition-window N    makes the last N ids less likely\n"
+    "  --rng-seed N --stream-number N           equal numbers give equal text; default: the time\n"
     "  --stop TEXT                              ends the text before TEXT; may be repeated\n"
-    "  --min-length N                           a stop within so many characters does not count\n"
-    "  --allowed CHARACTERS --banned CHARACTERS the only ones to write; those not to write\n"
-    "  --overflow crop|shift|slide              past the model's context: exact; fast; both, if the model has a window\n"
-    "  --threads N                              default: as many as suit the model\n"
+    "  --min-length N                           ignores stop strings within the first N characters\n"
+    "  --allowed CHARACTERS --banned CHARACTERS the only characters to generate; characters never to generate\n"
+    "  --overflow crop|shift|slide              beyond the context: exact; fast; both, if the model has a window\n"
+    "  --threads N                              default: chosen by the size of the model\n"
     "  --score FILE                             prints the mean nats per character of FILE instead\n";
 
-enum { MOST_STOPS = 64 };
+enum { MAX_STOPS = 64 };
 
 typedef struct {
-    const char *model, *seed, *seed_file, *score, *stops[MOST_STOPS];
-    smallm_options given; /* with `set` telling which of its fields are */
+    const char *model, *seed, *seed_file, *score, *stops[MAX_STOPS];
+    smallm_options given; /* `set` holds the fields that were given */
     unsigned set;
     smallm_open_options open;
 } arguments;
@@ -50,7 +50,7 @@ static int complain(const char *what, const char *about)
     return 2;
 }
 
-/* A number from lowest to highest; false for anything else. */
+/* Reads an integer from lowest to highest; false for anything else. */
 static int whole(const char *text, long long lowest, long long highest, long long *value)
 {
     char *end;
@@ -66,7 +66,7 @@ static int real(const char *text, double *value)
     return end != text && *end == '\0';
 }
 
-/* Reads one option and its value; false if the value is none. */
+/* Reads one option and its value; false for an invalid value. */
 static int read_option(arguments *a, const char *name, const char *value, int *known)
 {
     smallm_options *o = &a->given;
@@ -94,12 +94,12 @@ static int read_option(arguments *a, const char *name, const char *value, int *k
         good = whole(value, 0, UINT32_MAX, &n), o->stream_number = (uint32_t)n;
     else if (strcmp(name, "--threads") == 0) good = whole(value, 1, 1024, &n), a->open.threads = (int32_t)n;
     else if (strcmp(name, "--overflow") == 0) {
-        static const char *const ways[] = {"crop", "shift", "slide"}; /* by the numbers of smallm.h */
+        static const char *const ways[] = {"crop", "shift", "slide"}; /* in the order of smallm.h */
         for (o->overflow = 0; o->overflow < 3 && strcmp(value, ways[o->overflow]) != 0;) o->overflow++;
         good = o->overflow < 3;
         a->set |= SET_OVERFLOW;
     } else if (strcmp(name, "--stop") == 0) {
-        good = o->stop_count < MOST_STOPS;
+        good = o->stop_count < MAX_STOPS;
         if (good) a->stops[o->stop_count++] = value;
     } else {
         *known = 0;
@@ -107,7 +107,7 @@ static int read_option(arguments *a, const char *name, const char *value, int *k
     return good;
 }
 
-/* 0 = go on, otherwise the exit code + 1. */
+/* Returns 0 to continue, otherwise the exit code + 1. */
 static int read_arguments(int argc, char **argv, arguments *a)
 {
     memset(a, 0, sizeof *a);
@@ -121,21 +121,21 @@ static int read_arguments(int argc, char **argv, arguments *a)
             return 1;
         }
         if (argv[i][0] != '-') {
-            if (a->model != NULL) return complain("one model is enough; see --help: ", argv[i]) + 1;
+            if (a->model != NULL) return complain("more than one model; see --help: ", argv[i]) + 1;
             a->model = argv[i];
             continue;
         }
-        if (i + 1 == argc) return complain("an unknown option, or one without a value; see --help: ", argv[i]) + 1;
+        if (i + 1 == argc) return complain("unknown option, or its value is missing; see --help: ", argv[i]) + 1;
         int good = read_option(a, argv[i], argv[i + 1], &known);
         if (!known) return complain("unknown option; see --help: ", argv[i]) + 1;
-        if (!good) return complain("another kind of value, or too many of them; see --help: ", argv[i]) + 1;
+        if (!good) return complain("invalid value, or too many values; see --help: ", argv[i]) + 1;
         i++;
     }
     if (a->model == NULL) a->model = "model.onnx";
     return 0;
 }
 
-/* A whole file in memory that the caller frees; NULL if it cannot be read. */
+/* Reads a whole file into memory that the caller frees; NULL if the file cannot be read. */
 static char *read_file(const char *path, size_t *bytes)
 {
     FILE *file = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
@@ -147,9 +147,9 @@ static char *read_file(const char *path, size_t *bytes)
         else if (*bytes == room) break;
         *bytes += got = fread(data + *bytes, 1, room - *bytes, file);
     }
-    int bad = file == NULL || ferror(file) || got > 0;
+    int failed = file == NULL || ferror(file) || got > 0;
     if (file != NULL && file != stdin) fclose(file);
-    if (!bad) return data;
+    if (!failed) return data;
     free(data);
     return NULL;
 }
@@ -186,16 +186,16 @@ static int print_text(smallm *model, const char *seed, size_t bytes, const small
     return 0;
 }
 
-/* What was given on the command line, and the model's own defaults for the rest. */
+/* The options of the command line, and the defaults of the model for all others. */
 static smallm_options options_for(const smallm *model, const arguments *a)
 {
-    smallm_options own, options = a->given;
-    smallm_default_options(model, &own, sizeof own);
-    if (!(a->set & SET_TEMPERATURE)) options.temperature = own.temperature;
-    if (!(a->set & SET_TOP_K)) options.top_k = own.top_k;
-    if (!(a->set & SET_TOP_P)) options.top_p = own.top_p;
-    if (!(a->set & SET_MIN_P)) options.min_p = own.min_p;
-    if (!(a->set & SET_OVERFLOW)) options.overflow = own.overflow;
+    smallm_options defaults, options = a->given;
+    smallm_default_options(model, &defaults, sizeof defaults);
+    if (!(a->set & SET_TEMPERATURE)) options.temperature = defaults.temperature;
+    if (!(a->set & SET_TOP_K)) options.top_k = defaults.top_k;
+    if (!(a->set & SET_TOP_P)) options.top_p = defaults.top_p;
+    if (!(a->set & SET_MIN_P)) options.min_p = defaults.min_p;
+    if (!(a->set & SET_OVERFLOW)) options.overflow = defaults.overflow;
     if (!(a->set & SET_RNG_SEED)) options.rng_seed = (uint32_t)time(NULL);
     return options;
 }
@@ -208,7 +208,7 @@ int main(int argc, char **argv)
     int code = read_arguments(argc, argv, &a);
     if (code != 0) return code - 1;
 #ifndef _WIN32
-    setenv("ORT_GQA_DISABLE_FLASH_ATTENTION", "1", 0); /* as smallm's Python package does; quicker */
+    setenv("ORT_GQA_DISABLE_FLASH_ATTENTION", "1", 0); /* as in smallm's Python package; faster */
 #endif
     if (smallm_open(a.model, &a.open, &model) != SMALLM_OK) {
         code = complain(smallm_error(model), "");

@@ -1,8 +1,9 @@
-/* smallm.h in C99, over the C API of ONNX Runtime.
+/* The implementation of smallm.h in C99, over the C API of ONNX Runtime.
 
-   In order: bytes and text; the vocabulary; JSON; what an ONNX file holds; what the model says about itself; ONNX
-   Runtime; from logits to an id; which ids are permitted; from ids to text; the public functions. SAMPLING.md is the definition of what comes
-   out; smallm/model_file/onnx_reader.py, manifest.py, decoder.py, permitted.py and draft.py of the Python package do the same things. */
+   In this order: bytes and text; the vocabulary; JSON; the check of the ONNX file; the manifest; ONNX Runtime and the KV
+   cache; the sampler; allowed characters; the state of a text; scoring; the public functions. SAMPLING.md specifies the
+   text that results. The Python package has the same parts in model_file/onnx_reader.py, model_file/manifest.py,
+   inference/kv_cache.py, generation/sampler.py, generation/allowed_characters.py and generation/sequence_state.py. */
 
 #include "smallm.h"
 
@@ -26,74 +27,74 @@
 #endif
 
 enum {
-    ORT_API_WANTED = 21, /* ONNX Runtime 1.21 and all later ones have it */
+    ORT_API_WANTED = 21, /* in ONNX Runtime 1.21 and later */
     FORMAT_VERSION = 1,
-    MOST_LAYERS = 999,
-    MOST_START_IDS = 999,
-    MOST_NODES = 20000,
-    MOST_DIMENSIONS = 8,
+    MAX_LAYERS = 999,
+    MAX_START_IDS = 999,
+    MAX_NODES = 20000,
+    MAX_DIMENSIONS = 8,
     PLAIN_INPUTS = 3,  /* besides the cache */
-    MOST_THREADS = 1024,
-    MOST_NAME = 40,    /* bytes of an input's name, with its NUL */
-    MOST_PUSHED = 24,  /* bytes of text that an id can complete: of its 4 bytes each may bring two U+FFFD */
+    MAX_THREADS = 1024,
+    MAX_NAME = 40,    /* bytes of an input's name, with its NUL */
+    MAX_PUSHED = 24,  /* bytes of text that an id can complete: each of its 4 bytes can give two U+FFFD */
     CODE_POINTS = 0x110000,
-    BIG_LAYER = 1000000 /* bytes; below it a second thread costs a single id more in hand-overs than it saves */
+    BIG_LAYER = 1000000 /* bytes; in smaller layers a second thread slows down single ids */
 };
-#define MOST_SIZE (1 << 24)
-#define MOST_SAMPLING 9007199254740992.0 /* 2^53 */
-#define MOST_FILE 0x7fffffffu            /* bytes: what protobuf can hold */
-#define CACHE_ROOM (64u << 20)
-#define LEAST_TEMPERATURE 1e-200 /* below it nothing changes any more, but a division could overflow */
+#define MAX_SIZE (1 << 24)
+#define MAX_SAMPLING 9007199254740992.0 /* 2^53 */
+#define MAX_FILE 0x7fffffffu            /* bytes: the limit of protobuf */
+#define MAX_SMALL_CACHE (64u << 20)           /* bytes of KV cache that a file of any size may ask for */
+#define MIN_TEMPERATURE 1e-200 /* a lower temperature changes nothing, but a division could overflow */
 
-/* A piece of memory that belongs to somebody else. */
+/* A range of memory that is owned elsewhere. */
 typedef struct {
     const uint8_t *at, *end;
 } span;
 
-/* An id from 256 up, and its bytes. */
+/* An id of 256 or more, and its bytes. */
 typedef struct {
     uint8_t length, bytes[4];
     int32_t id;
 } token;
 
-/* Bytes of a character that is not whole yet. */
+/* The bytes of an incomplete character. */
 typedef struct {
     uint8_t bytes[4];
     int length;
 } pending;
 
-/* A stop string, and how much of its beginning the text ends with (Knuth, Morris and Pratt 1977), in bytes. */
+/* A stop string, and the length in bytes of its longest prefix that the text ends with (Knuth, Morris, Pratt 1977). */
 typedef struct {
     const uint8_t *word;
     size_t length, matched;
-    size_t *borders; /* of word[:1], word[:2] ...: length of the longest proper beginning that is its end too */
+    size_t *borders; /* for each prefix of word: length of its longest proper prefix that is also its suffix */
 } stop;
 
-/* A text in the making. */
+/* The state of the text that is being generated. */
 typedef struct {
     smallm_options options;
     bool begun, done;
     uint32_t key, draws;
-    int64_t length;            /* new characters in all */
-    size_t known, fed;         /* ids in history; in the cache */
+    int64_t length;            /* number of new characters */
+    size_t known, cached;      /* ids in history; ids in the KV cache */
     pending decoder;
     stop *stops;
-    uint8_t *words;            /* memory of the stops */
-    uint64_t *characters;      /* (CODE_POINTS / 64): a bit for each, whether it is permitted; NULL = all are */
-    bool *permitted;           /* (vocab_size): whether an id may come after the bytes in `permitted_after` */
-    pending permitted_after;
+    uint8_t *words;            /* memory of the stop strings */
+    uint64_t *characters;      /* (CODE_POINTS / 64): a bit per character, 1 = allowed; NULL = all are allowed */
+    bool *allowed;             /* (vocab_size): whether an id may follow the bytes in `allowed_after` */
+    pending allowed_after;
     size_t *borders;
-    char *text;                /* characters that are settled, then those that may be the beginning of a stop */
-    char *piece;               /* what was handed out last */
-    size_t ready, held, room;  /* bytes of the former, of the latter, of `text` */
-} draft;
+    char *text;                /* characters that are certain, then the possible beginning of a stop string */
+    char *chunk;               /* the text that smallm_next returned last */
+    size_t ready, held, room;  /* bytes of `text` that are certain; that are held back; that it has room for */
+} sequence_state;
 
 struct smallm {
     char error[600];
-    char name[256]; /* what messages call the model */
+    char name[256]; /* the name of the model in messages */
     bool open;
 
-    /* What the model says about itself. */
+    /* The manifest. */
     int32_t block_size, n_layer, n_head, n_kv_head, n_embd, head_dim, vocab_size, window;
     double rope_theta, temperature, top_p, min_p;
     int64_t top_k;
@@ -102,35 +103,35 @@ struct smallm {
     uint8_t *start_text;
     size_t start_bytes;
 
-    /* ONNX Runtime, and the memory that it reads and writes. L layers, V vocab_size, T block_size. */
+    /* ONNX Runtime and its inputs and outputs. Shapes: L n_layer, V vocab_size, T block_size. */
     const OrtApi *ort;
     OrtEnv *env;
     OrtSession *session;
     OrtMemoryInfo *memory;
     OrtIoBinding *binding;
-    OrtValue **past;       /* (2 L): keys and values of each layer, past and present at once */
-    OrtValue *no_past;     /* an empty one */
-    char (*past_names)[MOST_NAME]; /* (2 L) */
-    const char **names;    /* (3 + 2 L): of all inputs */
-    const OrtValue **values; /* (3 + 2 L): for them, without a cache */
-    OrtValue *ids_value;   /* the ids that are bound, of them: */
+    OrtValue **past;       /* (2 L): keys and values of each layer; past and present share the memory */
+    OrtValue *no_past;     /* an empty tensor */
+    char (*past_names)[MAX_NAME]; /* (2 L) */
+    const char **names;    /* (3 + 2 L): names of all inputs */
+    const OrtValue **values; /* (3 + 2 L): their values for a pass without a cache */
+    OrtValue *ids_value;   /* the bound ids, and their number: */
     size_t ids_bound;
     OrtValue *mask_value, *keep_value, *logits_value;
     float *cache;          /* (2 L, n_kv_head, T, head_dim) */
-    float *turn;           /* (head_dim): cosines, then sines, by which keys turn back when the cache slides */
+    float *rotation;       /* (head_dim): cosines, then sines, that rotate keys back when the cache slides */
     int64_t *mask, *ids;   /* (T) */
     int64_t keep;
-    float *logits;         /* (V): the prediction */
+    float *logits;         /* (V): the logits of the next id */
 
-    /* The text, and room for choosing its next id. */
-    int64_t *history;      /* (2 T): at least the last T ids, fewer if there are fewer */
-    float *wanted;         /* (V): logits after the repetition penalty */
-    uint64_t *keys, *order, *spare; /* (V): by which ids are ranked; sorted; room for sorting */
+    /* The text, and buffers for choosing its next id. */
+    int64_t *history;      /* (2 T): the last T ids or more, if there are so many */
+    float *processed;      /* (V): logits after repetition penalty and allowed characters */
+    uint64_t *keys, *order, *spare; /* (V): sort keys of the ids; sorted keys; buffer for sorting */
     double *weights;       /* (V) */
-    draft draft;
+    sequence_state state;
 };
 
-/* Keeps a sentence about what went wrong, on one line whatever it quotes. Returns the status. */
+/* Stores the error message, without control characters, and returns the status. */
 static smallm_status fail(smallm *model, smallm_status status, const char *format, ...)
 {
     va_list arguments;
@@ -180,33 +181,33 @@ static bool is(span s, const char *word)
 
 static bool continues(uint8_t byte) { return (byte & 0xC0) == 0x80; }
 
-/* Bytes of a character that begins with this one; 0 if none does. */
-static int promised(uint8_t lead)
+/* The length of the UTF-8 sequence that begins with this byte; 0 for an invalid first byte. */
+static int sequence_length(uint8_t lead)
 {
     return lead < 0x80 ? 1 : lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : lead < 0xF5 ? 4 : 0;
 }
 
-/* Whether a byte may come at this place (1, 2, 3) of a character: no overlong spellings, no surrogates. */
-static bool fits(uint8_t lead, int place, uint8_t byte)
+/* Whether a byte may come at this index (1, 2, 3) of a UTF-8 sequence: no overlong forms, no surrogates. */
+static bool fits(uint8_t lead, int index, uint8_t byte)
 {
     if (!continues(byte)) return false;
-    if (place > 1) return true;
+    if (index > 1) return true;
     return lead == 0xE0 ? byte >= 0xA0 : lead == 0xED ? byte < 0xA0 : lead == 0xF0 ? byte >= 0x90 :
            lead == 0xF4 ? byte < 0x90 : true;
 }
 
-/* Bytes of the character at the beginning; 0 if there is none. */
+/* The length of the character at the beginning of the text; 0 if there is no valid character. */
 static int character_length(span text)
 {
     if (text.at == text.end) return 0;
-    int length = promised(*text.at);
+    int length = sequence_length(*text.at);
     if (length == 0 || size_of(text) < (size_t)length) return 0;
     for (int i = 1; i < length; i++)
         if (!fits(*text.at, i, text.at[i])) return 0;
     return length;
 }
 
-/* Where the text stops being UTF-8: its end if it never does. */
+/* The end of the longest valid UTF-8 prefix of the text. */
 static const uint8_t *valid_until(span text)
 {
     int length;
@@ -216,7 +217,8 @@ static const uint8_t *valid_until(span text)
 
 static bool is_text(span text) { return valid_until(text) == text.end; }
 
-/* Adds a byte; writes the characters that it completes, U+FFFD for bytes that cannot become any. Returns their size. */
+/* Adds a byte to the streaming decoder; writes the characters that it completes, and U+FFFD for invalid bytes. Returns
+   the number of bytes written. */
 static size_t push_byte(pending *decoder, uint8_t byte, char *text)
 {
     static const char replacement[] = "\xEF\xBF\xBD";
@@ -224,7 +226,7 @@ static size_t push_byte(pending *decoder, uint8_t byte, char *text)
     if (decoder->length > 0) {
         if (fits(decoder->bytes[0], decoder->length, byte)) {
             decoder->bytes[decoder->length++] = byte;
-            if (decoder->length < promised(decoder->bytes[0])) return 0;
+            if (decoder->length < sequence_length(decoder->bytes[0])) return 0;
             memcpy(text, decoder->bytes, (size_t)decoder->length);
             written = (size_t)decoder->length;
             decoder->length = 0;
@@ -234,9 +236,9 @@ static size_t push_byte(pending *decoder, uint8_t byte, char *text)
         written = 3;
         decoder->length = 0;
     }
-    if (promised(byte) == 1) {
+    if (sequence_length(byte) == 1) {
         text[written++] = (char)byte;
-    } else if (promised(byte) > 1) {
+    } else if (sequence_length(byte) > 1) {
         decoder->bytes[decoder->length++] = byte;
     } else {
         memcpy(text + written, replacement, 3);
@@ -245,8 +247,8 @@ static size_t push_byte(pending *decoder, uint8_t byte, char *text)
     return written;
 }
 
-/* -- the vocabulary: ids 0-255 are the bytes, those from 256 up are characters that are not ASCII and, where they have
-      3 or 4 bytes, the beginnings of them -- */
+/* -- the vocabulary: ids 0-255 are the bytes; ids from 256 up are non-ASCII characters, and prefixes of those that have
+      3 or 4 bytes -- */
 
 static int compare_tokens(const token *a, const token *b)
 {
@@ -263,7 +265,7 @@ static token token_of(const uint8_t *bytes, int length)
     return t;
 }
 
-/* The id of these bytes, -1 if they have none. */
+/* The id of these bytes; -1 if they have no id. */
 static int64_t find_id(const smallm *model, const uint8_t *bytes, int length)
 {
     if (length == 1) return bytes[0];
@@ -279,7 +281,7 @@ static int64_t find_id(const smallm *model, const uint8_t *bytes, int length)
     return -1;
 }
 
-/* The ids of one character: the longest beginning that has an id, then single bytes. Returns how many. */
+/* Writes the ids of one character: the longest prefix that has an id, then single bytes. Returns their number. */
 static int spell(const smallm *model, const uint8_t *bytes, int length, int64_t ids[4])
 {
     int count = 0, first = length;
@@ -296,7 +298,7 @@ static int hex_digit(uint8_t c)
            c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
 }
 
-/* Reads "c3a9 e282 e282ac" into tokens; false if it is not that. There is room for one per three characters and one. */
+/* Reads "c3a9 e282 e282ac" into tokens; false for any other format. `tokens` needs size / 3 + 1 elements. */
 static bool read_tokens(span text, token *tokens, size_t *count)
 {
     *count = 0;
@@ -314,8 +316,8 @@ static bool read_tokens(span text, token *tokens, size_t *count)
     return true;
 }
 
-/* Whether each is there once, and is a character that is not ASCII or the beginning of the token after it, and its own
-   beginning of two bytes and more is there before it. */
+/* Whether each token occurs once, is a non-ASCII character or a prefix of the next token, and comes after its own prefix
+   of two or more bytes. */
 static bool is_vocabulary(const smallm *model)
 {
     for (size_t i = 0; i < model->token_count; i++) {
@@ -328,23 +330,23 @@ static bool is_vocabulary(const smallm *model)
         if (character_length(span_of(t->bytes, t->length)) != t->length &&
             (i + 1 == model->token_count || next->length != t->length + 1 ||
              memcmp(next->bytes, t->bytes, t->length) != 0))
-            return false; /* the beginning of nothing */
+            return false; /* a prefix of no character */
     }
     return true;
 }
 
-/* The tokens once more in the order of their bytes, by which they are found. */
+/* Copies the tokens in the order of their bytes, for the binary search. */
 static bool sort_tokens(smallm *model)
 {
     size_t size = (model->token_count + 1) * sizeof *model->sorted;
     model->sorted = malloc(size);
     if (model->sorted == NULL) return false;
-    memcpy(model->sorted, model->tokens, size); /* tokens has room for one more */
+    memcpy(model->sorted, model->tokens, size); /* tokens has one spare element */
     qsort(model->sorted, model->token_count, sizeof *model->sorted, compare_sorted);
     return true;
 }
 
-/* -- JSON, as much of it as the metadata need -- */
+/* -- JSON, the subset that the metadata use -- */
 
 static void skip_space(span *json)
 {
@@ -359,7 +361,7 @@ static bool skip_char(span *json, char c)
     return true;
 }
 
-/* A whole number below 2^24. */
+/* An integer below 2^24. */
 static bool json_size(span json, int32_t *value)
 {
     int digits = 0;
@@ -369,10 +371,10 @@ static bool json_size(span json, int32_t *value)
         if (++digits > 8 || (digits == 2 && *value < 10)) return false;
     }
     skip_space(&json);
-    return digits > 0 && json.at == json.end && *value < MOST_SIZE;
+    return digits > 0 && json.at == json.end && *value < MAX_SIZE;
 }
 
-/* A number. strtod would read it by the locale's decimal point. */
+/* A number. strtod depends on the decimal point of the locale. */
 static bool json_number(span *json, double *value, bool *whole)
 {
     uint64_t mantissa = 0;
@@ -406,7 +408,7 @@ static bool json_number(span *json, double *value, bool *whole)
         exponent += down ? -written : written;
         *whole = false;
     }
-    /* Exact as long as the mantissa has 53 bits and the power 22 digits, which is how people write settings. */
+    /* Exact for mantissas of up to 53 bits and powers of up to 10^22, which covers practical settings. */
     double power = pow(10.0, exponent < 0 ? -exponent : exponent);
     *value = exponent < 0 ? (double)mantissa / power : (double)mantissa * power;
     if (negative) *value = -*value;
@@ -445,7 +447,7 @@ static uint8_t *put_code_point(uint8_t *at, uint32_t code)
     return at;
 }
 
-/* What follows a backslash; lone surrogates are refused. */
+/* An escape sequence after its backslash; lone surrogates are refused. */
 static bool json_escape(span *json, uint8_t **to)
 {
     static const char plain[] = "\"\"\\\\//b\bf\fn\nr\rt\t";
@@ -471,7 +473,7 @@ static bool json_escape(span *json, uint8_t **to)
     return true;
 }
 
-/* A string; `to` has room for as many bytes as it is spelled in. */
+/* A string; `to` needs room for the bytes of its JSON form. */
 static bool json_string(span *json, uint8_t *to, size_t *bytes)
 {
     uint8_t *at = to;
@@ -495,15 +497,15 @@ static bool at_end(span *json)
     return json->at == json->end;
 }
 
-/* -- what an ONNX file holds, looked at before ONNX Runtime sees it: files come from strangers --
+/* -- the ONNX file, checked before ONNX Runtime parses it, since files may come from untrusted sources --
 
-   A protobuf message is a row of fields: a key (number << 3 | wire type), then the value. The tables list the fields
-   that a smallm model may have, by message, as smallm/model_file/onnx_reader.py does; whatever they do not list is refused. */
+   A protobuf message is a sequence of fields: a key (number << 3 | wire type), then the value. The tables list, for each
+   message, the fields that a smallm model may have, as smallm/model_file/onnx_reader.py does; other fields are refused. */
 
 typedef struct {
-    uint64_t number, value; /* the value of a varint */
+    uint64_t number, value; /* value: of a varint field */
     int wire_type;
-    span bytes;             /* of the others */
+    span bytes;             /* content of a field of another type */
 } field;
 
 typedef struct rule {
@@ -551,10 +553,10 @@ static const char OPERATORS[] =
     " SkipSimplifiedLayerNormalization Slice Softmax Split Sqrt Squeeze Sub Tile Transpose Unsqueeze Where Neg ReduceSum ";
 
 enum { ONNX_FLOAT = 1, ONNX_INT64 = 7, ONNX_TYPES = 23 };
-/* Bits of an element, by its type; 0 = unknown. */
+/* Bits of an element for each data type; 0 = unknown type. */
 static const uint8_t BITS[ONNX_TYPES] = {0, 32, 8, 8, 16, 16, 32, 64, 0, 8, 16, 64, 32, 64, 0, 0, 16, 0, 0, 0, 0, 4, 4};
 
-/* The number of up to 64 bits that begins here, seven to a byte. */
+/* Reads a number of up to 64 bits, seven bits per byte. */
 static bool varint(span *data, uint64_t *number)
 {
     *number = 0;
@@ -567,7 +569,7 @@ static bool varint(span *data, uint64_t *number)
     return false;
 }
 
-/* 1 = a field, 0 = the end, -1 = no protobuf. */
+/* 1 = a field was read, 0 = end of the message, -1 = not a protobuf message. */
 static int next_field(span *data, field *f)
 {
     uint64_t key, length;
@@ -598,7 +600,7 @@ static bool are_varints(span data)
     return true;
 }
 
-/* Whether data are a message by these rules, those inside it included. */
+/* Whether the data are a message that follows these rules, nested messages included. */
 static bool conforms(span data, const rule *rules)
 {
     uint32_t seen = 0;
@@ -609,7 +611,7 @@ static bool conforms(span data, const rule *rules)
         while (r->number != 0 && r->number != f.number) r++;
         if (r->number == 0) return false;
         bool repeated = r->kind < 'a';
-        if (!repeated && (seen & 1u << r->number) != 0) return false; /* some readers merge the two, some don't */
+        if (!repeated && (seen & 1u << r->number) != 0) return false; /* readers treat repetition differently */
         seen |= 1u << r->number;
         switch (r->kind | 0x20) {
         case 'i':
@@ -627,7 +629,7 @@ static bool conforms(span data, const rule *rules)
     return more == 0;
 }
 
-/* The next field with this number, of a message that conforms. */
+/* The next field with this number in a message that conforms to its rules. */
 static bool next_of(span *data, uint64_t number, field *f)
 {
     while (next_field(data, f) == 1)
@@ -635,7 +637,7 @@ static bool next_of(span *data, uint64_t number, field *f)
     return false;
 }
 
-/* The only field with this number; empty and 0 if it is not there. */
+/* The field with this number; empty and 0 if it is missing. */
 static field only(span message, uint64_t number)
 {
     field f;
@@ -645,7 +647,7 @@ static field only(span message, uint64_t number)
     return f;
 }
 
-/* Bytes that a tensor's shape promises; SIZE_MAX if it has none that we know. */
+/* The number of bytes given by the shape and the type of a tensor; SIZE_MAX if they are not supported. */
 static size_t tensor_bytes(span tensor)
 {
     int64_t type = (int64_t)only(tensor, 2).value;
@@ -658,20 +660,20 @@ static size_t tensor_bytes(span tensor)
         do {
             uint64_t n = f.value;
             if (f.wire_type == 2 && (f.bytes.at == f.bytes.end || !varint(&f.bytes, &n))) break;
-            if (n >= (uint64_t)1 << 31 || ++dimensions > MOST_DIMENSIONS) return SIZE_MAX;
+            if (n >= (uint64_t)1 << 31 || ++dimensions > MAX_DIMENSIONS) return SIZE_MAX;
             empty |= n == 0;
-            elements = n != 0 && elements <= MOST_FILE ? elements * n : elements; /* beyond it any number will do */
+            elements = n != 0 && elements <= MAX_FILE ? elements * n : elements; /* a larger product is refused anyway */
         } while (f.wire_type == 2);
     }
-    return empty ? 0 : elements > MOST_FILE ? SIZE_MAX : (size_t)((elements * BITS[type] + 7) / 8);
+    return empty ? 0 : elements > MAX_FILE ? SIZE_MAX : (size_t)((elements * BITS[type] + 7) / 8);
 }
 
 static const char *tensor_problem(span tensor)
 {
     field f;
     if (next_of(&(span){tensor.at, tensor.end}, 13, &f) || only(tensor, 14).value != 0)
-        return "a tensor lies in another file";
-    if (tensor_bytes(tensor) != size_of(only(tensor, 9).bytes)) return "a tensor has not the size of its shape";
+        return "a tensor is stored in another file";
+    if (tensor_bytes(tensor) != size_of(only(tensor, 9).bytes)) return "the data of a tensor do not match its shape";
     return NULL;
 }
 
@@ -689,7 +691,7 @@ static const char *node_problem(span node)
     span domain = only(node, 7).bytes;
     field attribute, tensor;
     if (!is_operator(only(node, 4).bytes) || !(is(domain, "") || is(domain, "ai.onnx") || is(domain, "com.microsoft")))
-        return "it uses an operator that no smallm model has";
+        return "it uses an operator that smallm models do not use";
     while (next_of(&node, 5, &attribute))
         if (next_of(&attribute.bytes, 5, &tensor)) {
             const char *problem = tensor_problem(tensor.bytes);
@@ -698,21 +700,21 @@ static const char *node_problem(span node)
     return NULL;
 }
 
-/* What is wrong with a graph that conforms; NULL if nothing is. */
+/* A description of the first problem in a graph that conforms to its rules; NULL if there is no problem. */
 static const char *graph_problem(span graph)
 {
     const char *problem = NULL;
     int nodes = 0;
     field f;
     for (span rest = graph; problem == NULL && next_of(&rest, 1, &f);)
-        problem = ++nodes > MOST_NODES ? "its graph is too large" : node_problem(f.bytes);
+        problem = ++nodes > MAX_NODES ? "its graph is too large" : node_problem(f.bytes);
     for (span rest = graph; problem == NULL && next_of(&rest, 5, &f);) problem = tensor_problem(f.bytes);
     return problem;
 }
 
-/* -- what the model says about itself -- */
+/* -- the manifest -- */
 
-/* The value of a metadata key, JSON; false if it is not there exactly once. */
+/* The JSON value of a metadata key; false unless the key occurs exactly once. */
 static bool metadata(span file, const char *key, span *json)
 {
     field entry;
@@ -741,7 +743,7 @@ static bool read_size(span file, const char *key, int32_t *value)
     return metadata(file, key, &json) && json_size(json, value) && *value > 0;
 }
 
-/* One text of the metadata, in memory of its own; false if it is none. *bytes only counts if *text is not NULL. */
+/* Copies a string of the metadata; false if the value is not a string. *text is NULL if there is not enough memory. */
 static bool read_text(span file, const char *key, uint8_t **text, size_t *bytes)
 {
     span json;
@@ -766,7 +768,7 @@ static bool read_sampling(smallm *model, span file)
             if (!first && !skip_char(&json, ',')) return false;
             skip_space(&json);
             span start = json;
-            if (start.end - start.at > 60) start.end = start.at + 60; /* so that a name has room */
+            if (start.end - start.at > 60) start.end = start.at + 60; /* the size of `name` */
             if (!json_string(&start, name, &bytes)) return false;
             json.at = start.at;
             if (!skip_char(&json, ':') || !json_number(&json, &value, &whole)) return false;
@@ -780,12 +782,12 @@ static bool read_sampling(smallm *model, span file)
         if (!at_end(&json)) return false;
     }
     model->temperature = values[0], model->top_p = values[2], model->min_p = values[3];
-    if (!(values[0] >= 0 && values[0] <= MOST_SAMPLING && values[1] >= 0 && values[1] <= MOST_SAMPLING)) return false;
+    if (!(values[0] >= 0 && values[0] <= MAX_SAMPLING && values[1] >= 0 && values[1] <= MAX_SAMPLING)) return false;
     model->top_k = (int64_t)values[1];
     return values[2] > 0 && values[2] <= 1 && values[3] >= 0 && values[3] <= 1;
 }
 
-/* What is needed to slide; files that were written before there were windows do not have it. */
+/* The window and the base of RoPE; older files do not have these keys. */
 static bool read_window(smallm *model, span file)
 {
     span json;
@@ -815,7 +817,7 @@ static smallm_status read_vocabulary(smallm *model, span file)
     return enough ? SMALLM_OK : no_memory(model);
 }
 
-/* Number of ids that a text has. */
+/* The number of ids of a text. */
 static size_t count_ids(const smallm *model, span text)
 {
     size_t count = 0;
@@ -829,10 +831,10 @@ static smallm_status read_manifest(smallm *model, span file)
 {
     span json;
     int32_t version = 0;
-    if (!has_metadata(file)) return bad_model(model, "it has no metadata of smallm");
+    if (!has_metadata(file)) return bad_model(model, "it has no smallm metadata");
     if (!metadata(file, "smallm.format_version", &json) || !json_size(json, &version) || version != FORMAT_VERSION)
         return fail(model, SMALLM_BAD_MODEL, "%s has another format version; this smallm.c reads %d: export the model "
-                    "again, or take the smallm.c of the smallm that wrote it", model->name, FORMAT_VERSION);
+                    "again, or use the smallm.c of the smallm version that wrote it", model->name, FORMAT_VERSION);
     bool sane = read_size(file, "smallm.block_size", &model->block_size) &&
                 read_size(file, "smallm.n_layer", &model->n_layer) &&
                 read_size(file, "smallm.n_head", &model->n_head) &&
@@ -840,7 +842,7 @@ static smallm_status read_manifest(smallm *model, span file)
                 read_size(file, "smallm.n_embd", &model->n_embd) &&
                 read_size(file, "smallm.head_dim", &model->head_dim) &&
                 read_size(file, "smallm.vocab_size", &model->vocab_size);
-    if (!sane || model->n_layer > MOST_LAYERS || model->n_head % model->n_kv_head != 0 || !read_window(model, file) ||
+    if (!sane || model->n_layer > MAX_LAYERS || model->n_head % model->n_kv_head != 0 || !read_window(model, file) ||
         !read_sampling(model, file))
         return broken_metadata(model);
     smallm_status status = read_vocabulary(model, file);
@@ -849,23 +851,23 @@ static smallm_status read_manifest(smallm *model, span file)
     if (model->start_text == NULL) return no_memory(model);
     span start = span_of(model->start_text, model->start_bytes);
     size_t ids = is_text(start) ? count_ids(model, start) : 0;
-    return ids >= 1 && ids <= MOST_START_IDS ? SMALLM_OK : broken_metadata(model);
+    return ids >= 1 && ids <= MAX_START_IDS ? SMALLM_OK : broken_metadata(model);
 }
 
-/* Refuses a model for which much more memory would be set aside than a file of so many bytes explains: an entry of the
-   embedding takes at least half a byte, a position of the rotary tables a byte a channel. */
+/* Refuses a model that would need far more memory than the size of its file justifies: an element of the embedding takes
+   at least half a byte in the file, a position of the RoPE tables one byte per channel. */
 static smallm_status check_size(smallm *model, size_t file_bytes)
 {
     uint64_t file = file_bytes, block_size = (uint64_t)model->block_size, head_dim = (uint64_t)model->head_dim;
     double cache = 8.0 * model->n_layer * model->n_kv_head * model->head_dim * model->block_size; /* bytes */
     if ((uint64_t)model->vocab_size * (uint64_t)model->n_embd / 2 <= file && block_size * head_dim <= file &&
-        cache <= CACHE_ROOM + 64.0 * (double)file && cache <= (double)(SIZE_MAX / 2))
+        cache <= MAX_SMALL_CACHE + 64.0 * (double)file && cache <= (double)(SIZE_MAX / 2))
         return SMALLM_OK;
     return fail(model, SMALLM_BAD_MODEL, "%s is too small for the sizes in its metadata; export the model again",
                 model->name);
 }
 
-/* Inputs and outputs by number: 0 to 3, then key and value of the past of each layer, then those of the present.
+/* The number of an input or output: 0 to 3, then key and value of the past of each layer, then those of the present;
    -1 for other names. */
 static int value_number(span name, int n_layer)
 {
@@ -887,8 +889,8 @@ static int value_number(span name, int n_layer)
     return -1;
 }
 
-/* Whether an input or output has the type and the fixed dimensions that belong to its number. */
-static bool is_promised(const smallm *model, span value, int number)
+/* Whether an input or output has the type and the fixed dimensions that its number requires. */
+static bool is_expected(const smallm *model, span value, int number)
 {
     span type = only(only(value, 2).bytes, 1).bytes, shape = only(type, 2).bytes;
     int32_t wanted[2] = {model->vocab_size, 0};
@@ -903,27 +905,28 @@ static bool is_promised(const smallm *model, span value, int number)
 
 static smallm_status check_values(smallm *model, span graph)
 {
-    uint8_t seen[4 + 4 * MOST_LAYERS] = {0};
+    uint8_t seen[4 + 4 * MAX_LAYERS] = {0};
     int count = 0;
     bool sane = true;
     for (uint64_t side = 11; side <= 12; side++) { /* inputs, outputs */
         field value;
         for (span rest = graph; sane && next_of(&rest, side, &value);) {
             int number = value_number(only(value.bytes, 1).bytes, model->n_layer);
-            sane = number >= 0 && !seen[number] && is_promised(model, value.bytes, number);
+            sane = number >= 0 && !seen[number] && is_expected(model, value.bytes, number);
             if (sane) seen[number] = 1, count++;
         }
     }
     if (sane && count == 4 + 4 * model->n_layer) return SMALLM_OK;
-    return fail(model, SMALLM_BAD_MODEL, "%s has not the inputs and outputs that its metadata promise; export the "
-                "model again", model->name);
+    return fail(model, SMALLM_BAD_MODEL, "%s: inputs and outputs do not match its metadata; export the model again",
+                model->name);
 }
 
-/* Reads all that there is to know of the file's content, and checks it. */
+/* Checks the content of the file and reads its manifest. */
 static smallm_status read_model(smallm *model, span file)
 {
     if (size_of(file) == 0 || !conforms(file, MODEL))
-        return fail(model, SMALLM_BAD_MODEL, "%s is truncated or not an ONNX model; export the model again", model->name);
+        return fail(model, SMALLM_BAD_MODEL, "%s is truncated or not an ONNX model; export the model again",
+                    model->name);
     span graph = only(file, 7).bytes;
     const char *problem = size_of(graph) == 0 ? "it has no graph" : graph_problem(graph);
     if (problem != NULL) return bad_model(model, problem);
@@ -932,9 +935,9 @@ static smallm_status read_model(smallm *model, span file)
     return status == SMALLM_OK ? check_values(model, graph) : status;
 }
 
-/* -- ONNX Runtime -- */
+/* -- ONNX Runtime and the KV cache -- */
 
-/* Takes over a status of ONNX Runtime: SMALLM_OK if there is none. */
+/* Converts and releases a status of ONNX Runtime; NULL is SMALLM_OK. */
 static smallm_status done(smallm *model, OrtStatus *status)
 {
     if (status == NULL) return SMALLM_OK;
@@ -946,7 +949,7 @@ static smallm_status done(smallm *model, OrtStatus *status)
     return kind;
 }
 
-/* Leaves the function if ONNX Runtime fails. */
+/* Returns from the function if ONNX Runtime fails. */
 #define TRY(call)                                     \
     do {                                              \
         smallm_status status_ = done(model, (call));  \
@@ -970,10 +973,10 @@ static int32_t default_threads(size_t layer_bytes)
 static smallm_status create_session(smallm *model, OrtSessionOptions *options, span file, int32_t threads)
 {
     const OrtApi *ort = model->ort;
-    TRY(ort->AddSessionConfigEntry(options, "session.load_model_format", "ONNX")); /* what was checked */
+    TRY(ort->AddSessionConfigEntry(options, "session.load_model_format", "ONNX")); /* the format that was checked */
     TRY(ort->SetIntraOpNumThreads(options, threads));
     TRY(ort->SetInterOpNumThreads(options, 1));
-    TRY(ort->SetSessionLogSeverityLevel(options, ORT_LOGGING_LEVEL_FATAL)); /* what goes wrong comes as a status */
+    TRY(ort->SetSessionLogSeverityLevel(options, ORT_LOGGING_LEVEL_FATAL)); /* errors are returned as a status */
     TRY(ort->CreateSessionFromArray(model->env, file.at, size_of(file), options, &model->session));
     return SMALLM_OK;
 }
@@ -982,7 +985,7 @@ static smallm_status open_session(smallm *model, span file, int32_t threads)
 {
     model->ort = OrtGetApiBase()->GetApi(ORT_API_WANTED);
     if (model->ort == NULL)
-        return fail(model, SMALLM_FAILED, "this is ONNX Runtime %s, smallm needs 1.%d or newer; install that",
+        return fail(model, SMALLM_FAILED, "this is ONNX Runtime %s, but smallm needs 1.%d or newer; install a newer one",
                     OrtGetApiBase()->GetVersionString(), ORT_API_WANTED);
     OrtSessionOptions *options = NULL;
     TRY(model->ort->CreateEnv(ORT_LOGGING_LEVEL_FATAL, "smallm", &model->env));
@@ -992,7 +995,7 @@ static smallm_status open_session(smallm *model, span file, int32_t threads)
     return status;
 }
 
-/* A tensor over memory of ours. */
+/* A tensor over memory that smallm owns. */
 static smallm_status tensor(
     smallm *model, void *data, size_t bytes, const int64_t *shape, size_t dimensions, bool whole, OrtValue **value)
 {
@@ -1008,9 +1011,9 @@ static smallm_status tensor(
         if (status_ != SMALLM_OK) return status_;  \
     } while (0)
 
-static const char *cache_name(char name[MOST_NAME], const char *side, int number)
+static const char *cache_name(char name[MAX_NAME], const char *side, int number)
 {
-    snprintf(name, MOST_NAME, "%s.%d.%s", side, number / 2, number % 2 == 0 ? "key" : "value");
+    snprintf(name, MAX_NAME, "%s.%d.%s", side, number / 2, number % 2 == 0 ? "key" : "value");
     return name;
 }
 
@@ -1023,44 +1026,44 @@ static smallm_status allocate(smallm *model)
     model->names = calloc(PLAIN_INPUTS + parts, sizeof *model->names);
     model->values = calloc(PLAIN_INPUTS + parts, sizeof *model->values);
     model->cache = calloc(parts * layer, sizeof *model->cache);
-    model->turn = calloc((size_t)model->head_dim, sizeof *model->turn);
+    model->rotation = calloc((size_t)model->head_dim, sizeof *model->rotation);
     model->mask = calloc(T, sizeof *model->mask);
     model->ids = calloc(T, sizeof *model->ids);
     model->history = calloc(2 * T, sizeof *model->history);
     model->logits = calloc(V, sizeof *model->logits);
-    model->wanted = calloc(V, sizeof *model->wanted);
+    model->processed = calloc(V, sizeof *model->processed);
     model->keys = calloc(V, sizeof *model->keys);
     model->order = calloc(V, sizeof *model->order);
     model->spare = calloc(V, sizeof *model->spare);
     model->weights = calloc(V, sizeof *model->weights);
-    bool enough = model->past && model->past_names && model->names && model->values && model->cache && model->turn &&
-                  model->mask && model->ids && model->history && model->logits && model->wanted &&
+    bool enough = model->past && model->past_names && model->names && model->values && model->cache && model->rotation &&
+                  model->mask && model->ids && model->history && model->logits && model->processed &&
                   model->keys && model->order && model->spare && model->weights;
     return enough ? SMALLM_OK : no_memory(model);
 }
 
-/* By how much keys turn back when those that the window sees move from the end of a full cache to its beginning. */
-static void prepare_turn(smallm *model)
+/* Computes the rotation of keys that move from the end of a full cache to its beginning. */
+static void prepare_rotation(smallm *model)
 {
     int32_t half = model->head_dim / 2, moved = model->block_size - (model->window - 1);
     for (int32_t i = 0; i < half; i++) {
         double angle = moved * pow(model->rope_theta, -(double)i / half);
-        model->turn[i] = (float)cos(angle);
-        model->turn[half + i] = (float)sin(angle);
+        model->rotation[i] = (float)cos(angle);
+        model->rotation[half + i] = (float)sin(angle);
     }
 }
 
-/* Tells ONNX Runtime once where everything lies. Past and present are one buffer, so a step copies nothing, and the
-   mask has a place for each of the cache's, zeros at its end: from one id to the next only numbers in it change. */
+/* Binds all inputs and outputs once. Past and present share one buffer, so a pass copies nothing, and the mask has the
+   length of the cache, with zeros at its end: from one id to the next only its elements change. */
 static smallm_status bind(smallm *model)
 {
     const OrtApi *ort = model->ort;
     int64_t T = model->block_size, V = model->vocab_size;
     int64_t cache[4] = {1, model->n_kv_head, T, model->head_dim}, row[2] = {1, T}, logits[3] = {1, 1, V};
     size_t layer = (size_t)(cache[1] * cache[2] * cache[3]);
-    char present[MOST_NAME];
+    char present[MAX_NAME];
     TRY_OWN(allocate(model));
-    if (model->window > 0) prepare_turn(model);
+    if (model->window > 0) prepare_rotation(model);
     TRY(ort->CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &model->memory));
     TRY(ort->CreateIoBinding(model->session, &model->binding));
     for (int i = 0; i < 2 * model->n_layer; i++) {
@@ -1083,7 +1086,7 @@ static smallm_status bind(smallm *model)
     return SMALLM_OK;
 }
 
-/* Computes the logits after the last `count` ids of `model->ids`, of which the cache has those before already. */
+/* Computes the logits after `count` ids in `model->ids`; the cache holds the ids before. */
 static smallm_status run(smallm *model, size_t count)
 {
     const OrtApi *ort = model->ort;
@@ -1099,19 +1102,19 @@ static smallm_status run(smallm *model, size_t count)
     return SMALLM_OK;
 }
 
-/* Turns one key back, in single precision. Products have statements of their own, or compilers might fuse them. */
-static void turn_back(float *key, const float *turn, size_t half)
+/* Rotates one key back, in single precision. Separate statements keep compilers from fusing products and sums. */
+static void rotate_back(float *key, const float *rotation, size_t half)
 {
     for (size_t i = 0; i < half; i++) {
-        float low_cos = key[i] * turn[i], high_sin = key[half + i] * turn[half + i];
-        float high_cos = key[half + i] * turn[i], low_sin = key[i] * turn[half + i];
+        float low_cos = key[i] * rotation[i], high_sin = key[half + i] * rotation[half + i];
+        float high_cos = key[half + i] * rotation[i], low_sin = key[i] * rotation[half + i];
         key[i] = low_cos + high_sin;
         key[half + i] = high_cos - low_sin;
     }
 }
 
-/* Keeps what the window of the model still sees of a full cache, at its beginning, so that there is room again. What
-   follows is what it would be in an endless cache: rotary attention depends on distances only (Su et al. 2021). */
+/* Moves the part of a full cache that the model's window still covers to the beginning of the cache. The logits that
+   follow equal those of an unlimited cache: RoPE attention depends on distances only (Su et al. 2021). */
 static void slide(smallm *model)
 {
     size_t T = (size_t)model->block_size, width = (size_t)model->head_dim, kept = (size_t)model->window - 1;
@@ -1120,33 +1123,33 @@ static void slide(smallm *model)
         float *rows = model->cache + part * T * width;
         memmove(rows, rows + (T - kept) * width, kept * width * sizeof *rows);
         for (size_t row = 0; row < kept && part / heads % 2 == 0; row++)
-            turn_back(rows + row * width, model->turn, width / 2);
+            rotate_back(rows + row * width, model->rotation, width / 2);
     }
     for (size_t i = kept; i < T; i++) model->mask[i] = 0;
-    model->draft.fed = kept;
+    model->state.cached = kept;
 }
 
-/* The logits after all of the text so far, in model->logits. */
+/* Computes the logits after the text so far, into model->logits. */
 static smallm_status predict(smallm *model)
 {
-    draft *d = &model->draft;
+    sequence_state *d = &model->state;
     size_t T = (size_t)model->block_size;
-    if (d->fed == T && d->options.overflow == SMALLM_SLIDE) slide(model);
-    if (d->fed > 0 && d->fed < T) {
+    if (d->cached == T && d->options.overflow == SMALLM_SLIDE) slide(model);
+    if (d->cached > 0 && d->cached < T) {
         model->ids[0] = model->history[d->known - 1];
-        model->mask[d->fed++] = 1;
+        model->mask[d->cached++] = 1;
         return run(model, 1);
     }
-    /* The cache is empty: fresh, compute the seed; or full: what overflow leaves. */
-    size_t window = d->fed == 0 || d->options.overflow == SMALLM_CROP ? T : T / 2 > 1 ? T / 2 : 1;
+    /* The cache is empty: read the seed. Or it is full: read the ids that `overflow` keeps. */
+    size_t window = d->cached == 0 || d->options.overflow == SMALLM_CROP ? T : T / 2 > 1 ? T / 2 : 1;
     if (window > d->known) window = d->known;
     memcpy(model->ids, model->history + (d->known - window), window * sizeof *model->ids);
     for (size_t i = 0; i < T; i++) model->mask[i] = i < window;
-    d->fed = window;
+    d->cached = window;
     return run(model, window);
 }
 
-/* -- from logits to an id: SAMPLING.md -- */
+/* -- the sampler: SAMPLING.md -- */
 
 static uint32_t mix(uint32_t x)
 {
@@ -1157,26 +1160,26 @@ static uint32_t mix(uint32_t x)
 
 static uint32_t rng_key(uint32_t seed, uint32_t stream) { return mix(mix(seed) + stream); }
 
-/* Draw number i = 1, 2, ... of a key; u is its upper 24 bits. */
+/* Draw i = 1, 2, ... of a key; its upper 24 bits are u. */
 static uint32_t draw(uint32_t key, uint32_t i) { return mix(key + i * 0x9E3779B9u); }
 
-static double uniform(draft *d)
+static double uniform(sequence_state *d)
 {
     return (double)(draw(d->key, ++d->draws) >> 8) / 16777216.0;
 }
 
-/* Logits -> model->wanted, where those of the last ids are less likely. */
+/* Writes the logits into model->processed, with the repetition penalty on the given ids. */
 static void penalise(smallm *model, const float *logits, const int64_t *ids, size_t count, double penalty)
 {
     float p = (float)penalty;
-    memcpy(model->wanted, logits, (size_t)model->vocab_size * sizeof *logits);
+    memcpy(model->processed, logits, (size_t)model->vocab_size * sizeof *logits);
     for (size_t i = 0; i < count && p != 1.0f; i++) {
         float x = logits[ids[i]];
-        model->wanted[ids[i]] = x > 0 ? x / p : x * p;
+        model->processed[ids[i]] = x > 0 ? x / p : x * p;
     }
 }
 
-/* A number that is the smaller, the larger the logit; equal logits, 0 and -0 too, have equal ones. */
+/* A number that decreases with the logit; equal logits, and 0 and -0, have equal numbers. */
 static uint32_t descending(float logit)
 {
     uint32_t bits;
@@ -1185,14 +1188,14 @@ static uint32_t descending(float logit)
     return bits & 0x80000000u ? bits : ~(bits | 0x80000000u);
 }
 
-/* Gives each id a number that is the smaller, the earlier its rank: by logit, and of equal ones by id. */
+/* Sort keys of the ids: by descending logit, of equal logits by ascending id. */
 static void make_keys(smallm *model)
 {
     for (size_t id = 0; id < (size_t)model->vocab_size; id++)
-        model->keys[id] = (uint64_t)descending(model->wanted[id]) << 32 | id;
+        model->keys[id] = (uint64_t)descending(model->processed[id]) << 32 | id;
 }
 
-/* The key at a rank, 0 the first: its bytes one by one from the top, which takes as long for any logits. */
+/* The key with a rank, from 0, byte by byte from the highest; takes the same time for all logits. */
 static uint64_t key_at(const smallm *model, size_t rank)
 {
     size_t V = (size_t)model->vocab_size, id = 0;
@@ -1211,13 +1214,13 @@ static uint64_t key_at(const smallm *model, size_t rank)
     return model->keys[id];
 }
 
-/* Sorts the keys up to the last one kept into model->order, byte by byte (a radix sort). Returns how many there are. */
+/* Sorts the keys up to `last` into model->order by a radix sort. Returns their number. */
 static size_t rank(smallm *model, uint64_t last)
 {
     size_t count = 0;
     for (size_t i = 0; i < (size_t)model->vocab_size; i++)
         if (model->keys[i] <= last) model->order[count++] = model->keys[i];
-    for (int shift = 32; shift < 64; shift += 8) { /* equal logits are in the order of the ids, and stay so */
+    for (int shift = 32; shift < 64; shift += 8) { /* the sort is stable, so equal logits stay in the order of the ids */
         size_t starts[257] = {0};
         for (size_t i = 0; i < count; i++) starts[(model->order[i] >> shift & 0xFF) + 1]++;
         for (int i = 0; i < 256; i++) starts[i + 1] += starts[i];
@@ -1230,46 +1233,46 @@ static size_t rank(smallm *model, uint64_t last)
 
 static double weight(double logit, double largest, double temperature)
 {
-    return exp((logit - largest) / (temperature > LEAST_TEMPERATURE ? temperature : LEAST_TEMPERATURE));
+    return exp((logit - largest) / (temperature > MIN_TEMPERATURE ? temperature : MIN_TEMPERATURE));
 }
 
-/* Of the keys up to the last one kept, that which ends the shortest beginning with top_p of their weight. */
+/* top-p: the last key of the shortest ranking prefix that has top_p of the weight of the keys up to `last`. */
 static uint64_t last_of_share(smallm *model, uint64_t last, double largest, const smallm_options *options)
 {
     size_t count = rank(model, last), taken = 0;
     double total = 0, sum = 0;
     for (size_t i = 0; i < count; i++) {
-        model->weights[i] = weight(model->wanted[model->order[i] & 0xFFFFFFFFu], largest, options->temperature);
+        model->weights[i] = weight(model->processed[model->order[i] & 0xFFFFFFFFu], largest, options->temperature);
         total += model->weights[i];
     }
     for (double share = options->top_p * total; (sum += model->weights[taken]) < share && taken + 1 < count;) taken++;
     return model->order[taken];
 }
 
-/* The id that u in [0, 1) takes by model->wanted; -1 if these are not finite. */
+/* The id that u in [0, 1) selects from model->processed; -1 if the logits are not finite. */
 static int64_t sample(smallm *model, double u, const smallm_options *options)
 {
     size_t likeliest = 0, V = (size_t)model->vocab_size, taken = 0;
     for (size_t i = 0; i < V; i++) {
-        if (isnan(model->wanted[i])) return -1;
-        if (model->wanted[i] > model->wanted[likeliest]) likeliest = i;
+        if (isnan(model->processed[i])) return -1;
+        if (model->processed[i] > model->processed[likeliest]) likeliest = i;
     }
-    double largest = model->wanted[likeliest], sum = 0;
+    double largest = model->processed[likeliest], sum = 0;
     if (!isfinite(largest)) return -1;
     if (options->temperature == 0) return (int64_t)likeliest;
-    uint64_t last = UINT64_MAX; /* key that is kept */
+    uint64_t last = UINT64_MAX; /* the last key that is kept */
     make_keys(model);
     if (options->top_k > 0 && (uint64_t)options->top_k < V) last = key_at(model, (size_t)options->top_k - 1);
     if (options->top_p < 1) last = last_of_share(model, last, largest, options);
     for (size_t i = 0; i < V; i++) {
-        double one = model->keys[i] <= last ? weight(model->wanted[i], largest, options->temperature) : 0;
+        double one = model->keys[i] <= last ? weight(model->processed[i], largest, options->temperature) : 0;
         model->weights[i] = sum += one >= options->min_p ? one : 0;
     }
-    for (double share = u * sum; model->weights[taken] <= share;) taken++; /* u < 1, so one is more */
+    for (double share = u * sum; model->weights[taken] <= share;) taken++; /* u < 1, so the loop ends */
     return (int64_t)taken;
 }
 
-/* -- which ids are permitted -- */
+/* -- allowed characters -- */
 
 static bool has(const uint64_t *characters, uint32_t code) { return (characters[code / 64] >> code % 64 & 1) != 0; }
 
@@ -1283,10 +1286,10 @@ static bool has_any(const uint64_t *characters, uint32_t from, uint32_t to)
     return false;
 }
 
-/* The bits of a code point that the bytes of a character, or the first ones of it, have. */
+/* The leading bits of a code point that the first bytes of its UTF-8 sequence hold. */
 static uint32_t bits_of(const uint8_t *bytes, int length)
 {
-    uint32_t bits = promised(*bytes) == 1 ? *bytes : *bytes & (0x7Fu >> promised(*bytes));
+    uint32_t bits = sequence_length(*bytes) == 1 ? *bytes : *bytes & (0x7Fu >> sequence_length(*bytes));
     for (int i = 1; i < length; i++) bits = bits << 6 | (bytes[i] & 0x3Fu);
     return bits;
 }
@@ -1300,12 +1303,12 @@ static void set_characters(uint64_t *characters, span text, bool value)
     }
 }
 
-/* Whether these bytes can still become a permitted character. */
-static bool can_end_well(const uint64_t *characters, const pending *unfinished)
+/* Whether an incomplete character can still become an allowed one. */
+static bool can_be_completed(const uint64_t *characters, const pending *unfinished)
 {
-    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000}; /* code point that so many bytes spell */
+    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000}; /* lowest code point with this number of bytes */
     if (unfinished->length == 0) return true;
-    int length = promised(unfinished->bytes[0]);
+    int length = sequence_length(unfinished->bytes[0]);
     uint32_t ends = 1u << 6 * (length - unfinished->length);
     uint32_t from = bits_of(unfinished->bytes, unfinished->length) * ends;
     return has_any(characters, from > least[length] ? from : least[length], from + ends);
@@ -1317,69 +1320,70 @@ static span bytes_of(const smallm *model, int64_t id, uint8_t *byte)
     return id < 256 ? span_of(byte, 1) : span_of(model->tokens[id - 256].bytes, model->tokens[id - 256].length);
 }
 
-/* Whether an id may come after the bytes of an unfinished character. */
-static bool is_permitted(const smallm *model, const uint64_t *characters, pending unfinished, int64_t id)
+/* Whether an id may follow the bytes of an incomplete character. */
+static bool is_allowed(const smallm *model, const uint64_t *characters, pending unfinished, int64_t id)
 {
-    char text[MOST_PUSHED];
+    char text[MAX_PUSHED];
     uint8_t byte;
     size_t bytes = 0;
-    for (span s = bytes_of(model, id, &byte); s.at < s.end; s.at++) bytes += push_byte(&unfinished, *s.at, text + bytes);
+    for (span s = bytes_of(model, id, &byte); s.at < s.end; s.at++)
+        bytes += push_byte(&unfinished, *s.at, text + bytes);
     span completed = span_of(text, bytes);
     for (int length; (length = character_length(completed)) > 0; completed.at += length)
         if (!has(characters, bits_of(completed.at, length))) return false;
-    return can_end_well(characters, &unfinished);
+    return can_be_completed(characters, &unfinished);
 }
 
-static void find_permitted(const smallm *model, draft *d)
+static void find_allowed(const smallm *model, sequence_state *d)
 {
     for (int32_t id = 0; id < model->vocab_size; id++)
-        d->permitted[id] = is_permitted(model, d->characters, d->decoder, id);
-    d->permitted_after = d->decoder;
+        d->allowed[id] = is_allowed(model, d->characters, d->decoder, id);
+    d->allowed_after = d->decoder;
 }
 
-/* Makes the ids that may not come next infinitely unlikely in model->wanted; what is not finite comes out as NaN. */
-static void permit(smallm *model)
+/* Sets ids that are not allowed to minus infinity in model->processed, or to NaN if their logit is infinite. */
+static void apply_allowed(smallm *model)
 {
-    draft *d = &model->draft;
+    sequence_state *d = &model->state;
     if (d->characters == NULL) return;
-    if (d->decoder.length != d->permitted_after.length ||
-        memcmp(d->decoder.bytes, d->permitted_after.bytes, (size_t)d->decoder.length) != 0)
-        find_permitted(model, d);
+    if (d->decoder.length != d->allowed_after.length ||
+        memcmp(d->decoder.bytes, d->allowed_after.bytes, (size_t)d->decoder.length) != 0)
+        find_allowed(model, d);
     for (size_t i = 0; i < (size_t)model->vocab_size; i++)
-        if (!d->permitted[i]) model->wanted[i] = model->logits[i] - INFINITY;
+        if (!d->allowed[i]) model->processed[i] = model->logits[i] - INFINITY;
 }
 
-/* -- from ids to text -- */
+/* -- the state of a text -- */
 
-/* Adds an id to what the model has read, of which the last block_size are kept. */
+/* Adds an id to the history, of which at least the last block_size ids are kept. */
 static void remember(smallm *model, int64_t id)
 {
     size_t T = (size_t)model->block_size;
-    if (model->draft.known == 2 * T) {
+    if (model->state.known == 2 * T) {
         memmove(model->history, model->history + T, T * sizeof *model->history);
-        model->draft.known = T;
+        model->state.known = T;
     }
-    model->history[model->draft.known++] = id;
+    model->history[model->state.known++] = id;
 }
 
 static void remember_seed(smallm *model, span seed)
 {
     size_t T = (size_t)model->block_size, characters = 0;
-    const uint8_t *at = seed.end; /* of the last T characters, which have at least T ids */
+    const uint8_t *at = seed.end; /* start of the last T characters, which have at least T ids */
     while (at > seed.at && characters < T) characters += !continues(*--at);
     int64_t ids[4];
-    model->draft.known = 0;
+    model->state.known = 0;
     for (seed.at = at; seed.at < seed.end;) {
         int length = character_length(seed), count = spell(model, seed.at, length, ids);
         for (int i = 0; i < count; i++) remember(model, ids[i]);
         seed.at += length;
     }
-    size_t surplus = model->draft.known > T ? model->draft.known - T : 0;
-    memmove(model->history, model->history + surplus, (model->draft.known - surplus) * sizeof *model->history);
-    model->draft.known -= surplus;
+    size_t surplus = model->state.known > T ? model->state.known - T : 0;
+    memmove(model->history, model->history + surplus, (model->state.known - surplus) * sizeof *model->history);
+    model->state.known -= surplus;
 }
 
-/* Length of the longest beginning of the word that a text ends with, if `matched` was it before this byte. */
+/* The length of the longest prefix of the word that the text ends with; `matched` is the length before this byte. */
 static size_t longer(const stop *s, size_t matched, uint8_t byte)
 {
     while (matched > 0 && s->word[matched] != byte) matched = s->borders[matched - 1];
@@ -1393,8 +1397,8 @@ static void prepare_stop(stop *s)
     for (size_t i = 1; i < s->length; i++) s->borders[i] = longer(s, s->borders[i - 1], s->word[i]);
 }
 
-/* Adds a character to the text: what cannot be part of a stop is ready, and a stop is its end. */
-static void add_character(draft *d, const char *character, size_t bytes)
+/* Adds a character; releases what cannot be part of a stop string, and ends the text at a stop string. */
+static void add_character(sequence_state *d, const char *character, size_t bytes)
 {
     size_t met = 0, begun = 0;
     memcpy(d->text + d->ready + d->held, character, bytes);
@@ -1417,50 +1421,51 @@ static void add_character(draft *d, const char *character, size_t bytes)
 /* Adds an id to the text. */
 static void push(smallm *model, int64_t id)
 {
-    draft *d = &model->draft;
-    char text[MOST_PUSHED];
+    sequence_state *d = &model->state;
+    char text[MAX_PUSHED];
     size_t bytes = 0;
     uint8_t byte;
     remember(model, id);
-    for (span s = bytes_of(model, id, &byte); s.at < s.end; s.at++) bytes += push_byte(&d->decoder, *s.at, text + bytes);
+    for (span s = bytes_of(model, id, &byte); s.at < s.end; s.at++)
+        bytes += push_byte(&d->decoder, *s.at, text + bytes);
     for (size_t at = 0; at < bytes && !d->done;) {
-        size_t length = (size_t)promised((uint8_t)text[at]);
+        size_t length = (size_t)sequence_length((uint8_t)text[at]);
         add_character(d, text + at, length);
         at += length;
     }
 }
 
-/* Lets the model choose the next id. */
+/* Computes and chooses the next id. */
 static smallm_status advance(smallm *model)
 {
-    draft *d = &model->draft;
+    sequence_state *d = &model->state;
     const smallm_options *o = &d->options;
     TRY_OWN(predict(model));
     size_t seen = o->repetition_window > 0 ? (size_t)o->repetition_window : (size_t)model->block_size;
     if (seen > d->known) seen = d->known;
     penalise(model, model->logits, model->history + (d->known - seen), seen, o->repetition_penalty);
-    permit(model);
+    apply_allowed(model);
     int64_t id = sample(model, uniform(d), o);
     if (id < 0) return not_finite(model);
     push(model, id);
     return SMALLM_OK;
 }
 
-/* -- a new text -- */
+/* -- the start of a text -- */
 
-static void end_draft(draft *d)
+static void end_sequence(sequence_state *d)
 {
     free(d->stops);
     free(d->words);
     free(d->borders);
     free(d->characters);
-    free(d->permitted);
+    free(d->allowed);
     free(d->text);
-    free(d->piece);
+    free(d->chunk);
     memset(d, 0, sizeof *d);
 }
 
-/* The caller's options -> all of them. */
+/* Completes the caller's options by defaults. */
 static smallm_status resolve(smallm *model, const smallm_options *given, smallm_options *options)
 {
     smallm_default_options(model, options, sizeof *options);
@@ -1470,7 +1475,7 @@ static smallm_status resolve(smallm *model, const smallm_options *given, smallm_
         return fail(model, SMALLM_MISTAKE, "options.size is not set; call smallm_default_options first");
     for (size_t i = sizeof *options; i < size; i++)
         if (((const uint8_t *)given)[i] != 0)
-            return fail(model, SMALLM_MISTAKE, "options has a field that this smallm.c does not know; take a newer");
+            return fail(model, SMALLM_MISTAKE, "options has a field that this smallm.c does not know; use a newer one");
     memcpy(options, given, size < sizeof *options ? size : sizeof *options);
     options->size = sizeof *options;
     return SMALLM_OK;
@@ -1497,7 +1502,7 @@ static smallm_status check_options(smallm *model, const smallm_options *o)
     if (o->max_length < 0) return out_of_range(model, "max_length", (double)o->max_length, "0 or more");
     if (o->min_length < 0) return out_of_range(model, "min_length", (double)o->min_length, "0 or more");
     if (o->min_length > o->max_length)
-        return fail(model, SMALLM_MISTAKE, "min_length = %lld is more than max_length = %lld; they leave no text",
+        return fail(model, SMALLM_MISTAKE, "min_length = %lld is more than max_length = %lld; lower min_length",
                     (long long)o->min_length, (long long)o->max_length);
     if (o->overflow != SMALLM_CROP && o->overflow != SMALLM_SHIFT && o->overflow != SMALLM_SLIDE)
         return out_of_range(model, "overflow", o->overflow, "SMALLM_CROP, SMALLM_SHIFT or SMALLM_SLIDE");
@@ -1516,13 +1521,13 @@ static smallm_status check_text(smallm *model, const char *what, const char *tex
     return fail(model, SMALLM_MISTAKE, "the %s is not UTF-8 from byte %zu on; convert it", what, valid);
 }
 
-/* Copies the stops, leaving out empty ones, and sets aside room for the text that they may hold back. */
-static smallm_status prepare_stops(smallm *model, draft *d)
+/* Copies the stop strings except empty ones, and allocates room for the text that they may hold back. */
+static smallm_status prepare_stops(smallm *model, sequence_state *d)
 {
     size_t total = 0, longest = 0, count = 0;
     const char *const *given = d->options.stops;
     if (d->options.stop_count > 0 && given == NULL)
-        return fail(model, SMALLM_MISTAKE, "stops is NULL; pass them, or stop_count = 0");
+        return fail(model, SMALLM_MISTAKE, "stops is NULL; pass the stop strings, or stop_count = 0");
     for (size_t i = 0; i < d->options.stop_count; i++) {
         size_t length = given[i] == NULL ? 0 : strlen(given[i]);
         TRY_OWN(check_text(model, "stop", given[i], given[i] == NULL ? 1 : length));
@@ -1530,13 +1535,13 @@ static smallm_status prepare_stops(smallm *model, draft *d)
         longest = length > longest ? length : longest;
         count += length > 0;
     }
-    d->room = longest + 2 * MOST_PUSHED;
+    d->room = longest + 2 * MAX_PUSHED;
     d->text = calloc(d->room + 1, 1);
-    d->piece = calloc(d->room + 1, 1);
+    d->chunk = calloc(d->room + 1, 1);
     d->stops = calloc(count + 1, sizeof *d->stops);
     d->words = calloc(total + 1, 1);
     d->borders = calloc(total + 1, sizeof *d->borders);
-    if (!(d->text && d->piece && d->stops && d->words && d->borders)) return no_memory(model);
+    if (!(d->text && d->chunk && d->stops && d->words && d->borders)) return no_memory(model);
     size_t at = 0, number = 0;
     for (size_t i = 0; i < d->options.stop_count; i++) {
         stop *s = &d->stops[number];
@@ -1552,8 +1557,8 @@ static smallm_status prepare_stops(smallm *model, draft *d)
     return SMALLM_OK;
 }
 
-/* Makes the set of the permitted characters, if not all are, and finds the ids that may come first. */
-static smallm_status prepare_permitted(smallm *model, draft *d)
+/* Builds the set of allowed characters unless all are allowed, and finds the ids that may come first. */
+static smallm_status prepare_allowed(smallm *model, sequence_state *d)
 {
     const char *allowed = d->options.allowed, *banned = d->options.banned == NULL ? "" : d->options.banned;
     d->options.allowed = d->options.banned = NULL;
@@ -1561,26 +1566,26 @@ static smallm_status prepare_permitted(smallm *model, draft *d)
     if (allowed != NULL) TRY_OWN(check_text(model, "option allowed", allowed, strlen(allowed)));
     TRY_OWN(check_text(model, "option banned", banned, strlen(banned)));
     d->characters = calloc(CODE_POINTS / 64, sizeof *d->characters);
-    d->permitted = calloc((size_t)model->vocab_size, sizeof *d->permitted);
-    if (d->characters == NULL || d->permitted == NULL) return no_memory(model);
+    d->allowed = calloc((size_t)model->vocab_size, sizeof *d->allowed);
+    if (d->characters == NULL || d->allowed == NULL) return no_memory(model);
     if (allowed == NULL) memset(d->characters, 0xFF, CODE_POINTS / 8);
     else set_characters(d->characters, span_of(allowed, strlen(allowed)), true);
     set_characters(d->characters, span_of(banned, strlen(banned)), false);
-    memset(d->characters + 0xD800 / 64, 0, 0x800 / 8); /* surrogates: no text has them */
+    memset(d->characters + 0xD800 / 64, 0, 0x800 / 8); /* surrogates are not characters */
     if (!has_any(d->characters, 0, CODE_POINTS))
         return fail(model, SMALLM_MISTAKE, "allowed and banned leave no character; allow one that is not banned");
-    find_permitted(model, d);
+    find_allowed(model, d);
     return SMALLM_OK;
 }
 
 static smallm_status start(smallm *model, const char *seed, size_t bytes, const smallm_options *options)
 {
-    draft *d = &model->draft;
+    sequence_state *d = &model->state;
     TRY_OWN(resolve(model, options, &d->options));
     TRY_OWN(check_options(model, &d->options));
     TRY_OWN(check_text(model, "seed text", seed, bytes));
     TRY_OWN(prepare_stops(model, d));
-    TRY_OWN(prepare_permitted(model, d));
+    TRY_OWN(prepare_allowed(model, d));
     remember_seed(model, bytes > 0 ? span_of(seed, bytes) : span_of(model->start_text, model->start_bytes));
     d->key = rng_key(d->options.rng_seed, d->options.stream_number);
     d->done = d->options.max_length == 0;
@@ -1590,7 +1595,7 @@ static smallm_status start(smallm *model, const char *seed, size_t bytes, const 
 
 /* -- scoring -- */
 
-/* Nats of a target by the logits (V); not finite if they are not. */
+/* Surprisal of a target in nats, from the logits (V); not finite if the logits are not. */
 static double nats(const float *logits, size_t V, int64_t target)
 {
     float largest = logits[0];
@@ -1601,7 +1606,7 @@ static double nats(const float *logits, size_t V, int64_t target)
     return log(total) - ((double)logits[target] - (double)largest);
 }
 
-/* Lets ONNX Runtime compute the logits of these ids (T), without a cache. */
+/* Computes the logits of ids (T) without a cache. */
 static smallm_status run_window(smallm *model, int64_t *ids, int64_t *ones, size_t T, OrtValue **value)
 {
     const OrtApi *ort = model->ort;
@@ -1621,7 +1626,7 @@ static smallm_status run_window(smallm *model, int64_t *ids, int64_t *ones, size
     return status;
 }
 
-/* Where the numbers of an output lie, if it is logits (T, V). */
+/* The data of an output that must be logits (1, T, V). */
 static smallm_status logits_of(smallm *model, OrtValue *value, size_t T, float **logits)
 {
     const OrtApi *ort = model->ort;
@@ -1634,23 +1639,23 @@ static smallm_status logits_of(smallm *model, OrtValue *value, size_t T, float *
     ort->ReleaseTensorTypeAndShapeInfo(information);
     TRY_OWN(status);
     if (shape[0] != 1 || shape[1] != (int64_t)T || shape[2] != model->vocab_size)
-        return fail(model, SMALLM_FAILED, "%s is broken, export the model again: its logits have another shape",
+        return fail(model, SMALLM_FAILED, "%s is broken, export the model again: its logits have the wrong shape",
                     model->name);
     TRY(ort->GetTensorMutableData(value, (void **)logits));
     return SMALLM_OK;
 }
 
-/* A text that is being measured: its ids so far, of which one window is kept. */
+/* The state of scoring a text: one window of its ids. */
 typedef struct {
     int64_t *ids;  /* (T + 1) */
     int64_t *ones; /* (T): a mask */
     size_t held;
     double *nats; /* of each character */
-    size_t number; /* of the last one that was scored */
-} ruler;
+    size_t character; /* index of the last scored character */
+} scorer;
 
-/* Scores the targets of a window and begins the next with the last of them. */
-static smallm_status measure(smallm *model, ruler *r)
+/* Scores the targets of a window, and begins the next window with the last of them. */
+static smallm_status measure(smallm *model, scorer *r)
 {
     OrtValue *value = NULL;
     float *logits = NULL;
@@ -1659,11 +1664,11 @@ static smallm_status measure(smallm *model, ruler *r)
     smallm_status status = run_window(model, r->ids, r->ones, r->held - 1, &value);
     if (status == SMALLM_OK) status = logits_of(model, value, r->held - 1, &logits);
     for (size_t i = 1; status == SMALLM_OK && i < r->held; i++) {
-        if (begins_character(r->ids[i])) r->nats[++r->number] = 0;
+        if (begins_character(r->ids[i])) r->nats[++r->character] = 0;
         double found = nats(logits + (i - 1) * V, V, r->ids[i]);
         if (!isfinite(found))
             status = not_finite(model);
-        r->nats[r->number] += found; /* that of the first character stays NaN */
+        r->nats[r->character] += found; /* the first character stays NaN */
     }
     if (value != NULL) model->ort->ReleaseValue(value);
     r->ids[0] = r->ids[r->held - 1];
@@ -1671,7 +1676,7 @@ static smallm_status measure(smallm *model, ruler *r)
     return status;
 }
 
-static smallm_status score(smallm *model, span text, ruler *r)
+static smallm_status score(smallm *model, span text, scorer *r)
 {
     size_t T = (size_t)model->block_size;
     int64_t ids[4];
@@ -1696,8 +1701,8 @@ static smallm_status open_checked(smallm *model, span file, const smallm_open_op
             return fail(model, SMALLM_MISTAKE, "options.size = %zu is not sizeof(smallm_open_options)", options->size);
         threads = options->threads;
     }
-    if (threads < 0 || threads > MOST_THREADS)
-        return out_of_range(model, "threads", threads, "1 to 1024, or 0 for as many as suit the model");
+    if (threads < 0 || threads > MAX_THREADS)
+        return out_of_range(model, "threads", threads, "1 to 1024, or 0 to choose by the size of the model");
     TRY_OWN(read_model(model, file));
     TRY_OWN(open_session(model, file, threads > 0 ? threads : default_threads(size_of(file) / (size_t)model->n_layer)));
     TRY_OWN(bind(model));
@@ -1721,7 +1726,7 @@ smallm_status smallm_open_memory(const void *data, size_t bytes, const smallm_op
     return open_checked(*model, span_of(data, bytes), options);
 }
 
-/* Reads a whole file, of any kind, into memory that the caller frees. */
+/* Reads a file or pipe to its end, into memory that the caller frees. */
 static smallm_status read_file(smallm *model, const char *path, uint8_t **data, size_t *bytes)
 {
     FILE *file = fopen(path, "rb");
@@ -1732,7 +1737,7 @@ static smallm_status read_file(smallm *model, const char *path, uint8_t **data, 
     smallm_status status = SMALLM_OK;
     while (status == SMALLM_OK && got > 0) {
         if (*bytes == room) {
-            uint8_t *more = room >= MOST_FILE ? NULL : realloc(*data, room = room == 0 ? (size_t)1 << 20 : 2 * room);
+            uint8_t *more = room >= MAX_FILE ? NULL : realloc(*data, room = room == 0 ? (size_t)1 << 20 : 2 * room);
             if (more == NULL) status = no_memory(model);
             else *data = more;
         }
@@ -1775,11 +1780,11 @@ void smallm_default_options(const smallm *model, smallm_options *options, size_t
     memcpy(options, &all, size < sizeof all ? size : sizeof all);
 }
 
-/* What every call on a handle begins with. */
+/* The beginning of every call on a handle. */
 static smallm_status begin(smallm *model)
 {
     if (model == NULL) return SMALLM_MISTAKE;
-    if (!model->open) return SMALLM_MISTAKE; /* the error text still says why */
+    if (!model->open) return SMALLM_MISTAKE; /* the message of smallm_open is kept */
     model->error[0] = '\0';
     return SMALLM_OK;
 }
@@ -1787,9 +1792,9 @@ static smallm_status begin(smallm *model)
 smallm_status smallm_generate_start(smallm *model, const char *seed, size_t bytes, const smallm_options *options)
 {
     TRY_OWN(begin(model));
-    end_draft(&model->draft);
+    end_sequence(&model->state);
     smallm_status status = start(model, seed, bytes, options);
-    if (status != SMALLM_OK) end_draft(&model->draft);
+    if (status != SMALLM_OK) end_sequence(&model->state);
     return status;
 }
 
@@ -1798,22 +1803,23 @@ smallm_status smallm_next(smallm *model, const char **text, size_t *bytes)
     if (text != NULL) *text = "";
     if (bytes != NULL) *bytes = 0;
     TRY_OWN(begin(model));
-    draft *d = &model->draft;
-    if (text == NULL || bytes == NULL) return fail(model, SMALLM_MISTAKE, "text or bytes is NULL; pass where they go");
+    sequence_state *d = &model->state;
+    if (text == NULL || bytes == NULL)
+        return fail(model, SMALLM_MISTAKE, "text or bytes is NULL; pass pointers for the result");
     if (!d->begun)
-        return fail(model, SMALLM_MISTAKE, "there is no text to go on with; call smallm_generate_start first");
+        return fail(model, SMALLM_MISTAKE, "no text was started; call smallm_generate_start first");
     while (d->ready == 0) {
         if (d->done) return SMALLM_DONE;
         smallm_status status = advance(model);
         if (status != SMALLM_OK) {
-            end_draft(d);
+            end_sequence(d);
             return status;
         }
     }
-    memcpy(d->piece, d->text, d->ready);
-    d->piece[d->ready] = '\0';
+    memcpy(d->chunk, d->text, d->ready);
+    d->chunk[d->ready] = '\0';
     memmove(d->text, d->text + d->ready, d->held);
-    *text = d->piece;
+    *text = d->chunk;
     *bytes = d->ready;
     d->ready = 0;
     return SMALLM_OK;
@@ -1824,15 +1830,15 @@ smallm_status smallm_score(
 {
     if (count != NULL) *count = 0;
     TRY_OWN(begin(model));
-    if (count == NULL) return fail(model, SMALLM_MISTAKE, "count is NULL; pass where it goes");
+    if (count == NULL) return fail(model, SMALLM_MISTAKE, "count is NULL; pass a pointer for the result");
     TRY_OWN(check_text(model, "text", text, bytes));
     for (size_t i = 0; i < bytes; i++) *count += !continues((uint8_t)text[i]);
     if (*count == 0) return SMALLM_OK;
     if (nats == NULL || capacity < *count)
-        return fail(model, SMALLM_MISTAKE, "the text has %zu characters, there is room for %zu; make room", *count,
-                    nats == NULL ? 0 : capacity);
+        return fail(model, SMALLM_MISTAKE, "the text has %zu characters, but nats has room for %zu; pass a larger array",
+                    *count, nats == NULL ? 0 : capacity);
     size_t T = (size_t)model->block_size;
-    ruler r = {calloc(T + 1, sizeof *r.ids), calloc(T, sizeof *r.ones), 0, nats, 0};
+    scorer r = {calloc(T + 1, sizeof *r.ids), calloc(T, sizeof *r.ones), 0, nats, 0};
     nats[0] = NAN;
     smallm_status status = r.ids && r.ones ? score(model, span_of(text, bytes), &r) : no_memory(model);
     free(r.ids);
@@ -1846,7 +1852,7 @@ size_t smallm_vocab_size(const smallm *model) { return model != NULL && model->o
 
 const char *smallm_error(const smallm *model)
 {
-    return model != NULL ? model->error : "there is no handle: no memory, or a NULL was passed";
+    return model != NULL ? model->error : "the handle is NULL: not enough memory, or NULL was passed";
 }
 
 static void close_session(smallm *model)
@@ -1868,10 +1874,10 @@ void smallm_close(smallm *model)
 {
     if (model == NULL) return;
     close_session(model);
-    end_draft(&model->draft);
+    end_sequence(&model->state);
     void *memory[] = {model->tokens, model->sorted, model->start_text, model->past, model->past_names,
-                      (void *)model->names, (void *)model->values, model->cache, model->turn, model->mask,
-                      model->ids, model->history, model->logits, model->wanted, model->keys, model->order,
+                      (void *)model->names, (void *)model->values, model->cache, model->rotation, model->mask,
+                      model->ids, model->history, model->logits, model->processed, model->keys, model->order,
                       model->spare, model->weights};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free(memory[i]);
     free(model);

@@ -1,6 +1,6 @@
 /* smallm: a character-level language model inside any program.
 
-   Opens a model.onnx that smallm's export.py wrote, and lets it write or measure text:
+   Opens a model.onnx that smallm's export.py wrote, and generates or scores text with it:
 
        smallm *model;
        if (smallm_open("model.onnx", NULL, &model) == SMALLM_OK &&
@@ -15,10 +15,10 @@
    C99; needs ONNX Runtime 1.21 or newer and nothing else. All text is UTF-8 with its length in bytes, so it may hold
    NUL. The same model, seed text and options give the same text as smallm's Python package; SAMPLING.md defines it.
 
-   Threads: a handle is for one thread at a time. It does not matter which one, and different handles have nothing in
-   common, so several threads use one handle each. There are no globals. ONNX Runtime reads environment variables while
-   a model is opened: do not change the environment meanwhile. (With ORT_GQA_DISABLE_FLASH_ATTENTION=1 in it attention
-   goes the way it does in smallm's Python package; set it before there are threads, as main.c does, see README.md.) */
+   Threads: a handle may be used by one thread at a time, and by any thread. Handles share nothing, so several threads can
+   work with one handle each. There are no globals. ONNX Runtime reads environment variables while a model is opened: do
+   not change the environment at that time. (ORT_GQA_DISABLE_FLASH_ATTENTION=1 selects the attention kernel that smallm's
+   Python package uses; set it before threads are started, as main.c does, see README.md.) */
 
 #ifndef SMALLM_H
 #define SMALLM_H
@@ -30,85 +30,85 @@
 extern "C" {
 #endif
 
-/* A loaded model, and the text that it is writing, if any. */
+/* A loaded model, and the text that it is generating, if any. */
 typedef struct smallm smallm;
 
-/* What every call returns. On all but the first two, smallm_error has a sentence about it. */
+/* Returned by every call. smallm_error has a message for every status except the first two. */
 typedef enum smallm_status {
     SMALLM_OK = 0,
-    SMALLM_DONE = 1,      /* smallm_next: the text has come to its end */
+    SMALLM_DONE = 1,      /* smallm_next: the text is complete */
     SMALLM_MISTAKE = 2,   /* an argument is wrong */
-    SMALLM_BAD_MODEL = 3, /* the file is missing, damaged, or no smallm model */
+    SMALLM_BAD_MODEL = 3, /* the file is missing, damaged, or not a smallm model */
     SMALLM_NO_MEMORY = 4,
     SMALLM_FAILED = 5     /* ONNX Runtime failed, or is too old */
 } smallm_status;
 
 typedef struct smallm_open_options {
     size_t size;     /* sizeof(smallm_open_options) */
-    int32_t threads; /* that compute, 1 to 1024; 0 = as many as suit the model */
+    int32_t threads; /* number of compute threads, 1 to 1024; 0 = chosen by the size of the model */
 } smallm_open_options;
 
-/* What happens when the text outgrows the model's context of block_size ids (characters, mostly). */
+/* What happens when a text exceeds the model's context of block_size ids; most characters are one id. */
 enum {
-    SMALLM_CROP = 0, /* the model sees exactly the last block_size ids: a whole window is computed for each */
-    SMALLM_SHIFT = 1, /* it goes on with the newest half of the window whenever that is full: costs nothing more */
-    SMALLM_SLIDE = 2  /* only for models trained with model.window, exact, and costs nothing more; their default */
+    SMALLM_CROP = 0, /* exact: for each id the last block_size ids are recomputed, which is slow */
+    SMALLM_SHIFT = 1, /* keeps the newest half of the context whenever it is full, which is fast */
+    SMALLM_SLIDE = 2  /* exact and fast, only for models trained with model.window; their default */
 };
 
-/* Let smallm_default_options fill it in, then change what you like. */
+/* Call smallm_default_options first, then change fields. */
 typedef struct smallm_options {
     size_t size;                /* sizeof(smallm_options) */
-    int64_t max_length;         /* most characters of new text, 0 or more; default 500 */
-    double temperature;         /* 0 or more; 0 = always the likeliest */
-    int64_t top_k;              /* choose from the k likeliest ids; 0 = all */
-    double top_p;               /* choose from the likeliest ids that make up this probability; 1 = all */
-    double min_p;               /* least probability, relative to the likeliest id's; 0 = all */
-    double repetition_penalty;  /* 0.01 to 100; above 1, ids that came up lately become less likely; default 1 = off */
-    int64_t repetition_window;  /* how many of the last ids it looks at, seed included; 0 (default) = block_size */
+    int64_t max_length;         /* maximum number of new characters, 0 or more; default 500 */
+    double temperature;         /* 0 or more; 0 = always the likeliest id */
+    int64_t top_k;              /* sample from the k likeliest ids; 0 = all */
+    double top_p;               /* sample from the likeliest ids whose probabilities add up to this; 1 = all */
+    double min_p;               /* minimum probability relative to the likeliest id; 0 = all */
+    double repetition_penalty;  /* 0.01 to 100; above 1, recent ids become less likely; default 1 = off */
+    int64_t repetition_window;  /* number of last ids that the penalty applies to; default 0 = block_size */
     uint32_t rng_seed;          /* equal rng_seed and stream_number give equal text; default 0 */
-    uint32_t stream_number;     /* tells several texts of one rng_seed apart; default 0 */
-    const char *const *stops;   /* the text ends before the first of these (each UTF-8, ended by NUL; "" is none) */
+    uint32_t stream_number;     /* distinguishes texts of the same rng_seed; default 0 */
+    const char *const *stops;   /* the text ends before the first of these stop strings (UTF-8; "" is ignored) */
     size_t stop_count;          /* default 0 */
-    int64_t min_length;         /* a stop that begins within so many new characters is text like any other; default 0 */
-    int32_t overflow;           /* SMALLM_CROP, SMALLM_SHIFT or SMALLM_SLIDE; default: slide if it can, else crop */
-    const char *allowed;        /* the only characters that may be written (UTF-8, ended by NUL); default NULL = all */
-    const char *banned;         /* characters that are not written (the same); default NULL = none */
+    int64_t min_length;         /* stop strings that begin within so many new characters are ignored; default 0 */
+    int32_t overflow;           /* SMALLM_CROP, SMALLM_SHIFT or SMALLM_SLIDE; default: slide if possible, else crop */
+    const char *allowed;        /* the only characters that may be generated (UTF-8); default NULL = all */
+    const char *banned;         /* characters that are never generated (UTF-8); default NULL = none */
 } smallm_options;
 
-/* Opens a model file. options NULL = defaults. *model is set in any case, to be closed by smallm_close: where opening
-   failed it only tells why (NULL if not even memory for that was left). */
+/* Opens a model file. options NULL = defaults. *model is always set and must be closed by smallm_close; if opening
+   failed, it only holds the error message (NULL if there was no memory even for that). */
 smallm_status smallm_open(const char *path, const smallm_open_options *options, smallm **model);
 
-/* The same from the content of such a file, which is not needed any more when this returns. */
+/* The same, given the content of such a file, which may be freed when the call returns. */
 smallm_status smallm_open_memory(const void *data, size_t bytes, const smallm_open_options *options, smallm **model);
 
-/* Fills in the options of this model, whose temperature, top_k, top_p and min_p come from the file; NULL = general
-   defaults. size = sizeof(smallm_options): what a newer library knows beyond it keeps its default. */
+/* Sets options to the defaults of this model, whose temperature, top_k, top_p and min_p are in the file; model NULL =
+   general defaults. size = sizeof(smallm_options): further fields of a newer library keep their defaults. */
 void smallm_default_options(const smallm *model, smallm_options *options, size_t size);
 
-/* Begins a text after this seed text; empty (bytes = 0) = the start of a text. options NULL = defaults. Ends the text
-   before, if any. Nothing is computed yet. What seed and options point to is not needed any more when this returns. */
+/* Begins a text after this seed text; bytes = 0 is the start of a text. options NULL = defaults. Ends the previous text,
+   if any. Nothing is computed yet. seed and options, and what they point to, may be freed when the call returns. */
 smallm_status smallm_generate_start(smallm *model, const char *seed, size_t bytes, const smallm_options *options);
 
-/* The next piece of new text (without the seed): one or more whole characters, ended by a NUL that is not counted.
-   Valid until the next call with this handle. SMALLM_DONE: there is no more. Bytes that are not UTF-8 come out as
-   U+FFFD. Takes no memory from the heap, apart from what ONNX Runtime does itself. */
+/* Returns the next chunk of new text (without the seed): one or more whole characters and a NUL that is not counted.
+   The chunk is valid until the next call with this handle. SMALLM_DONE: the text is complete. Invalid UTF-8 becomes
+   U+FFFD. Allocates no memory, apart from ONNX Runtime's allocations. */
 smallm_status smallm_next(smallm *model, const char **text, size_t *bytes);
 
-/* Nats (-ln of the probability) of each character of a text, in windows of block_size ids side by side; that of the
-   first is NaN, since nothing comes before it. nats has room for `capacity` numbers: one per character, so `bytes` of
-   them always do. *count = characters, also if there was too little room. Leaves a text that is being written alone. */
+/* Surprisal in nats (-ln of the probability) of each character of a text, in adjacent windows of block_size ids; NaN for
+   the first character, which has no context. nats has room for `capacity` numbers, one per character; `bytes` is always
+   enough. *count = number of characters, even if capacity is too small. A text that is being generated is not affected. */
 smallm_status smallm_score(
     smallm *model, const char *text, size_t bytes, double *nats, size_t capacity, size_t *count);
 
-/* Longest context in ids; number of ids. 0 for a model that is not open. */
+/* The longest context in ids, and the number of ids. 0 for a model that is not open. */
 size_t smallm_block_size(const smallm *model);
 size_t smallm_vocab_size(const smallm *model);
 
-/* One line on what went wrong in the last call, and what to do; "" if nothing did. NULL as a handle is allowed. */
+/* The error message of the last call, one line; "" if the call succeeded. NULL as a handle is allowed. */
 const char *smallm_error(const smallm *model);
 
-/* Gives everything back. NULL is allowed. */
+/* Frees everything. NULL is allowed. */
 void smallm_close(smallm *model);
 
 #ifdef __cplusplus

@@ -1,32 +1,32 @@
-// smallm.js: a smallm model that writes and reads text, in browsers and in Node.
+// smallm.js: generates and scores text with a smallm model, in browsers and in Node.
 //
 //   import * as ort from "onnxruntime-web";                     // or "onnxruntime-node"
 //   import { LanguageModel } from "./smallm.js";
 //   const lm = await LanguageModel.load("model.onnx", { ort });
 //   for await (const { text, surprise } of lm.stream("Once", { maxLength: 200, rngSeed: 1 })) { … }
 //
-// For the same fp32 model, seed text and rngSeed it gives the text that smallm gives in Python, as far as the logits
-// agree: wasm rounds differently in the seventh digit. smallm.d.ts documents every call. Shapes in comments: T time, V
-// vocabulary. What a caller can mend comes as an Error of one sentence.
+// The same fp32 model, seed text and rngSeed give the same text as smallm in Python, as long as the logits agree: wasm
+// rounds differently in the seventh digit. smallm.d.ts documents every call. Shapes in comments: T time, V vocabulary.
+// A mistake of the caller is an Error whose message is one sentence.
 
 const FORMAT_VERSION = 1;
-const MOST_THREADS = 1024;
-const CACHE_ROOM = 64 * 2 ** 20; // bytes that the cache of keys and values may take whatever the size of the file
-const LEAST_PROBABILITY = 1e-6; // of the beginning of a character whose ends are looked for
-const LEAST_TEMPERATURE = 1e-200; // below it nothing changes any more, but a division could overflow
+const MAX_THREADS = 1024;
+const MAX_SMALL_CACHE = 64 * 2 ** 20; // bytes of KV cache that a file of any size may ask for
+const MIN_PROBABILITY = 1e-6; // less likely first bytes of a character are not continued
+const MIN_TEMPERATURE = 1e-200; // a lower temperature changes nothing, but a division could overflow
 const CODE_POINTS = 0x110000;
-const LEAST_CODE = [0, 0, 0x80, 0x800, 0x10000]; // code point that UTF-8 spells in so many bytes
-const BREATH = 16; // milliseconds after which a page may show what has come
+const MIN_CODE = [0, 0, 0x80, 0x800, 0x10000]; // lowest code point whose UTF-8 has this number of bytes
+const YIELD_AFTER = 16; // milliseconds after which the page may paint and handle input
 const NOT_FINITE = "the model's logits are not finite: its weights are broken; train it again";
 const OPTIONS = {
   maxLength: 500,
-  temperature: undefined, // these four: what the model says itself
+  temperature: undefined, // these four default to the values in the metadata
   topK: undefined,
   topP: undefined,
   minP: undefined,
   repetitionPenalty: 1,
   repetitionWindow: 0,
-  allowed: undefined, // all
+  allowed: undefined, // all characters
   banned: "",
   rngSeed: undefined,
   streamNumber: 0,
@@ -36,7 +36,7 @@ const OPTIONS = {
 };
 
 export class LanguageModel {
-  #network;
+  #session;
   #vocabulary;
 
   static async load(model, { ort, threads } = {}) {
@@ -44,50 +44,50 @@ export class LanguageModel {
     if (!runtime?.InferenceSession) {
       throw new Error("ONNX Runtime is missing; import onnxruntime-web or onnxruntime-node and pass it as { ort }");
     }
-    const fits = threads === undefined || (isWhole(threads) && threads >= 1 && threads <= MOST_THREADS);
-    check(fits, "threads", threads, `a whole number from 1 to ${MOST_THREADS}`);
+    const fits = threads === undefined || (isWhole(threads) && threads >= 1 && threads <= MAX_THREADS);
+    check(fits, "threads", threads, `a whole number from 1 to ${MAX_THREADS}`);
     const [bytes, source] = await readModel(model);
     const manifest = readManifest(bytes, source);
-    return new LanguageModel(await Network.open(runtime, bytes, manifest, source, threads));
+    return new LanguageModel(await Session.open(runtime, bytes, manifest, source, threads));
   }
 
   /** Use `load`. */
-  constructor(network) {
-    this.#network = network;
-    this.metadata = network.manifest;
-    this.blockSize = network.manifest.block_size;
-    this.vocabSize = network.manifest.vocab_size;
-    this.#vocabulary = new Vocabulary(network.manifest.tokens);
+  constructor(session) {
+    this.#session = session;
+    this.metadata = session.manifest;
+    this.blockSize = session.manifest.block_size;
+    this.vocabSize = session.manifest.vocab_size;
+    this.#vocabulary = new Vocabulary(session.manifest.tokens);
   }
 
   async generate(seed = "", options = {}) {
-    const pieces = [seed];
-    for await (const { text } of this.stream(seed, options)) pieces.push(text);
-    return pieces.join("");
+    const texts = [seed];
+    for await (const { text } of this.stream(seed, options)) texts.push(text);
+    return texts.join("");
   }
 
   stream(seed = "", options = {}) {
-    const request = resolve(this.metadata, options);
-    return this.#write(new Draft(this.#vocabulary, this.#encodeSeed(seed), this.blockSize, request));
+    const config = resolve(this.metadata, options);
+    return this.#write(new SequenceState(this.#vocabulary, this.#encodeSeed(seed), this.blockSize, config));
   }
 
-  async *#write(draft) {
-    const context = new Context(this.#network);
+  async *#write(state) {
+    const cache = new KVCache(this.#session);
     let resumed = performance.now();
     for (;;) {
-      while (draft.ready.length > 0) yield draft.ready.shift();
-      if (draft.done) return;
-      if (performance.now() - resumed > BREATH) {
-        await breathe();
+      while (state.ready.length > 0) yield state.ready.shift();
+      if (state.done) return;
+      if (performance.now() - resumed > YIELD_AFTER) {
+        await yieldToPage();
         resumed = performance.now();
       }
-      if (context.length === this.blockSize && draft.request.overflow === "slide") context.slide();
-      if (0 < context.length && context.length < this.blockSize) {
-        draft.choose(await context.feed(draft.history.slice(-1)));
+      if (cache.length === this.blockSize && state.config.overflow === "slide") cache.slide();
+      if (0 < cache.length && cache.length < this.blockSize) {
+        state.choose(await cache.decode(state.history.slice(-1)));
       } else {
-        const window = draft.window(context.length === 0);
-        context.reset();
-        draft.choose(await context.feed(window));
+        const window = state.window(cache.length === 0);
+        cache.reset();
+        state.choose(await cache.decode(window));
       }
     }
   }
@@ -96,21 +96,21 @@ export class LanguageModel {
     check(isWhole(n) && n >= 0, "n", n, "a whole number, 0 or more");
     const after = await this.#continuations(this.#encodeSeed(text));
     const found = [];
-    const paths = [{ probability: 1, ids: [] }]; // beginnings of a character
+    const paths = [{ probability: 1, ids: [] }]; // first ids of characters
     while (paths.length > 0 && found.length < n) {
       const likeliest = paths.reduce((best, path, i) => (path.probability > paths[best].probability ? i : best), 0);
       const [{ probability, ids }] = paths.splice(likeliest, 1);
       const character = this.#vocabulary.character(ids);
       if (character) {
-        const itsIds = this.#vocabulary.encode(character);
-        if (itsIds.length === ids.length && itsIds.every((id, i) => id === ids[i])) {
-          found.push({ character, probability }); // else it is spelled in bytes and has an id
+        const encoded = this.#vocabulary.encode(character);
+        if (encoded.length === ids.length && encoded.every((id, i) => id === ids[i])) {
+          found.push({ character, probability }); // otherwise these bytes spell a character that has an id
         }
-      } else if (ids.length < 4 && probability > LEAST_PROBABILITY) {
+      } else if (ids.length < 4 && probability > MIN_PROBABILITY) {
         const [order, weights] = ranked(await after(ids));
         const total = weights.reduce((sum, w) => sum + w, 0);
         order.forEach((id, rank) => {
-          const fits = beginsCharacter(id) === (ids.length === 0); // others could not become a character
+          const fits = beginsCharacter(id) === (ids.length === 0); // other ids cannot become a character
           if (fits) paths.push({ probability: (probability * weights[rank]) / total, ids: [...ids, id] });
         });
       }
@@ -118,49 +118,49 @@ export class LanguageModel {
     return found;
   }
 
-  /** seed ids (T,) -> a function of some more ids that gives the logits (V,) after them. */
+  /** For ids (T,): a function that returns the logits (V,) after these ids and further ones. */
   async #continuations(ids) {
-    const context = new Context(this.#network);
-    const first = await context.feed(ids);
+    const cache = new KVCache(this.#session);
+    const first = await cache.decode(ids);
     return (path) => {
       if (path.length === 0) return first;
-      if (ids.length + path.length <= this.blockSize) return context.copy().feed(path);
-      return new Context(this.#network).feed([...ids, ...path].slice(-this.blockSize));
+      if (ids.length + path.length <= this.blockSize) return cache.copy().decode(path);
+      return new KVCache(this.#session).decode([...ids, ...path].slice(-this.blockSize));
     };
   }
 
   async score(text) {
     const ids = this.#vocabulary.encode(wellFormed(text, "the text"));
     const nats = [];
-    let logits, whole; // of the window of blockSize ids that this id is predicted in; its first character is unknown
+    let logits, row; // of the window of blockSize ids in which this id is predicted, and of the id itself
     for (const [i, id] of ids.entries()) {
       if (i > 0) {
-        const row = (i - 1) % this.blockSize;
-        if (row === 0) ({ logits } = await this.#network.run(ids.slice(i - 1, i - 1 + this.blockSize)));
-        whole = logits.subarray(row * this.vocabSize, (row + 1) * this.vocabSize);
+        const t = (i - 1) % this.blockSize;
+        if (t === 0) ({ logits } = await this.#session.run(ids.slice(i - 1, i - 1 + this.blockSize)));
+        row = logits.subarray(t * this.vocabSize, (t + 1) * this.vocabSize);
       }
-      if (beginsCharacter(id)) nats.push(i > 0 ? surprise(whole, id) : NaN);
-      else nats[nats.length - 1] += surprise(whole, id);
+      if (beginsCharacter(id)) nats.push(i > 0 ? surprisal(row, id) : NaN);
+      else nats[nats.length - 1] += surprisal(row, id);
     }
     if (nats.some((x, i) => i > 0 && !Number.isFinite(x))) throw new Error(NOT_FINITE);
     return Float64Array.from(nats);
   }
 
   async release() {
-    await this.#network.release();
+    await this.#session.release();
   }
 
   #encodeSeed(seed) {
     wellFormed(seed, "the seed text");
-    const tail = (seed || this.metadata.start_text).slice(-2 * this.blockSize); // a character has one or two units
+    const tail = (seed || this.metadata.start_text).slice(-2 * this.blockSize); // 1 or 2 units a character
     return this.#vocabulary.encode(Array.from(tail).slice(-this.blockSize).join("")).slice(-this.blockSize);
   }
 }
 
 // -- the model
 
-/** The door to ONNX Runtime: a model as a function of ids and of the keys and values of those before them. */
-class Network {
+/** The wrapper of ONNX Runtime: the model as a function of ids and of the keys and values of the previous ids. */
+class Session {
   static async open(ort, bytes, manifest, source, threads) {
     if (ort.env?.wasm) ort.env.wasm.numThreads = threads ?? ort.env.wasm.numThreads ?? 1;
     const options = { intraOpNumThreads: threads ?? 1, interOpNumThreads: 1, logSeverityLevel: 4 };
@@ -171,13 +171,13 @@ class Network {
       const needed = manifest.quality.onnxruntime;
       throw broken(source, error, needed ? ` or needs ONNX Runtime ${needed} or newer` : "");
     }
-    const network = new Network(ort, session, manifest, source);
-    const promised = ["input_ids", "attention_mask", ...network.past].sort().join();
+    const opened = new Session(ort, session, manifest, source);
+    const expected = ["input_ids", "attention_mask", ...opened.past].sort().join();
     const found = session.inputNames.filter((name) => name !== "num_logits_to_keep").sort();
-    if (found.join() !== promised || ["logits", ...network.present].some((x) => !session.outputNames.includes(x))) {
-      throw new Error(`${source} has not the inputs and outputs that its metadata promise; export the model again`);
+    if (found.join() !== expected || ["logits", ...opened.present].some((x) => !session.outputNames.includes(x))) {
+      throw new Error(`${source}: inputs and outputs do not match its metadata; export the model again`);
     }
-    return network;
+    return opened;
   }
 
   constructor(ort, session, manifest, source) {
@@ -186,17 +186,17 @@ class Network {
     this.past = parts.map((part) => `past_key_values.${part}`);
     this.present = parts.map((part) => `present.${part}`);
     this.ones = new BigInt64Array(manifest.block_size).fill(1n); // the mask of a full context
-    const nothing = new ort.Tensor("float32", new Float32Array(0), [1, manifest.n_kv_head, 0, manifest.head_dim]);
-    this.empty = parts.map(() => nothing);
-    this.turn = rotation(manifest.block_size - (manifest.window - 1), manifest);
+    const emptyPart = new ort.Tensor("float32", new Float32Array(0), [1, manifest.n_kv_head, 0, manifest.head_dim]);
+    this.empty = parts.map(() => emptyPart);
+    this.rotation = rotation(manifest.block_size - (manifest.window - 1), manifest);
   }
 
   /**
-   * ids (T,) after a cache of so many ids -> logits (T * V,) and the cache with these ids added.
+   * Computes the logits (T * V,) of ids (T,) after a cache of `length` ids; returns them and the extended cache.
    *
-   * The cache that comes out goes in again: neither onnxruntime-web nor -node lets input and output share a buffer
-   * without copying it, and whole buffers cost more to copy than what is used of them. Neither of them takes
-   * `num_logits_to_keep`, an input with a default, so all rows of logits come.
+   * The returned cache is the input of the next pass: neither onnxruntime-web nor -node lets input and output share a
+   * buffer without a copy, and copying whole buffers costs more than copying their used part. Neither accepts
+   * `num_logits_to_keep`, an input with a default, so the logits of all positions are returned.
    */
   async run(ids, cache = this.empty, length = 0) {
     const { Tensor } = this.ort;
@@ -227,32 +227,32 @@ function broken(source, error, otherwise = "") {
   return new Error(`${source} is broken${otherwise}, export the model again; ONNX Runtime says: ${line.slice(0, 200)}`);
 }
 
-/** What the model has read of one text, at most blockSize ids. */
-class Context {
-  constructor(network, cache = network.empty, length = 0) {
-    Object.assign(this, { network, cache, length });
+/** The KV cache of one text, of at most blockSize ids. */
+class KVCache {
+  constructor(session, cache = session.empty, length = 0) {
+    Object.assign(this, { session, cache, length });
   }
 
-  /** Adds ids (T,), at least one; returns the logits (V,) after the last. */
-  async feed(ids) {
-    const { logits, cache } = await this.network.run(ids, this.cache, this.length);
+  /** Adds ids (T,), at least one; returns the logits (V,) after the last id. */
+  async decode(ids) {
+    const { logits, cache } = await this.session.run(ids, this.cache, this.length);
     this.cache = cache;
     this.length += ids.length;
-    return logits.subarray(logits.length - this.network.manifest.vocab_size);
+    return logits.subarray(logits.length - this.session.manifest.vocab_size);
   }
 
   reset() {
-    this.cache = this.network.empty;
+    this.cache = this.session.empty;
     this.length = 0;
   }
 
   /**
-   * Keeps what the model's window still sees, so that there is room again. Keys are turned back by as many positions as
-   * they move: rotary attention depends on distances only (Su et al. 2021), so nothing else changes.
+   * Keeps the ids that the model's window still covers and drops the others. The kept keys are rotated back by the
+   * number of positions that they move: RoPE attention depends on distances only (Su et al. 2021).
    */
   slide() {
-    const { network, length } = this;
-    const { n_kv_head: heads, head_dim: width, window } = network.manifest;
+    const { session, length } = this;
+    const { n_kv_head: heads, head_dim: width, window } = session.manifest;
     const kept = window - 1;
     if (kept === 0) return this.reset();
     this.cache = this.cache.map((tensor, part) => {
@@ -261,26 +261,26 @@ class Context {
         const end = (head + 1) * length * width;
         rows.set(tensor.data.subarray(end - kept * width, end), head * kept * width);
       }
-      if (part % 2 === 0) turnBack(rows, network.turn); // keys; then come values
-      return new network.ort.Tensor("float32", rows, [1, heads, kept, width]);
+      if (part % 2 === 0) rotateBack(rows, session.rotation); // even parts are keys, odd parts are values
+      return new session.ort.Tensor("float32", rows, [1, heads, kept, width]);
     });
     this.length = kept;
   }
 
   copy() {
-    return new Context(this.network, this.cache, this.length);
+    return new KVCache(this.session, this.cache, this.length);
   }
 }
 
-/** Cosines and sines (head_dim / 2,) of the angles by which so many positions turn a key, in single precision. */
+/** Cosines and sines (head_dim / 2,), in single precision, that rotate a key by this number of positions. */
 function rotation(positions, { head_dim, rope_theta }) {
   const half = head_dim / 2;
   const angles = Float64Array.from({ length: half }, (_, i) => positions * rope_theta ** (-i / half));
   return { cos: Float32Array.from(angles, Math.cos), sin: Float32Array.from(angles, Math.sin) };
 }
 
-/** Turns keys (n * head_dim,) back in place; products and sums are rounded to single precision. */
-function turnBack(keys, { cos, sin }) {
+/** Rotates keys (n * head_dim,) back in place; products and sums are rounded to single precision. */
+function rotateBack(keys, { cos, sin }) {
   const half = cos.length;
   for (let start = 0; start < keys.length; start += 2 * half) {
     for (let i = 0; i < half; i++) {
@@ -302,7 +302,7 @@ async function readModel(model) {
   const name = String(model).split(/[\\/]/).pop() || String(model);
   try {
     if (globalThis.process?.versions?.node && !/^(https?|data|blob):/.test(String(model))) {
-      const fs = "node:fs/promises"; // in a variable, or bundlers would look for it
+      const fs = "node:fs/promises"; // in a variable, so that bundlers do not resolve it
       const path = String(model).startsWith("file:") ? new URL(model) : model;
       return [new Uint8Array(await (await import(fs)).readFile(path)), name];
     }
@@ -315,9 +315,9 @@ async function readModel(model) {
   }
 }
 
-// -- what a model says about itself: smallm.json, which also stands in the file's metadata
+// -- the manifest: the content of smallm.json, which is also in the file's metadata
 
-/** The manifest in the bytes of an .onnx file, checked. No JavaScript API of ONNX Runtime gives it. */
+/** The checked manifest in the bytes of an .onnx file. ONNX Runtime's JavaScript API does not return metadata. */
 function readManifest(bytes, source) {
   let metadata;
   try {
@@ -327,23 +327,23 @@ function readManifest(bytes, source) {
   }
   const values = Object.entries(metadata).filter(([key]) => key.startsWith("smallm."));
   if (values.length === 0) throw new Error(`${source} is not a smallm model; write one with python export.py`);
-  const nonsense = new Error(`${source} has broken metadata; export the model again`);
+  const brokenMetadata = new Error(`${source} has broken metadata; export the model again`);
   const manifest = { sampling: {}, training: {}, precision: "fp32", quality: {}, window: 0, rope_theta: 10000 };
   try {
     for (const [key, value] of values) manifest[key.slice("smallm.".length)] = JSON.parse(value);
   } catch {
-    throw nonsense;
+    throw brokenMetadata;
   }
   if (manifest.format_version !== FORMAT_VERSION) {
     const version = JSON.stringify(manifest.format_version)?.slice(0, 40);
     throw new Error(`${source} has format version ${version}; this smallm.js reads ${FORMAT_VERSION}: ` +
       "export the model again, or take the smallm.js of the smallm that wrote it");
   }
-  if (!isSane(manifest)) throw nonsense;
+  if (!isSane(manifest)) throw brokenMetadata;
   const m = manifest;
   const cache = 8 * m.n_layer * m.n_kv_head * m.head_dim * m.block_size; // bytes: keys and values, float32
-  const least = Math.max(Math.floor((m.vocab_size * m.n_embd) / 2), m.block_size * m.head_dim);
-  if (least > bytes.length || cache > CACHE_ROOM + 64 * bytes.length) {
+  const minBytes = Math.max(Math.floor((m.vocab_size * m.n_embd) / 2), m.block_size * m.head_dim);
+  if (minBytes > bytes.length || cache > MAX_SMALL_CACHE + 64 * bytes.length) {
     throw new Error(`${source} is too small for the sizes in its metadata; export the model again`);
   }
   return manifest;
@@ -369,7 +369,7 @@ function isSane(m) {
   }
 }
 
-/** The `metadata_props` of an ONNX file, a protobuf message: its fields 14, each an entry of key and value. */
+/** The `metadata_props` of an ONNX file, a protobuf message: field 14, repeated, each with a key and a value. */
 function readMetadata(bytes) {
   const metadata = Object.create(null);
   const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
@@ -386,7 +386,7 @@ function readMetadata(bytes) {
   return metadata;
 }
 
-/** Number and value of each field: the bytes of those that have a length, undefined for others. */
+/** Number and value of each field of a protobuf message; the value is undefined unless the field has a length. */
 function* protobufFields(bytes) {
   if (!(bytes instanceof Uint8Array)) throw new Error("a field has the wrong type");
   for (let at = 0; at < bytes.length; ) {
@@ -403,7 +403,7 @@ function* protobufFields(bytes) {
   }
 }
 
-/** The number that begins at `at`, seven bits to a byte, and where it ends; inexact beyond 2 ** 53. */
+/** Reads the varint at index `at`; returns the number, inexact beyond 2 ** 53, and the index after it. */
 function varint(bytes, at) {
   let number = 0;
   for (let scale = 1; scale < 2 ** 70; scale *= 128) {
@@ -417,12 +417,12 @@ function varint(bytes, at) {
 
 // -- the vocabulary
 
-/** ids 0-255 are the bytes; those from 256 up are `tokens`, non-ASCII characters in UTF-8 and beginnings of them. */
+/** Ids 0-255 are the bytes; ids from 256 up are `tokens`: the UTF-8 of non-ASCII characters, and prefixes of it. */
 export class Vocabulary {
   #ids = new Map(); // hex -> id
   #bytes; // of each id
 
-  /** tokens: each in hex, separated by spaces, and once; those of a character's beginnings come right before it. */
+  /** tokens: in hex, separated by spaces, without repetition; a prefix comes right before its character. */
   constructor(tokens) {
     const hex = tokens.split(" ").filter(Boolean);
     if (!hex.every((token) => /^([0-9a-f]{2})+$/.test(token))) throw new Error("tokens are not hexadecimal");
@@ -434,7 +434,7 @@ export class Vocabulary {
       const prefixed = token.length === 4 || (token.length > 4 && this.#ids.has(token.slice(0, -2)));
       const begins = hex[i + 1]?.slice(0, -2) === token; // the token after it
       if (!prefixed || this.#ids.has(token) || !(begins || decodeCharacter(this.#bytes[256 + i]))) {
-        throw new Error("tokens are not characters and their beginnings");
+        throw new Error("tokens are not characters and their prefixes");
       }
       this.#ids.set(token, 256 + i);
     });
@@ -452,7 +452,7 @@ export class Vocabulary {
     return ids;
   }
 
-  /** The longest beginning that has an id (at best the whole character), then single bytes. */
+  /** The longest prefix that has an id (at best the whole character), then single bytes. */
   #spell(bytes) {
     const hex = Array.from(bytes, (byte) => byte.toString(16));
     for (let length = bytes.length; length > 1; length--) {
@@ -466,7 +466,7 @@ export class Vocabulary {
     return this.#bytes[id];
   }
 
-  /** The one character that the ids spell, or "". */
+  /** The character that the ids spell, or "" if the ids do not spell exactly one character. */
   character(ids) {
     return decodeCharacter(Uint8Array.from(ids.flatMap((id) => [...this.#bytes[id]])));
   }
@@ -481,32 +481,32 @@ function decodeCharacter(bytes) {
   }
 }
 
-/** Whether an id begins a character: all do but the bytes 0x80-0xBF, which continue one in UTF-8. */
+/** Whether an id begins a character: every id except the bytes 0x80-0xBF, which continue a UTF-8 sequence. */
 function beginsCharacter(id) {
   return id < 0x80 || id >= 0xc0;
 }
 
-/** The text, if UTF-8 can hold it. */
+/** Returns the text if it is well-formed UTF-16; otherwise throws. */
 function wellFormed(text, what) {
-  if (typeof text !== "string") throw new Error(`${what} is no string; pass a string`);
+  if (typeof text !== "string") throw new Error(`${what} is not a string; pass a string`);
   const lone = text.search(/\p{Surrogate}/u);
   if (lone >= 0) {
     const code = text.charCodeAt(lone).toString(16).toUpperCase();
-    throw new Error(`${what} has a lone surrogate (U+${code}), which no text can hold; leave it out`);
+    throw new Error(`${what} has a lone surrogate (U+${code}), which UTF-8 cannot encode; remove it`);
   }
   return text;
 }
 
-// -- one text in the making
+// -- the state of one text
 
-/** The bytes of ids as they come -> characters. */
+/** A streaming UTF-8 decoder. */
 class Utf8 {
-  /** pending: bytes of a character that is not whole yet. */
+  /** pending: bytes of an incomplete character. */
   constructor(pending = []) {
     this.pending = pending;
   }
 
-  /** The characters that these bytes complete; U+FFFD for each beginning of one that is broken off, or other byte. */
+  /** Returns the characters that these bytes complete; U+FFFD for each truncated sequence and each invalid byte. */
   push(bytes) {
     const characters = [];
     for (const byte of bytes) {
@@ -514,12 +514,12 @@ class Utf8 {
         characters.push("\ufffd");
         this.pending = [];
       }
-      if (this.pending.length === 0 && promised(byte) === 0) {
+      if (this.pending.length === 0 && sequenceLength(byte) === 0) {
         characters.push("\ufffd");
         continue;
       }
       this.pending = [...this.pending, byte];
-      if (this.pending.length < promised(this.pending[0])) continue;
+      if (this.pending.length < sequenceLength(this.pending[0])) continue;
       characters.push(String.fromCodePoint(bitsOf(this.pending)));
       this.pending = [];
     }
@@ -527,13 +527,13 @@ class Utf8 {
   }
 }
 
-/** Bytes of a character that begins with this one; 0 if none does. */
-function promised(lead) {
+/** The length of the UTF-8 sequence that begins with this byte; 0 for an invalid first byte. */
+function sequenceLength(lead) {
   if (lead < 0x80) return 1;
   return lead < 0xc2 ? 0 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : lead < 0xf5 ? 4 : 0;
 }
 
-/** Whether a byte goes on with the character that these bytes begin: no overlong spellings, no surrogates. */
+/** Whether a byte may follow these bytes in a UTF-8 sequence: no overlong forms, no surrogates. */
 function continues([lead, ...others], byte) {
   if (byte < 0x80 || byte > 0xbf) return false;
   if (others.length > 0) return true;
@@ -543,113 +543,114 @@ function continues([lead, ...others], byte) {
   return lead !== 0xf4 || byte < 0x90;
 }
 
-/** The bits of a code point that the bytes of a character, or the first ones of it, have. */
+/** The leading bits of a code point that the first bytes of its UTF-8 sequence hold. */
 function bitsOf([lead, ...others]) {
-  return others.reduce((bits, byte) => (bits << 6) | (byte & 0x3f), lead < 0x80 ? lead : lead & (0x7f >> promised(lead)));
+  const first = lead < 0x80 ? lead : lead & (0x7f >> sequenceLength(lead));
+  return others.reduce((bits, byte) => (bits << 6) | (byte & 0x3f), first);
 }
 
-/** A set of characters, seen from the ids of a vocabulary: SAMPLING.md, "Permitted characters". */
+/** Allowed characters as a filter of ids: SAMPLING.md, "Allowed characters". */
 export class Permitted {
   #vocabulary;
-  #characters = new Uint8Array(CODE_POINTS); // 1 = permitted
-  #found = new Map(); // bytes of an unfinished character -> for each id whether it may come after them
+  #characters = new Uint8Array(CODE_POINTS); // 1 = allowed
+  #masks = new Map(); // bytes of an incomplete character -> for each id whether it may follow them
 
   constructor(vocabulary, allowed, banned) {
     this.#vocabulary = vocabulary;
     this.#characters.fill(allowed === undefined ? 1 : 0);
     for (const character of wellFormed(allowed ?? "", "allowed")) this.#characters[character.codePointAt(0)] = 1;
     for (const character of wellFormed(banned, "banned")) this.#characters[character.codePointAt(0)] = 0;
-    this.#characters.fill(0, 0xd800, 0xe000); // surrogates: no text has them
+    this.#characters.fill(0, 0xd800, 0xe000); // surrogates are not characters
     if (!this.#characters.includes(1)) {
       throw new Error("allowed and banned leave no character; allow one that is not banned");
     }
   }
 
-  /** Bytes of an unfinished character -> for each id (V,) whether it may come after them. */
+  /** For the bytes of an incomplete character: for each id (V,) whether it may follow them. */
   after(pending) {
     const key = pending.join();
-    if (!this.#found.has(key)) {
+    if (!this.#masks.has(key)) {
       const ids = Array.from({ length: this.#vocabulary.size }, (_, id) => id);
-      this.#found.set(key, ids.map((id) => this.#fits(pending, id)));
+      this.#masks.set(key, ids.map((id) => this.#fits(pending, id)));
     }
-    return this.#found.get(key);
+    return this.#masks.get(key);
   }
 
-  /** logits (V,) -> new ones, infinitely small for ids that may not come next; NaN for such as were infinite. */
+  /** Logits (V,) with minus infinity for ids that are not allowed; NaN where such a logit was infinite. */
   only(logits, pending) {
-    const permitted = this.after(pending);
-    return logits.map((logit, id) => (permitted[id] ? logit : logit - Infinity));
+    const mask = this.after(pending);
+    return logits.map((logit, id) => (mask[id] ? logit : logit - Infinity));
   }
 
   #fits(pending, id) {
     const utf8 = new Utf8(pending);
     const completed = utf8.push(this.#vocabulary.bytes(id));
-    return completed.every((c) => this.#characters[c.codePointAt(0)]) && this.#canEndWell(utf8.pending);
+    return completed.every((c) => this.#characters[c.codePointAt(0)]) && this.#canBeCompleted(utf8.pending);
   }
 
-  #canEndWell(pending) {
+  #canBeCompleted(pending) {
     if (pending.length === 0) return true;
-    const length = promised(pending[0]);
+    const length = sequenceLength(pending[0]);
     const ends = 64 ** (length - pending.length);
     const from = bitsOf(pending) * ends;
-    return this.#characters.subarray(Math.max(from, LEAST_CODE[length]), from + ends).includes(1);
+    return this.#characters.subarray(Math.max(from, MIN_CODE[length]), from + ends).includes(1);
   }
 }
 
-/** Takes logits, chooses ids, and hands out the characters that can no longer be part of a stop. */
-class Draft {
-  ready = []; // pieces that are settled and not taken yet
-  #held = []; // those after them, which may be the beginning of a stop
-  #length = 0; // new characters in all
-  #nats = 0; // of the ids of a character that is not complete
+/** Chooses ids from logits, and releases the characters that can no longer be part of a stop string. */
+class SequenceState {
+  ready = []; // characters that are certain and were not taken yet
+  #held = []; // characters after them that may be the beginning of a stop string
+  #length = 0; // number of new characters
+  #nats = 0; // surprisal of the ids of an incomplete character
   #utf8 = new Utf8();
-  #permitted; // undefined = all are
+  #allowed; // undefined = all characters are allowed
 
-  constructor(vocabulary, ids, blockSize, request) {
-    Object.assign(this, { vocabulary, history: ids, blockSize, request });
-    const { allowed, banned } = request;
-    if (allowed !== undefined || banned !== "") this.#permitted = new Permitted(vocabulary, allowed, banned);
-    this.rng = new Rng(request.rngSeed, request.streamNumber);
-    this.searches = request.stops.map((word) => new Search(word));
-    this.done = request.maxLength === 0;
+  constructor(vocabulary, ids, blockSize, config) {
+    Object.assign(this, { vocabulary, history: ids, blockSize, config });
+    const { allowed, banned } = config;
+    if (allowed !== undefined || banned !== "") this.#allowed = new Permitted(vocabulary, allowed, banned);
+    this.rng = new Rng(config.rngSeed, config.streamNumber);
+    this.searches = config.stops.map((word) => new Search(word));
+    this.done = config.maxLength === 0;
   }
 
-  /** The ids (T,) to compute from when the cache is empty: fresh, the seed's, or full: what overflow leaves. */
+  /** The ids (T,) to read when the cache is empty (the seed's ids) or full (the ids that `overflow` keeps). */
   window(fresh) {
-    const whole = fresh || this.request.overflow === "crop";
+    const whole = fresh || this.config.overflow === "crop";
     return this.history.slice(-(whole ? this.blockSize : Math.max(1, Math.floor(this.blockSize / 2))));
   }
 
-  /** logits (V,): the model's, after all of the text so far. */
+  /** Chooses the next id. logits (V,): the model's logits after the text so far. */
   choose(logits) {
-    const { repetitionPenalty, repetitionWindow, sampling } = this.request;
+    const { repetitionPenalty, repetitionWindow, sampling } = this.config;
     const recent = repetitionPenalty === 1 ? [] : this.history.slice(-repetitionWindow);
-    const possible = this.#permitted?.only(logits, this.#utf8.pending) ?? logits;
+    const possible = this.#allowed?.only(logits, this.#utf8.pending) ?? logits;
     const id = sample(penalise(possible, recent, repetitionPenalty), this.rng.uniform(), sampling);
-    this.#nats += surprise(logits, id);
+    this.#nats += surprisal(logits, id);
     this.history.push(id);
     if (this.history.length > 2 * this.blockSize) this.history = this.history.slice(-this.blockSize);
     const characters = this.#utf8.push(this.vocabulary.bytes(id));
-    if (characters.length > 0) this.#add(characters.slice(0, this.request.maxLength - this.#length));
+    if (characters.length > 0) this.#add(characters.slice(0, this.config.maxLength - this.#length));
   }
 
   #add(characters) {
-    const last = characters.length - 1; // if one id completes several, the last of them has all the surprise
+    const last = characters.length - 1; // if an id completes several characters, the last one gets its surprisal
     characters.forEach((text, i) => {
       if (!this.done) this.#hold({ text, surprise: i === last ? this.#nats : 0 });
     });
     this.#nats = 0;
-    if (this.#length === this.request.maxLength) {
+    if (this.#length === this.config.maxLength) {
       this.done = true;
       this.ready.push(...this.#held.splice(0));
     }
   }
 
-  /** Adds what cannot be part of a stop to what is ready; ends the text before a stop. */
-  #hold(piece) {
-    this.#held.push(piece);
-    const counts = this.#length++ >= this.request.minLength;
-    const begun = counts ? this.searches.map((search) => search.push(piece.text)) : [];
+  /** Adds a character; releases the characters that cannot be part of a stop string, and ends the text before one. */
+  #hold(chunk) {
+    this.#held.push(chunk);
+    const counts = this.#length++ >= this.config.minLength;
+    const begun = counts ? this.searches.map((search) => search.push(chunk.text)) : [];
     const met = Math.max(0, ...begun.filter((length, i) => length === this.searches[i].word.length));
     this.ready.push(...this.#held.splice(0, this.#held.length - (met || Math.max(0, ...begun))));
     if (met) {
@@ -659,16 +660,16 @@ class Draft {
   }
 }
 
-/** How much of the beginning of a word a text ends with (Knuth, Morris and Pratt 1977). */
+/** The length of the longest prefix of a stop string that the text ends with (Knuth, Morris and Pratt 1977). */
 class Search {
   #length = 0;
-  #borders = [0]; // of the word's beginnings: length of the longest proper beginning that is its end too
+  #borders = [0]; // for each prefix of the word: length of its longest proper prefix that is also its suffix
 
   constructor(word) {
     this.word = Array.from(word);
   }
 
-  /** Adds a character; returns the new length. Once it is that of the word, the end. */
+  /** Adds a character and returns the new length. Must not be called again once that is the length of the word. */
   push(character) {
     this.#length = this.#longer(this.#length, character);
     if (this.#length > this.#borders.length) this.#borders.push(this.#longer(this.#borders.at(-1), character));
@@ -681,8 +682,8 @@ class Search {
   }
 }
 
-/** Lets the page paint and take input; a timer would cost four milliseconds. */
-function breathe() {
+/** Lets the page paint and handle input; a timer would take four milliseconds. */
+function yieldToPage() {
   return new Promise((resolve) => {
     const { port1, port2 } = new MessageChannel();
     port1.onmessage = () => {
@@ -693,9 +694,9 @@ function breathe() {
   });
 }
 
-// -- from logits to an id: the definition that every host shares stands in smallm/generation/sampler.py
+// -- the sampler: SAMPLING.md is the specification for all hosts
 
-/** logits (V,) and u in [0, 1) -> the id taken. */
+/** The id that u in [0, 1) selects from logits (V,). */
 export function sample(logits, u, sampling) {
   const { temperature, minP = 0 } = sampling;
   const likeliest = argmax(logits);
@@ -704,7 +705,7 @@ export function sample(logits, u, sampling) {
   const { least, count } = lastKept(logits, largest, sampling);
   const cumulative = new Float64Array(logits.length);
   let sum = 0;
-  let left = count; // ids with the least logit that may still be taken: the lower ones
+  let left = count; // ids whose logit equals the lowest kept one and that may still be kept; lower ids first
   for (let id = 0; id < logits.length; id++) {
     const kept = logits[id] > least || (logits[id] === least && left-- > 0);
     const weight = kept ? weigh(logits[id], largest, temperature) : 0;
@@ -714,7 +715,7 @@ export function sample(logits, u, sampling) {
   return cumulative.findIndex((upTo) => upTo > u * sum);
 }
 
-/** The place of the largest logit, the first of equal ones. */
+/** The index of the largest logit; of equal logits the first. */
 function argmax(logits) {
   let likeliest = 0;
   for (let id = 0; id < logits.length; id++) {
@@ -725,7 +726,7 @@ function argmax(logits) {
   return likeliest;
 }
 
-/** The least logit that top-k and top-p keep, and how many ids that have it. Sorts values alone. */
+/** The lowest logit that top-k and top-p keep, and how many of the ids with this logit are kept. */
 function lastKept(logits, largest, { temperature, topK = 0, topP = 1 }) {
   if (topP === 1 && (topK === 0 || topK >= logits.length)) return { least: -Infinity, count: logits.length };
   let descending = logits.slice().sort().reverse().subarray(0, topK || logits.length);
@@ -740,17 +741,17 @@ function lastKept(logits, largest, { temperature, topK = 0, topP = 1 }) {
 }
 
 function weigh(logit, largest, temperature) {
-  return Math.exp((logit - largest) / Math.max(temperature, LEAST_TEMPERATURE));
+  return Math.exp((logit - largest) / Math.max(temperature, MIN_TEMPERATURE));
 }
 
-/** logits (V,) -> all ids, likeliest first, of equal logits the lower one, and their weights at temperature 1. */
+/** All ids by descending logit (V,), of equal logits the lower id first, and their weights at temperature 1. */
 function ranked(logits) {
   const largest = logits[argmax(logits)];
   const order = Array.from(logits.keys()).sort((a, b) => logits[b] - logits[a] || a - b);
   return [order, order.map((id) => weigh(logits[id], largest, 1))];
 }
 
-/** logits (V,) -> such in which those of the ids are less likely, once however often they occur; single precision. */
+/** The repetition penalty: logits (V,) in which each of the ids, counted once, is less likely; single precision. */
 export function penalise(logits, ids, penalty) {
   if (ids.length === 0) return logits;
   const changed = logits.slice();
@@ -759,16 +760,16 @@ export function penalise(logits, ids, penalty) {
   return changed;
 }
 
-/** logits (V,) -> minus ln of the probability of an id at temperature 1. */
-function surprise(logits, id) {
+/** Surprisal of an id in nats: minus ln of its probability at temperature 1, from logits (V,). */
+function surprisal(logits, id) {
   let largest = -Infinity;
-  for (const x of logits) if (!(x <= largest)) largest = x; // NaN stays
+  for (const x of logits) if (!(x <= largest)) largest = x; // keeps NaN
   let sum = 0;
   for (const x of logits) sum += Math.exp(x - largest);
   return Math.log(sum) - (logits[id] - largest);
 }
 
-/** Draw i = 1, 2, … is x = mix(key + i * 0x9E3779B9) of 32 bits, and u = (x >>> 8) / 2 ** 24. */
+/** Random numbers: draw i = 1, 2, … is x = mix(key + i * 0x9E3779B9) of 32 bits, and u = (x >>> 8) / 2 ** 24. */
 export class Rng {
   #key;
   #draws = 0;
@@ -796,25 +797,25 @@ export function mix(x) {
 
 // -- options
 
-/** Options as the user gave them -> all of them, checked; what is left out takes the model's default. */
+/** Checks the given options and adds the default of each missing one. */
 function resolve(manifest, options) {
   for (const name of Object.keys(options)) {
-    if (!(name in OPTIONS)) throw new Error(`option ${name} is unknown; there are ${Object.keys(OPTIONS).join(", ")}`);
+    if (!(name in OPTIONS)) throw new Error(`unknown option ${name}; use one of: ${Object.keys(OPTIONS).join(", ")}`);
   }
   const given = Object.entries(options).filter(([, value]) => value !== undefined && value !== null);
   const o = { ...OPTIONS, ...Object.fromEntries(given) };
-  const own = manifest.sampling;
+  const defaults = manifest.sampling;
   const sampling = {
-    temperature: o.temperature ?? own.temperature ?? 0.8,
-    topK: o.topK ?? own.top_k ?? 0,
-    topP: o.topP ?? own.top_p ?? 1,
-    minP: o.minP ?? own.min_p ?? 0,
+    temperature: o.temperature ?? defaults.temperature ?? 0.8,
+    topK: o.topK ?? defaults.top_k ?? 0,
+    topP: o.topP ?? defaults.top_p ?? 1,
+    minP: o.minP ?? defaults.min_p ?? 0,
   };
   const { temperature, topK, topP, minP } = sampling;
   const rngSeed = o.rngSeed ?? crypto.getRandomValues(new Uint32Array(1))[0];
   new Rng(rngSeed, o.streamNumber); // checks both
-  const hot = isWithin(temperature, 0, Number.MAX_VALUE);
-  check(hot, "temperature", temperature, "0 or more (0 = the likeliest character)");
+  const isTemperature = isWithin(temperature, 0, Number.MAX_VALUE);
+  check(isTemperature, "temperature", temperature, "0 or more (0 = the likeliest character)");
   check(isWhole(topK) && topK >= 0, "topK", topK, "a whole number, 0 or more (0 = all ids)");
   check(isWithin(topP, 0, 1) && topP > 0, "topP", topP, "above 0 and at most 1 (1 = all ids)");
   check(isWithin(minP, 0, 1), "minP", minP, "from 0 to 1 (0 = all ids)");
@@ -827,7 +828,7 @@ function resolve(manifest, options) {
     check(isWhole(o[name]) && o[name] >= 0, name, o[name], "a whole number from 0 to 9007199254740991");
   }
   if (o.minLength > o.maxLength) {
-    throw new Error(`minLength = ${o.minLength} is more than maxLength = ${o.maxLength}; they leave no text`);
+    throw new Error(`minLength = ${o.minLength} is more than maxLength = ${o.maxLength}; lower minLength`);
   }
   const overflow = o.overflow ?? (manifest.window ? "slide" : "crop");
   check(["crop", "shift", "slide"].includes(overflow), "overflow", overflow, '"crop", "shift" or "slide"');
@@ -842,8 +843,8 @@ function isWhole(value) {
   return Number.isSafeInteger(value);
 }
 
-function isWithin(value, least, most) {
-  return typeof value === "number" && value >= least && value <= most;
+function isWithin(value, min, max) {
+  return typeof value === "number" && value >= min && value <= max;
 }
 
 function check(condition, name, value, rule) {

@@ -1,12 +1,12 @@
-// The page's script: loads the model, and writes into the page what it writes.
+// The script of the page: loads the model and shows the text that it generates.
 
 const at = (id) => document.getElementById(id);
-const MOST_LENGTH = Number(at("maxLength").max);
-const MOST_SURPRISE = Number(at("most-surprise").value); // nats from which a character has the full colour
+const MAX_LENGTH = Number(at("maxLength").max);
+const MAX_SURPRISAL = Number(at("max-surprisal").value); // nats at which a character gets the full colour
 const LOADED_BYTES = Number(at("loaded").value);
-const FIELDS = ["seed", "temperature", "topK", "maxLength", "rngSeed"].map(at); // named as `stream` names them
+const FIELDS = ["seed", "temperature", "topK", "maxLength", "rngSeed"].map(at); // the ids are option names of `stream`
 let lm;
-let run = null; // the one that writes: { stopped }
+let run = null; // the running generation: { stopped }
 
 async function load() {
   let received = 0;
@@ -36,10 +36,10 @@ async function load() {
   at("topK").value = sampling.top_k ?? at("topK").value;
   const { text = "some text", parameters, characters } = training;
   at("about").textContent =
-    `A language model of ${parameters ? `${count(parameters)} parameters in ` : ""}${precision}. It has read ${text}` +
-    `${characters ? `, ${count(characters)} characters,` : ""} and goes on with what you begin.`;
+    `A language model of ${parameters ? `${count(parameters)} parameters in ` : ""}${precision}. It was trained on ${text}` +
+    `${characters ? `, ${count(characters)} characters,` : ""} and continues the text that you enter.`;
   if (lm.metadata.window) at("overflow").add(new Option("slide: fast and exact", "slide", true, true), 0);
-  at("overflow-hint").textContent = `past ${count(lm.blockSize)} characters`;
+  at("overflow-hint").textContent = `beyond ${count(lm.blockSize)} characters`;
   at("status").textContent = "Ready";
   at("progress").textContent = "";
 }
@@ -48,15 +48,15 @@ function count(number) {
   return Number(number).toLocaleString("en");
 }
 
-/** What the fields say, for `stream`; an empty number is the field's own. */
+/** The options for `stream` from the fields. Throws for a field without a number. */
 function readFields() {
   const options = { overflow: at("overflow").value };
   for (const field of FIELDS.slice(1)) {
-    if (field.value.trim() === "" || field.validity.badInput) fail(field, `${field.id} is not a number; type one`);
+    if (field.value.trim() === "" || field.validity.badInput) fail(field, `${field.id} is not a number; enter a number`);
     options[field.id] = Number(field.value);
   }
-  if (options.maxLength > MOST_LENGTH) {
-    fail(at("maxLength"), `maxLength = ${options.maxLength} is out of range; this page writes at most ${MOST_LENGTH}`);
+  if (options.maxLength > MAX_LENGTH) {
+    fail(at("maxLength"), `maxLength = ${options.maxLength} is out of range; this page writes at most ${MAX_LENGTH}`);
   }
   return options;
 }
@@ -67,15 +67,15 @@ function fail(field, message) {
 
 async function write() {
   showError(null);
-  const mine = (run = { stopped: false });
+  const current = (run = { stopped: false });
   let written = 0;
   let pending = document.createDocumentFragment();
   const output = at("text");
   try {
     const seed = at("seed").value;
-    const pieces = lm.stream(seed, readFields());
+    const chunks = lm.stream(seed, readFields());
     output.replaceChildren(Object.assign(document.createElement("span"), { className: "seed", textContent: seed }));
-    output.setAttribute("aria-busy", "true"); // it is read out when it is whole
+    output.setAttribute("aria-busy", "true"); // screen readers read the text when it is complete
     at("write").textContent = "Stop";
     at("status").textContent = "Writing…";
     const start = performance.now();
@@ -86,9 +86,9 @@ async function write() {
       pending = document.createDocumentFragment();
       shown = performance.now();
     };
-    for await (const piece of pieces) {
-      if (mine.stopped) break;
-      pending.append(coloured(piece));
+    for await (const chunk of chunks) {
+      if (current.stopped) break;
+      pending.append(coloured(chunk));
       written++;
       if (performance.now() - shown > 30) {
         show();
@@ -96,7 +96,7 @@ async function write() {
       }
     }
     at("progress").textContent = written ? speed() : "";
-    at("status").textContent = `${mine.stopped ? "Stopped" : "Done"}: ${count(written)} characters`;
+    at("status").textContent = `${current.stopped ? "Stopped" : "Done"}: ${count(written)} characters`;
     show();
   } catch (error) {
     output.append(pending);
@@ -112,22 +112,22 @@ function coloured({ text, surprise }) {
   const element = document.createElement("span");
   element.textContent = text;
   element.title = `${surprise.toFixed(2)} nats`;
-  element.style.setProperty("--surprise", Math.round(Math.min(100, (100 * surprise) / MOST_SURPRISE)));
+  element.style.setProperty("--surprise", Math.round(Math.min(100, (100 * surprise) / MAX_SURPRISAL)));
   return element;
 }
 
-/** Says it below the form, and marks the field that it is about. */
+/** Shows the message below the form and marks the field that it concerns. */
 function showError(error) {
   const message = error?.message ?? "";
   const names = ({ id }) => message.startsWith(`${id} `) || message.startsWith(`the ${id} text `);
-  const culprit = error?.field ?? FIELDS.find(names);
-  for (const field of FIELDS) {
-    field.removeAttribute("aria-invalid");
-    field.removeAttribute("aria-describedby");
+  const field = error?.field ?? FIELDS.find(names);
+  for (const each of FIELDS) {
+    each.removeAttribute("aria-invalid");
+    each.removeAttribute("aria-describedby");
   }
-  culprit?.setAttribute("aria-invalid", "true");
-  culprit?.setAttribute("aria-describedby", "error");
-  culprit?.focus();
+  field?.setAttribute("aria-invalid", "true");
+  field?.setAttribute("aria-describedby", "error");
+  field?.focus();
   at("error").textContent = message;
   at("error").hidden = !message;
 }
