@@ -24,8 +24,8 @@ def evaluate(
     """Mean loss of a text in nats per character, in adjacent windows of `block_size` ids; None if interrupted.
 
     The windows are divided over the processes; all processes must call this.
-    ids: the text, (N,); characters: their number; interrupted: called before each forward pass, and has to give the
-    same answer on all processes.
+    ids: the text, (N,); characters: its length; interrupted: called before each forward pass, must return the same on
+    all processes, and stops the evaluation if the result is not 0.
     """
     model.eval()
     nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)

@@ -22,7 +22,7 @@ class StepPlan:
     save_every: int
     """Steps between checkpoints."""
     ids_per_character: float
-    """Of the training text. Losses and speeds are reported per character, whatever the ids are."""
+    """Of the training text. Losses and speeds are reported per character, independently of the vocabulary."""
     characters_per_step: float
 
     @classmethod

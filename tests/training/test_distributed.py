@@ -1,4 +1,4 @@
-"""Two real processes on one CPU (gloo): the same batches, losses and weights as one process, and one voice."""
+"""Two processes on one CPU (gloo): batches, losses and weights as with one process, messages printed once."""
 
 import json
 import os
@@ -34,7 +34,7 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def start(launcher, *argv):
-    """train.py in two processes, in a process group of its own, as a terminal has it."""
+    """Starts train.py in two processes, in a new process group, as a terminal does."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "LOCAL_", "WORLD_"))}
     return subprocess.Popen(
         [sys.executable, "-m", *launcher, str(ROOT / "train.py"), *argv],
@@ -44,7 +44,7 @@ def start(launcher, *argv):
 
 
 def launch(launcher, *argv):
-    """train.py in two processes, to its end."""
+    """Runs train.py in two processes until it ends."""
     with start(launcher, *argv) as process:
         out, err = process.communicate(timeout=110)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -55,7 +55,7 @@ def metrics(run, kind):
     return [line for line in lines if line["kind"] == kind]
 
 
-def test_two_processes_train_as_one_does_and_one_goes_on_from_there(text_file, tmp_path):
+def test_two_processes_train_as_one_and_one_process_can_resume(text_file, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     done = launch(ACCELERATE, "--data", str(text_file), "--out", str(two), *TOY, "--train.max_steps=20")
     assert done.returncode == 0, done.stderr
@@ -64,19 +64,19 @@ def test_two_processes_train_as_one_does_and_one_goes_on_from_there(text_file, t
     assert done.stdout.count("best validation loss") == 1
     assert read_state(checkpoints(two)[-1])[0].step == 20
 
-    # It was trained at a constant rate, so it may be trained longer: by one process, as if it had been one all along.
+    # The learning rate is constant, so a longer run by one process has to give the same result.
     assert cli.main(["--resume", str(two), "--train.max_steps=24"]) == 0
     assert cli.main(["--data", str(text_file), "--out", str(one), *TOY, "--train.max_steps=24"]) == 0
-    same(two, one, 24)
+    assert_same(two, one, 24)
     ours, theirs = ({line["step"]: line["train_loss"] for line in metrics(run, "eval")} for run in (two, one))
     assert [ours[step] for step in (10, 20)] == pytest.approx([theirs[step] for step in (10, 20)], abs=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_run_moves_from_processes_that_share_the_weights_to_four_and_to_one(text_file, tmp_path, optimizer):
-    """FSDP2 on two, then DDP on four with accumulation, then one."""
+def test_a_run_moves_from_fsdp_to_four_processes_and_to_one(text_file, tmp_path, optimizer):
+    """FSDP2 on two processes, then DDP on four with accumulation, then one process."""
     one, moved = tmp_path / "one", tmp_path / "moved"
-    steady = ["--train.short_windows=[]", "--train.short_until=[]"]  # short windows go by max_steps
+    steady = ["--train.short_windows=[]", "--train.short_until=[]"]  # the steps of short windows depend on max_steps
     toy = [*TOY, f"--optim.name={optimizer}", *steady]
     done = launch(FSDP, "--data", str(text_file), "--out", str(moved), *toy, "--train.max_steps=8")
     assert done.returncode == 0, done.stderr
@@ -87,11 +87,11 @@ def test_a_run_moves_from_processes_that_share_the_weights_to_four_and_to_one(te
     assert "2 x 1 sequences" in done.stderr
     assert cli.main(["--resume", str(moved), "--train.max_steps=18"]) == 0
     assert cli.main(["--data", str(text_file), "--out", str(one), *toy, "--train.max_steps=18"]) == 0
-    same(moved, one, 18)
+    assert_same(moved, one, 18)
 
 
-def same(run, other, steps):
-    """Whether two runs took the same steps, up to the order in which numbers are added."""
+def assert_same(run, other, steps):
+    """Asserts that two runs took the same steps, up to the order of floating-point sums."""
     assert [line["step"] for line in metrics(run, "train")] == list(range(1, steps + 1))
     for kind, key in (("train", "loss"), ("train", "learning_rate"), ("eval", "val_loss")):
         ours = {line["step"]: line[key] for line in metrics(run, kind)}
@@ -104,15 +104,15 @@ def same(run, other, steps):
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-3, msg=lambda text, name=name: name + text)
 
 
-def test_a_batch_that_two_cannot_share_is_one_line(text_file, tmp_path):
+def test_a_batch_that_two_processes_cannot_divide_is_one_line(text_file, tmp_path):
     done = launch(TORCHRUN, "--data", str(text_file), "--out", str(tmp_path / "run"), *TOY, "--train.batch_size=7")
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if "smallm: " in line]
     assert len(said) == 1, done.stderr
-    assert "train.batch_size = 7 cannot be divided among 2 process(es)" in said[0]  # whichever of them came first
+    assert "train.batch_size = 7 cannot be divided among 2 process(es)" in said[0]  # by either process
     assert "6 or 8" in said[0]
-    assert "trainer.py" not in done.stderr  # no traceback of ours; the launcher has its own
-    assert not list(tmp_path.glob("run/[!.]*"))  # the launcher may be faster than the one that clears its lock away
+    assert "trainer.py" not in done.stderr  # no traceback of smallm; the launcher prints its own
+    assert not list(tmp_path.glob("run/[!.]*"))  # the launcher may kill the process before the lock file is removed
 
 
 def test_ctrl_c_under_a_launcher_saves(text_file, tmp_path):
@@ -122,7 +122,7 @@ def test_ctrl_c_under_a_launcher_saves(text_file, tmp_path):
         give_up = time.monotonic() + 100
         while time.monotonic() < give_up and not ((run / "metrics.jsonl").is_file() and metrics(run, "train")):
             time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)  # all of them get it, and the launcher sends it on
+        os.killpg(process.pid, signal.SIGINT)  # to all processes; the launcher forwards the signal too
         _, err = process.communicate(timeout=60)
     (saved,) = checkpoints(run)
     assert read_state(saved)[0].step > 0

@@ -1,4 +1,4 @@
-"""Training from the command line to the checkpoint: exact, repeatable, and to be taken up again where it stopped."""
+"""Training from the command line to the checkpoint: repeatable, exact after a resume, and clear about mistakes."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ TOY = {
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """An empty folder to work in. Runs are not plotted here: `tiny_run` is, and it would take half of the time."""
+    """An empty working directory. Plots are left out, which would take half of the time; `tiny_run` has them."""
     monkeypatch.setattr("smallm.training.report.plot.plot_runs", lambda runs, out, **options: out)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -54,7 +54,7 @@ def flags(settings):
 
 @pytest.fixture
 def train(text_file):
-    """Trains a toy into the folder `out`, with other settings than TOY's where given; returns the folder."""
+    """Trains a toy model into the folder `out`, with the settings TOY and `changes`; returns the folder."""
 
     def train(out, code=0, **changes):
         settings = TOY | {key.replace("__", "."): value for key, value in changes.items()}
@@ -79,12 +79,12 @@ def names(run):
 
 @contextmanager
 def ctrl_c(step):
-    """Presses Ctrl-C while the batch of this step is being made."""
+    """Presses Ctrl-C while the batch of this step is loaded."""
     batch, pressed = CharDataset.batch, []
 
     def pressing(self, wanted, *args, **options):
         if wanted == step and not pressed:
-            pressed.append(True)  # a second time would end it at once
+            pressed.append(True)  # once: later, a second signal raises KeyboardInterrupt
             signal.raise_signal(signal.SIGINT)
         return batch(self, wanted, *args, **options)
 
@@ -93,7 +93,7 @@ def ctrl_c(step):
         yield
 
 
-# The same again.
+# Repeatability.
 
 
 def test_two_runs_are_bitwise_equal(train):
@@ -114,7 +114,7 @@ def test_two_runs_are_bitwise_equal(train):
     ],
     ids=["muon, dropout, accumulation, short windows", "adamw, cosine"],
 )
-def test_resume_is_bitwise_equal_to_going_straight_on(train, capsys, changes):
+def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(train, capsys, changes):
     straight = train("straight", **changes)
     with ctrl_c(6):
         run = train("run", code=130, **changes)
@@ -123,7 +123,7 @@ def test_resume_is_bitwise_equal_to_going_straight_on(train, capsys, changes):
     assert f"python train.py --resume {run}" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
-    with (run / "metrics.jsonl").open("a") as file:  # as a kill leaves it: ahead of the checkpoint, the last line cut
+    with (run / "metrics.jsonl").open("a") as file:  # as after a kill: newer than the checkpoint, cut short
         file.write(json.dumps({"kind": "train", "step": stopped + 1, "loss": 9.0}) + "\n" + '{"kind": "tr')
     assert cli.main(["--resume", str(run)]) == 0
     assert f"step {stopped}\n" in capsys.readouterr().err
@@ -145,7 +145,7 @@ def test_resume_is_bitwise_equal_to_going_straight_on(train, capsys, changes):
             assert getattr(read_state(ours)[0], key) == getattr(read_state(theirs)[0], key)
 
 
-def test_accumulation_changes_nothing(train):
+def test_accumulation_gives_the_same_result(train):
     whole = train("whole", train__max_steps=8, optim__learning_rate=0.01, optim__adam_learning_rate=0.002)
     parts = train("parts", train__max_steps=8, optim__learning_rate=0.01, optim__adam_learning_rate=0.002,
                   train__micro_batch_size=2)  # fmt: skip
@@ -157,8 +157,8 @@ def test_accumulation_changes_nothing(train):
         torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-5, msg=lambda text, name=name: name + text)
 
 
-def test_training_is_what_a_plain_loop_does(train, text_file):
-    """No Accelerate, no accumulation, the learning rates by hand: the same weights."""
+def test_training_equals_a_plain_pytorch_loop(train, text_file):
+    """Without Accelerate and accumulation, with learning rates set by hand: the same weights."""
     run = train("run", train__max_steps=6, train__micro_batch_size=4, optim__schedule="constant", optim__grad_clip=0.5)
     config = read_state(checkpoints(run)[-1])[1]
     corpus = open_corpus(str(text_file), min_count=config.data.min_count, val_fraction=0.1)
@@ -178,7 +178,7 @@ def test_training_is_what_a_plain_loop_does(train, text_file):
         per_character = len(corpus.train_ids) / corpus.train_characters
         assert line["loss"] == pytest.approx(loss.item() * per_character, abs=1e-5)
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
-    assert any(line["grad_norm"] > 0.5 for line in metrics(run))  # else clipping was not tried
+    assert any(line["grad_norm"] > 0.5 for line in metrics(run))  # otherwise nothing was clipped
     for p, q in zip(load_model(checkpoints(run)[-1]).parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=2e-5)
 
@@ -193,17 +193,17 @@ def test_dropout_differs_from_pass_to_pass(train, monkeypatch):
         return y
 
     monkeypatch.setattr(torch.nn.functional, "dropout", recording)
-    monkeypatch.setattr("smallm.training.model.transformer.cpu_kernels", lambda x: None)  # they have masks of their own
+    monkeypatch.setattr("smallm.training.model.transformer.cpu_kernels", lambda x: None)  # they have own masks
     train("run", model__dropout=0.5, train__max_steps=3, train__micro_batch_size=4)
-    assert len(masks) == 3 * 2 * 5  # steps, passes, places in the model
-    assert len(set(masks[::5])) == 3 * 2  # at the embedding; a fresh block gives zeros
+    assert len(masks) == 3 * 2 * 5  # steps, forward passes, dropout layers
+    assert len(set(masks[::5])) == 3 * 2  # of the embedding; an untrained block outputs zeros
 
 
-# What it reports.
+# Metrics.
 
 
 def test_reported_validation_loss_is_the_mean_over_all_characters_but_the_first(tiny_run):
-    """One character after the other, in windows side by side, no batches."""
+    """Computed one character at a time, in adjacent windows, without batches."""
     line = metrics(tiny_run, "eval")[-1]
     folder = checkpoints(tiny_run)[-1]
     text = (tiny_run / "validation.txt").read_bytes().decode()
@@ -222,7 +222,7 @@ def test_reported_validation_loss_is_the_mean_over_all_characters_but_the_first(
 
 
 @pytest.mark.parametrize(("eval_every", "drawn"), [(12, False), (5, True)])
-def test_a_single_evaluation_is_no_curve(train, capsys, eval_every, drawn):
+def test_a_single_evaluation_is_not_plotted(train, capsys, eval_every, drawn):
     train("run", train__eval_every=eval_every)
     assert ("curves in" in capsys.readouterr().out) == drawn
 
@@ -234,7 +234,7 @@ def test_validation_text_is_the_tail_and_losses_fall(tiny_run, text_file):
     assert len(validation) == pytest.approx(len(text) / 10, abs=1)
     losses = [line["val_loss"] for line in metrics(tiny_run, "eval")]
     assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < 1.6  # the letters alone have 2.9
+    assert losses[-1] < 1.6  # a unigram model has 2.9
     assert (tiny_run / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert [line["step"] for line in metrics(tiny_run)] == [10, 20, 30, 40, 50, 60]
     for line in metrics(tiny_run, "eval"):
@@ -246,7 +246,7 @@ def test_learning_rate_follows_the_schedule(train):
     run = train("run", train__max_steps=12, optim__schedule="wsd", optim__decay_fraction=0.5, optim__warmup_steps=4,
                 optim__learning_rate=0.08, optim__min_lr=0.02, train__eval_every=12)  # fmt: skip
     rates = [line["learning_rate"] for line in metrics(run)]
-    #       warm-up                   stable      six steps of decay, that would reach min_lr at a thirteenth
+    #       warm-up                   stable      six steps of decay, which reach min_lr after the last step
     assert rates == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.08, 0.08, 0.08, 0.07, 0.06, 0.05, 0.04, 0.03])
 
 
@@ -287,12 +287,12 @@ def test_divide_batch(batch_size, micro, ranks, expected):
     assert divide_batch(batch_size, micro, ranks) == expected
 
 
-# Best, last, patience.
+# Best and last checkpoint, early stopping.
 
 
 @pytest.fixture
 def losses(monkeypatch):
-    """Makes the evaluations return these losses, one after the other."""
+    """Makes the evaluations return these losses, in this order."""
 
     def script(*values):
         values = iter(values)
@@ -320,14 +320,14 @@ def test_save_every_and_keep_last(train, losses):
     assert names(run) == ["step-000005", "step-000009", "step-000010"]
 
 
-def test_the_best_is_saved_though_no_save_is_due(train, losses):
+def test_the_best_checkpoint_is_saved_even_if_no_save_is_due(train, losses):
     losses(3.0, 2.0, 2.5)
     run = train("run", train__max_steps=6, train__eval_every=2, train__save_every=6)
     assert "step-000004" in names(run)
     assert best_checkpoint(run).name == "step-000004"
 
 
-def test_patience_stops_a_run_that_gets_no_better(train, capsys):
+def test_patience_stops_a_run_without_improvement(train, capsys):
     frozen = {"optim__name": "adamw", "optim__learning_rate": 1e-30, "train__eval_every": 2, "train__patience": 2}
     run = train("run", **frozen)
     assert [line["step"] for line in metrics(run, "eval")] == [2, 4, 6]
@@ -337,16 +337,16 @@ def test_patience_stops_a_run_that_gets_no_better(train, capsys):
     assert "2 evaluations" in capsys.readouterr().err
 
 
-def test_patience_begins_anew_with_each_improvement(train, losses):
+def test_an_improvement_resets_patience(train, losses):
     losses(3.0, 3.1, 2.9, 3.0, 2.8, 3.0, 3.0, 1.0)
     run = train("run", train__max_steps=12, train__eval_every=1, train__patience=2)
     assert metrics(run)[-1]["step"] == 7
 
 
-# Ctrl-C in earnest, and resuming what cannot be.
+# Ctrl-C, and what a resume refuses.
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(folder, text_file):
+def test_ctrl_c_saves_and_prints_the_resume_command(folder, text_file):
     command = [sys.executable, "-u", str(ROOT / "train.py"), "--data", str(text_file), "--out", "run",
                *flags(TOY | {"train.max_steps": 100_000, "train.eval_every": 100_000})]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -424,14 +424,14 @@ def test_callbacks_see_a_snapshot_of_the_run(train, monkeypatch):
     assert events == [("start", 0, 0.0), ("interrupt", 1, signal.SIGINT)]
 
 
-def test_ctrl_c_at_the_very_end(train, capsys):
+def test_ctrl_c_in_the_last_step(train, capsys):
     with ctrl_c(11):
         train("run", code=130)
     assert names(Path("run"))[-1] == "step-000012"
     capsys.readouterr()
 
 
-def test_interrupted_run_that_never_evaluated_can_be_finished(train, refused):
+def test_a_run_interrupted_before_its_first_evaluation_can_be_resumed(train, refused):
     with ctrl_c(1):
         run = train("run", code=130)
     assert best_checkpoint(run) == checkpoints(run)[-1]
@@ -439,7 +439,7 @@ def test_interrupted_run_that_never_evaluated_can_be_finished(train, refused):
     assert cli.main(["--resume", "run"]) == 0
 
 
-def test_resume_of_a_finished_run_says_how_to_train_longer(refused, tiny_run):
+def test_resuming_a_finished_run_names_the_option_to_train_longer(refused, tiny_run):
     before = (tiny_run / "metrics.jsonl").read_bytes()
     line = refused("--resume", str(tiny_run))
     assert "finished (60 steps)" in line
@@ -449,7 +449,7 @@ def test_resume_of_a_finished_run_says_how_to_train_longer(refused, tiny_run):
 
 @pytest.fixture
 def run(tiny_run):
-    """A copy of the trained run, and flags that make it go on."""
+    """A copy of the trained run, and flags that extend it."""
     return str(shutil.copytree(tiny_run, "copy")), "--train.max_steps", "62"
 
 
@@ -463,7 +463,7 @@ def test_resume_with_another_text_is_refused(refused, run, text_file):
     Path("other.txt").write_bytes(text_file.read_bytes() + b"!")
     before = Path(run[0], "metrics.jsonl").read_bytes()
     assert "not the text" in refused("--resume", *run, "--data", "other.txt")
-    refused("--resume", *run, "--data.min_count", "100000")  # the ids would be others
+    refused("--resume", *run, "--data.min_count", "100000")  # which gives other ids
     assert Path(run[0], "metrics.jsonl").read_bytes() == before
 
 
@@ -477,13 +477,13 @@ def test_resume_when_the_text_is_gone_is_one_line(refused, run, text_file, monke
     [("--model.n_layer", "3"), ("--model.n_layer", "1"), ("--model.n_embd", "64"), ("--model.n_kv_head", "2"),
      ("--model.n_inner", "64"), ("--optim.name", "adamw")],
 )  # fmt: skip
-def test_resume_as_another_model_or_optimiser_is_refused(refused, run, flag, value):
+def test_resume_with_another_model_or_optimiser_is_refused(refused, run, flag, value):
     before = Path(run[0], "metrics.jsonl").read_bytes()
     assert str(Path(run[0])) in refused("--resume", *run, flag, value)
     assert Path(run[0], "metrics.jsonl").read_bytes() == before
 
 
-# Texts that cannot be trained on: one line, and nothing left behind.
+# Mistakes: one line on stderr, and no files.
 
 
 @pytest.mark.parametrize(
@@ -498,7 +498,7 @@ def test_resume_as_another_model_or_optimiser_is_refused(refused, run, flag, val
     ],
     ids=["missing", "empty", "one character", "short", "short by one", "not UTF-8"],
 )
-def test_a_text_that_will_not_do_is_one_line(refused, folder, content, said):
+def test_an_unusable_text_is_one_line(refused, folder, content, said):
     if content is not None:
         Path("mine.txt").write_bytes(content)
     before = sorted(folder.iterdir())
@@ -509,8 +509,8 @@ def test_a_text_that_will_not_do_is_one_line(refused, folder, content, said):
     assert sorted(folder.iterdir()) == before  # no run, no runs/
 
 
-def test_the_shortest_text_that_will_do():
-    Path("mine.txt").write_text("abcdefghijklmnopqrs")  # 17 to train on: one window of 16; 2 to validate
+def test_the_shortest_usable_text():
+    Path("mine.txt").write_text("abcdefghijklmnopqrs")  # 17 characters for training, one window of 16; 2 for validation
     assert cli.main(["--data", "mine.txt", "--out", "run", *flags(TOY | {"train.max_steps": 2})]) == 0
     assert [line["val_loss"] > 0 for line in metrics(Path("run"), "eval")] == [True]
 
@@ -521,11 +521,11 @@ def test_a_text_without_a_line_end_or_any_ascii():
     state = read_state(checkpoints(Path("run"))[-1])[0]
     assert state.start_text == "語"
     assert state.facts["characters"] == 240
-    # a fresh model spreads over some 270 ids, and each character here is one id
+    # an untrained model predicts about 270 ids uniformly, and each of these characters is one id
     assert metrics(Path("run"))[0]["loss"] == pytest.approx(math.log(270), abs=0.5)
 
 
-def test_losses_are_per_character_though_rare_ones_take_several_ids():
+def test_losses_are_per_character_even_if_characters_take_several_ids():
     Path("mine.txt").write_text("語言模型" * 60, encoding="utf-8")
     settings = flags(TOY | {"train.max_steps": 1, "data.min_count": 1000})
     assert cli.main(["--data", "mine.txt", "--out", "run", *settings]) == 0
@@ -546,7 +546,7 @@ def test_micro_batches_that_do_not_divide_are_one_line(refused, folder, text_fil
     assert list(folder.iterdir()) == []
 
 
-def test_a_disk_that_is_full_is_one_line(monkeypatch, capsys, text_file):
+def test_a_full_disk_is_one_line(monkeypatch, capsys, text_file):
     from smallm.cli.main import run, train
 
     def full(*args, **options):
@@ -570,15 +570,15 @@ def test_a_loss_that_explodes_is_one_line(capsys, text_file, log_every):
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("smallm: ")
     assert "optim.learning_rate" in last
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Ctrl-C is the caller's again
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # the handlers are restored
 
 
-def test_a_validation_loss_beyond_all_bounds_is_no_traceback(train, losses):
-    losses(800.0, 3.0)  # e to the 800 is more than a float holds
+def test_an_enormous_validation_loss_is_not_a_traceback(train, losses):
+    losses(800.0, 3.0)  # e^800 overflows a float
     run = train("run", train__max_steps=4, train__eval_every=2)
     assert best_checkpoint(run).name == "step-000004"
     for line in (run / "metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not valid JSON"))
 
 
 def test_config_of_the_run_is_in_its_checkpoints(tiny_run, text_file):
