@@ -59,7 +59,6 @@ def test_it_is_train_py(train, text_file):
     assert run.config["model"]["n_embd"] == 32
 
 
-@pytest.mark.xfail(reason="signal handlers are installed in every thread")
 def test_from_a_worker_thread(train):
     before = signal.getsignal(signal.SIGINT)
     with ThreadPoolExecutor(1) as pool:
