@@ -1,4 +1,4 @@
-"""What each process trains on: its share of every batch, on its device before the device needs it."""
+"""Gives each process its rows of every batch, on its device."""
 
 import numpy as np
 import torch
@@ -8,18 +8,18 @@ from torch import Tensor
 from smallm.training.data.dataset import CharDataset
 from smallm.training.devices import free_bytes, to_device
 
-RESIDENT_SHARE = 0.1  # of a GPU's free memory that the whole text may take
-PIECE = 1 << 24  # ids copied at a time
+RESIDENT_SHARE = 0.1  # share of a GPU's free memory that the training text may take
+PIECE = 1 << 24  # ids copied to the device at a time
 
 
 class BatchLoader:
-    """The batches of a run, divided over the processes and the passes of a step.
+    """The batches of a run, divided among the processes and the micro-steps of a step.
 
-    Where the text fits into a GPU's memory it is kept there, and only the offsets of the windows travel.
+    A text that fits into a small part of the GPU's memory is kept there; then only the offsets of the windows are sent.
     """
 
     def __init__(self, dataset: CharDataset, batch_size: int, micro_batch_size: int, accelerator: Accelerator):
-        """batch_size: sequences of a step over all processes; micro_batch_size: of one process and pass."""
+        """batch_size: sequences of a step on all processes; micro_batch_size: of one forward pass on one process."""
         self.dataset, self.batch_size, self.micro_batch_size = dataset, batch_size, micro_batch_size
         self.rank, self.ranks, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
         fits = 4 * len(dataset.ids) <= RESIDENT_SHARE * free_bytes(self.device)
@@ -27,14 +27,15 @@ class BatchLoader:
         self._window = torch.arange(dataset.block_size + 1, device=self.device)
 
     def batch(self, step: int, micro_step: int, window: int) -> tuple[Tensor, Tensor]:
-        """This process's share of one forward pass: ids and targets (B, T) int64, with T = window.
+        """ids and targets of one forward pass on this process, each (B, T) int64 with T = window.
 
-        Windows shorter than block_size are those of block_size in pieces, so that the text comes in the same order.
+        window: block_size or a divisor of it; each sequence of block_size is then cut into pieces, which keeps the
+        order of the text.
         """
-        ids, targets = self._whole(step, micro_step)
+        ids, targets = self._full_windows(step, micro_step)
         return ids.reshape(-1, window), targets.reshape(-1, window)
 
-    def _whole(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
+    def _full_windows(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
         first = (micro_step * self.ranks + self.rank) * self.micro_batch_size
         share = slice(first, first + self.micro_batch_size)
         if self.text is None:
@@ -46,13 +47,13 @@ class BatchLoader:
         return windows[:, :-1], windows[:, 1:]
 
     def seed_dropout(self, step: int, micro_step: int) -> None:
-        """Dropout too is a function of where we are, not of what came before."""
-        place = np.random.SeedSequence((self.dataset.seed, step, micro_step, self.rank))
-        torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
+        """Seeds dropout from (seed, step, micro-step, rank), so that a resumed run draws the same masks."""
+        seed = np.random.SeedSequence((self.dataset.seed, step, micro_step, self.rank))
+        torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
 
 
 def _resident(ids: np.ndarray, device: torch.device) -> Tensor:
-    """The whole text on the device, as int32: unsigned types can hardly be indexed there, and every id fits."""
+    """The whole text on the device, (N,) int32: PyTorch hardly supports unsigned types, and every id fits."""
     text = torch.empty(len(ids), dtype=torch.int32, device=device)
     for start in range(0, len(ids), PIECE):
         text[start : start + PIECE] = torch.from_numpy(ids[start : start + PIECE].astype(np.int32))

@@ -1,4 +1,4 @@
-"""Windows of the training text in an order that is a pure function of (seed, row): no sampler, no state to save."""
+"""Windows of the training text in an order that is a pure function of (seed, row); a resume needs no sampler state."""
 
 from collections.abc import Iterator
 
@@ -6,22 +6,25 @@ import numpy as np
 
 
 class CharDataset:
-    """Windows of `block_size` ids and the ids that follow each of them.
+    """Windows of `block_size` ids, with the next id of each position as its target.
 
-    The text is cut into windows at a phase that changes with each epoch, and an epoch visits each window once, in
-    shuffled order. Row r of the endless sequence of rows belongs to epoch `r // len(dataset)`; a batch is a run of
-    rows. So which window comes when depends on the seed alone, never on the number of processes or on an earlier run.
+    The text is cut into adjacent windows, at an offset that changes with each epoch, and an epoch visits each window
+    once, in shuffled order. Row r of the endless sequence of windows belongs to epoch `r // len(dataset)`; a batch is
+    `batch_size` consecutive rows. The order depends on the seed alone, not on the number of processes or on a resume.
     """
 
     def __init__(self, ids: np.ndarray, block_size: int, seed: int = 0):
-        """ids (N,) with N > block_size; may be a memory map, only the windows asked for are read."""
+        """ids: (N,) with N > block_size; only the windows that are asked for are read, so a memory map will do.
+
+        Raises `ValueError` if the text is shorter than one window.
+        """
         if len(ids) <= block_size:
             raise ValueError(f"{len(ids)} ids hold no window of block_size + 1 = {block_size + 1}")
         self.ids, self.block_size, self.seed = ids, block_size, seed
-        self._windows = max(1, (len(ids) - block_size) // block_size)  # whole windows at any phase
+        self._windows = max(1, (len(ids) - block_size) // block_size)  # whole windows at any offset
 
     def __len__(self) -> int:
-        """Windows in an epoch."""
+        """The number of windows in an epoch."""
         return self._windows
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -36,17 +39,17 @@ class CharDataset:
         return ids[0], targets[0]
 
     def batch(self, step: int, batch_size: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-        """The global batch of a step, or the `rows` of it: ids and targets, each (B, T) int64."""
+        """The global batch of a step, or a slice of its rows: ids and targets, each (B, T) int64."""
         return self.rows(np.arange(step * batch_size, (step + 1) * batch_size)[rows])
 
     def rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """ids and targets, each (len(rows), T) int64."""
+        """ids and targets of some rows (B,), each (B, T) int64."""
         starts = self.starts(rows)  # (B,)
         windows = self.ids[starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)  # (B, T + 1)
         return windows[:, :-1], windows[:, 1:]
 
     def starts(self, rows: np.ndarray) -> np.ndarray:
-        """Offset in the text of each row's window."""
+        """The offsets (B,) in the text of the windows of some rows (B,)."""
         T, n = self.block_size, self._windows
         epochs, places = np.divmod(np.asarray(rows, dtype=np.int64), n)
         starts = np.empty_like(places)
@@ -62,10 +65,10 @@ _GOLDEN, _MASK = 0x9E3779B97F4A7C15, 0xFFFFFFFFFFFFFFFF
 
 
 def _shuffled(places: np.ndarray, count: int, key: np.ndarray) -> np.ndarray:
-    """The images of `places` under a permutation of range(count) that `key` chooses.
+    """Maps `places` by a pseudorandom permutation of range(count) that depends on `key`.
 
-    A four-round Feistel network on the next even number of bits, walked until the image is in range (Black and Rogaway
-    2002): a permutation of any size with no table, so that a corpus of any size is shuffled in constant memory.
+    A four-round Feistel network on the next even number of bits, repeated until the image is in range (cycle walking,
+    Black and Rogaway 2002). It needs no table, so a text of any length is shuffled in constant memory.
     """
     half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -81,7 +84,7 @@ def _shuffled(places: np.ndarray, count: int, key: np.ndarray) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea and Flood 2014): a well-mixed 64-bit function of x."""
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014), a 64-bit hash."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

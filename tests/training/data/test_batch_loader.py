@@ -1,4 +1,4 @@
-"""smallm.training.feed: every process gets its share of the batch, wherever the text lies."""
+"""BatchLoader: each process gets its rows of the batch, from a memory map or from the device."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from smallm.training.data import batch_loader as feed
+from smallm.training.data import batch_loader
 from smallm.training.data.batch_loader import BatchLoader
 from smallm.training.data.dataset import CharDataset
 
@@ -19,7 +19,7 @@ def process(rank, ranks):
 
 @pytest.fixture(params=[("<u2", 1 << 16), ("<u4", 1 << 20)], ids=["uint16", "uint32"])
 def dataset(request, tmp_path):
-    """Windows of 8 in a memory map with ids up to the highest that its type is used for."""
+    """Windows of 8 ids in a memory map, with ids up to the highest for which the type is used."""
     dtype, count = request.param
     ids = np.random.default_rng(1).integers(0, count, 1003).astype(dtype)
     ids[:8] = count - 1
@@ -29,42 +29,42 @@ def dataset(request, tmp_path):
 
 @pytest.fixture
 def resident(monkeypatch):
-    """Makes every device one with room for the text, and copies that in many pieces."""
-    monkeypatch.setattr(feed, "free_bytes", lambda device: 4 * 1003 * 10)
-    monkeypatch.setattr(feed, "PIECE", 100)
+    """Lets every device have room for the text, which is copied in many pieces."""
+    monkeypatch.setattr(batch_loader, "free_bytes", lambda device: 4 * 1003 * 10)
+    monkeypatch.setattr(batch_loader, "PIECE", 100)
 
 
 @pytest.mark.parametrize(("ranks", "size"), [(1, 12), (1, 4), (2, 3), (3, 2), (4, 3)])
-def test_the_shares_are_the_batch_and_the_same_from_the_device(dataset, resident, ranks, size, monkeypatch):
+def test_the_rows_of_all_processes_make_up_the_batch(dataset, resident, ranks, size, monkeypatch):
     near = [BatchLoader(dataset, 12, size, process(rank, ranks)) for rank in range(ranks)]
-    monkeypatch.setattr(feed, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(batch_loader, "free_bytes", lambda device: 0)
     far = [BatchLoader(dataset, 12, size, process(rank, ranks)) for rank in range(ranks)]
     assert {(f.text is None, n.text is None) for f, n in zip(far, near, strict=True)} == {(True, False)}
     for step in (0, 1, 10, 11, 1000):  # 11 begins the second epoch
         places = [(rank, micro_step) for micro_step in range(12 // (ranks * size)) for rank in range(ranks)]
         for part, whole in enumerate(dataset.batch(step, 12)):
-            for feeds in (far, near):
-                batches = [feeds[rank].batch(step, micro_step, dataset.block_size)[part] for rank, micro_step in places]
+            for loaders in (far, near):
+                batches = [loaders[rank].batch(step, micro_step, 8)[part] for rank, micro_step in places]
                 assert {(tuple(batch.shape), batch.dtype) for batch in batches} == {((size, 8), torch.int64)}
                 np.testing.assert_array_equal(torch.cat(batches), whole)
 
 
-def test_short_windows_are_the_long_ones_in_pieces(dataset):
-    feed = BatchLoader(dataset, 6, 6, process(0, 1))
-    whole = feed.batch(3, 0, 8)
+def test_short_windows_are_pieces_of_long_windows(dataset):
+    loader = BatchLoader(dataset, 6, 6, process(0, 1))
+    whole = loader.batch(3, 0, 8)
     for window in (1, 2, 4):
-        for part, long in zip(feed.batch(3, 0, window), whole, strict=True):
+        for part, long in zip(loader.batch(3, 0, window), whole, strict=True):
             assert part.shape == (6 * 8 // window, window)
             assert torch.equal(part.reshape(6, 8), long)
 
 
-def test_a_text_that_is_too_long_stays_where_it_is(dataset, resident, monkeypatch):
+def test_a_text_that_is_too_long_is_not_resident(dataset, resident, monkeypatch):
     assert BatchLoader(dataset, 2, 2, process(0, 1)).text.dtype == torch.int32
-    monkeypatch.setattr(feed, "free_bytes", lambda device: 4 * 1003 * 10 - 1)
+    monkeypatch.setattr(batch_loader, "free_bytes", lambda device: 4 * 1003 * 10 - 1)
     assert BatchLoader(dataset, 2, 2, process(0, 1)).text is None
 
 
-def test_a_cpu_keeps_no_copy(dataset):
+def test_on_a_cpu_the_text_is_not_copied(dataset):
     assert BatchLoader(dataset, 2, 2, process(0, 1)).text is None
 
 

@@ -1,4 +1,4 @@
-"""smallm.training.dataset: windows stay in their text, each comes once an epoch, and (seed, step) decides it all."""
+"""CharDataset: windows lie within the text, an epoch visits each once, and the order depends on (seed, step) alone."""
 
 import time
 
@@ -36,14 +36,14 @@ def test_an_epoch_visits_each_window_once(size, seed, epoch):
     dataset = counting(N, T, seed)
     n = len(dataset)
     starts = np.sort(dataset.starts(np.arange(epoch * n, (epoch + 1) * n)))
-    assert (np.diff(starts) == T).all()  # side by side: all different, none overlapping
+    assert (np.diff(starts) == T).all()  # adjacent: all distinct, none overlapping
     assert starts[0] >= 0
-    assert N - (starts[-1] + T) < 2 * T  # at either end less than two windows' worth is left out
+    assert N - (starts[-1] + T) < 2 * T  # less than two windows are left out in all
     assert starts[0] < T
 
 
 @given(sizes, seeds, st.integers(0, 10**5), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]))
-def test_the_shares_of_the_processes_make_up_the_batch(size, seed, step, ranks, micro_steps):
+def test_the_slices_of_the_processes_make_up_the_batch(size, seed, step, ranks, micro_steps):
     T, N = size
     whole = counting(N, T, seed).batch(step, 12 * ranks)
     share = len(whole[0]) // (ranks * micro_steps)
@@ -57,7 +57,7 @@ def test_the_shares_of_the_processes_make_up_the_batch(size, seed, step, ranks, 
 
 @settings(max_examples=15)
 @given(sizes, seeds, st.integers(1, 40), st.integers(1, 40))
-def test_rows_go_on_from_batch_to_batch_whatever_its_size(size, seed, one, other):
+def test_the_order_of_rows_does_not_depend_on_the_batch_size(size, seed, one, other):
     T, N = size
     dataset = counting(N, T, seed)
 
@@ -67,11 +67,11 @@ def test_rows_go_on_from_batch_to_batch_whatever_its_size(size, seed, one, other
     assert np.array_equal(starts(one), starts(other))
 
 
-def test_epochs_differ_in_order_and_in_phase():
+def test_epochs_differ_in_order_and_offset():
     dataset = counting(5000, 32, seed=1)
     n = len(dataset)
     epochs = [dataset.starts(np.arange(e * n, (e + 1) * n)) for e in range(8)]
-    assert len({epoch.min() for epoch in epochs}) >= 5  # of 32 phases
+    assert len({epoch.min() for epoch in epochs}) >= 5  # of 32 offsets
     orders = {tuple((epoch - epoch.min()) // 32) for epoch in epochs}
     assert len(orders) == 8
     assert all(order != tuple(range(n)) for order in orders)
@@ -91,8 +91,8 @@ def test_seeds_differ():
     assert counting(5000, 32, 7).batch(3, 8)[0].tobytes() == counting(5000, 32, 7).batch(3, 8)[0].tobytes()
 
 
-def test_neighbouring_seeds_are_no_shift_of_each_other():
-    # else runs with seeds 1 and 2 would see the same epochs one place apart
+def test_adjacent_seeds_are_not_shifts_of_each_other():
+    # otherwise runs with seeds 1 and 2 would visit the same epochs, shifted by one
     n = len(counting(5000, 32))
     epochs = {s: [counting(5000, 32, s).starts(np.arange(e * n, (e + 1) * n)).tobytes() for e in range(4)]
               for s in (1, 2, 3)}  # fmt: skip
@@ -134,7 +134,7 @@ def test_memory_map(tmp_path, dtype):
     assert np.array_equal(mapped.batch(5, 8)[0], expected[0])
 
 
-def test_a_corpus_of_any_size_is_shuffled_without_a_table():
+def test_a_text_of_any_length_is_shuffled_without_a_table():
     huge = np.broadcast_to(np.uint16(7), 10**11)  # takes no memory
     dataset = CharDataset(huge, 256, seed=1)
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""smallm.training.ids: what comes out of the map is what is in the file, and the map stays small."""
+"""MappedIds: indexing returns the ids in the file, and the memory map stays small."""
 
 import mmap
 import sys
@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smallm.training.data import store as ids_module
+from smallm.training.data import store
 from smallm.training.data.dataset import CharDataset
 from smallm.training.data.store import MappedIds
 
 
-@pytest.fixture(params=[1 << 30, 1 << 21], ids=["small", "gives back"])
+@pytest.fixture(params=[1 << 30, 1 << 21], ids=["small", "releases"])
 def file(request, tmp_path, monkeypatch):
-    """A file of a million ids, on either side of the limit."""
-    monkeypatch.setattr(ids_module, "RESIDENT_BYTES", request.param)
+    """A file of a million ids, below or above the limit from which pages are released."""
+    monkeypatch.setattr(store, "RESIDENT_BYTES", request.param)
     np.arange(1 << 20, dtype=np.uint32).tofile(tmp_path / "ids.bin")
     return tmp_path / "ids.bin"
 
@@ -34,15 +34,23 @@ def test_slices_and_positions_give_copies(file):
     np.testing.assert_array_equal(np.asarray(ids), expected)
 
 
+def test_a_part_has_positions_of_its_own(file):
+    part = MappedIds(file, "<u4", 1000, 2000)
+    assert len(part) == 1000
+    np.testing.assert_array_equal(part[:3], [1000, 1001, 1002])
+    np.testing.assert_array_equal(part[np.array([[5, 6], [998, 999]])], [[1005, 1006], [1998, 1999]])
+    assert MappedIds(file, "<u4", 1000)[-1:].tolist() == [(1 << 20) - 1]
+
+
 @pytest.mark.parametrize("size", [0, 3, 9])
-def test_a_file_that_holds_no_ids(tmp_path, size):
+def test_a_file_that_is_empty_or_ends_within_an_id(tmp_path, size):
     (tmp_path / "ids.bin").write_bytes(bytes(size))
     with pytest.raises(ValueError, match=r"empty|multiple"):
         MappedIds(tmp_path / "ids.bin", "<u2")
 
 
 def mapped_megabytes(file):
-    """How much of a mapped file counts as this process's memory."""
+    """How much of a mapped file counts as memory of this process."""
     lines = iter(Path("/proc/self/smaps").read_text().splitlines())
     for line in lines:
         if line.endswith(str(file)):
@@ -50,12 +58,12 @@ def mapped_megabytes(file):
     return 0
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 @pytest.mark.parametrize("madvise", [True, False])
 @pytest.mark.slow
 def test_a_long_text_is_read_through_a_small_map(tmp_path, monkeypatch, madvise):
-    monkeypatch.setattr(ids_module, "RESIDENT_BYTES", 4 << 20)
-    if not madvise:  # as on Windows: it works, without giving back
+    monkeypatch.setattr(store, "RESIDENT_BYTES", 4 << 20)
+    if not madvise:  # as on Windows: pages are not released
         monkeypatch.delattr(mmap, "MADV_DONTNEED")
     with (tmp_path / "ids.bin").open("wb") as file:
         file.truncate(64 << 20)
