@@ -34,7 +34,7 @@ def figures(corpus):
 
 
 def kneser_ney(train, context, symbol, order, size, top=True):
-    """The textbook's recursion, over dictionaries; contexts shorter than the order allow are those of the model."""
+    """The textbook's recursion over dictionaries."""
     if not order:
         return 1 / size
     grams = Counter(tuple(train[i : i + order]) for i in range(len(train) - order + 1))
@@ -56,8 +56,8 @@ def kneser_ney(train, context, symbol, order, size, top=True):
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
-def test_the_model_is_kneser_neys(order):
-    """Against the recursion by hand; only the last few ids may be missing in the counts of the lower orders."""
+def test_the_model_follows_kneser_ney(order):
+    """Compared with the recursion; the counts of the lower orders may lack the last few ids."""
     train = [rng.randrange(5) for _ in range(300)]
     model = NGram(np.array(train), 6, order)
     for symbol in range(6):  # 5 never occurs
@@ -74,23 +74,23 @@ def test_probabilities_add_up_to_one():
             assert total == pytest.approx(1)
 
 
-def test_the_best_order_finds_what_there_is_to_find():
+def test_the_best_order_reaches_the_entropy():
     period = np.array([0, 1, 2, 1] * 5000)
-    assert best_ngram(period, period[:400], 256)[1] < 10  # next to none
+    assert best_ngram(period, period[:400], 256)[1] < 10  # almost none
     noise = np.random.default_rng(1).integers(0, 16, 60_000)
     order, bits = best_ngram(noise[:50_000], noise[50_000:], 256)
     assert order <= 2
-    assert bits / 10_000 == pytest.approx(4, abs=0.02)  # the entropy of the source, which nothing can beat
+    assert bits / 10_000 == pytest.approx(4, abs=0.02)  # the entropy of the source
 
 
-def test_many_different_ids_make_the_orders_fewer():
+def test_many_distinct_ids_limit_the_order():
     ids = np.arange(5000) % 3000
     assert NGram(ids, 4000).max_order == 5  # of 12 bits each
     assert NGram(ids % 200, 4000).max_order == 8
 
 
 @pytest.mark.parametrize("train", [[1, 2], [7] * 100, [0, 255, 0]])
-def test_texts_of_next_to_nothing(train):
+def test_tiny_training_texts(train):
     _, bits = best_ngram(np.array(train), np.array([1, 2, 300]), 512)
     assert 0 < bits < math.inf
 
@@ -99,19 +99,19 @@ def test_texts_of_next_to_nothing(train):
 
 
 def test_figures_of_noise_and_of_a_repeated_text(tmp_path):
-    """Letters drawn from eight at random need 3 bits each, and a text that was learnt before needs next to none."""
+    """Eight equally likely letters need 3 bits each, and a text that occurred before needs almost none."""
     noise = "".join(rng.choices("abcdefgh", k=60_000))
     for name, bits in figures(opened(tmp_path, noise)).items():
         assert 2.99 < bits < 3.6, name
     for name, bits in figures(opened(tmp_path, noise[:2_000] * 5)).items():
-        assert bits < (1.6 if name == "bz2" else 0.8), name  # bz2 sorts; it does not look for what stood before
+        assert bits < (1.6 if name == "bz2" else 0.8), name  # bz2 sorts blocks and finds no distant repeats
 
 
 def test_what_the_figures_are(tmp_path):
     corpus = opened(tmp_path, TEXT)
     found = figures(corpus)
     tail = corpus.val_text()
-    assert found["gzip"] < 8 * len(gzip.compress(tail.encode())) / len(tail)  # it has seen what was before
+    assert found["gzip"] < 8 * len(gzip.compress(tail.encode())) / len(tail)  # it was primed with the training text
     entropy = -sum(n / len(tail) * math.log2(n / len(tail)) for n in Counter(tail).values())
     assert found["gram"] < found["xz"] < entropy
     source = (3 + math.log2(3) - 2 / 3) / (2 + 1 / 3)  # a syllable of eight, a space after a third of them
@@ -121,7 +121,7 @@ def test_what_the_figures_are(tmp_path):
     assert "Kneser-Ney" in last.how
 
 
-def test_ids_of_several_to_a_character_make_no_difference_to_compressors(tmp_path):
+def test_compressors_do_not_depend_on_the_vocabulary(tmp_path):
     whole, spelled = figures(opened(tmp_path, TEXT)), figures(opened(tmp_path, TEXT, min_count=10**6))
     for name in ("gzip", "bz2", "xz"):
         assert whole[name] == pytest.approx(spelled[name], rel=1e-3)
@@ -141,12 +141,12 @@ def test_the_work_on_long_texts_is_bounded(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["abcd", "aaaa", "é€中🎉", "\n\n\n\n\n"])
-def test_tiny_texts_have_figures_too(tmp_path, text):
+def test_tiny_texts_have_baselines_too(tmp_path, text):
     for bits in figures(opened(tmp_path, text, val_fraction=0.5)).values():
         assert 0 <= bits < 200
 
 
-def test_figures_are_kept(tmp_path, monkeypatch):
+def test_results_are_cached(tmp_path, monkeypatch):
     corpus = opened(tmp_path, TEXT)
     assert baselines.cached_baselines(corpus) is None
     first = baselines.measure_baselines(corpus)
@@ -156,12 +156,12 @@ def test_figures_are_kept(tmp_path, monkeypatch):
     assert baselines.cached_baselines(corpus) is None
 
 
-def test_a_run_by_the_clock_keeps_time_for_them(tmp_path):
+def test_a_run_with_a_time_budget_reserves_time_for_them(tmp_path):
     corpus = opened(tmp_path, TEXT)
     needed = baselines.seconds_needed(corpus)
     assert baselines.seconds_to_reserve(corpus, 26 * needed) == needed
-    assert baselines.seconds_to_reserve(corpus, 24 * needed) == 0  # too much of it
-    assert baselines.seconds_to_reserve(corpus, 0) == 0  # no such run
+    assert baselines.seconds_to_reserve(corpus, 24 * needed) == 0  # too much of the budget
+    assert baselines.seconds_to_reserve(corpus, 0) == 0  # no time budget
     baselines.measure_baselines(corpus)
     assert baselines.seconds_to_reserve(corpus, 26 * needed) == 0
 
@@ -174,10 +174,10 @@ def test_comparison_line():
     assert "20 % less than 5-gram" in comparison_line(measured, 1.6)
     assert "it needs more than 5-gram" in comparison_line(measured, 2.5)
     assert "about as much as 5-gram" in comparison_line(measured, 2.001)
-    assert "it needs more than xz" in comparison_line([Baseline("xz", 0.0, "")], 0.1)  # a text that is one letter
+    assert "it needs more than xz" in comparison_line([Baseline("xz", 0.0, "")], 0.1)  # a text of one letter
 
 
-def test_a_run_ends_with_them(tiny_run):
+def test_a_run_writes_them_at_its_end(tiny_run):
     model, *others = json.loads((tiny_run / "baselines.json").read_text(encoding="utf-8"))
     assert model["name"] == "model"
     evaluations = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -187,8 +187,15 @@ def test_a_run_ends_with_them(tiny_run):
     assert all(0 < one["bits_per_char"] < 8 for one in others)
 
 
+def test_baselines_of_earlier_runs_are_read(tmp_path):
+    (tmp_path / "yardsticks.json").write_text('[{"name": "gzip", "bits_per_char": 2.5, "how": ""}]')
+    assert baselines.read_baselines(tmp_path) == [Baseline("gzip", 2.5, "")]
+    baselines.write_baselines(tmp_path, [], 1.5, 100)
+    assert [one.name for one in baselines.read_baselines(tmp_path)] == ["model"]
+
+
 @pytest.mark.parametrize("needed", [0.1, 1000.0])
-def test_a_run_by_the_clock_has_them_if_they_take_little_of_it(tmp_path, monkeypatch, capsys, needed):
+def test_a_run_with_a_time_budget_measures_them_if_they_take_little_of_it(tmp_path, monkeypatch, capsys, needed):
     monkeypatch.setenv("SMALLM_CACHE", str(tmp_path / "cache"))
     for module in ("callbacks", "analysis.baselines"):
         monkeypatch.setattr(f"smallm.training.{module}.seconds_needed", lambda corpus: needed)
@@ -201,7 +208,7 @@ def test_a_run_by_the_clock_has_them_if_they_take_little_of_it(tmp_path, monkeyp
     assert (run / "baselines.json").exists() == (needed < 1)
 
 
-def test_ctrl_c_leaves_them_out_of_a_finished_run(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_skips_them_in_a_finished_run(tmp_path, monkeypatch, capsys):
     def interrupted(corpus):
         raise KeyboardInterrupt
 
@@ -214,8 +221,8 @@ def test_ctrl_c_leaves_them_out_of_a_finished_run(tmp_path, monkeypatch, capsys)
     assert (run / "report.html").exists()
 
 
-def test_a_model_that_copies_is_said_to_copy(tmp_path, monkeypatch, capsys):
-    """A text that is one line, over and over, and a validation part that has none of it."""
+def test_a_model_that_copies_is_reported(tmp_path, monkeypatch, capsys):
+    """A training text that repeats one line, and a validation part without that line."""
     monkeypatch.setenv("SMALLM_CACHE", str(tmp_path / "cache"))
     line = "the quick brown fox jumps over the lazy dog while seven wizards look on.\n"
     text = line * 400 + "".join(rng.choices("abcdefgh", k=3000))
@@ -227,8 +234,8 @@ def test_a_model_that_copies_is_said_to_copy(tmp_path, monkeypatch, capsys):
     assert "copies" in capsys.readouterr().out
 
 
-def test_the_order_is_chosen_without_the_tail():
-    """The tail is of a kind that only a high order suits; what was learnt says otherwise."""
+def test_the_order_is_chosen_without_the_validation_part():
+    """A high order would suit the validation part alone, but the training part suits a low one."""
     noise = np.random.default_rng(2).integers(0, 8, 30_000)
     tail = np.array([0, 1, 2, 3, 4, 5, 6, 7] * 100)
     assert best_ngram(noise, tail, 256)[0] == best_ngram(noise, noise[:800], 256)[0]

@@ -30,7 +30,7 @@ def longest_by_hand(text, learnt):
     return max((n for n in range(len(text) + 1) if any(w in learnt for w in windows_of(text, n))), default=0)
 
 
-# -- copied or not
+# -- copied or new text
 
 
 def test_copied_text_is_reported_as_copied():
@@ -41,7 +41,7 @@ def test_copied_text_is_reported_as_copied():
     assert "1,200 characters" in report.lines()[0]
 
 
-def test_fresh_text_is_not():
+def test_new_text_is_not():
     report = measure_memorisation(FRESH[:5000], LEARNT, FRESH[5000:])
     for part in (report.generated, report.validation):
         assert (part.longest, part.passage, part.shares) == (0, "", {20: 0.0, 50: 0.0, 100: 0.0})
@@ -49,16 +49,16 @@ def test_fresh_text_is_not():
     assert "fewer than 20 characters" in report.lines()[0]
 
 
-def test_a_passage_within_fresh_text_is_measured_exactly():
+def test_a_passage_within_new_text_is_measured_exactly():
     report = measure_memorisation(FRESH[:1000] + LEARNT[5000:5120] + FRESH[1000:1880], LEARNT, FRESH[2000:])
-    assert 120 <= report.generated.longest <= 124  # a letter at either end may be the same by chance
+    assert 120 <= report.generated.longest <= 124  # a character at either end may match by chance
     assert LEARNT[5000:5120] in report.generated.passage
     for width in WIDTHS:
         assert report.generated.shares[width] * (2000 - width + 1) == pytest.approx(121 - width, abs=4)
 
 
-def test_what_the_language_repeats_anyway_is_no_copying():
-    """A text full of formulas, whose validation part has them too."""
+def test_formulas_that_the_validation_text_contains_too_are_not_memorisation():
+    """A formula in the training text, the validation text and the generated text."""
     formula = "This program comes with absolutely no warranty, to the extent of the law.\n"
     parts = [formula + text + formula for text in (LEARNT, FRESH[:5000], FRESH[5000:])]
     assert not measure_memorisation(parts[1], parts[0], parts[2]).is_remarkable
@@ -66,7 +66,7 @@ def test_what_the_language_repeats_anyway_is_no_copying():
     assert found.generated.longest == pytest.approx(len(formula), abs=4)
 
 
-def test_phrases_in_a_short_sample_are_no_copying():
+def test_phrases_in_a_short_sample_are_not_memorisation():
     validation = LEARNT[1000:1083] + FRESH[2000:]
     written = "".join(FRESH[i : i + 120] + LEARNT[5 * i : 5 * i + 80] for i in range(200, 2000, 120))
     assert not measure_memorisation(written[:600], LEARNT, validation).is_remarkable
@@ -87,7 +87,7 @@ def test_texts_too_short_or_odd(generated):
     assert measure_memorisation(generated, "", "").generated.longest == 0
 
 
-def test_a_corpus_is_searched_as_its_text(tmp_path):
+def test_a_corpus_gives_the_same_report_as_its_text(tmp_path):
     (tmp_path / "a.txt").write_bytes((LEARNT + FRESH).encode())
     generated, options = LEARNT[300:900] + "zzz" * 100, {"val_fraction": 0.25, "cache": tmp_path}
     whole = measure_memorisation(generated, open_corpus(str(tmp_path / "a.txt"), min_count=1, **options))
@@ -98,16 +98,16 @@ def test_a_corpus_is_searched_as_its_text(tmp_path):
     assert spelled.generated == whole.generated
 
 
-def test_runs_longer_than_are_followed(monkeypatch):
+def test_passages_are_followed_up_to_a_limit(monkeypatch):
     monkeypatch.setattr(memorisation, "LONGEST", 128)
     assert measure_memorisation(LEARNT[:1000], LEARNT, "").generated.longest == 128
 
 
-# -- exact, wherever pieces end
+# -- exactness across pieces
 
 
 @pytest.mark.parametrize("size", [300, 1000, 30_000])
-def test_runs_and_windows_across_pieces(monkeypatch, size):
+def test_passages_and_windows_across_pieces(monkeypatch, size):
     monkeypatch.setattr(Characters.pieces, "__defaults__", (None, size, 0))
     generated = LEARNT[980:1013] + FRESH[:50] + LEARNT[200:450]
     found = measure_memorisation(generated, LEARNT, "").generated
@@ -118,7 +118,7 @@ def test_runs_and_windows_across_pieces(monkeypatch, size):
 
 
 @given(st.text("ab", max_size=60), st.text("ab", max_size=200))
-def test_the_longest_run_is_the_longest(generated, learnt):
+def test_the_longest_passage_is_exact(generated, learnt):
     wanted = longest_by_hand(generated, learnt)
     assert measure_memorisation(generated, learnt, "").generated.longest == (wanted if wanted >= WIDTHS[0] else 0)
 

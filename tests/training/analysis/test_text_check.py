@@ -24,7 +24,7 @@ WORDS = ["stone", "river", "candle", "window", "garden", "thunder", "little", "s
 
 
 def prose(characters: int, seed: int = 1) -> str:
-    """Lines of random words, in which nothing of length comes twice."""
+    """Lines of random words without long repeats."""
     rng, lines, length = random.Random(seed), [], 0
     while length < characters:
         lines.append(" ".join(f"{rng.choice(WORDS)}{rng.randrange(100)}" for _ in range(8)) + ".\n")
@@ -53,10 +53,10 @@ def only(statistics, *words: str) -> None:
         assert word in line
 
 
-# -- what is wrong with a text
+# -- problems of a text
 
 
-def test_a_healthy_text_gets_one_quiet_line(statistics_of):
+def test_a_good_text_gets_one_line(statistics_of):
     found = statistics_of(prose(100_000))
     assert warnings(found) == []
     (line,) = summary_lines(found)
@@ -77,7 +77,7 @@ def test_a_leak_is_found_and_measured(statistics_of, share):
     only(found, f"{100 * found.leak:.1f} % of the validation text also occurs word for word", "remove")
 
 
-def test_a_leak_in_a_long_tail_is_measured_on_a_sample(statistics_of, monkeypatch):
+def test_a_leak_into_a_long_validation_part_is_measured_on_a_sample(statistics_of, monkeypatch):
     monkeypatch.setattr(text_statistics, "LEAK_CHARACTERS", 8192)
     monkeypatch.setattr(text_statistics, "LEAK_PIECE", 256)
     text = prose(200_000)
@@ -86,14 +86,14 @@ def test_a_leak_in_a_long_tail_is_measured_on_a_sample(statistics_of, monkeypatc
     assert found.leak == pytest.approx(0.5, abs=0.05)
 
 
-def test_windows_do_not_stop_at_the_pieces(statistics_of, monkeypatch):
-    """One copied passage, wherever the pieces of the training part end."""
+def test_windows_cross_pieces(statistics_of, monkeypatch):
+    """One copied passage at several positions relative to the ends of pieces."""
     monkeypatch.setattr(characters, "PIECE", 1000)
     monkeypatch.setattr(Characters.pieces, "__defaults__", (None, 1000, 0))
     text = prose(60_000)
     for start in (970, 999, 1960):
         found = statistics_of(text[:54_000] + text[start : start + 70] + text[54_070:])
-        assert found.leak * 6000 == pytest.approx(70, abs=8)  # a letter before or after may be the same by chance
+        assert found.leak * 6000 == pytest.approx(70, abs=8)  # a character at either end may match by chance
 
 
 def test_repeats_are_counted(statistics_of):
@@ -135,7 +135,7 @@ def test_lines_are_counted_across_pieces(size):
     for start in range(0, len(codes), size):
         reading.add(codes[start : start + size])
     assert reading.ends == {"crlf": 3, "lf": 2, "cr": 2}
-    assert (reading.longest_line, reading.longest_line_number) == (31, 4)  # its CR counts
+    assert (reading.longest_line, reading.longest_line_number) == (31, 4)  # the CR counts
 
 
 def test_mixed_nfc_and_nfd(statistics_of):
@@ -150,7 +150,7 @@ def test_mixed_nfc_and_nfd(statistics_of):
     only(statistics_of(unicodedata.normalize("NFD", text)), "NFD", "--data.normalise nfc")
 
 
-def test_texts_that_have_one_form_only_are_left_alone(statistics_of):
+def test_texts_without_composed_forms_get_no_warning(statistics_of):
     assert warnings(statistics_of("한국어 텍스트입니다 हिन्दी पाठ है ไทยก็มี العربية\n" + prose(90_000))) == []
 
 
@@ -168,7 +168,7 @@ def test_planted(statistics_of, planted, words):
     only(statistics_of(planted + prose(100_000)), *words)
 
 
-def test_a_tail_of_another_kind(statistics_of):
+def test_a_validation_part_in_another_language(statistics_of):
     only(statistics_of(prose(90_000) + "Совсем другой язык.\n" * 499, min_count=1), "never occur", "С", "shuffle")
 
 
@@ -180,22 +180,22 @@ def test_scripts_and_rare_characters(statistics_of):
     assert found.rare == "中§"
 
 
-# -- texts that are hardly one
+# -- files that are hardly text
 
 
-def test_utf16_without_its_mark_and_binary_files(statistics_of):
+def test_utf16_without_a_mark_and_binary_files(statistics_of):
     ascii_text = prose(9_000).encode("ascii", "ignore").decode()
     assert "--encoding utf-16-le" in warnings(statistics_of(ascii_text.encode("utf-16-le")))[0]
     noise = np.random.default_rng(1).integers(0, 256, 60_000).astype(np.uint8).tobytes()
     assert "binary" in warnings(statistics_of(noise, encoding="latin-1"))[0]
 
 
-def test_one_line_giant(statistics_of):
+def test_one_very_long_line(statistics_of):
     only(statistics_of(prose(1_000_000).replace("\n", " ")), "no line ends", "1,000,000 characters")
 
 
 @pytest.mark.parametrize("text", ["abcd", "\r\n\r\n", "a" * 50_000, "\n" * 1000, "ééé\r\n中中" * 3, "\ufeff\ufeff\0\0"])
-def test_texts_that_are_tiny_or_all_the_same(statistics_of, text):
+def test_texts_that_are_tiny_or_uniform(statistics_of, text):
     found = statistics_of(text, val_fraction=0.5)
     assert found.characters == len(text)
     assert 0 <= found.leak <= 1
@@ -210,7 +210,7 @@ def test_statistics_are_cached(statistics_of, monkeypatch):
     monkeypatch.undo()
 
 
-def test_a_cache_that_cannot_be_written_to_is_done_without(statistics_of, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_no_error(statistics_of, monkeypatch):
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")
 
@@ -222,7 +222,7 @@ def test_a_cache_that_cannot_be_written_to_is_done_without(statistics_of, monkey
 # -- the command
 
 
-def test_check_tells_all_and_trains_nothing(tmp_path, monkeypatch, capsys):
+def test_check_reports_everything_and_trains_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("my.txt").write_bytes(prose(60_000).replace("\n", "\r\n").encode())
     assert run(train, ["--check", "my.txt"]) == 0
@@ -252,11 +252,11 @@ def test_a_text_that_cannot_be_read_is_one_line(tmp_path, refused, content, word
         assert word in line
 
 
-def test_check_goes_with_no_run(refused):
+def test_check_refuses_a_run(refused):
     assert "--check only reports" in refused("--check", "a.txt", "--out", "runs/x")
 
 
-# -- what is asked for is done to the text
+# -- normalisation and newlines
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 7, 1 << 18])
@@ -276,7 +276,7 @@ def test_tidied_texts(tmp_path, monkeypatch, piece_bytes, normalise, newlines):
 
 
 @given(st.text("ae\u0301\u0323\u0302\r\n\u1112\u1161\u11ab中", max_size=30), st.lists(st.integers(1, 4), min_size=1))
-def test_tidying_in_pieces_is_tidying_the_whole(text, sizes):
+def test_tidying_in_pieces_equals_tidying_the_whole(text, sizes):
     wanted = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
     given, held, result = 0, "", ""
     for size in [*sizes, *[1] * len(text)]:
@@ -285,20 +285,20 @@ def test_tidying_in_pieces_is_tidying_the_whole(text, sizes):
     assert result + Tidy("nfc", "lf")(held, final=True)[0] == wanted
 
 
-def test_a_letter_with_endless_accents_is_not_held_for_ever():
+def test_a_letter_with_very_many_accents_is_cut():
     piece, held = Tidy("nfc")("e" + "\u0301" * 2 * source.MAX_HELD, final=False)
     assert len(held) < source.MAX_HELD < len(piece)
 
 
 def test_a_tidied_file_is_another_text(tmp_path, monkeypatch):
-    """Its encoded form is not mistaken for that of the file as it is, even if the file itself is not read again."""
+    """The cache tells the tidied text from the unchanged one, also when the file is not read again."""
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\r\ntwo\r\n" * 20)
     monkeypatch.setattr("smallm.training.data.store._settled", lambda stamps: True)
     options = {"min_count": 1, "val_fraction": 0.5, "cache": tmp_path / "cache"}
-    kept = [open_corpus(str(path), newlines=newlines, **options) for newlines in ("keep", "lf", "keep", "lf")]
-    assert [corpus.train_characters + corpus.val_characters for corpus in kept] == [200, 160, 200, 160]
-    assert kept[0].fingerprint == kept[2].fingerprint != kept[1].fingerprint == kept[3].fingerprint
+    corpora = [open_corpus(str(path), newlines=newlines, **options) for newlines in ("keep", "lf", "keep", "lf")]
+    assert [corpus.train_characters + corpus.val_characters for corpus in corpora] == [200, 160, 200, 160]
+    assert corpora[0].fingerprint == corpora[2].fingerprint != corpora[1].fingerprint == corpora[3].fingerprint
 
 
 # -- characters of ids

@@ -1,4 +1,4 @@
-"""smallm.training.corpus: the split, the cache, the sources and every mistake a user can make with them."""
+"""Corpora: the split, the cache, the sources, and every mistake that a user can make with them."""
 
 import codecs
 import hashlib
@@ -38,7 +38,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def encodings(monkeypatch):
-    """One entry for each time that a text was encoded."""
+    """Lists the encodings that took place."""
     calls = []
     monkeypatch.setattr(corpus_module, "encode", lambda *args: (calls.append(args), encode.encode(*args))[1])
     return calls
@@ -93,7 +93,7 @@ def test_split_is_contiguous_and_exact(tmp_path, monkeypatch, text, piece_bytes)
     min_count=st.integers(1, 3),
     encoding=st.sampled_from(["utf-8", "utf-16", "utf-16-le", "utf-32"]),
 )
-def test_any_text_comes_back(text, piece_bytes, min_count, encoding):
+def test_any_text_round_trips(text, piece_bytes, min_count, encoding):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(source, "PIECE_BYTES", piece_bytes)
         file = write(Path(folder) / "a.txt", text, encoding)
@@ -111,7 +111,7 @@ def test_fraction_is_taken_as_written(tmp_path, val_fraction, characters):
     assert corpus.train_characters + corpus.val_characters == characters
 
 
-def test_only_the_training_part_makes_the_vocabulary(tmp_path):
+def test_only_the_training_part_determines_the_vocabulary(tmp_path):
     corpus = opened(write(tmp_path / "a.txt", "ä" * 30 + "ö" * 10))
     assert corpus.vocabulary.tokens == ("ä".encode(),)
     assert corpus.val_text() == "ö" * 10
@@ -127,7 +127,7 @@ def test_only_the_training_part_makes_the_vocabulary(tmp_path):
     val_fraction=st.sampled_from([0.1, 0.5, 0.75]),
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32-be", "gb18030"]),
 )
-def test_ids_are_those_of_the_whole_text_at_once(text, piece_bytes, min_count, val_fraction, encoding):
+def test_ids_equal_those_of_the_whole_text_encoded_at_once(text, piece_bytes, min_count, val_fraction, encoding):
     cut = int(len(text) * (1 - Fraction(str(val_fraction))))
     assume(2 <= cut <= len(text) - 2)
     vocabulary = Vocabulary.from_characters(c for c in text[:cut] if text[:cut].count(c) >= min_count)
@@ -179,10 +179,10 @@ def test_validation_text_in_pieces(tmp_path, monkeypatch, encoding, size):
 @pytest.mark.parametrize(("text", "start"), [("one line\nand more", "\n"), ("no line end", "n"), ("日本語" * 4, "日")])
 def test_start_text(tmp_path, text, start):
     assert opened(write(tmp_path / "a.txt", text)).start_text == start
-    assert opened(tmp_path / "a.txt").start_text == start  # from the cache, too
+    assert opened(tmp_path / "a.txt").start_text == start  # also from the cache
 
 
-def test_newline_in_the_validation_part_is_no_start(tmp_path):
+def test_a_newline_in_the_validation_part_is_not_the_start(tmp_path):
     assert opened(write(tmp_path / "a.txt", "abcdefgh\n\n")).start_text == "a"
 
 
@@ -221,7 +221,7 @@ def test_cache_is_reused_until_something_changes(tmp_path, cache, encodings):
     assert stamps == {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
     assert both_texts(first) == both_texts(again)
     assert first.vocabulary == again.vocabulary
-    assert opened(write(tmp_path / "copy.txt", MIXED)).name == "copy.txt"  # content counts, not place
+    assert opened(write(tmp_path / "copy.txt", MIXED)).name == "copy.txt"  # the content matters, not the path
     assert len(encodings) == 1
 
     opened(write(file, MIXED.replace("plain", "Plain")))
@@ -261,7 +261,7 @@ def test_damaged_cache_is_rebuilt(tmp_path, cache, encodings, name, damage):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_nothing_half_written_stays(tmp_path, cache, monkeypatch, error):
+def test_nothing_unfinished_remains(tmp_path, cache, monkeypatch, error):
     def interrupted(*args):
         raise error
 
@@ -297,7 +297,7 @@ def test_threads_and_processes_at_once(tmp_path, cache, monkeypatch):
 
 def test_the_slower_of_two_processes_takes_the_result_of_the_faster(tmp_path, cache, monkeypatch):
     def no_locks(lock, *args, **options):
-        raise NotImplementedError  # as on some network file systems: no lock keeps anyone out
+        raise NotImplementedError  # as on some network file systems without locks
 
     monkeypatch.setattr(FileLock, "acquire", no_locks)
     file, fsync = write(tmp_path / "a.txt", MIXED), os.fsync
@@ -316,7 +316,7 @@ def test_the_slower_of_two_processes_takes_the_result_of_the_faster(tmp_path, ca
     assert not left_over(cache)
 
 
-def test_text_that_changes_meanwhile(tmp_path, cache, monkeypatch):
+def test_text_that_changes_between_the_readings(tmp_path, cache, monkeypatch):
     file = tmp_path / "a.txt"
     write(file, "one two three\n" * 3)
     survey = corpus_module.survey
@@ -357,7 +357,7 @@ def test_folder_is_joined_in_order(tmp_path):
 
 
 def test_python_docs():
-    corpus = opened("python-docs", min_count=5, encoding="latin-1")  # it knows its own encoding
+    corpus = opened("python-docs", min_count=5, encoding="latin-1")  # the encoding of files does not apply
     train, val = both_texts(corpus)
     assert corpus.train_characters + corpus.val_characters == len(train + val) > 200_000
     assert "statement" in val
@@ -400,7 +400,7 @@ def test_shakespeare_offline(monkeypatch, error):
 # -- mistakes
 
 
-def test_nothing_of_that_name(tmp_path, monkeypatch):
+def test_no_such_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "Chekhov.txt", "…")
     hint = "; pass --data FILE, FOLDER, python-docs or shakespeare"

@@ -1,4 +1,4 @@
-"""smallm.training.store and index: what is in the cache is whole, is found without reading, and is written by one."""
+"""The store: cached texts are complete, are found without reading the files, and are written by one process."""
 
 import json
 import os
@@ -35,13 +35,13 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def settled(monkeypatch):
-    """Files may be remembered at once, although the tests have only just written them."""
+    """Lets files be remembered although the tests have only just written them."""
     monkeypatch.setattr(store, "SETTLED_SECONDS", -60.0)
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often a text was read, and how often encoded."""
+    """Counts how often a text was surveyed and encoded."""
     calls = {"survey": 0, "encode": 0}
 
     def counting(name):
@@ -75,7 +75,7 @@ def unfinished(cache):
     return list(cache.rglob("*.unfinished"))
 
 
-# -- the index
+# -- surveys of files
 
 
 def test_a_known_file_is_not_read_again(file, cache, calls, monkeypatch):
@@ -86,7 +86,7 @@ def test_a_known_file_is_not_read_again(file, cache, calls, monkeypatch):
     assert calls == {"survey": 1, "encode": 1}
 
 
-def test_other_settings_or_a_lost_encoding_read_it_again(file, cache, calls):
+def test_other_settings_or_lost_ids_read_it_again(file, cache, calls):
     opened(file)
     opened(file, min_count=2)
     assert calls == {"survey": 2, "encode": 1}  # the vocabulary is the same
@@ -144,7 +144,7 @@ def test_a_changed_file_is_noticed_although_size_and_time_are_the_same(file, cal
     assert calls == {"survey": 2, "encode": 2}
 
 
-def test_files_of_a_folder_that_come_or_change_are_noticed(tmp_path, calls):
+def test_new_and_changed_files_of_a_folder_are_noticed(tmp_path, calls):
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in "ac":
@@ -167,7 +167,7 @@ def test_another_encoding_is_another_text(file, calls):
     assert calls == {"survey": 2, "encode": 2}
 
 
-def test_a_file_that_was_only_just_changed_is_not_remembered(file, cache, calls, monkeypatch):
+def test_a_file_that_has_only_just_changed_is_not_remembered(file, cache, calls, monkeypatch):
     monkeypatch.setattr(store, "SETTLED_SECONDS", 2.0)
     opened(file)
     opened(file)
@@ -190,7 +190,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(file, cache, mon
     assert not (cache / "sources").exists()
 
 
-def test_a_cache_that_can_only_be_read_is_enough(file, cache, calls, monkeypatch):
+def test_a_read_only_cache_is_enough(file, cache, calls, monkeypatch):
     opened(file)
     next((cache / "sources").iterdir()).unlink()
 
@@ -203,7 +203,7 @@ def test_a_cache_that_can_only_be_read_is_enough(file, cache, calls, monkeypatch
     assert calls == {"survey": 2, "encode": 1}
 
 
-# -- what is damaged
+# -- damage
 
 
 @pytest.mark.parametrize("name", ["ids.bin", "corpus.json"])
@@ -220,7 +220,7 @@ def test_a_flipped_bit_is_noticed(file, cache, calls, name):
     assert path.read_bytes() == good
 
 
-def test_long_ids_are_not_read_at_each_start(file, cache, calls, monkeypatch):
+def test_long_ids_are_not_hashed_at_each_start(file, cache, calls, monkeypatch):
     monkeypatch.setattr(store, "CHECKED_BYTES", 10)
     opened(file)
     assert json.loads(next(cache.rglob("corpus.json")).read_text())["values"]["checksum"] is None
@@ -241,12 +241,12 @@ open_corpus(sys.argv[1], min_count=int(sys.argv[2]), val_fraction=0.25)
 """
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system does not kill")
-def test_what_a_killed_process_leaves_is_neither_used_nor_kept(file, cache, calls):
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_leftovers_of_a_killed_process_are_not_used_and_are_removed(file, cache, calls):
     for min_count in ("1", "1000"):
         done = subprocess.run([sys.executable, "-c", KILLED, str(file), min_count], cwd=REPOSITORY, check=False)
         assert done.returncode == -signal.SIGKILL
-    # Those of the first are gone: they lay there when the second began. All files of the second are there.
+    # The second process has removed the leftovers of the first. All files of the second remain.
     (left,) = unfinished(cache)
     assert {path.name for path in left.iterdir()} == {"ids.bin", "corpus.json"}
     assert text_of(opened(file, min_count=1000)) == TEXT
@@ -254,7 +254,7 @@ def test_what_a_killed_process_leaves_is_neither_used_nor_kept(file, cache, call
     assert not unfinished(cache)
 
 
-def test_what_a_living_process_writes_is_left_alone(file, cache):
+def test_files_of_a_running_process_are_left_alone(file, cache):
     work = cache / "corpora" / "abc.0123.unfinished"
     work.mkdir(parents=True)
     (cache / "locks").mkdir()
@@ -267,7 +267,7 @@ def test_what_a_living_process_writes_is_left_alone(file, cache):
 
 @pytest.fixture
 def slow(file, monkeypatch):
-    """Another thread that has begun to encode the file, and the event upon which it goes on."""
+    """Starts a thread that encodes the file; yields the event for which the thread waits."""
     begun, go_on = threading.Event(), threading.Event()
     write = corpus_module.encode
 
@@ -292,14 +292,14 @@ def test_one_encodes_and_the_other_waits(file, calls, slow, capsys):
     assert capsys.readouterr().err == "text   another process is encoding this text; waiting for it\n"
 
 
-def test_patience_ends(file, cache, calls, slow, monkeypatch):
+def test_waiting_has_a_limit(file, cache, calls, slow, monkeypatch):
     monkeypatch.setattr(store, "PATIENCE_SECONDS", 0.1)
     monkeypatch.setattr(corpus_module, "encode", encode.encode)
     assert text_of(opened(file)) == TEXT
-    slow.set()  # it finds that it came second
+    slow.set()  # the slow thread finds the result of the fast one
 
 
 def test_each_machine_encodes_for_itself(file):
-    accelerator = SimpleNamespace(local_main_process_first=nullcontext, is_main_process=False)  # of a second machine
+    accelerator = SimpleNamespace(local_main_process_first=nullcontext, is_main_process=False)  # on a second machine
     corpus = open_text(accelerator, DataConfig(source=str(file), min_count=1))
     assert text_of(corpus) == TEXT
