@@ -1,12 +1,9 @@
 """A page that compares several runs: their curves over each other, and the settings in which they differ."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from smallm.cli.table import duration
 from smallm.html.escape import escape
-from smallm.inference.scoring import perplexity
 from smallm.runs.config_file import flatten
 from smallm.training.config import Config
 from smallm.training.report.charts import page_charts
@@ -14,12 +11,11 @@ from smallm.training.report.history import RunHistory, read_histories
 from smallm.training.report.run_page import (
     LOSS_EXPLAINED,
     MEMORISATION_EXPLAINED,
-    bits,
+    figures,
     sample_figure,
     section,
     setting,
     soft,
-    speed,
     whole_page,
     write_page,
 )
@@ -46,8 +42,8 @@ def comparison_page(runs: Sequence[RunHistory]) -> str:
         section("Results", _results(runs)),
         section("Loss", soft(LOSS_EXPLAINED) + page_charts(runs)),
         section("Configuration", _differences(runs)),
-        section("Baselines", _figures(runs, baselines, "Bits per character of the validation text. Lower is better.")),
-        section("Memorisation", _figures(runs, memorisation, MEMORISATION_EXPLAINED)),
+        section("Baselines", _table(runs, baselines, "Bits per character of the validation text. Lower is better.")),
+        section("Memorisation", _table(runs, memorisation, MEMORISATION_EXPLAINED)),
         section("Samples", _samples(runs)),
     ])  # fmt: skip
 
@@ -76,32 +72,11 @@ def _cells(values: Sequence[str], mark: bool) -> str:
 
 
 def _results(runs: Sequence[RunHistory]) -> str:
-    def row(what: str, value: Callable[[RunHistory], str]) -> tuple[str, list[str]]:
-        return what, [value(run) for run in runs]
-
-    def best(show: Callable[[float], str]) -> Callable[[RunHistory], str]:
-        return lambda run: show(run.best_loss) if math.isfinite(run.best_loss) else ""
-
-    rows = [
-        row("validation loss, nats per character", best(lambda nats: f"{nats:.4f}")),
-        row("bits per character", best(bits)),
-        row("perplexity", best(lambda nats: f"{perplexity(nats):.3f}")),
-        row("best step", lambda run: f"{run.best_step:,}"),
-        row("steps", lambda run: f"{run.last_step:,}"),
-        row("parameters", lambda run: _fact(run, "parameters")),
-        row("text", lambda run: _fact(run, "text")),
-        row("time", lambda run: duration(run.seconds)),
-        row("characters per second", speed),
-        row("device", lambda run: _fact(run, "device")),
-    ]
-    texts = {_fact(run, "text") for run in runs}
-    note = soft("The runs used different texts, so their losses cannot be compared.") if len(texts - {""}) > 1 else ""
-    return note + _columns(runs, rows, best=[what for what, _ in rows[:3]])
-
-
-def _fact(run: RunHistory, name: str) -> str:
-    value = run.record.facts.get(name, "")
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    found = [figures(run) for run in runs]
+    rows = [(name, [values[name] for values in found]) for name in found[0]]
+    texts = {values["text"] for values in found} - {""}
+    note = soft("The runs used different texts, so their losses cannot be compared.") if len(texts) > 1 else ""
+    return note + _columns(runs, rows, best=[name for name, _ in rows[:3]])
 
 
 def _differences(runs: Sequence[RunHistory]) -> str:
@@ -114,10 +89,10 @@ def _differences(runs: Sequence[RunHistory]) -> str:
     return _columns(runs, rows) if rows else soft("All runs have the same settings.")
 
 
-def _figures(runs: Sequence[RunHistory], figures: Sequence[dict[str, str]], explanation: str) -> str:
-    """A table of the figures that each run has, name -> value; figures that a run lacks are blank."""
-    names = list(dict.fromkeys(name for found in figures for name in found))
-    rows = [(name, [found.get(name, "") for found in figures]) for name in names]
+def _table(runs: Sequence[RunHistory], values: Sequence[dict[str, str]], explanation: str) -> str:
+    """A table of the values that each run has, by their names; values that a run lacks are blank."""
+    names = list(dict.fromkeys(name for found in values for name in found))
+    rows = [(name, [found.get(name, "") for found in values]) for name in names]
     return soft(explanation) + _columns(runs, rows) if rows else ""
 
 

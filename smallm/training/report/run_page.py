@@ -4,7 +4,7 @@ The same folder always gives the same page. What a run folder does not hold, suc
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -107,9 +107,23 @@ def bits(nats: float) -> str:
     return f"{nats / math.log(2):.3f}"
 
 
-def speed(run: RunHistory) -> str:
-    """Characters per second as a whole number, or `unknown`."""
-    return f"{run.characters_per_second:,.0f}" if math.isfinite(run.characters_per_second) else "unknown"
+def figures(run: RunHistory) -> dict[str, str]:
+    """The most important figures of a run, by their names; empty strings where they are unknown."""
+    best, facts, known = run.best_loss, run.record.facts, math.isfinite(run.best_loss)
+    of = f" of {run.record.planned_steps:,}" if run.record.planned_steps else ""
+    parameters = facts.get("parameters")
+    return {
+        "validation loss, nats per character": f"{best:.4f}" if known else "",
+        "bits per character": bits(best) if known else "",
+        "perplexity": f"{perplexity(best):.3f}" if known else "",
+        "best step": f"{run.best_step:,}" if known else "",
+        "steps": f"{run.last_step:,}{of}",
+        "parameters": f"{parameters:,}" if isinstance(parameters, int) else "",
+        "text": str(facts.get("text", "")),
+        "time": duration(run.seconds),
+        "characters per second": f"{run.characters_per_second:,.0f}" if run.characters_per_second > 0 else "unknown",
+        "device": str(facts.get("device", "")),
+    }
 
 
 def changed_settings(config: dict[str, object]) -> dict[str, object]:
@@ -128,29 +142,15 @@ def setting(value: object) -> str:
 
 def _header(run: RunHistory) -> str:
     record = run.record
-    text = f"trained on {record.facts['text']}" if "text" in record.facts else ""
+    shown = {what: value for what, value in figures(run).items() if value and what != "device"}
+    text = f"trained on {shown.pop('text')}" if "text" in shown else ""
     began = f"started {record.began}" if record.began else ""
     about = " · ".join(filter(None, [text, STATES.get(record.state, ""), began]))
-    tiles = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>" for what, value in _figures(run))
+    tiles = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>" for what, value in shown.items())
     return (
         f'<header>\n<h1>{escape(run.name)}</h1>\n{soft(about)}\n<dl class="tiles">{tiles}</dl>\n'
         f"{_verdict(run.baselines)}{_overfitting(run)}</header>"
     )
-
-
-def _figures(run: RunHistory) -> Iterator[tuple[str, str]]:
-    """The most important figures: name, value."""
-    best, record = run.best_loss, run.record
-    if math.isfinite(best):
-        yield "validation loss, nats per character", f"{best:.4f}"
-        yield "bits per character", bits(best)
-        yield "perplexity", f"{perplexity(best):.2f}"
-        yield "best step", f"{run.best_step:,}"
-    yield "steps", f"{run.last_step:,}" + (f" of {record.planned_steps:,}" if record.planned_steps else "")
-    if isinstance(parameters := record.facts.get("parameters"), int):
-        yield "parameters", f"{parameters:,}"
-    yield "time", duration(run.seconds)
-    yield "characters per second", speed(run)
 
 
 def _verdict(baselines: Sequence[Baseline]) -> str:
@@ -256,7 +256,7 @@ def _configuration(run: RunHistory) -> str:
 
 def _machine(run: RunHistory) -> str:
     facts = run.record.facts
-    rows = [("characters per second", speed(run)), ("whole run", duration(run.seconds))]
+    rows = [(what, figures(run)[what]) for what in ("characters per second", "time")]
     rows += [(name, str(facts[name])) for name in MACHINE if name in facts]
     elsewhere = {*MACHINE, "text", "characters", "parameters"}
     rows += [(name, str(value)) for name, value in facts.items() if name not in elsewhere]
