@@ -1,11 +1,11 @@
-"""What the report costs a training: the share of a run's time that goes into what is kept for it and into the page.
+"""What the report costs: the share of a run's time that is spent on report.json and on the page.
 
     python benchmarks/report_cost.py [--out DIR] [any flag of train.py]
 
-Trains as train.py does, by default the quick start, in this process, and adds up the time spent in the report's parts:
-`text check`, `passage` at each best evaluation, `record` (report.json, within and beside the others),
-`page` (its imports included). Shares are of the whole process, from before PyTorch is imported, in wall time and in
-processor time, so they hold on a busy machine too. Prints a table, then all figures as one line of JSON.
+Trains in this process as train.py does, by default the quick start, and adds up the time of the report's parts: the
+text check, the passage at each best evaluation, the record (report.json, also when another part writes it) and the
+page (including imports). Shares refer to the whole process from before the import of PyTorch, in wall time and in processor
+time, which is the one to read on a busy machine. Prints a table, then all figures as one line of JSON.
 """
 
 import json
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 
 class Stopwatch:
-    """Adds up the time of some functions."""
+    """Counts the calls of functions and adds up their wall and processor time in seconds."""
 
     def __init__(self):
         self.parts: dict[str, list[float]] = {}
@@ -54,12 +54,12 @@ def main(argv: list[str]) -> int:
         code = cli.main(given)
     whole = time.perf_counter() - wall, time.process_time() - processor
     rows = {name: {"calls": calls, "wall_s": w, "cpu_s": c} for name, (calls, w, c) in watch.parts.items()}
-    print("| part | calls | wall, s | processor, s | of the wall time | of the processor's |")
+    print("| part | calls | wall, s | processor, s | of the wall time | of the processor time |")
     print("|---|---|---|---|---|---|")
     for name, row in rows.items():
         shares = f"{100 * row['wall_s'] / whole[0]:.2f} % | {100 * row['cpu_s'] / whole[1]:.2f} %"
         print(f"| {name} | {row['calls']} | {row['wall_s']:.3f} | {row['cpu_s']:.3f} | {shares} |")
-    print(f"| all of the run | | {whole[0]:.1f} | {whole[1]:.1f} | | |")
+    print(f"| whole run | | {whole[0]:.1f} | {whole[1]:.1f} | | |")
     print(json.dumps({"parts": rows, "whole": {"wall_s": whole[0], "cpu_s": whole[1]}}))
     return code
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import onnx
+import pytest
 import torch
 
 from smallm.export.graph import build_graph
@@ -92,3 +93,9 @@ def edit_state(folder: Path, edit: Callable[[dict], object] = lambda values: Non
     edit(values)
     values.pop("checksum", None)
     file.write_text(json.dumps(values | {"checksum": checkpoint.checksum(values)}), encoding="utf-8")
+
+
+def without_charts(patch: pytest.MonkeyPatch) -> None:
+    """Runs draw no charts, which would take longer than the training of a tiny model."""
+    patch.setattr("smallm.training.report.plot.plot_runs", lambda runs, out: out)
+    patch.setattr("smallm.training.report.run_page.page_charts", lambda runs: "")

@@ -17,6 +17,7 @@ from smallm.errors import UserError
 from smallm.inference.scoring import perplexity
 from smallm.runs.layout import OLD_VALIDATION, VALIDATION
 from smallm.runs.metrics import read_metrics
+from smallm.runs.next_commands import export_command
 from smallm.training.analysis.baselines import (
     MAX_TIME_SHARE,
     Baseline,
@@ -384,7 +385,7 @@ class NextCommand(Callback):
             run.logger.info(f"going on from step {run.state.step:,}")
 
     def on_end(self, run: RunSnapshot) -> None:
-        run.logger.result(f"next: python export.py {run.folder}")
+        run.logger.result(f"next: {export_command(run.folder)}")
 
     def on_interrupt(self, run: RunSnapshot, signum: int) -> None:
         why = "interrupted" if signum == signal.SIGINT else f"stopped by {signal.Signals(signum).name}"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from test_imports import HEAVY, python
+from toys import without_charts
 
 import smallm
 from smallm.training import cli
@@ -25,7 +26,7 @@ TRAIN = {"batch_size": 4, "max_steps": 6, "eval_every": 3, "log_every": 1, "samp
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """An empty folder to work in, and no pictures."""
-    monkeypatch.setattr("smallm.training.report.plot.plot_runs", lambda runs, out, **options: out)
+    without_charts(monkeypatch)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -11,6 +11,7 @@ import pytest
 from accelerate import tracking
 from accelerate.tracking import GeneralTracker
 from test_training import TOY, ctrl_c, flags, metrics, sha256
+from toys import without_charts
 
 from smallm.errors import UserError
 from smallm.training import cli, trackers
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """An empty folder to work in, no pictures, and an environment without settings of trackers."""
-    monkeypatch.setattr("smallm.training.report.plot.plot_runs", lambda runs, out, **options: out)
+    without_charts(monkeypatch)
     monkeypatch.chdir(tmp_path)
     for name, value in trackers.OFFLINE.items():
         monkeypatch.setenv(name, value)  # restored after the test

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_training import ctrl_c, flags, metrics
+from toys import without_charts
 
 from smallm.training import cli
 from smallm.training.budget.clock import END_SECONDS, Clock, Forecast, StepBudget, TimeBudget
@@ -34,7 +35,7 @@ TINY = {
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """An empty folder to work in, and no pictures."""
-    monkeypatch.setattr("smallm.training.report.plot.plot_runs", lambda runs, out, **options: out)
+    without_charts(monkeypatch)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
