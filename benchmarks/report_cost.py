@@ -4,8 +4,8 @@
 
 Trains in this process as train.py does, by default the quick start, and adds up the time of the report's parts: the
 text check, the passage at each best evaluation, the record (report.json, also when another part writes it) and the
-page (including imports). Shares refer to the whole process from before the import of PyTorch, in wall time and in processor
-time, which is the one to read on a busy machine. Prints a table, then all figures as one line of JSON.
+page (including imports). Shares refer to the whole process from before the import of PyTorch, in wall time and in
+processor time, which is the one to read on a busy machine. Prints a table, then all figures as one line of JSON.
 """
 
 import json
