@@ -1,4 +1,4 @@
-"""The C kit: it builds without a warning, writes the text that Python writes, and refuses what it must, in one line."""
+"""The C kit builds without a warning, generates the texts of Python, and reports each mistake in one line."""
 
 import codecs
 import json
@@ -141,7 +141,7 @@ def test_a_kit_is_whole(kit):
     assert set(KITS) == set(WRITERS)
 
 
-def test_a_kit_takes_the_place_of_an_earlier_one_with_what_was_built_in_it(exported, tmp_path):
+def test_a_kit_replaces_an_earlier_kit_and_its_build_output(exported, tmp_path):
     write_kit("c", exported, tmp_path / "kit")
     (tmp_path / "kit" / "generate").touch()
     (tmp_path / "kit" / "smallm.c").write_text("old")
@@ -150,7 +150,7 @@ def test_a_kit_takes_the_place_of_an_earlier_one_with_what_was_built_in_it(expor
     assert (tmp_path / "kit" / "smallm.c").read_bytes() == (C / "smallm.c").read_bytes()
 
 
-def test_a_folder_that_is_no_kit_stays(exported, tmp_path):
+def test_a_folder_that_is_not_a_kit_is_kept(exported, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "main.c").write_text("mine")
     with pytest.raises(UserError, match="choose another --out"):
@@ -242,7 +242,7 @@ def test_golden_ids(inner, case):
 
 
 @pytest.mark.parametrize("case", GOLDEN["permitted"], ids=lambda case: f"{case['allowed']}-{case['banned']:.2}")
-def test_golden_permitted_ids(inner, case):
+def test_golden_allowed_ids(inner, case):
     allowed = "-" if case["allowed"] is None else case["allowed"]
     found = inner("allowed", case["tokens"], allowed, case["banned"], case["after"]).split()
     assert [int(id) for id in found] == case["ids"]
@@ -335,8 +335,8 @@ def test_sliding_and_banning_take_no_memory(inner, tmp_path):
      {"banned": "\ufffd", "repetition_penalty": 1.5}, {"allowed": "0123456789", "temperature": 0.0}],
     ids=str,
 )  # fmt: skip
-def test_permitted_characters_are_those_of_python(sanitized, tmp_path, options):
-    """Random weights, so that all that is permitted comes."""
+def test_allowed_characters_are_those_of_python(sanitized, tmp_path, options):
+    """Random weights, so that every allowed id occurs."""
     path = save_onnx(random_model(NON_ASCII), tmp_path / "model.onnx", NON_ASCII)
     options = {"temperature": 3.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "rng_seed": 5} | options
     flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
@@ -369,7 +369,7 @@ def test_ids_that_were_learned_later(generate, tmp_path):
     "stops", [("\n", "the moon"), ("", "never found"), ("s the", "s"), ("é", "e "), ("ïve", "naïve f")]
 )
 @pytest.mark.parametrize(("min_length", "penalty", "window"), [(0, 1.0, 0), (30, 1.3, 8)])
-def test_pieces_are_those_of_python(inner, lm, exported, stops, min_length, penalty, window):
+def test_chunks_are_those_of_python(inner, lm, exported, stops, min_length, penalty, window):
     pieces = list(
         lm.stream(
             "the ", 150, rng_seed=3, temperature=1, top_k=0, overflow="shift", stop=stops, min_length=min_length,
@@ -437,7 +437,7 @@ def damaged(exported, tmp_path, edit) -> Path:
     return tmp_path / "model.onnx"
 
 
-def test_files_that_are_no_model(sanitized, exported, tmp_path):
+def test_files_that_are_not_a_model(sanitized, exported, tmp_path):
     data = (exported / "model.onnx").read_bytes()
     bad = {"empty": b"", "text": b"an owl\n" * 100, "zeros": bytes(5000), "twice": data * 2, "no end": b"\x80" * 10**5}
     bad |= {f"first {n}": data[:n] for n in (1, 100, len(data) // 2, len(data) - 1)}
@@ -555,7 +555,7 @@ def test_graphs_that_no_smallm_wrote(sanitized, exported, tmp_path, edit):
     refusal(sanitized, damaged(exported, tmp_path, edit))
 
 
-def test_weights_that_are_no_numbers(sanitized, exported, tmp_path):
+def test_weights_that_are_not_finite(sanitized, exported, tmp_path):
     done = run(sanitized, damaged(exported, tmp_path, broken_weights), "--max-length", 5)
     assert done.returncode == 2
     assert done.stderr.count(b"\n") == 1

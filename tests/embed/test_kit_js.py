@@ -1,4 +1,4 @@
-"""The kits for JavaScript, in Node and in Chromium: they write the texts that Python writes, and say what is wrong.
+"""The JavaScript kits in Node and in Chromium generate the texts of Python, and report mistakes.
 
 What they need is installed by `npm ci --ignore-scripts --prefix tests/js`, and Chromium by the system's packages.
 A host takes seconds for 200 characters of each golden text; SMALLM_GOLDEN_CHARACTERS=2000 with pytest's --timeout 0 is
@@ -216,8 +216,8 @@ def test_bytes_that_are_not_utf8_become_the_same_characters(ask, noise):
     assert sum(text.count("\ufffd") for text in expected) > 500
 
 
-def test_permitted_characters_are_those_of_python(ask, noise):
-    """Random weights, so that all that is permitted comes."""
+def test_allowed_characters_are_those_of_python(ask, noise):
+    """Random weights, so that every allowed id occurs."""
     python, usual = LanguageModel.load(noise), {"temperature": 3.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     options = [usual | {"rng_seed": 5} | each for each in PERMITTED]
     asked = [["generate", "aé", names_in_js(each) | {"maxLength": 300}] for each in options]
@@ -256,7 +256,7 @@ def test_scores_and_next_characters(ask, exported, model, host):
         assert likeliest == expected
 
 
-def test_pieces_are_characters_with_their_surprise(ask, exported, model):
+def test_chunks_are_characters_with_their_surprisal(ask, exported, model):
     """Also those held back for a stop, which come later and at once."""
     options = {"stop": "the long winter forever", "rng_seed": 2, "temperature": 1.0}
     (pieces,) = values(ask("onnxruntime-node", exported / MODEL_FILE, [["pieces", "Zoë ", names_in_js(options)]]))

@@ -1,4 +1,4 @@
-"""smallm.export: the graph computes what PyTorch computes, its contract holds, and an export is whole or not there."""
+"""smallm.export: the graph computes the logits of PyTorch, keeps its interface, and is written completely or not."""
 
 import inspect
 import json
@@ -439,7 +439,7 @@ def test_the_toy_manifest_is_one_that_export_could_write(tmp_path):
     ("fp32", 7, "llama.cpp knows no window in this family, this model has one of 7"),
     ("int4", 0, "--gguf goes with --precision fp32 or int8, not int4"),
 ])  # fmt: skip
-def test_what_no_gguf_can_hold(precision, window, message):
+def test_models_that_gguf_cannot_hold(precision, window, message):
     with pytest.raises(UserError, match=message):
         check_gguf(precision, window)
 

@@ -23,7 +23,7 @@ def card_of(sample: str = "an old owl\n", name: str = "owls", licence: str = "mi
     return model_card(name, manifest, [QUALITY], {MODEL_FILE: 500_000} | dict(sizes), sample, licence)
 
 
-def test_the_card_sets_yardsticks_beside_the_model(exported):
+def test_the_card_compares_the_model_with_baselines(exported):
     card = (exported / CARD_FILE).read_text(encoding="utf-8")
     section = card.split("## Compared with baselines")[1].split("\n## ")[0]
     for name in ("the model", "gzip", "bz2", "xz", "-gram"):
@@ -76,7 +76,7 @@ def test_only_what_is_there_is_explained():
     "sample",
     ["", "\n\n", "```\nowls\n````\n", "\x1b[31mred\x07\x00", "<seed> <new> {x}", '"quoted" \\n', "中文 字\n"],
 )
-def test_whatever_the_model_writes(sample):
+def test_samples_of_any_content(sample):
     card = card_of(sample)
     fence = re.search(r"## A sample\n\n(`{3,})text\n", card)[1]
     shown = card.split(f"{fence}text\n", 1)[1].split(f"\n{fence}\n", 1)[0]
@@ -124,7 +124,7 @@ def test_the_licence_is_kept(tiny_run, out):
     assert "# tiny\n" in file.read_text(encoding="utf-8")
 
 
-def test_a_readme_of_the_users_own_is_not_lost(tiny_run, out, capsys):
+def test_a_readme_of_the_user_is_not_lost(tiny_run, out, capsys):
     (out / CARD_FILE).write_text("# My owls\n\nlicense: mine\n", encoding="utf-8")
     assert not is_card(out / CARD_FILE)
     capsys.readouterr()
@@ -133,7 +133,7 @@ def test_a_readme_of_the_users_own_is_not_lost(tiny_run, out, capsys):
     assert (out / CARD_FILE).read_text(encoding="utf-8").startswith("# My owls")
 
 
-def test_a_guest_in_the_onnx_folder_is_not_lost(tiny_run, out, capsys):
+def test_a_foreign_file_in_the_onnx_folder_is_not_lost(tiny_run, out, capsys):
     (out / "onnx" / "notes.txt").write_text("mine")
     assert export(tiny_run, out) == 2
     assert f"{out} also holds onnx/notes.txt, which would be lost" in capsys.readouterr().err
@@ -152,7 +152,7 @@ def test_where_links_are_not_possible_it_is_copied(tiny_run, tmp_path, monkeypat
     assert (tmp_path / "out" / "onnx" / "model.onnx").read_bytes() == (tmp_path / "out" / MODEL_FILE).read_bytes()
 
 
-def test_int8_says_what_it_costs_and_brings_no_large_weights(tiny_run, tmp_path):
+def test_an_int8_card_states_the_loss_and_the_folder_has_no_fp32_weights(tiny_run, tmp_path):
     assert export(tiny_run, tmp_path / "out", "--precision", "int8", "--allow-loss") == 0
     card = (tmp_path / "out" / CARD_FILE).read_text(encoding="utf-8")
     assert "It needs ONNX Runtime 1.23 or newer" in card

@@ -1,4 +1,4 @@
-"""smallm.export.portable: the standard's operators only, and the same numbers under the same contract."""
+"""smallm.export.portable_graph: standard operators only, with the same logits and the same interface."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""smallm.export.precision: few bits lose little, what they lose is measured, and too much of it is not exported."""
+"""smallm.export.precision: quantised matrices lose little, the loss is measured, and a large loss stops the export."""
 
 import json
 from dataclasses import replace
@@ -35,7 +35,7 @@ SHAPES = {
 
 
 def correlated(N, K, rows=2000):
-    """A matrix (N, K), and inputs (rows, K) that go together as activations do."""
+    """A matrix (N, K), and inputs (rows, K) that are correlated like activations."""
     rng = np.random.default_rng(5)
     inputs = rng.normal(size=(rows, K // 4)) @ rng.normal(size=(K // 4, K)) + 0.3 * rng.normal(size=(rows, K))
     return rng.normal(size=(N, K)).astype(np.float32), inputs
@@ -67,7 +67,7 @@ def test_two_codes_of_four_bits_share_a_byte():
 
 
 @pytest.mark.parametrize(("K", "block"), [(64, 16), (64, 64), (70, 32), (20, 64)])
-def test_fitting_beats_rounding_where_inputs_go_together(K, block):
+def test_gptq_beats_rounding_for_correlated_inputs(K, block):
     weights, inputs = correlated(24, K)
 
     def error(matrix):
@@ -78,7 +78,7 @@ def test_fitting_beats_rounding_where_inputs_go_together(K, block):
     assert error(fitted) < 0.6 * error(round_to_nearest(weights, 4, block))
 
 
-def test_fitting_inputs_that_never_come():
+def test_gptq_with_inputs_that_are_always_zero():
     weights, inputs = correlated(8, 32)
     inputs[:, 5:20] = 0
     assert np.isfinite(gptq(weights, inputs.T @ inputs, 4, 16).dequantised()).all()
@@ -129,7 +129,7 @@ def test_the_graph_computes_what_pytorch_does_with_the_same_matrices(config, nam
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_rounding_the_inputs_too_changes_little(name, tmp_path):
-    """The file runs with inputs in 8 bits: id by id and all at once it still says the same."""
+    """The file runs with inputs in 8 bits: passes of one id and of all ids give nearly the same logits."""
     model, path = random_model(n_embd=128), tmp_path / "model.onnx"
     save_onnx(model, path)
     write_quantised(model, manifest_of(model, precision=name), path, PRECISIONS[name])
@@ -181,8 +181,8 @@ def test_int4_is_smaller_still(run, capsys):  # noqa: F811
     assert len(LanguageModel.load(run).generate("the ", 50)) == 54
 
 
-def test_too_much_loss_is_no_export(run, monkeypatch, capsys):  # noqa: F811
-    """Seven codes in the place of 256."""
+def test_too_much_loss_stops_the_export(run, monkeypatch, capsys):  # noqa: F811
+    """Seven codes instead of 256."""
 
     def coarse(weights, bits, block):
         matrix = round_to_nearest(weights, bits, block)
@@ -246,7 +246,7 @@ def test_the_beginning_of_a_long_validation_text(run, monkeypatch):  # noqa: F81
 
 
 @pytest.mark.parametrize("argv", [["--precision"], ["--precision", "int2"], ["--precision", "fp16"]])
-def test_precisions_that_there_are_not(tmp_path, monkeypatch, capsys, argv):
+def test_unknown_precisions(tmp_path, monkeypatch, capsys, argv):
     monkeypatch.chdir(tmp_path)
     code, out, err = run_export(capsys, *argv)
     assert (code, out) == (2, "")
