@@ -1,4 +1,4 @@
-"""`smallm show RUN`: all about one run, for people. Needs no more than the base install, and changes nothing."""
+"""`smallm show RUN`: all about one run. Reads only, and needs no more than the base install."""
 
 import json
 import time
@@ -16,11 +16,12 @@ from smallm.runs.layout import CHECKPOINTS, LOCK, newest_run
 from smallm.runs.next_commands import next_commands
 from smallm.runs.summary import FINISHED, INTERRUPTED, WEIGHTS, Run, bytes_in, find_runs, read_run, step_of
 
-TAIL_BYTES = 1 << 20  # of the metrics
+TAIL_BYTES = 1 << 20  # of metrics.jsonl
 MAX_EVALUATIONS = 8
-MAX_YARDSTICKS = 1 << 16  # bytes of a file that is worth reading
+BASELINES = ("baselines.json", "yardsticks.json")  # the second name is from earlier versions
+MAX_BASELINES = 1 << 16  # bytes
 MAX_SAMPLE, MAX_VALUE = 600, 100  # characters shown
-LABEL = 13  # columns
+LABEL = 13  # columns of the labels
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,12 +42,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def details(run: Run) -> dict[str, Any]:
-    """What a program may want to know: as `smallm runs --json` has it, and more; sizes in bytes."""
+    """The values of `--json`: those of `smallm runs --json` and more; sizes in bytes."""
     return as_json(run) | {
         "settings": run.changed_settings,
         "evaluations": evaluations(run),
         "old_text": next((line for line in reversed(run.metrics) if line.get("kind") == "old_text"), None),
-        "yardsticks": baselines(run.path),
+        "baselines": baselines(run.path),
         "checkpoints": [{"name": folder.name, "step": step_of(folder), "bytes": bytes_in(folder),
                          "best": folder == run.best_checkpoint} for folder in run.checkpoints],
         "export_bytes": {name: bytes_in(run.path / name) for name in run.exports},
@@ -59,17 +60,16 @@ def details(run: Run) -> dict[str, Any]:
 def evaluations(run: Run) -> list[dict[str, Any]]:
     """Step and losses, in nats per character, of the last evaluations."""
     keys = ("step", "epoch", "train_loss", "val_loss")
-    found = [line for line in run.metrics if line.get("kind") == "eval"]
-    good = (int, float, type(None))
-    return [{key: line.get(key) if isinstance(line.get(key), good) else None for key in keys}
-            for line in found[-MAX_EVALUATIONS:]]  # fmt: skip
+    records = [line for line in run.metrics if line.get("kind") == "eval"][-MAX_EVALUATIONS:]
+    return [{key: line.get(key) if isinstance(line.get(key), int | float) else None for key in keys}
+            for line in records]  # fmt: skip
 
 
 def baselines(run: Path) -> dict[str, float]:
-    """Bits per character, by the name of what was measured."""
-    file = run / "baselines.json"
+    """Bits per character of the model, of compressors and of n-gram models, by name."""
+    file = next((run / name for name in BASELINES if (run / name).is_file()), run / BASELINES[0])
     try:
-        if file.stat().st_size > MAX_YARDSTICKS:
+        if file.stat().st_size > MAX_BASELINES:
             return {}
         found = {str(one["name"]): float(one["bits_per_char"]) for one in json.loads(file.read_text("utf-8"))}
         return {name: bits for name, bits in found.items() if 0 <= bits < 1e6}
@@ -78,19 +78,19 @@ def baselines(run: Path) -> dict[str, float]:
 
 
 def last_sample(run: Run) -> str:
-    """What the model wrote at its last evaluation."""
+    """The text that the model generated at its last evaluation."""
     samples = [line["sample"] for line in run.metrics if isinstance(line.get("sample"), str)]
     return samples[-1][:MAX_SAMPLE] if samples else ""
 
 
 def files(run: Run) -> dict[str, int]:
-    """The files at the top of the folder, with their sizes."""
+    """Size of each file directly in the folder, without the lock."""
     found = sorted(file for file in run.path.iterdir() if file.is_file() and file.name != LOCK)
     return {file.name: file.stat().st_size for file in found}
 
 
 def what_next(run: Run) -> list[str]:
-    """The commands that make sense now."""
+    """The commands that are useful now."""
     early = run.step is not None and run.total_steps is not None and run.step < run.total_steps
     state = "out of patience" if run.state == FINISHED and early else run.state
     commands = next_commands(run.path, flatten(run.config), state, run.total_steps)
@@ -103,8 +103,8 @@ def what_next(run: Run) -> list[str]:
 
 
 def lines(run: Run) -> Iterator[str]:
-    """All of it in words."""
-    said = details(run)
+    """The lines for people."""
+    values = details(run)
     yield _line("run", f"{run.path}: {run.state}" + (f"; {run.problem}" if run.problem else ""))
     yield _line("text", run.text or MISSING)
     size = "" if run.parameters is None else f"{short_count(run.parameters)} parameters, "
@@ -116,22 +116,22 @@ def lines(run: Run) -> Iterator[str]:
     if run.val_loss is not None:
         yield _line("best loss", f"{run.val_loss:.4f} nats per character, {run.bits_per_character:.3f} bits, at step "
                     f"{run.best_step:,}")  # fmt: skip
-    if said["yardsticks"]:
-        yield _line("bits per char", ", ".join(f"{name} {bits:.3f}" for name, bits in said["yardsticks"].items()))
-    if (old := said["old_text"]) and all(isinstance(old.get(key), float) for key in ("before", "after")):
+    if values["baselines"]:
+        yield _line("bits per char", ", ".join(f"{name} {bits:.3f}" for name, bits in values["baselines"].items()))
+    if (old := values["old_text"]) and all(isinstance(old.get(key), float) for key in ("before", "after")):
         yield _line("old text", f"{old['before']:.4f} nats per character before, {old['after']:.4f} after, of "
                     f"{old.get('name')}")  # fmt: skip
-    for key, value in said["settings"].items():
-        yield _line("" if key != next(iter(said["settings"])) else "settings", f"{key} = {_value(value)}")
-    yield from _block("evaluations", _evaluations(said["evaluations"]))
+    for key, value in values["settings"].items():
+        yield _line("" if key != next(iter(values["settings"])) else "settings", f"{key} = {_value(value)}")
+    yield from _block("evaluations", _evaluations(values["evaluations"]))
     stored = [(f"{CHECKPOINTS}/{one['name']}", one["bytes"], "best" if one["best"] else "")
-              for one in said["checkpoints"]]  # fmt: skip
-    stored += [(name, size, run.exports[name]) for name, size in said["export_bytes"].items()]
-    stored += [(name, size, "") for name, size in said["files"].items()]
+              for one in values["checkpoints"]]  # fmt: skip
+    stored += [(name, size, run.exports[name]) for name, size in values["export_bytes"].items()]
+    stored += [(name, size, "") for name, size in values["files"].items()]
     yield from _block("files", table([[printable(name), f"{short_count(size)}B", printable(what)]
                                       for name, size, what in stored], left=(0, 2)) if stored else [])  # fmt: skip
-    yield from _block("sample", [printable(line) for line in said["sample"].strip("\n").split("\n") if said["sample"]])
-    yield from _block("next", [printable(command) for command in said["next"]])
+    yield from _block("sample", list(map(printable, values["sample"].strip("\n").split("\n") if values["sample"] else [])))
+    yield from _block("next", [printable(command) for command in values["next"]])
 
 
 def _evaluations(found: list[dict[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Run folders: where a training run leaves everything, and how the other commands find it again."""
+"""The layout of a run folder, and how commands find a run."""
 
 from pathlib import Path
 
@@ -7,17 +7,17 @@ from smallm.errors import UserError
 RUNS = Path("runs")
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
-LOCK = ".lock"  # held by who trains the run
+LOCK = ".lock"  # locked while a process trains the run
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"
 VALIDATION = "validation.txt"
-OLD_VALIDATION = "old_validation.txt"  # of the run that this one was begun from
+OLD_VALIDATION = "old_validation.txt"  # of the run whose weights this run started from
 
 
 def new_run(out: str | Path | None, name: str) -> Path:
-    """The folder of a new run: `out`, or the first free of `runs/name`, `runs/name-2`, …
+    """The folder of a new run: `out`, or the first of `runs/name`, `runs/name-2`, … that does not exist.
 
-    Raises `UserError` if `out` holds a run already.
+    Raises `UserError` if `out` already holds a run or is a file.
     """
     if out is not None:
         path = Path(out)
@@ -34,12 +34,12 @@ def new_run(out: str | Path | None, name: str) -> Path:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder holds a run."""
+    """Whether a folder is a run."""
     return (path / METRICS).is_file() or (path / CHECKPOINTS).is_dir()
 
 
 def newest_run() -> Path:
-    """The run in `runs/` that was written to last. Raises `UserError` if there is none."""
+    """The run in `runs/` whose metrics were written last. Raises `UserError` if there is no run."""
     runs = [path for path in RUNS.glob("*") if (path / METRICS).is_file()]
     if not runs:
         raise UserError("no run found in runs/; train one with `python train.py`, or name a folder")
@@ -47,7 +47,7 @@ def newest_run() -> Path:
 
 
 def validation_text(model: Path) -> Path:
-    """The validation text of the run that `model` is, or was exported from. Raises `UserError`."""
+    """The validation text of a run, of one of its checkpoints or of its export. Raises `UserError` if it is missing."""
     for folder in (model, *model.resolve().parents[:2]):
         if (folder / VALIDATION).is_file():
             return folder / VALIDATION

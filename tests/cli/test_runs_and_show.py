@@ -1,4 +1,4 @@
-"""`smallm runs` and `smallm show`: they tell what is in run folders, whoever wrote them, and change nothing."""
+"""`smallm runs` and `smallm show` describe run folders of any origin and change nothing."""
 
 import json
 import math
@@ -54,7 +54,7 @@ def evaluated(run: Path) -> list[dict]:
     return [record for record in records if record["kind"] == "eval"]
 
 
-# What there is to tell.
+# What the commands show.
 
 
 def test_a_finished_run(runs, capsys):
@@ -142,7 +142,7 @@ def test_show_as_json(runs, capsys):
     (best,) = (one for one in run["checkpoints"] if one["best"])
     folder = best_checkpoint(runs / "tiny")
     assert best["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
-    assert run["yardsticks"].keys() >= {"model", "gzip", "xz"}
+    assert run["baselines"].keys() >= {"model", "gzip", "xz"}
     assert run["sample"] == evaluated(runs / "tiny")[-1]["sample"]
 
 
@@ -154,11 +154,17 @@ def test_a_run_that_does_not_tell_its_changed_settings_shows_all_settings(runs, 
     assert "model.dropout" in run["settings"]
 
 
+def test_the_old_name_of_the_baselines_is_read(runs, capsys):
+    expected = json.loads(shown(capsys, "runs/tiny", "--json"))["baselines"]
+    (runs / "tiny/baselines.json").rename(runs / "tiny/yardsticks.json")
+    assert json.loads(shown(capsys, "runs/tiny", "--json"))["baselines"] == expected
+
+
 def test_show_takes_the_newest_run(runs, capsys):
     assert shown(capsys) == shown(capsys, "runs/tiny")
 
 
-def test_an_interrupted_run_says_how_to_go_on(runs, capsys):
+def test_an_interrupted_run_shows_how_to_resume(runs, capsys):
     for folder in checkpoints(runs / "tiny"):
         edit_state(folder, lambda values: values.update(planned_steps=80))
     out = shown(capsys, "runs/tiny")
@@ -188,7 +194,7 @@ sys.exit(code)
     assert done.stdout.endswith("[]\n")
 
 
-# What people may come with.
+# Wrong arguments and damaged folders.
 
 
 def test_no_runs(tmp_path, monkeypatch, capsys):
@@ -202,7 +208,7 @@ def test_no_runs(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("argv", [["runs", "nowhere"], ["runs", __file__], ["show", "nowhere"], ["show", "."], ["show"],
                                   ["show", __file__], ["runs", "--sort"]], ids=" ".join)  # fmt: skip
-def test_what_is_no_run_is_one_line(tmp_path, monkeypatch, capsys, argv):
+def test_a_path_that_is_not_a_run_is_one_line(tmp_path, monkeypatch, capsys, argv):
     monkeypatch.chdir(tmp_path)
     assert cli.run(getattr(cli, argv[0]), argv[1:]) == 2
     out, err = capsys.readouterr()
@@ -217,7 +223,7 @@ DAMAGE = {
         (run / "metrics.jsonl").read_bytes() + b'{"kind": "eval", "step": 61, "sam'
     ),
     "other lines": lambda run: (run / "metrics.jsonl").write_text('[]\n7\n{"kind": "eval"}\n' + "[" * 10**5 + "\n\xff"),
-    "numbers that are none": lambda run: (run / "metrics.jsonl").write_text(
+    "invalid numbers": lambda run: (run / "metrics.jsonl").write_text(
         '{"kind": "eval", "step": NaN, "val_loss": "low", "epoch": [], "sample": 7}\n'
         '{"kind": "eval", "step": 1e400, "val_loss": -1, "train_loss": {}, "sample": ""}\n'
         '{"kind": "old_text", "before": "a", "after": null}\n'
@@ -235,15 +241,15 @@ DAMAGE = {
                                          seconds="long", best_step=True))
         for f in checkpoints(run)
     ],
-    "config of sections that are none": lambda run: [
+    "invalid config sections": lambda run: [
         edit_state(f, lambda v: v.update(config={"data": {"source": 7}, "train": 3, NASTY: {NASTY: NASTY}}))
         for f in checkpoints(run)
     ],
     "no config": lambda run: (shutil.rmtree(run / "checkpoints"), (run / "config.toml").unlink()),
-    "config that is no TOML": lambda run: (shutil.rmtree(run / "checkpoints"), (run / "config.toml").write_text("=")),
-    "another yardsticks": lambda run: (run / "baselines.json").write_text('[{"name": 7, "bits_per_char": "x"}, 3]'),
-    "an export that is none": lambda run: (run / "export" / "smallm.json").write_text("["),
-    "a precision that is none": lambda run: (run / "export" / "smallm.json").write_text('{"precision": 7}'),
+    "config that is not TOML": lambda run: (shutil.rmtree(run / "checkpoints"), (run / "config.toml").write_text("=")),
+    "other baselines": lambda run: (run / "baselines.json").write_text('[{"name": 7, "bits_per_char": "x"}, 3]'),
+    "an invalid export": lambda run: (run / "export" / "smallm.json").write_text("["),
+    "an invalid precision": lambda run: (run / "export" / "smallm.json").write_text('{"precision": 7}'),
     "a nasty text": lambda run: [edit_state(f, lambda v: v["facts"].update(text=NASTY * 50)) for f in checkpoints(run)],
     "a nasty precision": lambda run: (run / "export" / "smallm.json").write_text(json.dumps({"precision": NASTY * 9})),
     "a nasty sample": lambda run: (run / "metrics.jsonl").write_text(json.dumps(
@@ -253,7 +259,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_damage_is_told_and_never_a_traceback(runs, capsys, monkeypatch, what):
+def test_damage_is_reported_without_a_traceback(runs, capsys, monkeypatch, what):
     DAMAGE[what](runs / "tiny")
     monkeypatch.setenv("COLUMNS", "80")
     for command, argv in ((cli.runs, []), (cli.runs, ["--json"]), (cli.show, ["runs/tiny"]),
@@ -266,7 +272,7 @@ def test_damage_is_told_and_never_a_traceback(runs, capsys, monkeypatch, what):
         if argv == ["--json"]:
             (run,) = json.loads(out)
             assert (run["state"] == "broken") == (what in ("state of zeros", "state of another version", "no config",
-                                                           "config that is no TOML")), run  # fmt: skip
+                                                           "config that is not TOML")), run  # fmt: skip
         elif not argv:
             assert all(columns_of(line) <= 80 for line in out.splitlines()), out
 
@@ -280,7 +286,7 @@ def test_a_nasty_folder(runs, capsys):
     assert all(c.isprintable() or c == "\n" for c in out)
 
 
-def test_of_long_metrics_the_end_is_read(runs):
+def test_only_the_end_of_long_metrics_is_read(runs):
     line = json.dumps({"kind": "train", "step": 1, "loss": 1.0, "note": "x" * 1000}).encode() + b"\n"
     file = runs / "tiny" / "metrics.jsonl"
     kept = file.read_bytes()
