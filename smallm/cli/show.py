@@ -130,7 +130,8 @@ def lines(run: Run) -> Iterator[str]:
     stored += [(name, size, "") for name, size in values["files"].items()]
     yield from _block("files", table([[printable(name), f"{short_count(size)}B", printable(what)]
                                       for name, size, what in stored], left=(0, 2)) if stored else [])  # fmt: skip
-    yield from _block("sample", list(map(printable, values["sample"].strip("\n").split("\n") if values["sample"] else [])))
+    sample = values["sample"].strip("\n").split("\n") if values["sample"] else []
+    yield from _block("sample", list(map(printable, sample)))
     yield from _block("next", [printable(command) for command in values["next"]])
 
 
