@@ -32,8 +32,8 @@ from smallm.generation.stop_strings import StopStrings
 from smallm.model_file.onnx_reader import MODEL, OPERATORS, fields, packed, read_message, read_onnx
 from smallm.runs.state_file import read_json
 from smallm.training.checkpoint.manager import best_checkpoint
-from smallm.training.checkpoint.qwen3 import to_qwen3
-from smallm.training.checkpoint.safe_load import check_fits, weight_shapes
+from smallm.training.checkpoint.qwen3 import to_qwen3, weight_shapes
+from smallm.training.checkpoint.safe_load import check_fits
 from smallm.training.config import Config, ModelConfig, check_types
 from smallm.training.model.transformer import TransformerLanguageModel
 
@@ -417,7 +417,7 @@ def test_weights_that_fit(weights):
     ],
 )  # fmt: skip
 def test_a_config_that_the_weights_do_not_fill(weights, config, vocab_size):
-    with pytest.raises(UserError, match=r"^\S+/model.safetensors does not fit the model it should hold: [^\n]*$"):
+    with pytest.raises(UserError, match=r"^\S+/model.safetensors does not match its config: [^\n]*$"):
         check_fits(weights, config, vocab_size)
 
 
@@ -432,7 +432,7 @@ def test_a_model_of_terabytes_is_refused_before_it_is_built(refused, text_file):
 def test_weights_that_are_whole_numbers(weights, tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({name: tensor.int() for name, tensor in load_file(weights).items()}, file)
-    with pytest.raises(UserError, match="no floats"):
+    with pytest.raises(UserError, match="must be floating-point"):
         check_fits(file, SMALL, 300)
 
 
@@ -441,7 +441,7 @@ def test_weights_that_are_whole_numbers(weights, tmp_path):
 )
 def test_weights_that_are_none(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match=r"truncated or no safetensors file|does not fit"):
+    with pytest.raises(UserError, match=r"truncated or not a safetensors file|does not match"):
         check_fits(tmp_path / "model.safetensors", SMALL, 300)
 
 

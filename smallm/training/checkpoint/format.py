@@ -1,9 +1,11 @@
-"""Checkpoints: safetensors and JSON, written aside and renamed, each a Hugging Face model folder. No pickle.
+"""The format of a checkpoint: a folder of safetensors and JSON files, which is also a Hugging Face model folder.
 
 checkpoints/step-000500/
     model.safetensors, config.json, generation_config.json, tokenizer.json, tokenizer_config.json
-    optimizer.safetensors     moments by parameter name
-    training_state.json       step, losses, resolved config, fingerprint of the text, versions; sha256 of all the others
+    optimizer.safetensors     optimiser state by parameter name
+    training_state.json       step, losses, resolved config, fingerprint of the text, versions, SHA-256 of the others
+
+A checkpoint is written into a temporary folder and renamed, so it is either complete or absent. Pickle is never used.
 """
 
 import hashlib
@@ -35,48 +37,52 @@ from smallm.training.optim.optimizers import moment_names
 
 @dataclass
 class TrainingState:
-    """Where a run stands; with the weights, the moments and the config it is all that resuming needs."""
+    """The progress of a run. Together with weights, optimiser state and config, all that a resume needs."""
 
     step: int = 0
-    """Steps done."""
+    """Number of optimiser steps done."""
     val_loss: float | None = None
-    """Validation loss at this step, in nats per character; None if it was not measured."""
+    """Validation loss at this step, in nats per character; None if not evaluated."""
     best_val_loss: float | None = None
+    """Lowest validation loss so far, in nats per character."""
     best_step: int = 0
+    """Step of the lowest validation loss."""
     evaluations_since_best: int = 0
+    """Number of evaluations after `best_step`."""
     planned_steps: int = 0
-    """Steps of the whole run; under train.minutes as they were expected at this one."""
+    """Number of steps of the whole run; under train.minutes the estimate at this step."""
     seconds: float = 0.0
-    """Time spent so far, from the start of the program; of a resumed part, from the first step."""
+    """Training time so far. The first part counts from the start of the program, a resumed part from its first step."""
     fingerprint: str = ""
-    """sha256 of the text."""
+    """SHA-256 of the text."""
     start_text: str = "\n"
+    """Seed text of samples, if sample.seed is empty."""
     base_vocab_size: int = 0
-    """Of a run begun with `train.init_from`: the ids that the model had before; 0 of any other."""
+    """Size of the vocabulary of the model that train.init_from names; 0 without train.init_from."""
     old_text_loss: float | None = None
-    """What the model had, before this run, on the text that it knew; in nats per character."""
+    """Loss of that model on its own validation text before this run, in nats per character."""
     scaler: dict[str, float] = field(default_factory=dict)
     """State of the fp16 loss scaler; empty in other precisions."""
     skipped_steps: int = 0
-    """Steps that were left out, because the gradient was no number."""
+    """Number of steps skipped because the gradient was not finite."""
     skipped_in_a_row: int = 0
-    """How many of them are the last ones."""
+    """Number of skipped steps in a row up to this step."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Text, device, versions: what the reader of an export may want to know."""
+    """Name and size of the text, device, versions: copied into exports."""
 
 
 @dataclass(frozen=True)
 class TrainingTensors:
-    """What a checkpoint holds of model and optimiser, whole and on the CPU."""
+    """Weights and optimiser state, unsharded and on the CPU, as a checkpoint stores them."""
 
     weights: dict[str, Tensor]
-    """By the names that Qwen3 has for them."""
+    """Qwen3's parameter name -> tensor."""
     moments: dict[str, Tensor]
-    """`parameter.exp_avg` -> tensor, for each tensor of the optimiser's state."""
+    """`parameter.exp_avg` -> tensor, for each tensor of the optimiser state."""
 
     @classmethod
     def gather(cls, model: TransformerLanguageModel, optimizer: torch.optim.Optimizer) -> "TrainingTensors":
-        """Gathers what is spread over processes: all of them must call this."""
+        """Collects the tensors of model and optimiser. All processes must call this if the model is sharded."""
         weights = to_qwen3({name: full_tensor(tensor) for name, tensor in model.state_dict().items()}, model.config)
         moments = {
             f"{name}.{key}": full_tensor(tensor).detach().cpu().contiguous()
@@ -87,46 +93,52 @@ class TrainingTensors:
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The folder of the checkpoint of a step."""
     return run / CHECKPOINTS / f"step-{step:06d}"
 
 
 def save_checkpoint(
     run: Path, state: TrainingState, config: Config, tensors: TrainingTensors, vocabulary: Vocabulary
 ) -> Path:
-    """Writes `checkpoints/step-NNNNNN` as a whole or not at all, and returns it. Raises `OSError`."""
+    """Writes the folder `checkpoints/step-NNNNNN` and returns its path.
+
+    A checkpoint of the same step is replaced. If anything fails, the old checkpoint stays and nothing else is left
+    behind. Raises `OSError`.
+    """
     folder = checkpoint_folder(run, state.step)
-    aside, old = (folder.with_name(f".{folder.name}.{os.getpid()}{ending}") for ending in ("", ".old"))
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    unfinished, old = (folder.with_name(f".{folder.name}.{os.getpid()}{ending}") for ending in ("", ".old"))
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     try:
-        save_file(tensors.weights, aside / "model.safetensors", metadata={"format": "pt"})
-        save_file(tensors.moments, aside / "optimizer.safetensors")
+        save_file(tensors.weights, unfinished / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors.moments, unfinished / "optimizer.safetensors")
         for name, content in hugging_face_files(config, vocabulary).items():
-            _write_json(aside / name, content)
+            _write_json(unfinished / name, content)
         values = {"format_version": FORMAT_VERSION, **asdict(state), "config": config.to_dict(),
                   CHANGED: config.changed()}  # fmt: skip
-        values["sha256"] = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
-        _write_json(aside / STATE_FILE, values | {CHECKSUM: checksum(values)})
-        mode = (aside / STATE_FILE).stat().st_mode
-        for file in aside.iterdir():
-            file.chmod(mode)  # safetensors keeps its files from everyone else
+        values["sha256"] = {file.name: _sha256(file) for file in sorted(unfinished.iterdir())}
+        _write_json(unfinished / STATE_FILE, values | {CHECKSUM: checksum(values)})
+        mode = (unfinished / STATE_FILE).stat().st_mode
+        for file in unfinished.iterdir():
+            file.chmod(mode)  # safetensors creates files that only their owner may read
             _sync(file)
-        _sync(aside)
+        _sync(unfinished)
         if folder.exists():
             folder.rename(old)
-        aside.rename(folder)
+        unfinished.rename(folder)
         _sync(folder.parent)
     except SafetensorError as error:
         raise OSError(f"{folder}: {error}") from None
     finally:
-        for left in (aside, old):
-            shutil.rmtree(left, ignore_errors=True)
+        if old.exists() and not folder.exists():  # interrupted between the two renames
+            old.rename(folder)
+        for leftover in (unfinished, old):
+            shutil.rmtree(leftover, ignore_errors=True)
     return folder
 
 
 def read_state(folder: Path) -> tuple[TrainingState, Config]:
-    """`training_state.json` of a checkpoint. Raises `UserError` if it is broken."""
+    """State and config from `training_state.json` of a checkpoint. Raises `UserError` if the file is broken."""
     values = read_state_file(folder)
     try:
         for key in ("format_version", "sha256"):
@@ -135,7 +147,7 @@ def read_state(folder: Path) -> tuple[TrainingState, Config]:
         config, state = Config.from_dict(values.pop("config")), TrainingState(**values)
         check_types(state)
         if not all(type(n) is int and n >= 0 for n in (state.step, state.best_step, state.evaluations_since_best)):
-            raise ValueError("a number of steps is none")
+            raise ValueError("step counts must not be negative")
         return state, config
     except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         reason = f" ({error})" if isinstance(error, UserError) else ""
@@ -143,15 +155,15 @@ def read_state(folder: Path) -> tuple[TrainingState, Config]:
 
 
 def verify(folder: Path) -> str:
-    """What is wrong with the files of a checkpoint, in a few words; nothing, if they are as they were written."""
+    """Compares all files of a checkpoint with their checksums; returns the first problem, or "" if all are intact."""
     try:
-        sums = read_state_file(folder)["sha256"]
-        for name in sorted(sums):
+        checksums = read_state_file(folder)["sha256"]
+        for name in sorted(checksums):
             file = folder / Path(name).name
             if not file.is_file():
                 return f"{name} is missing"
-            if _sha256(file) != sums[name]:
-                return f"{name} is not as it was written"
+            if _sha256(file) != checksums[name]:
+                return f"{name} does not match its checksum"
     except UserError as error:
         return str(error).removeprefix(f"{folder}/")
     except (OSError, TypeError, AttributeError, KeyError) as error:
@@ -160,7 +172,7 @@ def verify(folder: Path) -> str:
 
 
 def load_model(folder: Path, device: str | torch.device = "cpu") -> TransformerLanguageModel:
-    """The model of a checkpoint, in eval mode. Raises `UserError`."""
+    """The model of a checkpoint, in eval mode, on `device`. Raises `UserError` if the checkpoint is damaged."""
     config, vocabulary = read_state(folder)[1], load_vocabulary(folder)
     check_fits(folder / "model.safetensors", config.model, vocabulary.size)
     model = TransformerLanguageModel(vocabulary.size, config.model)
@@ -169,7 +181,7 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> TransformerL
 
 
 def load_vocabulary(folder: Path) -> Vocabulary:
-    """The vocabulary of a checkpoint, from its `tokenizer.json`."""
+    """The vocabulary in `tokenizer.json` of a checkpoint. Raises `UserError` if the file is broken."""
     try:
         return Vocabulary.from_tokenizer_json(read_json(folder / "tokenizer.json"))
     except (OSError, ValueError):
@@ -179,7 +191,10 @@ def load_vocabulary(folder: Path) -> Vocabulary:
 def load_weights(
     folder: Path, model: TransformerLanguageModel, extend: Callable[[Tensor], Tensor] = lambda embedding: embedding
 ) -> None:
-    """Weights into the model; every name and shape must fit. extend: what to make of the embedding (V, C) before."""
+    """Loads the weights of a checkpoint into `model`. Raises `UserError` unless all names and shapes match.
+
+    extend: applied to the stored embedding (V, C) first, to add rows for new ids.
+    """
     tensors, parameters = _load_tensors(folder / "model.safetensors"), dict(model.named_parameters())
     try:
         weights = from_qwen3(tensors, model.config)
@@ -188,22 +203,22 @@ def load_weights(
         model.load_state_dict(weights, strict=True)
     except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{folder / 'model.safetensors'} does not fit the model it should hold: {reason}") from None
+        raise UserError(f"{folder / 'model.safetensors'} does not match its config: {reason}") from None
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Moments into the optimiser, each beside its parameter; every name and shape must fit."""
+    """Loads the optimiser state of a checkpoint. Raises `UserError` unless all names and shapes match."""
     file = folder / "optimizer.safetensors"
     tensors, moments = _load_tensors(file), moment_names(optimizer)
     for name, parameter in model.named_parameters():
         for key in moments[parameter]:
             tensor = tensors.pop(f"{name}.{key}", None)
             if tensor is None or tensor.shape != (() if key == "step" else parameter.shape):
-                raise UserError(f"{file} does not fit the optimiser of this run: see {name}.{key}")
+                raise UserError(f"{file} does not match the optimiser of this run: see {name}.{key}")
             tensor = tensor.to(parameter.device)
             optimizer.state[parameter][key] = tensor if key == "step" else shard_like(parameter, tensor)
     if tensors:
-        raise UserError(f"{file} does not fit the optimiser of this run: {next(iter(tensors))} is left over")
+        raise UserError(f"{file} does not match the optimiser of this run: unexpected {next(iter(tensors))}")
 
 
 def _sha256(file: Path) -> str:
@@ -216,7 +231,7 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{file} is missing, truncated or no safetensors file ({error}); use another checkpoint"
+            f"{file} is missing, truncated or not a safetensors file ({error}); use another checkpoint"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which there are, which of them are intact, which is the best and which may go."""
+"""The checkpoints of a run: listing, newest and best intact checkpoint, quarantine of damaged ones, pruning."""
 
 import re
 import shutil
@@ -16,11 +16,11 @@ from smallm.training.checkpoint.format import checkpoint_folder, read_state, ver
 from smallm.training.config import Config
 
 _NAME = re.compile(r"step-\d{6,}")
-_DAMAGED = ".damaged"  # the ending of the name of a checkpoint that was put aside
+_DAMAGED = ".damaged"  # suffix of quarantined checkpoints
 
 
 def write_run_files(run: Path, config: Config, val_pieces: Iterable[str]) -> None:
-    """Puts into a run what is to stand there before its first checkpoint. Raises `UserError`."""
+    """Writes config.toml and the validation text into a run folder. Raises `UserError` if that fails."""
     try:
         with (run / VALIDATION).open("w", encoding="utf-8", newline="") as file:
             file.writelines(val_pieces)
@@ -30,7 +30,10 @@ def write_run_files(run: Path, config: Config, val_pieces: Iterable[str]) -> Non
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; whether their files are intact is for `verify` to say."""
+    """The checkpoint folders of a run, oldest first, damaged ones included.
+
+    Raises `UserError` if `run` is not a run folder.
+    """
     if not is_run(run):
         raise UserError(f"{run} is not a run folder; train one with `python train.py --out {run}`")
     found = [folder for folder in (run / CHECKPOINTS).glob("step-*") if _NAME.fullmatch(folder.name)]
@@ -38,9 +41,9 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def newest_checkpoint(run: Path, on_damaged: Callable[[Path, str], None]) -> Path | None:
-    """The newest intact checkpoint; None if training did not come to one. Raises `UserError` if all are damaged.
+    """The newest intact checkpoint; None if the run has no checkpoint. Raises `UserError` if all are damaged.
 
-    on_damaged: is told of each newer one that is damaged, and of what is wrong with it.
+    on_damaged: called with each newer, damaged checkpoint and its problem.
     """
     found, problem = checkpoints(run), ""
     for folder in reversed(found):
@@ -48,53 +51,56 @@ def newest_checkpoint(run: Path, on_damaged: Callable[[Path, str], None]) -> Pat
             return folder
         on_damaged(folder, problem)
     if found:
-        raise UserError(f"all checkpoints of {run} are damaged ({found[0].name}: {problem}); train it anew")
+        raise _all_damaged(run, found[0], problem)
     return None
 
 
 def quarantine(folder: Path) -> None:
-    """Takes a damaged checkpoint out of the way; `prune` removes it once there is a newer one."""
-    aside = folder.with_name(folder.name + _DAMAGED)
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
+    """Renames a damaged checkpoint, so that it no longer counts; `prune` deletes it after the next save."""
+    target = folder.with_name(folder.name + _DAMAGED)
+    shutil.rmtree(target, ignore_errors=True)
+    folder.rename(target)
 
 
 def best_checkpoint(run: Path) -> Path:
-    """The intact checkpoint with the lowest validation loss; the newest, if none was evaluated.
+    """The intact checkpoint with the lowest validation loss; the newest one if none was evaluated.
 
-    Raises `UserError` if there is none; a damaged one is passed over with a line on stderr.
+    Prints a warning to stderr for each damaged checkpoint. Raises `UserError` if no checkpoint is intact.
     """
     found = checkpoints(run)
     problems = {folder: verify(folder) for folder in found}
     intact = [folder for folder in found if not problems[folder]]
     if not found:
-        raise UserError(f"{run} has no checkpoint yet; go on with `python train.py --resume {run}`")
+        raise UserError(f"{run} has no checkpoint yet; continue with `python train.py --resume {run}`")
     if not intact:
-        newest, problem = found[-1].name, problems[found[-1]]
-        raise UserError(f"all checkpoints of {run} are damaged ({newest}: {problem}); train it anew")
-    for folder in found:
-        if problems[folder]:
-            print(f"warning: {folder} is damaged ({problems[folder]}); using another checkpoint", file=sys.stderr)
+        raise _all_damaged(run, found[-1], problems[found[-1]])
+    for folder, problem in problems.items():
+        if problem:
+            print(f"warning: {folder} is damaged ({problem}); using another checkpoint", file=sys.stderr)
     scored = [(loss, folder) for folder in intact if (loss := read_state(folder)[0].val_loss) is not None]
     return min(scored)[1] if scored else intact[-1]
 
 
 def saved_config(run: Path) -> Config:
-    """The resolved config of a run, from its newest checkpoint; before there is one, from what it began with."""
+    """The resolved config of a run, from its newest intact checkpoint, or from config.toml before the first one."""
     folder = newest_checkpoint(run, on_damaged=lambda folder, problem: None)
     if folder is not None:
         return read_state(folder)[1]
     try:
         return Config.from_dict(read_toml(run / CONFIG))
     except (TypeError, UserError):
-        raise UserError(f"{run} has no checkpoint yet, nor a whole {CONFIG}; remove it and train anew") from None
+        raise UserError(f"{run} has neither a checkpoint nor a readable {CONFIG}; delete it and train again") from None
 
 
 def prune(run: Path, best_step: int, keep_last: int) -> None:
-    """Removes all checkpoints but the newest `keep_last` and the best."""
+    """Deletes all checkpoints except the newest `keep_last` and the best; also unfinished and quarantined ones."""
     for folder in checkpoints(run)[:-keep_last]:
         if folder != checkpoint_folder(run, best_step):
             shutil.rmtree(folder)
-    halves = (run / CHECKPOINTS).glob(".step-*")  # left behind by a kill in the middle of a save
-    for left in (*halves, *(run / CHECKPOINTS).glob(f"step-*{_DAMAGED}")):
-        shutil.rmtree(left)
+    for pattern in (".step-*", f"step-*{_DAMAGED}"):
+        for leftover in (run / CHECKPOINTS).glob(pattern):
+            shutil.rmtree(leftover)
+
+
+def _all_damaged(run: Path, folder: Path, problem: str) -> UserError:
+    return UserError(f"all checkpoints of {run} are damaged ({folder.name}: {problem}); train again")

@@ -1,6 +1,6 @@
-"""What a model would cost is known before it is built, and what a checkpoint claims is held against what it holds.
+"""Checks before a model is built: its weights must match the checkpoint and fit in memory.
 
-Checkpoints come from strangers too, and a slip of the finger is soon a model of terabytes.
+A checkpoint may come from an untrusted source, and a typing error in a config may describe a model of terabytes.
 """
 
 import math
@@ -10,39 +10,42 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from smallm.errors import UserError
+from smallm.training.checkpoint.qwen3 import weight_shapes
 from smallm.training.config import ModelConfig
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-ROTARY_ROOM = 1 << 18  # positions times head_dim that any model may have, however small its file
+MAX_ROTARY_SIZE = 1 << 18  # block_size times head_dim, in addition to the size of the file in bytes
 
 
 def check_fits(file: Path, config: ModelConfig, vocab_size: int) -> None:
-    """Raises `UserError` unless `file`, in safetensors, holds the weights of just this model; allocates nothing.
+    """Raises `UserError` unless the safetensors `file` holds exactly the weights of this model.
 
-    So a model is never larger than the file that fills it, and its context no longer than the file makes plausible.
+    Only the header is read, nothing is allocated. After this check a model is no larger than its file, and block_size
+    is plausible for a file of this size.
     """
     try:
         with safe_open(file, framework="pt") as tensors:
-            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            found = {name: tuple(part.get_shape()) for name, part in parts.items()}
-            types = {part.get_dtype() for part in parts.values()}
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            found = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            types = {part.get_dtype() for part in slices.values()}
         size = file.stat().st_size
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is missing, truncated or no safetensors file ({error})") from None
-    wanted = weight_shapes(config, vocab_size)
-    problem = next((name for name in sorted(wanted.keys() | found.keys()) if found.get(name) != wanted.get(name)), "")
+        raise UserError(f"{file} is missing, truncated or not a safetensors file ({error})") from None
+    expected = weight_shapes(config, vocab_size)
+    names = sorted(expected.keys() | found.keys())
+    problem = next((name for name in names if found.get(name) != expected.get(name)), "")
     if problem:
-        problem = f"{problem} is {found.get(problem, 'missing')} instead of {wanted.get(problem, 'missing')}"
+        problem = f"{problem} is {found.get(problem, 'missing')} instead of {expected.get(problem, 'missing')}"
     elif not types <= FLOATS:
-        problem = "it holds numbers that are no floats"
-    elif config.block_size * config.head_dim > ROTARY_ROOM + size:
-        problem = f"it is too small for model.block_size = {config.block_size}"
+        problem = "its tensors must be floating-point"
+    elif config.block_size * config.head_dim > MAX_ROTARY_SIZE + size:
+        problem = f"the file is too small for model.block_size = {config.block_size}"
     if problem:
-        raise UserError(f"{file} does not fit the model it should hold: {problem}")
+        raise UserError(f"{file} does not match its config: {problem}")
 
 
 def check_memory(config: ModelConfig) -> None:
-    """Raises `UserError` if the weights alone are more than this machine's memory; systems often promise it all."""
+    """Raises `UserError` if the weights alone exceed the memory of this machine (operating systems overcommit)."""
     parameters = sum(map(math.prod, weight_shapes(config, 256).values()))
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -50,20 +53,6 @@ def check_memory(config: ModelConfig) -> None:
         return
     if 4 * parameters > memory:
         raise UserError(
-            f"a model of {parameters:,} parameters does not fit into this machine's {memory / 1e9:.0f} GB of memory; "
+            f"a model of {parameters:,} parameters does not fit in this machine's {memory / 1e9:.0f} GB of memory; "
             "use a smaller model.n_embd or model.n_layer"
         )
-
-
-def weight_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of each tensor of `model.safetensors`, as `to_qwen3` writes them."""
-    C, hd, inner = config.n_embd, config.head_dim, config.inner
-    q, kv = config.n_head * hd, config.kv_heads * hd
-    layer = {
-        "input_layernorm": (C,), "post_attention_layernorm": (C,), "self_attn.q_norm": (hd,), "self_attn.k_norm": (hd,),
-        "self_attn.q_proj": (q, C), "self_attn.k_proj": (kv, C), "self_attn.v_proj": (kv, C),
-        "self_attn.o_proj": (C, q),
-        "mlp.gate_proj": (inner, C), "mlp.up_proj": (inner, C), "mlp.down_proj": (C, inner),
-    }  # fmt: skip
-    layers = {f"layers.{i}.{name}": shape for i in range(config.n_layer) for name, shape in layer.items()}
-    return {f"model.{name}.weight": s for name, s in ({"embed_tokens": (vocab_size, C), "norm": (C,)} | layers).items()}

@@ -1,4 +1,4 @@
-"""smallm.training.checkpoint: a folder that others can open, that is whole or not there, and read with suspicion."""
+"""smallm.training.checkpoint.format: opens in transformers, is complete or absent, and damage is detected."""
 
 import os
 import pickle
@@ -78,23 +78,23 @@ def message(call, *args):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A checkpoint of its own to spoil."""
+    """A checkpoint that the test may damage."""
     return save(tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """One that is put in order again."""
+    """A checkpoint shared by tests that restore it."""
     return save(tmp_path_factory.mktemp("saved") / "run")
 
 
-# What others read.
+# Other software.
 
 
-def test_folder_holds_what_it_promises(tiny_run):
+def test_files_of_a_checkpoint(tiny_run):
     for folder in checkpoints(tiny_run):
         assert {file.name for file in folder.iterdir()} == SAVED
-        assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # who may read one may read all
+        assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # all have the same permissions
 
 
 @pytest.mark.parametrize(("n_kv_head", "window"), [(0, 0), (2, 0), (1, 0), (2, 7)])
@@ -144,7 +144,7 @@ def test_transformers_generates_with_the_saved_defaults(tiny_run):
     assert (theirs.do_sample, theirs.temperature, theirs.top_k) == (True, sample.temperature, sample.top_k)
 
 
-def test_nothing_that_a_run_writes_is_a_pickle_or_a_zip(tiny_run, exported, corpus_cache):
+def test_runs_and_exports_contain_no_pickle_and_no_zip(tiny_run, exported, corpus_cache):
     folders = (tiny_run, exported, Path(os.environ["SMALLM_CACHE"]))
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     assert len(files) > 2 * len(SAVED)
@@ -158,15 +158,15 @@ def test_nothing_that_a_run_writes_is_a_pickle_or_a_zip(tiny_run, exported, corp
 
 
 def is_pickle(data):
-    """Whether it could be loaded as one: opcodes up to the last, with something that is called or built among them."""
+    """Whether the data parse as a pickle of more than three opcodes."""
     try:
         names = [opcode.name for opcode, _, _ in pickletools.genops(data)]
-    except Exception:  # whatever it trips over
+    except Exception:
         return False
     return len(names) > 3
 
 
-def test_the_search_for_pickles_finds_some():
+def test_is_pickle_detects_pickles():
     for protocol in range(6):
         assert is_pickle(pickle.dumps({"a": [1.5, Path("x")]}, protocol=protocol))
     assert not is_pickle(b"PROTO")
@@ -176,7 +176,7 @@ def test_the_search_for_pickles_finds_some():
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw", "adam"])
-def test_weights_and_moments_come_back_bit_for_bit(tmp_path, name):
+def test_weights_and_moments_are_restored_bit_for_bit(tmp_path, name):
     config = Config(model=GROUPED, optim=OptimConfig(name=name, learning_rate=0.01))
     model, optimizer = trained(config)
     folder = save(tmp_path, config=config, model=model, optimizer=optimizer)
@@ -192,7 +192,7 @@ def test_weights_and_moments_come_back_bit_for_bit(tmp_path, name):
     assert load_vocabulary(folder).encode(TRICKY).tolist() == VOCABULARY.encode(TRICKY).tolist()
 
 
-def test_state_comes_back(tmp_path):
+def test_the_state_is_restored(tmp_path):
     config = Config(model=GROUPED, optim=OptimConfig(betas=(0.7, 0.8)))
     state = TrainingState(step=7, val_loss=1.5, best_val_loss=1.25, best_step=5, evaluations_since_best=1, seconds=2.5,
                           fingerprint="ab", start_text="é", scaler={"scale": 4.0}, facts={"text": "ö"})  # fmt: skip
@@ -202,7 +202,7 @@ def test_state_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["model.safetensors", "optimizer.safetensors", "fsync", "rename", "ctrl-c"])
-def test_a_save_that_fails_leaves_nothing_and_spoils_nothing(tmp_path, monkeypatch, broken):
+def test_a_failed_save_leaves_nothing_behind_and_damages_nothing(tmp_path, monkeypatch, broken):
     model, optimizer = trained(Config(model=GROUPED))
     old = save(tmp_path, 5, model=model, optimizer=optimizer)
     before = {file.name: file.read_bytes() for file in old.iterdir()}
@@ -233,7 +233,29 @@ def test_a_save_that_fails_leaves_nothing_and_spoils_nothing(tmp_path, monkeypat
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000005", "step-000010"]
 
 
-def test_files_are_on_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
+def test_replacing_a_checkpoint_of_the_same_step_keeps_the_old_one_if_the_rename_fails(tmp_path, monkeypatch):
+    model, optimizer = trained(Config(model=GROUPED))
+    folder = save(tmp_path, 5, model=model, optimizer=optimizer)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    rename, failed = Path.rename, []
+
+    def fail_once(self, target):
+        if target == folder and not failed:
+            failed.append(self)
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(OSError, match="Input/output error"):
+        save(tmp_path, 5, val_loss=1.5, model=model, optimizer=optimizer)
+    assert failed
+    assert [path.name for path in folder.parent.iterdir()] == ["step-000005"]
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    save(tmp_path, 5, val_loss=1.5, model=model, optimizer=optimizer)
+    assert read_state(folder)[0].val_loss == 1.5
+
+
+def test_files_are_synced_before_the_folder_is_renamed(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr("os.fsync", lambda descriptor: synced.append(len(list(tmp_path.rglob("step-000001")))))
     folder = save(tmp_path, 1)
@@ -241,7 +263,7 @@ def test_files_are_on_disk_before_the_folder_has_its_name(tmp_path, monkeypatch)
     assert sum(1 for finished in synced if not finished) >= len(SAVED)
 
 
-# Suspicion.
+# Damaged and foreign checkpoints.
 
 
 def change(file, edit):
@@ -261,7 +283,7 @@ def change(file, edit):
     ],
     ids=["missing", "missing part", "extra", "shape", "shape of part"],
 )
-def test_weights_must_fit_exactly(folder, edit, said):
+def test_weights_must_match_exactly(folder, edit, said):
     change(folder / "model.safetensors", edit)
     text = message(load_model, folder)
     assert said in text
@@ -279,7 +301,7 @@ def test_weights_must_fit_exactly(folder, edit, said):
     ],
     ids=["missing", "missing moment", "extra", "shape", "of another optimiser"],
 )
-def test_moments_must_fit_exactly(folder, edit, said):
+def test_moments_must_match_exactly(folder, edit, said):
     change(folder / "optimizer.safetensors", edit)
     model = load_model(folder)
     text = message(load_optimizer, folder, model, build_optimizer(model, Config().optim))
@@ -298,15 +320,15 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("spoil", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 @pytest.mark.parametrize("name", sorted(SAVED))
-def test_a_damaged_file_is_noticed(folder, name, spoil):
+def test_a_damaged_file_is_noticed(folder, name, damage):
     file = folder / name
     assert verify(folder) == ""
-    if spoil is None:
+    if damage is None:
         file.unlink()
     else:
-        file.write_bytes(spoil(file.read_bytes()))
+        file.write_bytes(damage(file.read_bytes()))
     assert verify(folder).startswith(name)
     if name in ("model.safetensors", "training_state.json", "tokenizer.json"):
         assert name in message(load_model, folder)
@@ -326,14 +348,14 @@ def test_a_flipped_bit_is_noticed(saved, name, place, bit):
 
 
 def other(key, value):
-    def spoil(content):
+    def damage(content):
         content[key] = value
 
-    return spoil
+    return damage
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "damage",
     [
         other("format_version", 1),
         other("step", "7"),
@@ -349,8 +371,8 @@ def other(key, value):
     ids=["version", "step text", "step null", "unknown key", "config null", "config type", "config key",
          "config section", "no config", "no version"],
 )  # fmt: skip
-def test_a_state_that_makes_no_sense_is_one_line(folder, spoil):
-    edit_state(folder, spoil)
+def test_an_invalid_state_gives_one_line(folder, damage):
+    edit_state(folder, damage)
     assert str(folder) in message(read_state, folder)
 
 
@@ -370,7 +392,7 @@ def test_a_state_file_with_the_old_key_of_its_checksum_is_read(folder):
     assert "does not match its checksum" in message(read_state, folder)
 
 
-def test_a_name_that_leaves_the_folder_is_no_name(folder):
+def test_file_names_cannot_leave_the_folder(folder):
     edit_state(folder, lambda state: state["sha256"].update({"../secret": "0"}))
     assert verify(folder) == "../secret is missing"
 

@@ -1,4 +1,4 @@
-"""smallm.training.shelf: which checkpoints there are, and which of them is taken."""
+"""smallm.training.checkpoint.manager: which checkpoints a run has, and which one is used."""
 
 import shutil
 from pathlib import Path
@@ -52,7 +52,7 @@ def flip(file, place=-1):
     file.write_bytes(data)
 
 
-def test_rotation_keeps_the_best_and_the_last(tmp_path, save):
+def test_prune_keeps_the_best_and_the_last(tmp_path, save):
     for step in (5, 10, 15, 20, 25):
         save(step)
     (tmp_path / "checkpoints" / "mine").mkdir()
@@ -77,7 +77,7 @@ def test_best_checkpoint(tmp_path, save):
     assert best_checkpoint(tmp_path).name == "step-000003"
 
 
-def test_what_a_kill_left_behind_is_cleared_away(tmp_path, save):
+def test_prune_deletes_what_a_kill_left_behind(tmp_path, save):
     half = tmp_path / "checkpoints" / ".step-000005.123"
     half.mkdir(parents=True)
     (half / "model.safetensors").write_bytes(b"half")
@@ -87,29 +87,27 @@ def test_what_a_kill_left_behind_is_cleared_away(tmp_path, save):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000010"]
 
 
-
-
 # Damage.
 
 
 @pytest.fixture
 def run(tiny_run, tmp_path) -> Path:
-    """A copy of the trained run to spoil: checkpoints of its steps 40 and 60."""
+    """A copy of the trained run, with checkpoints at steps 40 and 60, that a test may damage."""
     return Path(shutil.copytree(tiny_run, tmp_path / "run"))
 
 
-def test_the_newest_intact_one_is_taken(tmp_path, save):
+def test_the_newest_intact_checkpoint_is_used(tmp_path, save):
     for step in (5, 10, 15):
         save(step)
     told = {}
     assert newest_checkpoint(tmp_path, told.setdefault).name == "step-000015"
     flip(tmp_path / "checkpoints/step-000015/model.safetensors")
-    (tmp_path / "checkpoints/step-000005").touch()  # by content, not by time
+    (tmp_path / "checkpoints/step-000005").touch()  # modification times do not matter
     assert newest_checkpoint(tmp_path, told.setdefault).name == "step-000010"
     (tmp_path / "checkpoints/step-000010/training_state.json").unlink()
     assert newest_checkpoint(tmp_path, told.setdefault).name == "step-000005"
     assert {folder.name: problem for folder, problem in told.items()} == {
-        "step-000015": "model.safetensors is not as it was written",
+        "step-000015": "model.safetensors does not match its checksum",
         "step-000010": "training_state.json is missing or broken; use another checkpoint",
     }
     flip(tmp_path / "checkpoints/step-000005/config.json")
@@ -118,7 +116,7 @@ def test_the_newest_intact_one_is_taken(tmp_path, save):
     assert "damaged" in message(best_checkpoint, tmp_path)
 
 
-def test_the_best_intact_one_is_taken(tmp_path, save, capsys):
+def test_the_best_intact_checkpoint_is_used(tmp_path, save, capsys):
     for step, loss in ((5, 1.25), (10, 1.5), (15, 2.0)):
         save(step, loss)
     flip(tmp_path / "checkpoints/step-000005/tokenizer.json")
@@ -130,7 +128,7 @@ def test_the_best_intact_one_is_taken(tmp_path, save, capsys):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "training_state.json"])
-def test_resuming_goes_back_to_what_is_intact(run, tiny_run, capsys, name):
+def test_resume_uses_the_newest_intact_checkpoint(run, tiny_run, capsys, name):
     flip(run / "checkpoints/step-000060" / name, 100)
     assert cli.main(["--resume", str(run)]) == 0  # from 40 to 60, once more
     said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
@@ -144,31 +142,31 @@ def test_resuming_goes_back_to_what_is_intact(run, tiny_run, capsys, name):
         assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_resuming_when_all_are_damaged_is_one_line(refused, run):
+def test_resume_with_all_checkpoints_damaged_prints_one_line(refused, run):
     for folder in checkpoints(run):
         flip(folder / "model.safetensors")
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     line = refused("--resume", str(run))
     assert "all checkpoints" in line
-    assert "model.safetensors is not as it was written" in line
+    assert "model.safetensors does not match its checksum" in line
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 
-def test_a_damaged_one_does_not_count_as_one_to_keep(run):
+def test_damaged_checkpoints_do_not_count_towards_keep_last(run):
     flip(run / "checkpoints/step-000060/model.safetensors")
     assert cli.main(["--resume", str(run), "--train.max_steps=55", "--train.save_every=5"]) == 0
     assert names(run)[-2:] == ["step-000050", "step-000055"]
 
 
-def test_a_folder_that_is_no_run_is_one_line(tmp_path):
+def test_a_folder_that_is_not_a_run_gives_one_line(tmp_path):
     for call in (checkpoints, best_checkpoint, saved_config):
         assert "not a run folder" in message(call, tmp_path)
     (tmp_path / "checkpoints" / ".step-000005.123").mkdir(parents=True)  # a kill in the middle of the first save
     (tmp_path / "checkpoints" / "step-x").mkdir()
     assert checkpoints(tmp_path) == []
     assert "no checkpoint yet" in message(best_checkpoint, tmp_path)
-    assert "no checkpoint yet" in message(saved_config, tmp_path)
+    assert "neither a checkpoint nor a readable config.toml" in message(saved_config, tmp_path)
     (tmp_path / "config.toml").write_text("[model]\nn_layer = 7\n")
     assert saved_config(tmp_path).model.n_layer == 7
     (tmp_path / "config.toml").write_text("[model]\nn_lay")
-    assert "no checkpoint yet" in message(saved_config, tmp_path)
+    assert "neither a checkpoint nor a readable config.toml" in message(saved_config, tmp_path)
