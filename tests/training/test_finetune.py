@@ -276,7 +276,7 @@ def bad(name: str, tiny_run: Path) -> str:
 @pytest.mark.parametrize(("name", "said"), {
     "nothing": "neither a run nor a checkpoint", "a file": "neither a run nor a checkpoint",
     "another family": "neither a run nor a checkpoint", "damaged checkpoint": "is damaged",
-    "weights of another shape": "does not fit the model", "no checkpoint yet": "has no checkpoint yet",
+    "weights of another shape": "does not match its config", "no checkpoint yet": "has no checkpoint yet",
 }.items())  # fmt: skip
 def test_an_unusable_origin_is_refused(refused, tiny_run, new_text, name, said):
     path = bad(name, tiny_run)

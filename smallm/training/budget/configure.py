@@ -1,4 +1,4 @@
-"""`--minutes`: measures machine and text, and makes a whole config of what the user has set and what is chosen."""
+"""Completes the config of a run under `--minutes`: measures the machine and the text, and asks the planner."""
 
 import bz2
 import math
@@ -11,28 +11,28 @@ from accelerate import Accelerator
 
 from smallm.runs.config_file import flatten
 from smallm.tokenizer.vocabulary import Vocabulary
-from smallm.training.budget import planner as plan
 from smallm.training.budget.clock import Clock
-from smallm.training.budget.planner import Plan
+from smallm.training.budget.planner import MAX_EPOCHS, SHAPE, Plan, choose_settings, choose_val_fraction
 from smallm.training.budget.probe import flops_per_second
 from smallm.training.config import Config, DataConfig, ModelConfig
 from smallm.training.data.corpus import BYTES, Corpus, corpus_of
 from smallm.training.distributed import broadcast_from_main
 from smallm.training.optim.schedule import divide_batch
 
-PROBES = {"cpu": (ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=128), 12)}  # shape, sequences of a process
-OTHER_PROBE = (ModelConfig(n_layer=8, n_head=6, n_embd=384, block_size=256), 64)
-MIN_BATCH = {"cpu": 512}  # ids of a process below which a step gets no faster
-OTHER_LEAST_BATCH = 16384
-PROBE_SECONDS, OWN_PROBE_SECONDS, PROBE_SHARE = 2.0, 1.0, 0.015  # at most, and of the time
-SAMPLE_IDS, SAMPLE_PIECES = 1 << 20, 4  # of the text, to estimate its information
-MIN_SECONDS = 1.0  # to plan for, however little is left
+# Shape and sequences per process of the first probe; ids per process below which a step becomes no faster.
+CPU_PROBE, CPU_MIN_BATCH_IDS = (ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=128), 12), 512
+GPU_PROBE, GPU_MIN_BATCH_IDS = (ModelConfig(n_layer=8, n_head=6, n_embd=384, block_size=256), 64), 16384
+FIRST_PROBE_SECONDS, SECOND_PROBE_SECONDS, PROBE_TIME = 2.0, 1.0, 0.015  # maxima; fraction of all time
+SAMPLE_IDS, SAMPLE_PIECES = 1 << 20, 4  # size and number of pieces of the sample that is compressed
+MIN_SECONDS = 1.0  # shortest duration to plan for
 
 
 def open_text(accelerator: Accelerator, data: DataConfig, base: Vocabulary = BYTES) -> Corpus:
-    """The text, with its characters added to `base`; on each machine one process encodes it, the others open that.
+    """Opens the text on all processes. On each machine the first process encodes it, then the others open the result.
 
-    Machines that share a cache find each other by its lock; on those with a cache of their own each has to encode.
+    Machines that share a cache folder encode once, guarded by a lock; otherwise each machine encodes.
+
+    base: the vocabulary to which the characters of the text are added.
     """
     with accelerator.local_main_process_first():
         return corpus_of(data, base, progress=accelerator.is_main_process)
@@ -42,42 +42,54 @@ def plan_run(
     accelerator: Accelerator, config: Config, corpus: Corpus, explicit: Set[str], clock: Clock,
     base: Vocabulary = BYTES,
 ) -> tuple[Config, Corpus, int]:
-    """The config for `config.train.minutes`, the text split for it, and about how many steps to expect.
+    """Chooses all settings that the user has not set; prints three lines about them to stderr.
 
-    explicit: the settings, as `section.field`, that are not to be chosen; base: as of `open_text`. Says in three lines
-    on stderr what it found and chose.
+    Measures the speed twice: with a standard model, to choose a shape, and with the chosen shape, to choose the rest.
+
+    Args:
+        accelerator: of the run; all processes must call this.
+        config: the config so far, with train.minutes.
+        corpus: the text.
+        explicit: settings that the user has set, as "section.field".
+        clock: of the program; the time that has passed is deducted.
+        base: see `open_text`.
+
+    Returns:
+        The complete config, the corpus with the chosen validation part, and the estimated number of steps.
     """
-    minutes, kind = config.train.minutes, accelerator.device.type
-    config, corpus = _with_tail(accelerator, config, corpus, explicit, base)
+    minutes, on_cpu, ranks = config.train.minutes, accelerator.device.type == "cpu", accelerator.num_processes
+    config, corpus = _choose_validation(accelerator, config, corpus, explicit, base)
     kept = {key: value for key, value in flatten(config.to_dict()).items() if key in explicit}
-    text = {"train_ids": len(corpus.train_ids), "val_ids": len(corpus.val_ids), "information": compressed_bytes(corpus),
-            "vocabulary": corpus.vocabulary.size, "ranks": accelerator.num_processes,
-            "least_batch": MIN_BATCH.get(kind, OTHER_LEAST_BATCH) * accelerator.num_processes}  # fmt: skip
+    text_bytes = compressed_bytes(corpus)
+    min_batch_ids = (CPU_MIN_BATCH_IDS if on_cpu else GPU_MIN_BATCH_IDS) * ranks
 
     def choose(speed: float, explicit: Mapping[str, Any]) -> Plan:
         (taken,) = broadcast_from_main(accelerator, clock.seconds + clock.end_seconds)
-        seconds = max(MIN_SECONDS, 60 * minutes - taken)
-        return plan.choose(**text, seconds=seconds, flops_per_second=speed, explicit=explicit)
+        return choose_settings(
+            train_ids=len(corpus.train_ids), val_ids=len(corpus.val_ids), vocab_size=corpus.vocabulary.size,
+            compressed_bytes=text_bytes, seconds=max(MIN_SECONDS, 60 * minutes - taken), flops_per_second=speed,
+            explicit=explicit, ranks=ranks, min_batch_ids=min_batch_ids,
+        )  # fmt: skip
 
-    def measure(config: Config, rows: int, most: float) -> float:
-        seconds = min(most, PROBE_SHARE * 60 * minutes)
+    def measure(config: Config, rows: int, max_seconds: float) -> float:
+        seconds = min(max_seconds, PROBE_TIME * 60 * minutes)
         return flops_per_second(accelerator, config, corpus.vocabulary.size, rows, seconds)
 
-    shape, rows = PROBES.get(kind, OTHER_PROBE)
-    first = choose(measure(replace(config, model=shape), rows, PROBE_SECONDS), kept)
-    trial = first.config(config)
-    rows, _ = divide_batch(trial.train.batch_size, trial.train.micro_batch_size, accelerator.num_processes)
-    speed = measure(trial, rows, OWN_PROBE_SECONDS)
-    shape = {key: value for key, value in first.settings.items() if key in plan.SHAPE}  # stays; what goes with it moves
-    final = choose(speed, kept | shape)
-    config = final.config(first.config(config))
+    model, rows = CPU_PROBE if on_cpu else GPU_PROBE
+    first = choose(measure(replace(config, model=model), rows, FIRST_PROBE_SECONDS), kept)
+    first_config = first.config(config)
+    rows, _ = divide_batch(first_config.train.batch_size, first_config.train.micro_batch_size, ranks)
+    speed = measure(first_config, rows, SECOND_PROBE_SECONDS)
+    shape = {key: value for key, value in first.settings.items() if key in SHAPE}
+    final = choose(speed, kept | shape)  # keeps the shape, adapts the other settings to the speed
+    config = final.config(first_config)
     if accelerator.is_main_process:
-        print(*_words(final, config, corpus, text["information"], speed), sep="\n", file=sys.stderr)
+        print(*_summary(final, config, corpus, text_bytes, speed), sep="\n", file=sys.stderr)
     return config, corpus, final.steps
 
 
 def compressed_bytes(corpus: Corpus) -> float:
-    """Bytes that the training part takes when compressed, judged by a sample of it."""
+    """Size of the training part compressed by bz2, in bytes, estimated from a sample."""
     ids = corpus.train_ids
     size = min(len(ids), SAMPLE_IDS) // SAMPLE_PIECES
     starts = [(len(ids) - size) * i // max(1, SAMPLE_PIECES - 1) for i in range(SAMPLE_PIECES)]
@@ -86,33 +98,33 @@ def compressed_bytes(corpus: Corpus) -> float:
 
 
 def bz2_nats_per_character(corpus: Corpus) -> float:
-    """Nats per character that bz2 needs for the text."""
+    """Size of the training part compressed by bz2, in nats per character."""
     return compressed_bytes(corpus) * 8 * math.log(2) / corpus.train_characters
 
 
-def _with_tail(
+def _choose_validation(
     accelerator: Accelerator, config: Config, corpus: Corpus, explicit: Set[str], base: Vocabulary
 ) -> tuple[Config, Corpus]:
-    """With a validation part that can be measured on in the time, unless the user has set its share."""
+    """Config and corpus with a validation part that can be evaluated in time, unless the user has set its size."""
     if "data.val_fraction" in explicit:
         return config, corpus
     characters = corpus.train_characters + corpus.val_characters
-    share = plan.val_fraction(characters, config.train.minutes, config.data.val_fraction)
-    if share == config.data.val_fraction:
+    val_fraction = choose_val_fraction(characters, config.train.minutes, config.data.val_fraction)
+    if val_fraction == config.data.val_fraction:
         return config, corpus
-    config = replace(config, data=replace(config.data, val_fraction=share))
+    config = replace(config, data=replace(config.data, val_fraction=val_fraction))
     return config, open_text(accelerator, config.data, base)
 
 
-def _words(chosen: Plan, config: Config, corpus: Corpus, information: float, speed: float) -> list[str]:
-    """What was measured, what the text holds, what was chosen; a line each."""
+def _summary(plan: Plan, config: Config, corpus: Corpus, text_bytes: float, speed: float) -> list[str]:
+    """Three lines: the speed, the text, the model."""
     m, t = config.model, config.train
-    end = f"; {plan.MAX_EPOCHS} times is the most, so it ends before its time" if chosen.short_text else ""
+    end = f"; more than {MAX_EPOCHS} times would not help, so it ends before its time" if plan.short_text else ""
     return [
         f"plan   this machine trains at {speed / 1e9:,.0f} GFLOP/s, so {t.minutes:g} minutes buy "
-        f"{chosen.ids / 1e6:,.1f} M ids of text, with the start and the end taken off",
-        f"plan   the text holds about {information / 1e3:,.0f} KB of information in {corpus.train_characters:,} "
-        f"characters to learn; the run reads it {chosen.epochs:,.1f} times{end}",
-        f"plan   {m.n_layer} layers x {m.n_embd}, {chosen.parameters / 1e6:,.1f} M parameters, context {m.block_size}, "
-        f"{t.batch_size} sequences a step, dropout {m.dropout:g}, about {chosen.steps:,} steps",
+        f"{plan.ids / 1e6:,.1f} M ids of text, after deducting the start and the end",
+        f"plan   the text holds about {text_bytes / 1e3:,.0f} KB of information in {corpus.train_characters:,} "
+        f"characters to learn; the run reads it {plan.epochs:,.1f} times{end}",
+        f"plan   {m.n_layer} layers x {m.n_embd}, {plan.parameters / 1e6:,.1f} M parameters, context {m.block_size}, "
+        f"{t.batch_size} sequences a step, dropout {m.dropout:g}, about {plan.steps:,} steps",
     ]

@@ -1,4 +1,4 @@
-"""`train.py --minutes`: the run ends with its time, says what it chose, and goes on with what is left."""
+"""`train.py --minutes`: the run ends on time, prints its plan, and a resumed run uses the remaining time."""
 
 import math
 import random
@@ -34,7 +34,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """An empty folder to work in, and no pictures."""
+    """An empty working folder; charts are not drawn."""
     without_charts(monkeypatch)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -43,7 +43,7 @@ def folder(tmp_path, monkeypatch):
 # The command line.
 
 
-def test_what_is_set_is_known(folder):
+def test_explicit_settings_are_known(folder):
     Path("mine.toml").write_text("[optim]\nbetas = [0.8, 0.9]\n[train]\nseed = 3\n")
     request = parse(["--minutes=2.5", "--config", "mine.toml", "--model.dropout", "0.1", "--data", "a.txt"])
     assert request.config.train.minutes == 2.5
@@ -87,22 +87,22 @@ def test_heads_and_width_can_be_set_alone():
     assert parse(["--minutes", "1", "--model.n_head", "7"]).config.model.n_head == 7
 
 
-# The budget, by a clock that the tests set.
+# The budget, with simulated times.
 
 
 def drive(budget, seconds_per_step, *, step=0, seconds=5.0, every=5, eval_every=300, pause=1.0, until=math.inf):
-    """Runs as the trainer does; returns steps, seconds and the share of the run at each step."""
-    start, paused, shares = seconds, 0.0, []
+    """Simulates a run; returns the number of steps, the seconds and the progress before each step."""
+    start, paused, progress = seconds, 0.0, []
     budget.update(step, seconds, paused)
     while step < budget.total_steps and step < until:
-        shares.append(step / budget.total_steps)
+        progress.append(step / budget.total_steps)
         seconds += seconds_per_step(step, seconds - start)
         step += 1
         if step % every == 0 or step >= budget.total_steps:
             budget.update(step, seconds, paused)
         if step % eval_every == 0 or step >= budget.total_steps:
             seconds, paused = seconds + pause, paused + pause
-    return step, seconds, shares
+    return step, seconds, progress
 
 
 @pytest.mark.parametrize("planned", [100, 1000, 10_000])
@@ -112,28 +112,28 @@ def drive(budget, seconds_per_step, *, step=0, seconds=5.0, every=5, eval_every=
         lambda step, seconds: 0.1,
         lambda step, seconds: 0.1 if seconds < 50 else 0.2,
         lambda step, seconds: 0.2 if seconds < 50 else 0.05,
-        lambda step, seconds: 0.1 + 0.1 * (step == 400) * 100,  # ten seconds lost at once
+        lambda step, seconds: 0.1 + 0.1 * (step == 400) * 100,  # one step takes ten seconds more
         lambda step, seconds: 0.1 * random.Random(step).choice([0.5, 1, 2]),
     ],
     ids=["even", "slower", "faster", "stall", "noise"],
 )
-def test_the_time_is_kept(planned, seconds_per_step):
-    _, seconds, shares = drive(TimeBudget(2, planned, 1e9, 300), seconds_per_step)
+def test_the_run_ends_on_time(planned, seconds_per_step):
+    _, seconds, progress = drive(TimeBudget(2, planned, 1e9, 300), seconds_per_step)
     assert 120 * 0.97 <= seconds + END_SECONDS <= 120 * 1.02
-    steady = shares[30:]  # before, the estimate is that of the plan
+    steady = progress[30:]  # before, the estimate is the planner's
     assert all(b > a - 0.01 for a, b in pairwise(steady))
     assert steady[-1] > 0.97
 
 
-def test_the_share_does_not_jump_at_an_evaluation_dearer_than_thought():
-    _, seconds, shares = drive(TimeBudget(2, 1000, 1e9, 200), lambda step, seconds: 0.1, eval_every=200, pause=6.0)
-    assert max(b - a for a, b in pairwise(shares[50:])) < 0.01
+def test_progress_does_not_jump_at_an_unexpectedly_long_evaluation():
+    _, seconds, progress = drive(TimeBudget(2, 1000, 1e9, 200), lambda step, seconds: 0.1, eval_every=200, pause=6.0)
+    assert max(b - a for a, b in pairwise(progress[50:])) < 0.01
     assert seconds + END_SECONDS == pytest.approx(120, rel=0.03)
 
 
 @settings(max_examples=30)
 @given(st.floats(0.5, 6), st.floats(0.02, 1), st.integers(1, 1000))
-def test_time_is_kept_whatever_was_planned(minutes, seconds_per_step, planned):
+def test_the_run_ends_on_time_for_any_plan(minutes, seconds_per_step, planned):
     every = max(1, int(minutes * 60 / seconds_per_step / 200))
     budget = TimeBudget(minutes, planned, 1e9, 10**9)
     _, seconds, _ = drive(budget, lambda *_: seconds_per_step, every=min(every, planned), eval_every=10**9, pause=0.5)
@@ -141,13 +141,13 @@ def test_time_is_kept_whatever_was_planned(minutes, seconds_per_step, planned):
     assert abs(seconds + END_SECONDS - 60 * minutes) <= slack
 
 
-def test_what_no_time_is_left_for_ends_at_once():
+def test_a_run_without_time_left_ends_after_one_step():
     budget = TimeBudget(0.1, 1000, 1e9, 100)
     assert drive(budget, lambda *_: 1.0, seconds=30.0, every=1)[0] == 1
 
 
-def test_the_end_is_kept_free_for_the_evaluation_there():
-    """The only one, which takes as long as 40 steps, on a machine where the start and so the end take ten seconds."""
+def test_time_is_reserved_for_the_final_evaluation():
+    """A single evaluation that takes as long as 40 steps, on a machine where start and end take ten seconds each."""
     budget = TimeBudget(1, 500, 1e9, 10**6, 40.0, Clock(0.0, 10.0).end_seconds)
     _, seconds, _ = drive(budget, lambda *_: 0.1, eval_every=10**6, pause=4.5)
     assert seconds + 10 == pytest.approx(60, abs=1.0)
@@ -161,19 +161,19 @@ def test_a_short_text_ends_the_run_before_its_time():
     assert seconds < 120
 
 
-def test_a_resumed_run_goes_on_with_the_same_share_and_what_is_left():
+def test_a_resumed_run_keeps_its_progress_and_uses_the_remaining_time():
     budget = TimeBudget(2, 1000, 1e9, 300)
-    step, seconds, shares = drive(budget, lambda *_: 0.1, until=500)
+    step, seconds, progress = drive(budget, lambda *_: 0.1, until=500)
     state = TrainingState(step=step, seconds=seconds, planned_steps=budget.total_steps)
     again = TimeBudget(2, 0, 1e9, 300)
     again.resume(state, TrainConfig(minutes=2))
-    assert step / again.total_steps == pytest.approx(shares[-1], abs=0.005)
-    _, seconds, later = drive(again, lambda *_: 0.1, step=step, seconds=seconds + 4)  # starting anew takes time
-    assert abs(later[0] - shares[-1]) < 0.005
+    assert step / again.total_steps == pytest.approx(progress[-1], abs=0.005)
+    _, seconds, later = drive(again, lambda *_: 0.1, step=step, seconds=seconds + 4)  # the restart takes time
+    assert abs(later[0] - progress[-1]) < 0.005
     assert seconds + END_SECONDS == pytest.approx(120, rel=0.03)
 
 
-def test_more_minutes_make_a_finished_run_go_on():
+def test_more_minutes_extend_a_finished_run():
     state = TrainingState(step=1000, seconds=118, planned_steps=1000)
     same, longer = TimeBudget(2, 0, 1e9, 300), TimeBudget(4, 0, 1e9, 300)
     same.resume(state, TrainConfig(minutes=2))
@@ -182,7 +182,7 @@ def test_more_minutes_make_a_finished_run_go_on():
     assert longer.total_steps == pytest.approx(2000, rel=0.05)
 
 
-def test_a_fixed_number_of_steps_stays():
+def test_a_step_budget_does_not_change():
     budget = StepBudget(7)
     budget.resume(TrainingState(step=3, planned_steps=9), TrainConfig(max_steps=9))
     assert drive(budget, lambda *_: 100.0, every=1)[0] == 7
@@ -209,7 +209,7 @@ def test_the_probe_measures_and_leaves_nothing_behind():
     assert before is not None
 
 
-def test_information_is_what_compression_leaves():
+def test_compressed_bytes():
     accelerator = build_accelerator(TrainConfig())
     rng = random.Random(1)
     texts = {
@@ -224,15 +224,15 @@ def test_information_is_what_compression_leaves():
         data = Config.from_dict({"data": {"source": name}}).data
         bytes_of[name] = compressed_bytes(open_text(accelerator, data))
     assert 0 < bytes_of["same"] < 5_000
-    assert 360_000 / 2 <= bytes_of["noise"] < 1.2 * 360_000 / 2  # 4 bits a character
+    assert 360_000 / 2 <= bytes_of["noise"] < 1.2 * 360_000 / 2  # 4 bits per character
     assert bytes_of["tiny"] > 0
     assert 45_000 * 3 / 8 <= bytes_of["unicode"] < 1.3 * 45_000 * 3 / 8
 
 
-# The whole way.
+# Whole runs.
 
 
-def test_a_run_by_the_clock_says_its_plan_and_goes_on_after_ctrl_c(text_file, capsys):
+def test_a_timed_run_prints_its_plan_and_resumes_after_ctrl_c(text_file, capsys):
     argv = ["--data", str(text_file), "--minutes", "0.1", "--out", "run", *flags(TINY)]
     with ctrl_c(12):
         assert cli.main(argv) == 130
@@ -247,7 +247,7 @@ def test_a_run_by_the_clock_says_its_plan_and_goes_on_after_ctrl_c(text_file, ca
     assert Config.from_dict(written) == config
     assert config.train.minutes == 0.1
     assert {key: written[key.split(".")[0]][key.split(".")[1]] for key in TINY} == {**TINY}
-    assert config.optim.decay_fraction == 0.7  # chosen; the default is another
+    assert config.optim.decay_fraction == 0.7  # chosen; differs from the default
     assert 12 <= state.step <= state.planned_steps
 
     assert cli.main(["--resume", "run"]) == 0
@@ -259,10 +259,10 @@ def test_a_run_by_the_clock_says_its_plan_and_goes_on_after_ctrl_c(text_file, ca
     assert end.step == end.planned_steps > state.step
     assert metrics(Path("run"))[-1]["step"] == metrics(Path("run"), "eval")[-1]["step"] == end.step
     assert metrics(Path("run"))[-1]["learning_rate"] < 0.2 * config.optim.learning_rate
-    assert end.seconds < 30  # 6 were asked for
+    assert end.seconds < 30  # 6 seconds were requested
 
 
-def test_a_finished_run_by_the_clock_wants_more_minutes(text_file, refused, capsys):
+def test_resuming_a_finished_timed_run_asks_for_more_minutes(text_file, refused, capsys):
     assert cli.main(["--data", str(text_file), "--minutes", "0.04", "--out", "run", *flags(TINY)]) == 0
     line = refused("--resume", "run")
     assert "finished" in line

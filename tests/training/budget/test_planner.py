@@ -1,4 +1,4 @@
-"""smallm.training.plan: what a time, a machine and a text of any size lead to; always a run that can be made."""
+"""smallm.training.budget.planner: a plan for any time, machine and text; every plan is a config that can be run."""
 
 import math
 from dataclasses import replace
@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smallm.runs.config_file import flatten
-from smallm.training.budget.planner import LADDER, MAX_EPOCHS, Plan, choose, dropout, expected_loss, val_fraction
+from smallm.training.budget.planner import (
+    LADDER,
+    MAX_EPOCHS,
+    Plan,
+    choose_dropout,
+    choose_settings,
+    choose_val_fraction,
+    expected_loss,
+)
 from smallm.training.config import Config
 from smallm.training.model.transformer import TransformerLanguageModel
 from smallm.training.optim.schedule import divide_batch
@@ -16,10 +24,10 @@ from smallm.training.optim.schedule import divide_batch
 TWO_CORES = 155e9  # FLOP/s
 
 
-def plan(train_ids=1_000_000, seconds=110.0, flops=TWO_CORES, ranks=1, information=None, **explicit) -> Plan:
+def plan(train_ids=1_000_000, seconds=110.0, flops=TWO_CORES, ranks=1, compressed_bytes=None, **explicit) -> Plan:
     explicit = {key.replace("__", "."): value for key, value in explicit.items()}
-    return choose(train_ids=int(train_ids), val_ids=max(1, int(train_ids / 9)), vocabulary=256, ranks=ranks,
-                  information=information or 0.29 * train_ids, seconds=seconds, flops_per_second=flops,
+    return choose_settings(train_ids=int(train_ids), val_ids=max(1, int(train_ids / 9)), vocab_size=256, ranks=ranks,
+                  compressed_bytes=compressed_bytes or 0.29 * train_ids, seconds=seconds, flops_per_second=flops,
                   explicit=explicit)  # fmt: skip
 
 
@@ -33,12 +41,12 @@ machines = st.floats(math.log(1e9), math.log(1e15)).map(math.exp)
 big_texts = st.just(10**10)
 
 
-# Whatever comes in.
+# Any input.
 
 
 @given(texts, times, machines, st.integers(1, 8), st.floats(0.001, 1))
 def test_every_plan_is_a_config_that_can_be_run(train_ids, seconds, flops, ranks, bytes_per_id):
-    chosen = plan(train_ids, seconds, flops, ranks, information=bytes_per_id * train_ids)
+    chosen = plan(train_ids, seconds, flops, ranks, compressed_bytes=bytes_per_id * train_ids)
     config = chosen.config(Config())
     assert Config.from_dict(config.to_dict()) == config
     assert (config.model.n_layer, config.model.n_embd) in LADDER
@@ -73,7 +81,7 @@ free = {
 
 
 @given(texts, times, machines, st.fixed_dictionaries({}, optional=free))
-def test_what_is_set_stays_and_the_rest_goes_with_it(train_ids, seconds, flops, explicit):
+def test_explicit_settings_are_kept_and_the_others_match(train_ids, seconds, flops, explicit):
     chosen = plan(train_ids, seconds, flops, **{key.replace(".", "__"): value for key, value in explicit.items()})
     assert not chosen.settings.keys() & explicit.keys()
     values = flatten(replace(chosen, settings=chosen.settings | explicit).config(Config()).to_dict())
@@ -106,12 +114,12 @@ def test_a_short_text_gets_a_small_model_dropout_and_an_early_end():
     assert not short.short_text
     assert plan(180_000, 3600).short_text
     assert plan(180_000, 3600).steps == plan(180_000, 7200).steps
-    assert size(plan(1e6, 600, information=1000.0)) == 2 * 64**2  # one line again and again
+    assert size(plan(1e6, 600, compressed_bytes=1000.0)) == 2 * 64**2  # a single line, repeated
 
 
-def test_dropout_rises_with_the_times_that_the_text_is_read():
-    assert [dropout(epochs) for epochs in (0.1, 1.5, 3, 6, 12, 25, 60)] == [0, 0, 0.05, 0.1, 0.2, 0.3, 0.3]
-    rising = [dropout(1.1**n) for n in range(50)]
+def test_dropout_rises_with_the_epochs():
+    assert [choose_dropout(epochs) for epochs in (0.1, 1.5, 3, 6, 12, 25, 60)] == [0, 0, 0.05, 0.1, 0.2, 0.3, 0.3]
+    rising = [choose_dropout(1.1**n) for n in range(50)]
     assert rising == sorted(rising)
 
 
@@ -125,8 +133,8 @@ def test_a_gpu_gets_a_long_window_and_clipping():
 def test_evaluations_leave_the_time_to_training():
     often = plan()
     assert 4 <= often.steps / often.settings["train.eval_every"] <= 5
-    assert 5 * often.settings["train.eval_every"] > 1.05 * often.steps  # none just before that at the end
-    seldom = plan(1e8)  # the tail is longer than all that the time allows to read
+    assert 5 * often.settings["train.eval_every"] > 1.05 * often.steps  # none just before the final one
+    seldom = plan(1e8)  # the validation part is longer than the time allows to read
     assert seldom.settings["train.eval_every"] > seldom.steps
 
 
@@ -135,7 +143,7 @@ def test_other_optimisers_get_their_own_learning_rate():
     assert "optim.learning_rate" not in plan(optim__name="adamw", optim__learning_rate=0.01).settings
 
 
-def test_heads_and_width_follow_what_is_set():
+def test_heads_and_width_match_explicit_settings():
     assert plan(model__n_embd=96).settings["model.n_head"] == 3
     assert plan(model__n_embd=48).settings["model.n_head"] == 3
     assert plan(model__n_head=3).settings["model.n_embd"] % 96 == 0
@@ -145,13 +153,13 @@ def test_heads_and_width_follow_what_is_set():
 
 
 @pytest.mark.parametrize(
-    ("characters", "minutes", "tail"),
+    ("characters", "minutes", "validation"),
     [(1_115_394, 2, 111_539), (20e6, 2, 120e3), (20e6, 0.1, 50e3), (10e9, 600, 2e6), (10e3, 2, 1e3), (5e6, 10, 500e3)],
 )
-def test_validation_takes_a_tenth_or_what_can_be_measured(characters, minutes, tail):
-    share = val_fraction(int(characters), minutes, 0.1)
-    assert share * characters == pytest.approx(tail, rel=1e-3)
-    assert 0 < share <= 0.1
+def test_validation_takes_a_tenth_or_what_can_be_evaluated_in_time(characters, minutes, validation):
+    fraction = choose_val_fraction(int(characters), minutes, 0.1)
+    assert fraction * characters == pytest.approx(validation, rel=1e-3)
+    assert 0 < fraction <= 0.1
 
 
 def test_expected_loss():
