@@ -59,7 +59,7 @@ INLINE float sum(vec x)
     return (q[0] + q[1]) + (q[2] + q[3]);
 }
 
-INLINE float largest(vec x)
+INLINE float max_of(vec x)
 {
     union { vec v; vec8 halves[W / 8]; } u = {x};
     if (W == 16) {
@@ -103,7 +103,7 @@ typedef struct {
 } Memory;
 
 /* Start of the memory, reallocated if it is shorter than `bytes`; the content is then lost. */
-static void *at_least(Memory *memory, size_t bytes)
+static void *reserve(Memory *memory, size_t bytes)
 {
     if (memory->bytes < bytes) {
         free(memory->start);
@@ -118,7 +118,7 @@ static void *at_least(Memory *memory, size_t bytes)
 static float *scratch(size_t floats)
 {
     static _Thread_local Memory memory;
-    return at_least(&memory, floats * sizeof(float));
+    return reserve(&memory, floats * sizeof(float));
 }
 
 #ifdef BF16
@@ -126,7 +126,7 @@ static float *scratch(size_t floats)
 static uint32_t *pair_memory(size_t pairs)
 {
     static _Thread_local Memory memory;
-    return at_least(&memory, pairs * sizeof(uint32_t));
+    return reserve(&memory, pairs * sizeof(uint32_t));
 }
 #endif
 
@@ -419,18 +419,18 @@ void cross_entropy(const float *logits, const int64_t *targets, float *nats, flo
         thread_range(N, &from, &to);
         for (int64_t n = from; n < to; n++) {
             const float *row = logits + n * V;
-            float most = row[0], total = 0;
+            float top = row[0], total = 0;
             if (whole) {
                 vec m = load(row);
                 for (int64_t v = W; v < whole; v += W) m = choose(load(row + v) > m, load(row + v), m);
-                most = largest(m);
+                top = max_of(m);
             }
-            for (int64_t v = whole; v < V; v++) most = row[v] > most ? row[v] : most;
+            for (int64_t v = whole; v < V; v++) top = row[v] > top ? row[v] : top;
             vec t = {0};
-            for (int64_t v = 0; v < whole; v += W) t += exponential(load(row + v) - all(most));
+            for (int64_t v = 0; v < whole; v += W) t += exponential(load(row + v) - all(top));
             total = sum(t);
-            for (int64_t v = whole; v < V; v++) total += expf(row[v] - most);
-            lse[n] = most + logf(total);
+            for (int64_t v = whole; v < V; v++) total += expf(row[v] - top);
+            lse[n] = top + logf(total);
             nats[n] = targets[n] < 0 ? 0.0f : lse[n] - row[targets[n]];
         }
     }
@@ -556,10 +556,10 @@ static void exponentials(float *scores, int64_t ld, int64_t n, int64_t first, in
         float *row = scores + i * ld;
         for (int64_t j = 0; j <= first + i - window; j++) row[j] = -INFINITY;
         for (int64_t j = first + i + 1; j < columns; j++) row[j] = -INFINITY;
-        vec most = load(row), total = {0};
+        vec top = load(row), total = {0};
         if (!shift)
-            for (int64_t j = W; j < columns; j += W) most = choose(load(row + j) > most, load(row + j), most);
-        float by = shift ? shift[i] : largest(most);
+            for (int64_t j = W; j < columns; j += W) top = choose(load(row + j) > top, load(row + j), top);
+        float by = shift ? shift[i] : max_of(top);
         for (int64_t j = 0; j < columns; j += W) {
             vec e = exponential(load(row + j) - all(by));
             store(row + j, e);
@@ -675,7 +675,7 @@ INLINE int64_t chunk_size(int64_t N)
 INLINE void drop(const Block *b, uint32_t site, int64_t n, float *x)
 {
     if (b->dropout == 0) return;
-    const uint32_t least = (uint32_t)((double)b->dropout * 4294967296.0);
+    const uint32_t threshold = (uint32_t)((double)b->dropout * 4294967296.0);
     uvec counter = {0};
     for (int i = 0; i < W; i++) counter[i] = (uint32_t)(n * b->C + i) * 2 + site;
     for (int64_t c = 0; c < b->C; c += W, counter += 2 * W) {
@@ -683,7 +683,7 @@ INLINE void drop(const Block *b, uint32_t site, int64_t n, float *x)
         h = (h ^ (h >> 16)) * 0x7FEB352Du;
         h = (h ^ (h >> 15)) * 0x846CA68Bu;
         h ^= h >> 16;
-        store(x + c, choose((ivec)(h >= least), load(x + c) * all(1.0f / (1.0f - b->dropout)), all(0.0f)));
+        store(x + c, choose((ivec)(h >= threshold), load(x + c) * all(1.0f / (1.0f - b->dropout)), all(0.0f)));
     }
 }
 
