@@ -13,18 +13,27 @@ from smallm.tokenizer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from smallm.export import export
-    from smallm.language_model import LanguageModel, Perplexity
+    from smallm.generation.config import GenerationConfig
+    from smallm.generation.text_stream import TextChunk, TextStream
+    from smallm.inference.scoring import Perplexity
+    from smallm.language_model import LanguageModel
     from smallm.runs.summary import Run
     from smallm.training.api import train
 
 __version__ = "0.1.0"
-__all__ = ["LanguageModel", "Perplexity", "Run", "UserError", "Vocabulary", "__version__", "export", "train"]
+__all__ = [
+    "GenerationConfig", "LanguageModel", "Perplexity", "Run", "TextChunk", "TextStream", "UserError", "Vocabulary",
+    "__version__", "export", "train",
+]  # fmt: skip
 
 # Imported at first use: `smallm --help` and the trainer need not wait for onnxruntime.
 _LAZY = {
+    "GenerationConfig": "smallm.generation.config",
     "LanguageModel": "smallm.language_model",
-    "Perplexity": "smallm.language_model",
+    "Perplexity": "smallm.inference.scoring",
     "Run": "smallm.runs.summary",
+    "TextChunk": "smallm.generation.text_stream",
+    "TextStream": "smallm.generation.text_stream",
     "train": "smallm.training.api",
 }
 

@@ -1,66 +1,60 @@
-"""`LanguageModel`: an exported model that writes and reads text. numpy and onnxruntime only.
-
-The text itself comes from `smallm/generation`.
-"""
+"""`LanguageModel`: an exported model that generates text and measures text. Needs numpy and onnxruntime only."""
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from types import TracebackType
+from typing import Any, Unpack
 
 import numpy as np
 
 from smallm.errors import UserError
 from smallm.generation.batch import generate_batch
-from smallm.generation.config import Options, Request, resolve
+from smallm.generation.config import GenerationConfig, GenerationOptions, with_options
 from smallm.generation.draft_table import DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE, DraftTable
-from smallm.generation.sampler import Sampling, ranked
+from smallm.generation.logits_processors import LogitsProcessor
+from smallm.generation.sampler import ranked
 from smallm.generation.sequence_state import SequenceState
-from smallm.generation.text_stream import TextStream
+from smallm.generation.text_stream import TextChunk, TextStream
 from smallm.inference.kv_cache import KVCache
 from smallm.inference.scoring import IGNORED, Perplexity, begins_character, nats, windows
 from smallm.inference.session import Session
 from smallm.model_file.manifest import Manifest
+from smallm.model_file.sampling import Sampling
 from smallm.runs.layout import EXPORT, is_run
 from smallm.tokenizer.vocabulary import Vocabulary
 
 MODEL_FILE = "model.onnx"
-MAX_LOGITS = 1 << 22  # that are computed at a time: 16 MB; more at a time are no faster
-MIN_PROBABILITY = 1e-6  # of the beginning of a character whose ends are looked for
-
-
-class Piece(NamedTuple):
-    """Some characters of one of several texts."""
-
-    number: int
-    """Which text: the place of its seed."""
-    text: str
-    logprobs: list[float]
-    """As `TextStream.logprobs`; empty unless they were asked for."""
-    last: bool
-    """Whether this ends the text."""
+MAX_LOGITS = 1 << 22  # logits computed at a time: 16 MB; more are not faster
+MIN_PROBABILITY = 1e-6  # below it, the beginning of a character is not followed to its end
 
 
 class LanguageModel:
     """A character-level language model.
 
-    A context longer than `block_size` ids is cut: with overflow "crop" the model sees exactly the last block_size ids
-    at every step, and the window is computed anew for each id; with "shift" it goes on with the newest half of the
-    window whenever that is full, which costs no more time per character than before. A model trained with
-    `model.window` has a third way, "slide": attention sees so many positions anyway, so the text has no end, exactly.
+    >>> with LanguageModel.load("runs/shakespeare") as lm:
+    ...     print(lm.generate("O God, O God!", max_length=200, temperature=0.8, rng_seed=1))
+
+    Attributes: `metadata` (sizes, sampling defaults, training facts), `vocabulary`, `vocab_size`, `block_size` (ids of
+    context). Threads may share a model; a `TextStream` belongs to one thread at a time.
+
+    A text may be longer than `block_size` ids; the option `overflow` says what the model sees then.
     """
 
-    def __init__(self, session: Session, guesses: DraftTable | None = None):
-        self._session, self._guesses = session, guesses
+    def __init__(self, session: Session, draft_table: DraftTable | None = None):
+        self._session, self._draft_table = session, draft_table
         self.metadata: Manifest = session.manifest
         self.vocabulary: Vocabulary = session.manifest.vocabulary
         self.vocab_size, self.block_size = session.manifest.vocab_size, session.manifest.block_size
 
     @classmethod
     def load(cls, path: str | Path, threads: int | None = None) -> "LanguageModel":
-        """Opens a run that was exported, an export folder or an .onnx file. Raises `UserError`.
+        """Opens a run that was exported, an export folder or an .onnx file.
 
-        With the file of guesses that the export left beside the model, text comes faster, up to twice.
+        threads: threads of ONNX Runtime, 1 to 1024; None chooses by the size of the model. If the export left
+        `draft_table.npy` beside the model, generation is up to twice as fast. Raises `UserError` for a path without a
+        model, or a file that is damaged.
         """
         file = find_model(Path(path))
         session = Session(file, threads)
@@ -68,118 +62,156 @@ class LanguageModel:
         table = next((path for path in tables if path.is_file()), None)
         return cls(session, table and DraftTable.load(table, session.manifest.vocab_size))
 
-    def generate(self, seed: str = "", max_length: int = 500, **options: Unpack[Options]) -> str:
-        """The seed text followed by up to `max_length` new characters. Raises `UserError` for a value out of range."""
-        return seed + "".join(self.stream(seed, max_length, **options))
+    def close(self) -> None:
+        """Frees the memory of the model. Later calls raise `UserError`; streams that exist keep their part of it."""
+        self._session.close()
 
-    def generate_many(self, seeds: Sequence[str], max_length: int = 500, **options: Unpack[Options]) -> list[str]:
-        """A text for each seed, as `generate` gives it with the stream_number that is higher by the seed's place.
+    def __enter__(self) -> "LanguageModel":
+        return self
 
-        They are computed side by side, which is several times faster than one after the other.
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @with_options
+    def generate(
+        self,
+        seed: str = "",
+        max_length: int | None = None,
+        *,
+        config: GenerationConfig | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> str:
+        """The seed text followed by new text.
+
+        >>> lm.generate("O God, O God!", max_length=200, temperature=0.8, stop="\\n\\n", rng_seed=1)
+
+        seed: the text to continue; "" stands for the model's start text, a newline. config: a `GenerationConfig`;
+        options given in the call take precedence over it. Raises `UserError` for unknown options, values of the wrong
+        type or out of range, and seed texts with a lone surrogate.
         """
+        stream = self._stream(seed, _config(config, max_length, options), logprobs=False)
+        return seed + "".join(stream)
+
+    @with_options
+    def generate_many(
+        self,
+        seeds: Sequence[str],
+        max_length: int | None = None,
+        *,
+        config: GenerationConfig | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> list[str]:
+        """For each seed text, this text followed by new text.
+
+        >>> lm.generate_many(["ROMEO:", "JULIET:"], max_length=200, rng_seed=1)
+
+        The texts are computed side by side, which is several times faster than one after the other. Text i equals that
+        of `generate` with stream_number + i. Arguments and errors as for `generate`.
+        """
+        seeds = _seeds(seeds)
         texts = [[seed] for seed in seeds]
-        for piece in self.stream_many(seeds, max_length, **options):
-            texts[piece.number].append(piece.text)
+        for chunk in self._chunks(seeds, _config(config, max_length, options), logprobs=False):
+            texts[chunk.number].append(chunk.text)
         return ["".join(pieces) for pieces in texts]
 
+    @with_options
     def stream(
-        self, seed: str = "", max_length: int = 500, logprobs: bool = False, **options: Unpack[Options]
+        self,
+        seed: str = "",
+        max_length: int | None = None,
+        logprobs: bool = False,
+        *,
+        config: GenerationConfig | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> TextStream:
-        """The new text alone, in pieces of whole characters as they come; options as for `generate`.
+        """The new text alone, as an iterator over pieces of whole characters.
 
-        What it returns can be left and gone back to, and branched, see `TextStream`.
+        >>> for text in lm.stream("ROMEO:", max_length=500): print(text, end="", flush=True)
+
+        logprobs: whether to fill `TextStream.logprobs` with the log-probability of each character. The stream can be
+        left, continued and branched, see `TextStream`. Other arguments and errors as for `generate`.
         """
-        draft = self._draft(seed, resolve(self.metadata, max_length, **options), 0, logprobs)
-        return TextStream(self._session, draft, self._guesses)
+        return self._stream(seed, _config(config, max_length, options), logprobs)
 
+    @with_options
     def stream_many(
-        self, seeds: Sequence[str], max_length: int = 500, logprobs: bool = False, **options: Unpack[Options]
-    ) -> Iterator[Piece]:
-        """The new texts of `generate_many` as they come, interleaved; the last piece of each may be empty."""
-        request = resolve(self.metadata, max_length, **options)
-        drafts = [self._draft(seed, request, i, logprobs) for i, seed in enumerate(seeds)]
-        return self._alone(*drafts) if len(drafts) == 1 else self._pieces(drafts)
+        self,
+        seeds: Sequence[str],
+        max_length: int | None = None,
+        logprobs: bool = False,
+        *,
+        config: GenerationConfig | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Iterator[TextChunk]:
+        """The new texts of `generate_many` as they are computed, interleaved.
 
-    def _alone(self, draft: SequenceState) -> Iterator[Piece]:
-        writer, last = TextStream(self._session, draft, self._guesses), False
-        for text in writer:
-            last = draft.done
-            yield Piece(0, text, writer.logprobs, last)
-        if not last:
-            yield Piece(0, "", [], True)
+        >>> for chunk in lm.stream_many(["ROMEO:", "JULIET:"], max_length=500): print(chunk.number, chunk.text)
 
-    def _pieces(self, drafts: list[SequenceState]) -> Iterator[Piece]:
-        numbers = {id(draft): number for number, draft in enumerate(drafts)}
-        for draft in generate_batch(self._session, drafts):
-            text = draft.take()
-            yield Piece(numbers[id(draft)], text, draft.take_logprobs(len(text)), draft.done)
-
-    def _draft(self, seed: str, request: Request, number: int, logprobs: bool) -> SequenceState:
-        ids = self._encode_seed(seed).tolist()
-        draft = SequenceState(self.vocabulary, ids, self.block_size, request, request.rng(number))
-        draft.keeps_logprobs = logprobs
-        return draft
+        The last chunk of each text has `last` set, and may be empty. Arguments and errors as for `stream`.
+        """
+        return self._chunks(_seeds(seeds), _config(config, max_length, options), logprobs)
 
     def next_characters(self, text: str, n: int = 10) -> list[tuple[str, float]]:
-        """The n likeliest next characters and their probabilities at temperature 1, the likeliest first.
+        """The n most likely next characters and their probabilities at temperature 1, the most likely first.
 
-        Fewer if there are fewer; one that is spelled in several ids may be missing if it is less likely than 1e-6. What
-        is missing to 1 is also the probability of bytes that do not form a character.
+        The list is shorter if there are fewer characters. A character that several ids spell may be missing if it is
+        less likely than 1e-6. The probabilities sum to less than 1: the remainder belongs to the characters not listed
+        and to bytes that do not form a character.
         """
         after = self._continuations(self._encode_seed(text)[-self.block_size :])
         found: list[tuple[str, float]] = []
-        paths: list[tuple[float, tuple[int, ...]]] = [(-1.0, ())]  # beginnings of a character, the likeliest first
+        paths: list[tuple[float, tuple[int, ...]]] = [(-1.0, ())]  # beginnings of a character, the most likely first
         while paths and len(found) < n:
             negative, path = heapq.heappop(paths)
             character = self.vocabulary.decode_bytes(path).decode("utf-8", errors="ignore")
             if character:
-                if tuple(self.vocabulary.encode(character)) == path:  # else it is spelled in bytes and has an id
+                if tuple(self.vocabulary.encode(character)) == path:  # not the bytes of a character that has an id
                     found.append((character, -negative))
             elif len(path) < 4 and negative < -MIN_PROBABILITY:
-                allowed, weights = ranked(after(path), Sampling(temperature=1.0))
-                fits = begins_character(allowed) == (not path)  # others could not become a character
+                ids, weights = ranked(after(path), Sampling(temperature=1.0))
+                fits = begins_character(ids) == (not path)  # other ids could not become a character
                 probabilities = -negative * weights[fits] / weights.sum()
-                for id, p in zip(allowed[fits].tolist(), probabilities.tolist(), strict=True):
+                for id, p in zip(ids[fits].tolist(), probabilities.tolist(), strict=True):
                     heapq.heappush(paths, (-p, (*path, id)))
         return found
 
-    def _continuations(self, context: np.ndarray) -> Callable[[tuple[int, ...]], np.ndarray]:
-        """context (T,) -> a function of some more ids that gives the logits (V,) after them."""
-        decoder = KVCache(self._session)
-        first = decoder.prefill(context).copy()
-        snapshot = decoder.snapshot()
-
-        def after(path: tuple[int, ...]) -> np.ndarray:
-            if not path:
-                return first
-            if len(context) + len(path) <= self.block_size:
-                decoder.restore(snapshot)
-                return decoder.prefill(np.array(path))
-            decoder.reset()
-            return decoder.prefill(np.append(context, path)[-self.block_size :])
-
-        return after
-
     def logits(self, ids: np.ndarray) -> np.ndarray:
-        """ids (B, T) -> logits (B, T, V) of what follows each of them; T up to block_size. Raises `UserError`."""
+        """The logits (B, T, V) of what follows each of ids (B, T) int; T is at most `block_size`.
+
+        Raises `UserError` for another shape and for ids that are not in the vocabulary.
+        """
+        ids = np.asarray(ids)
+        if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.block_size or ids.dtype.kind not in "iu":
+            raise UserError(
+                f"ids of shape {ids.shape} and type {ids.dtype} do not fit; they must be integers of shape (B, T), "
+                f"T from 1 to block_size = {self.block_size}"
+            )
+        if ids.size and not (ids.min() >= 0 and ids.max() < self.vocab_size):
+            raise UserError(f"ids must be from 0 to {self.vocab_size - 1}, the size of this model's vocabulary")
         return self._session.logits(ids)
 
     def score(self, text: str) -> np.ndarray:
-        """Nats of each character (len(text),) float64; the first is NaN, since nothing comes before it."""
+        """The nats of each character, -ln of its probability: (len(text),) float64.
+
+        The first is NaN, since nothing comes before it. Raises `UserError` for lone surrogates.
+        """
         ids = self.vocabulary.encode(text)
         starts = np.flatnonzero(begins_character(ids))
         if not len(starts):
             return np.empty(0)
         scored = [self._nats(*batch)[batch[1] != IGNORED] for batch in windows([ids], self.block_size)]
-        later = np.concatenate([np.empty(0), *scored])  # of the ids after the first character
-        return np.add.reduceat(np.concatenate([np.full(len(ids) - len(later), np.nan), later]), starts)
+        predicted = np.concatenate([np.empty(0), *scored])  # of the ids after the first character
+        return np.add.reduceat(np.concatenate([np.full(len(ids) - len(predicted), np.nan), predicted]), starts)
 
     def perplexity(self, text: str | Iterable[str], stride: int | None = None) -> Perplexity:
-        """How well the model predicts a text, given as a string or in pieces of any length.
+        """How well the model predicts a text, given as a string or as an iterable of strings of any length.
 
-        Every character after the first is predicted once: in windows of block_size ids side by side, or, with `stride`,
-        in overlapping windows that far apart, where each id sees at least block_size - stride ids before it. Raises
-        `UserError` for a text of fewer than two characters or a stride out of range.
+        Every character after the first is predicted once. stride: ids between the starts of two windows, 1 to
+        block_size; None = block_size, windows side by side. With a smaller stride the windows overlap and each id has
+        at least block_size - stride ids of context. Raises `UserError` for a text of fewer than two characters or a
+        stride out of range.
         """
         if stride is not None and not 1 <= stride <= self.block_size:
             raise UserError(f"stride = {stride} is out of range; it must be from 1 to block_size = {self.block_size}")
@@ -196,12 +228,62 @@ class LanguageModel:
             raise UserError(f"the text has {characters} character(s); perplexity needs at least 2")
         return Perplexity.of(total, characters - 1)
 
+    def _stream(self, seed: str, config: GenerationConfig, logprobs: bool) -> TextStream:
+        return TextStream(self._session, self._states([seed], config, logprobs)[0], self._draft_table)
+
+    def _chunks(self, seeds: Sequence[str], config: GenerationConfig, logprobs: bool) -> Iterator[TextChunk]:
+        if len(seeds) == 1:
+            return self._chunks_of_one(self._stream(seeds[0], config, logprobs))
+        return self._chunks_of_many(self._states(seeds, config, logprobs))
+
+    def _chunks_of_one(self, stream: TextStream) -> Iterator[TextChunk]:
+        last = False
+        for text in stream:
+            last = stream.done
+            yield TextChunk(0, text, stream.logprobs, last)
+        if not last:
+            yield TextChunk(0, "", [], True)
+
+    def _chunks_of_many(self, states: list[SequenceState]) -> Iterator[TextChunk]:
+        numbers = {id(state): number for number, state in enumerate(states)}
+        for state in generate_batch(self._session, states):
+            text = state.take()
+            yield TextChunk(numbers[id(state)], text, state.take_logprobs(len(text)), state.done)
+
+    def _states(self, seeds: Sequence[str], config: GenerationConfig, logprobs: bool) -> list[SequenceState]:
+        config = config.resolve(self.metadata)
+        processor = LogitsProcessor(self.vocabulary, config)
+        ids = (self._encode_seed(seed).tolist() for seed in seeds)
+        return [
+            SequenceState(self.vocabulary, each, self.block_size, config, processor, number, logprobs)
+            for number, each in enumerate(ids)
+        ]
+
+    def _continuations(self, context: np.ndarray) -> Callable[[tuple[int, ...]], np.ndarray]:
+        """A function from some more ids to the logits (V,) after context (T,) and these ids."""
+        cache = KVCache(self._session)
+        first = cache.prefill(context).copy()
+        snapshot = cache.snapshot()
+
+        def after(path: tuple[int, ...]) -> np.ndarray:
+            if not path:
+                return first
+            if len(context) + len(path) <= self.block_size:
+                cache.restore(snapshot)
+                return cache.prefill(np.array(path))
+            cache.reset()
+            return cache.prefill(np.append(context, path)[-self.block_size :])
+
+        return after
+
     def _encode_seed(self, seed: str) -> np.ndarray:
+        if not isinstance(seed, str):
+            raise UserError(f"seed = {seed!r:.40} is not a string; pass the text to continue")
         seen = (seed or self.metadata.start_text)[-self.block_size :]  # a character has at least one id
         return self.vocabulary.encode(seen).astype(np.int64)
 
     def _nats(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """inputs (B, T), targets (B, T) -> nats (B, T) float64; 0 where the target does not count."""
+        """The nats (B, T) float64 of targets (B, T) after inputs (B, T); 0 where the target does not count."""
         rows = max(1, MAX_LOGITS // (inputs.shape[1] * self.vocab_size))
         if len(inputs) > rows:
             parts = range(0, len(inputs), rows)
@@ -213,7 +295,7 @@ class LanguageModel:
 
 
 def find_model(path: Path) -> Path:
-    """The .onnx file that a run, an export folder or a file's own path stands for. Raises `UserError`."""
+    """The .onnx file of a run, of an export folder, or the path itself if it is a file. Raises `UserError`."""
     try:
         for file in (path, path / MODEL_FILE, path / EXPORT / MODEL_FILE):
             if file.is_file():
@@ -223,3 +305,22 @@ def find_model(path: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     raise UserError(f"there is no model in {path}; give a run, an export folder or an .onnx file")
+
+
+def _config(
+    config: GenerationConfig | None, max_length: int | None, options: Mapping[str, Any]
+) -> GenerationConfig:
+    """The config with the options of a call."""
+    if max_length is not None:
+        options = {"max_length": max_length, **options}
+    if config is None:
+        return GenerationConfig(**options)
+    if not isinstance(config, GenerationConfig):
+        raise UserError(f"config = {config!r:.40} is not a GenerationConfig; pass smallm.GenerationConfig(...)")
+    return replace(config, **options) if options else config
+
+
+def _seeds(seeds: Sequence[str]) -> Sequence[str]:
+    if isinstance(seeds, str):
+        raise UserError(f"seeds = {seeds!r:.40} is a single string; pass a list of seed texts")
+    return list(seeds)

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from smallm.export.graph import build_graph
-from smallm.generation.sampler import Rng, Sampling, sample
+from smallm.generation.rng import Rng
+from smallm.generation.sampler import sample
 from smallm.model_file.manifest import Manifest
+from smallm.model_file.sampling import Sampling
 from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.checkpoint import format as checkpoint
 from smallm.training.config import ModelConfig

@@ -1,20 +1,25 @@
-"""`infer.py`: generate text from a seed, or measure a model on a text. Starts fast: argparse, numpy, onnxruntime."""
+"""`infer.py`: generates text, or measures a model on a text. Starts fast: argparse, numpy, onnxruntime."""
 
 import argparse
 import io
 import json
-import re
 import secrets
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from smallm.cli import text_file
 from smallm.cli.arguments import ArgumentParser
 from smallm.errors import UserError
+from smallm.generation.config import GenerationConfig
 from smallm.runs.layout import newest_run, validation_text
+
+if TYPE_CHECKING:
+    from smallm.generation.text_stream import TextChunk
+    from smallm.language_model import LanguageModel
 
 EXAMPLES = """\
 examples:
@@ -24,104 +29,111 @@ examples:
   python infer.py --interactive
   python infer.py --perplexity my.txt    (without a file: on the run's own validation text)
   python infer.py --surprise my.txt --html surprise.html"""
-ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}  # what may be written in --stop, --allow and --ban
+GENERATION = {each.name for each in GenerationConfig.options() if each.flag}
+MODES = {  # mode -> the options that it uses; "" = generate text. All modes use --model and --threads.
+    "": GENERATION | {"seed", "num_samples", "stream", "json"},
+    "interactive": GENERATION | {"seed", "stream"},
+    "next": {"seed", "json"},
+    "perplexity": {"stride", "encoding", "json"},
+    "surprise": {"html", "spans", "encoding", "json"},
+}
+DEFAULTS = {"seed": "", "num_samples": 1, "stream": True, "json": False, "encoding": "utf-8", "spans": 10}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `infer.py` with these arguments; text and figures go to stdout, in UTF-8, all else to stderr."""
+    """Runs `infer.py` with these arguments. Text and figures go to stdout, in UTF-8, everything else to stderr."""
     options = _parser().parse_args(argv)
-    if options.interactive:
-        _check_interactive(options)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # the model's characters need not be in the locale's encoding
+    mode = next((mode for mode in MODES if mode and getattr(options, mode) is not None), "")
+    _check_mode(mode, options)
+    for name, default in DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the locale's encoding may lack the model's characters
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    if options.html is not None and options.surprise is None:
-        raise UserError("--html goes with --surprise FILE")
-    from smallm.language_model import LanguageModel  # after argparse, so that --help and mistakes are instant
+    from smallm.language_model import LanguageModel  # onnxruntime loads late, so that --help and mistakes are instant
 
     path = options.model
     if path is None:
         path = newest_run()
         print(f"model: {path}", file=sys.stderr)
     model = LanguageModel.load(path, threads=options.threads)
-    if options.perplexity is not None:
+    if mode == "perplexity":
         _perplexity(model, Path(options.perplexity) if options.perplexity else validation_text(Path(path)), options)
-    elif options.surprise is not None:
+    elif mode == "surprise":
         from smallm.cli.surprise import surprise
 
         page = Path(options.html) if options.html else None
         surprise(model, Path(options.surprise), options.encoding, options.spans, page, options.json)
-    elif options.next is not None:
+    elif mode == "next":
         _next_characters(model, options)
-    elif options.interactive:
+    elif mode == "interactive":
         from smallm.cli.repl import run_repl
 
-        run_repl(model, options.seed, _chosen(options), options.stream)
+        run_repl(model, options.seed, _given(options), options.stream)
     else:
         _generate(model, options)
-    print(end="", flush=True)  # a reader who has gone (head) is noticed here, not when Python shuts down
+    print(end="", flush=True)  # a closed pipe (head) is noticed here, not when Python shuts down
     return 0
 
 
-def _generate(model, options: argparse.Namespace) -> None:
+def _check_mode(mode: str, options: argparse.Namespace) -> None:
+    """Raises `UserError` for an option that the mode would ignore."""
+    used = MODES[mode] | {mode, "model", "threads"}
+    for name, value in vars(options).items():
+        if value is not None and name not in used:
+            flag = "--" + {"allowed": "allow", "banned": "ban"}.get(name, name).replace("_", "-")
+            if mode:
+                raise UserError(f"--{mode} does not go with {flag}; leave out one of them")
+            modes = " or ".join(f"--{mode}" for mode, names in MODES.items() if name in names)
+            raise UserError(f"{flag} goes with {modes}{' FILE' if modes == '--surprise' else ''}")
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of generation that were given, and the length and the stop strings in any case."""
+    given = {name: value for name in sorted(GENERATION) if (value := getattr(options, name)) is not None}
+    return {"max_length": GenerationConfig.max_length, "stop": []} | given
+
+
+def _generate(model: "LanguageModel", options: argparse.Namespace) -> None:
     if options.num_samples < 1:
         raise UserError(f"--num-samples {options.num_samples} is out of range; it must be 1 or more")
     rng_seed = secrets.randbits(32) if options.rng_seed is None else options.rng_seed
-    chosen = _chosen(options) | {"rng_seed": rng_seed}
-    pieces = model.stream_many([options.seed] * options.num_samples, logprobs=options.json, **chosen)
+    given = _given(options) | {"rng_seed": rng_seed}
+    chunks = model.stream_many([options.seed] * options.num_samples, logprobs=options.json, **given)
     if options.json:
         samples = [{"new_text": "", "logprobs": []} for _ in range(options.num_samples)]
-        for piece in pieces:
-            samples[piece.number]["new_text"] += piece.text
-            samples[piece.number]["logprobs"] += [round(value, 6) for value in piece.logprobs]
+        for chunk in chunks:
+            samples[chunk.number]["new_text"] += chunk.text
+            samples[chunk.number]["logprobs"] += [round(value, 6) for value in chunk.logprobs]
         samples = [{"text": options.seed + sample["new_text"], **sample} for sample in samples]
-        print(json.dumps({"seed": options.seed, **chosen, "samples": samples}, ensure_ascii=False))
+        print(json.dumps({"seed": options.seed, **given, "samples": samples}, ensure_ascii=False))
         return
     print(options.seed, end="", flush=options.stream)
-    shown = 0
-    for number, text in _in_order(pieces):
-        if number > shown:
+    current = 0
+    for number, text in _in_order(chunks):
+        if number > current:
             print("\n" + "-" * 40 + "\n" + options.seed, end="")
-            shown = number
+            current = number
         print(text, end="", flush=options.stream)
     print()
     if options.rng_seed is None:
         print(f"again with: --rng-seed {rng_seed}", file=sys.stderr)
 
 
-def _chosen(options: argparse.Namespace) -> dict:
-    """The options of generation that were given, as `LanguageModel` takes them."""
-    chosen = {
-        "max_length": options.max_length, "temperature": options.temperature, "top_k": options.top_k,
-        "top_p": options.top_p, "min_p": options.min_p, "repetition_penalty": options.repetition_penalty,
-        "repetition_window": options.repetition_window, "allowed": unescaped(options.allow),
-        "banned": unescaped(options.ban), "stop": [unescaped(stop) for stop in options.stop],
-        "min_length": options.min_length, "overflow": options.overflow, "rng_seed": options.rng_seed,
-    }  # fmt: skip
-    return {name: value for name, value in chosen.items() if value is not None}
-
-
-def _in_order(pieces: Iterator) -> Iterator[tuple[int, str]]:
-    """One text after the other, each as it comes or, as far as it was written beside those before it, at its turn."""
+def _in_order(chunks: "Iterator[TextChunk]") -> Iterator[tuple[int, str]]:
+    """(number, text) of interleaved texts, one text after the other; later texts wait until their turn."""
     held, ended, current = defaultdict(list), set(), 0
-    for piece in pieces:
-        held[piece.number].append(piece.text)
-        if piece.last:
-            ended.add(piece.number)
+    for chunk in chunks:
+        held[chunk.number].append(chunk.text)
+        if chunk.last:
+            ended.add(chunk.number)
         while current in held:
             yield current, "".join(held.pop(current))
             if current in ended:
                 current += 1
 
 
-def _check_interactive(options: argparse.Namespace) -> None:
-    given = {"--json": options.json, "--num-samples": options.num_samples != 1, "--next": options.next is not None,
-             "--perplexity": options.perplexity is not None}  # fmt: skip
-    for name, is_given in given.items():
-        if is_given:
-            raise UserError(f"--interactive does not go with {name}; leave out one of them")
-
-
-def _next_characters(model, options: argparse.Namespace) -> None:
+def _next_characters(model: "LanguageModel", options: argparse.Namespace) -> None:
     if options.next < 1:
         raise UserError(f"--next {options.next} is out of range; it must be 1 or more")
     found = model.next_characters(options.seed, options.next)
@@ -133,12 +145,7 @@ def _next_characters(model, options: argparse.Namespace) -> None:
         print(f"{p:.6f}  {json.dumps(character, ensure_ascii=False)}")
 
 
-def unescaped(text: str | None) -> str | None:
-    """The text with its \\n, \\t, \\r and \\\\ as the characters that they stand for."""
-    return text and re.sub(r"\\([ntr\\])", lambda match: ESCAPES[match[1]], text)
-
-
-def _perplexity(model, path: Path, options: argparse.Namespace) -> None:
+def _perplexity(model: "LanguageModel", path: Path, options: argparse.Namespace) -> None:
     result = asdict(model.perplexity(text_file.pieces(path, options.encoding), stride=options.stride))
     if options.json:
         print(json.dumps({"file": str(path), **result}))
@@ -152,42 +159,36 @@ def _perplexity(model, path: Path, options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         prog="infer.py",
-        description="Generates text with an exported model, or measures it on a text.",
+        description="Generates text with an exported model, or measures a model on a text.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", "--model_path", metavar="PATH", help="run, export folder or .onnx file; default: the newest run")
-    add("--seed", "--seed_string", default="", metavar="TEXT", help="text to go on from (--seed=-x if with a dash)")
-    add("--max-length", "--max_length", type=int, default=500, metavar="N", help="new characters (default: 500)")
-    add("--temperature", type=float, metavar="T", help="0 = always the likeliest character (default: the model's)")
-    add("--top-k", "--top_k", type=int, metavar="K", help="choose from the K likeliest; 0 = all")
-    add("--top-p", "--top_p", type=float, metavar="P", help="choose from the likeliest that make up this probability")
-    add("--min-p", "--min_p", type=float, metavar="P", help="least probability, relative to the likeliest")
-    add("--repetition-penalty", "--repetition_penalty", type=float, metavar="R",
-        help="above 1: what came up lately gets less likely (1 = off)")  # fmt: skip
-    add("--repetition-window", "--repetition_window", type=int, metavar="N",
-        help="how many of the last ids that looks at; 0 = block_size")  # fmt: skip
-    add("--allow", metavar="CHARS", help="write these characters only")
-    add("--ban", metavar="CHARS", help="write none of these characters, e.g. \\n")
-    add("--rng-seed", "--rng_seed", type=int, metavar="N", help="random seed: the same N gives the same text")
-    add("--num-samples", "--num_samples", type=int, default=1, metavar="N", help="texts to write (default: 1)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text, e.g. \\n; may be repeated")
-    add("--min-length", "--min_length", type=int, metavar="N", help="no stop within the first N new characters")
-    add("--overflow", choices=("crop", "shift", "slide"),
-        help="past block_size: crop = the last block_size ids, slow; shift = half of them, fast; slide = exact and "
-        "fast, the default of models with a window (others: crop)")  # fmt: skip
-    add("--stream", action=argparse.BooleanOptionalAction, default=True, help="print characters as they come")
-    add("--interactive", action="store_true", help="type beginnings, change options and branch while the model writes")
-    add("--next", type=int, metavar="N", help="print the N likeliest next characters after the seed")
-    add("--perplexity", nargs="?", const="", metavar="FILE",
-        help="measure the model on this text, or without FILE on the run's validation text")  # fmt: skip
-    add("--stride", type=int, metavar="N", help="for --perplexity: overlapping windows N ids apart")
-    add("--surprise", metavar="FILE", help="show what the model did not expect in this text, character by character")
-    add("--html", metavar="PAGE", help="for --surprise: write it as a page with all details")
-    add("--spans", "--places", type=int, default=10, metavar="N",
-        help="for --surprise: passages and words to list (default: 10)")  # fmt: skip
-    add("--encoding", default="utf-8", metavar="NAME", help="for --perplexity and --surprise: encoding of the file")
-    add("--threads", type=int, metavar="N", help="threads of ONNX Runtime; default: by the size of the model")
-    add("--json", action="store_true", help="print one JSON object, texts with the log-probability of each character")
+    add("--model", "--model_path", metavar="PATH", help="run, export folder or .onnx file (default: the newest run)")
+    add("--threads", type=int, metavar="N", help="threads of ONNX Runtime (default: by the size of the model)")
+    add("--seed", "--seed_string", metavar="TEXT", help="text to continue; --seed=-x if it begins with a dash")
+    for each in GenerationConfig.options():
+        if each.flag:
+            add(*dict.fromkeys((f"--{each.flag}", f"--{each.flag.replace('-', '_')}")), dest=each.name,
+                type=each.parser, metavar=each.metavar or None, choices=each.choices or None,
+                action="append" if each.repeated else "store",
+                help=f"{each.help.removesuffix('.')} (default: {each.shown_default})")  # fmt: skip
+    add("--num-samples", "--num_samples", type=int, metavar="N", help="number of texts (default: 1)")
+    add("--stream", action=argparse.BooleanOptionalAction, default=None,
+        help="print each character as soon as it is generated (default: yes)")  # fmt: skip
+    add("--json", action="store_const", const=True,
+        help="print one JSON object; generated texts with the log-probability of each character")  # fmt: skip
+    modes = parser.add_argument_group("other modes, at most one of them").add_mutually_exclusive_group()
+    modes.add_argument("--interactive", action="store_const", const=True,
+        help="type texts, change options and branch while the model writes")  # fmt: skip
+    modes.add_argument("--next", type=int, metavar="N", help="print the N most likely next characters after the seed")
+    modes.add_argument("--perplexity", nargs="?", const="", metavar="FILE",
+        help="measure the model on this text; without FILE, on the run's validation text")  # fmt: skip
+    modes.add_argument("--surprise", metavar="FILE", help="show the surprisal of each character of this text")
+    add("--stride", type=int, metavar="N", help="for --perplexity: ids between the starts of two windows (default: "
+        "block_size)")  # fmt: skip
+    add("--html", metavar="PAGE", help="for --surprise: write a page with all details")
+    add("--spans", "--places", type=int, metavar="N",
+        help="for --surprise: number of passages and of words to list (default: 10)")  # fmt: skip
+    add("--encoding", metavar="NAME", help="for --perplexity and --surprise: encoding of the file (default: utf-8)")
     return parser

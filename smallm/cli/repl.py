@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from smallm.cli.infer import unescaped
 from smallm.cli.repl_state import ReplState
 from smallm.cli.terminal import bold, line_editing, note_ctrl_c
 from smallm.errors import UserError
+from smallm.generation.config import GenerationConfig
 from smallm.html.escape import printable
 from smallm.language_model import LanguageModel
+from smallm.options import unescaped
 
 WELCOME = "type a beginning and the model continues it; an empty line continues further; /help lists the commands"
 LEAVING = "Ctrl-D or /quit leaves"
@@ -27,19 +28,9 @@ HELP = r"""TEXT                 is added to the text, and the model continues it
                      with a slash type two slashes
 (empty line)         same as /more; Ctrl-C stops only the model"""
 OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {  # as typed: option, parser, help
-    "temperature": ("temperature", float, "T: 0 = always the most likely character"),
-    "top-k": ("top_k", int, "K: sample from the K most likely characters; 0 = all"),
-    "top-p": ("top_p", float, "P: sample from the most likely characters that together reach probability P"),
-    "min-p": ("min_p", float, "P: minimum probability, relative to the most likely character"),
-    "max-length": ("max_length", int, "N: characters in one turn of the model"),
-    "min-length": ("min_length", int, "N: no stop within the first N characters"),
-    "stop": ("stop", unescaped, "TEXT: end before this text; adds to the stop strings given before"),
-    "allow": ("allowed", unescaped, "CHARS: the only characters that may be written"),
-    "ban": ("banned", unescaped, "CHARS: characters that are not written"),
-    "repetition-penalty": ("repetition_penalty", float, "R: above 1, recent ids become less likely"),
-    "repetition-window": ("repetition_window", int, "N: number of last ids that the penalty considers; 0 = block_size"),
-    "overflow": ("overflow", str, "crop, shift or slide: the context after block_size ids"),
-    "rng-seed": ("rng_seed", int, "N: random seed; the same N gives the same text"),
+    each.flag: (each.name, each.parser, f"{each.metavar}: {each.help}" if each.metavar else each.help)
+    for each in GenerationConfig.options()
+    if each.flag
 }
 ALIASES = {"again": "retry"}
 PROMPT = "> "

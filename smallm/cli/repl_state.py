@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from smallm.errors import UserError
-from smallm.generation.config import resolve
-from smallm.generation.sampler import Rng
+from smallm.generation.config import GenerationConfig
+from smallm.generation.rng import Rng
 from smallm.generation.text_stream import TextStream
 from smallm.language_model import LanguageModel
 
@@ -88,7 +88,7 @@ class ReplState:
     def set(self, name: str, value: Any) -> None:
         """Sets an option for the next turns. Raises `UserError`, in which case nothing changes."""
         wanted = self.options | {name: value}
-        resolve(self.model.metadata, **DEFAULTS | wanted).rng()
+        GenerationConfig(**DEFAULTS | wanted).resolve(self.model.metadata)
         self.options = wanted
         if name == "rng_seed":
             self._restart_rng = self._seed_is_unused = True
@@ -97,8 +97,7 @@ class ReplState:
         """The current value of an option; None for a random rng_seed, and for `allowed` if all characters are."""
         if name in ("stop", "allowed", "banned", "rng_seed"):
             return self.options.get(name, {"stop": (), "banned": ""}.get(name))
-        request = resolve(self.model.metadata, **DEFAULTS | self.options)
-        return getattr(request.sampling if hasattr(request.sampling, name) else request, name)
+        return getattr(GenerationConfig(**DEFAULTS | self.options).resolve(self.model.metadata), name)
 
     def unset(self, name: str) -> None:
         """Resets an option to its default."""

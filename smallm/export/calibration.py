@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from smallm.generation.sampler import Rng
+from smallm.generation.rng import Rng
 from smallm.inference.kv_cache import KVCache
 from smallm.inference.session import Session
 from smallm.training.model.transformer import TransformerLanguageModel

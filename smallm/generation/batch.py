@@ -1,4 +1,4 @@
-"""Many texts at a time: one step of the model gives each of them its next id."""
+"""Many texts at a time: one pass of the model gives each of them its next id."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -11,101 +11,101 @@ from smallm.inference.session import Session
 from smallm.model_file.manifest import Manifest
 
 MAX_STREAMS = 64
-MAX_CACHE = 1 << 28  # bytes of keys and values, unless a single text takes more
-FULL_ENOUGH = 0.75  # share of the streams that are in use; dropping others copies the caches of these
+MAX_CACHE_BYTES = 1 << 28  # of keys and values, unless a single text needs more
+MIN_USED = 0.75  # with a smaller fraction of streams in use the others are dropped, which copies the caches in use
 
 
-def generate_batch(session: Session, drafts: Iterable[SequenceState]) -> Iterator[SequenceState]:
-    """Yields a draft each time when it has text to take or is done; those that are done make room for others.
+def generate_batch(session: Session, states: Iterable[SequenceState]) -> Iterator[SequenceState]:
+    """Yields a state each time it has text to take or is done; waiting states take the streams of those that are done.
 
-    The drafts are of one request.
+    All states have the same config.
     """
-    drafts = iter(drafts)
-    first = list(islice(drafts, streams(session.manifest)))
-    return _Batch(session, first, drafts).run() if first else iter(())
+    states = iter(states)
+    first = list(islice(states, max_streams(session.manifest)))
+    return _Batch(session, first, states).run() if first else iter(())
 
 
-def streams(model: Manifest) -> int:
-    """How many texts are written at a time."""
-    cache = 8 * model.n_layer * model.n_kv_head * model.head_dim * model.block_size  # bytes a text, float32
-    return max(1, min(MAX_STREAMS, MAX_CACHE // cache))
+def max_streams(model: Manifest) -> int:
+    """Number of texts that are generated at a time."""
+    cache_bytes = 8 * model.n_layer * model.n_kv_head * model.head_dim * model.block_size  # of a text, float32
+    return max(1, min(MAX_STREAMS, MAX_CACHE_BYTES // cache_bytes))
 
 
 class _Batch:
-    """The streams of a decoder: each has a draft, or none is left for it."""
+    """The streams of a KV cache; each has a state, or None once no text is left for it."""
 
-    def __init__(self, session: Session, drafts: list[SequenceState], waiting: Iterator[SequenceState]):
-        self._drafts: list[SequenceState | None] = list(drafts)
+    def __init__(self, session: Session, states: list[SequenceState], waiting: Iterator[SequenceState]):
+        self._states: list[SequenceState | None] = list(states)
         self._waiting = waiting
-        self._weigh = drafts[0].weigh
-        self._decoder = KVCache(session, len(drafts))
-        self._fresh = np.ones(len(drafts), bool)  # streams that have nothing of their draft in the cache, or no draft
-        self._steps = 0  # that all can take together, before one is full
-        self._logits = np.zeros((len(drafts), session.manifest.vocab_size), np.float32)
+        self._weights = states[0].weights
+        self._cache = KVCache(session, len(states))
+        self._fresh = np.ones(len(states), bool)  # streams whose cache holds nothing of their text, or without a text
+        self._steps = 0  # number of steps until the longest stream is full
+        self._logits = np.zeros((len(states), session.manifest.vocab_size), np.float32)
 
     def run(self) -> Iterator[SequenceState]:
-        ended = any(draft.done for draft in self._drafts)
-        while any(self._drafts):
+        ended = any(state.done for state in self._states)
+        while any(self._states):
             if ended:
-                yield from self._replace()
-                self._drop()
+                yield from self._replace_done()
+                self._drop_unused()
                 ended = False
             self._predict()
-            for draft, *row in zip(self._drafts, self._logits, self._weigh(self._logits), strict=True):
-                if draft is not None:
-                    draft.choose(*row)
-                    if draft.done:
+            for state, *row in zip(self._states, self._logits, self._weights(self._logits), strict=True):
+                if state is not None:
+                    state.choose(*row)
+                    if state.done:
                         ended = True
-                    elif draft.ready:
-                        yield draft
+                    elif state.ready:
+                        yield state
 
-    def _replace(self) -> Iterator[SequenceState]:
-        """Yields the texts that are done; those that wait take their streams."""
+    def _replace_done(self) -> Iterator[SequenceState]:
+        """Yields the states that are done; waiting states take their streams."""
         self._steps = 0
-        for stream, draft in enumerate(self._drafts):
-            while draft is not None and draft.done:  # one that wants no text is done before it began
-                yield draft
-                draft = self._drafts[stream] = next(self._waiting, None)
+        for stream, state in enumerate(self._states):
+            while state is not None and state.done:  # with max_length 0 a state is done from the start
+                yield state
+                state = self._states[stream] = next(self._waiting, None)
                 self._fresh[stream] = True
 
-    def _drop(self) -> None:
-        """Gives up the streams without a text when they are too many to be carried along."""
-        kept = [stream for stream, draft in enumerate(self._drafts) if draft is not None]
-        if 0 < len(kept) <= FULL_ENOUGH * len(self._drafts):
-            self._decoder.select(np.array(kept))
-            self._drafts = [self._drafts[stream] for stream in kept]
+    def _drop_unused(self) -> None:
+        """Drops the streams without a text if they are too many to carry along."""
+        kept = [stream for stream, state in enumerate(self._states) if state is not None]
+        if 0 < len(kept) <= MIN_USED * len(self._states):
+            self._cache.select(np.array(kept))
+            self._states = [self._states[stream] for stream in kept]
             self._fresh, self._logits = self._fresh[kept], self._logits[: len(kept)]
 
     def _predict(self) -> None:
-        """The logits after each text: those that have room in their caches together, the others one by one."""
+        """Sets the logits after each text: streams with room in the cache in one pass, the others one by one."""
         if self._steps:
             self._steps -= 1
-            self._step()
+            self._decode()
             return
-        decoder, size = self._decoder, self._decoder.block_size
-        for stream in np.flatnonzero(~self._fresh & (decoder.lengths == size)):
-            if self._drafts[stream].request.overflow == "slide":
-                decoder.slide(stream)
-        alone = self._fresh | (decoder.lengths == size)
+        cache, size = self._cache, self._cache.block_size
+        for stream in np.flatnonzero(~self._fresh & (cache.lengths == size)):
+            if self._states[stream].config.overflow == "slide":
+                cache.slide(stream)
+        alone = self._fresh | (cache.lengths == size)
         for stream in np.flatnonzero(alone):
-            decoder.reset(stream)  # what a step adds to it is not looked at
+            cache.reset(stream)  # the pass appends an id here too, which is discarded below
         if not alone.all():
-            self._step()
-        read: dict[bytes, int] = {}  # by which stream; many texts of one seed read it once
+            self._decode()
+        read: dict[bytes, int] = {}  # window -> the stream that has computed it; equal seed texts are computed once
         for stream in np.flatnonzero(alone):
-            draft = self._drafts[stream]
-            decoder.reset(stream)
-            if draft is not None:
-                window = draft.window(self._fresh[stream])
+            state = self._states[stream]
+            cache.reset(stream)
+            if state is not None:
+                window = state.window(self._fresh[stream])
                 other = read.setdefault(window.tobytes(), stream)
                 if other == stream:
-                    self._logits[stream] = decoder.prefill(window, stream)
+                    self._logits[stream] = cache.prefill(window, stream)
                 else:
-                    decoder.restore(decoder.snapshot(other), stream)
+                    cache.restore(cache.snapshot(other), stream)
                     self._logits[stream] = self._logits[other]
                 self._fresh[stream] = False
-        self._steps = size - int(decoder.lengths.max())
+        self._steps = size - int(cache.lengths.max())
 
-    def _step(self) -> None:
-        ids = [0 if draft is None else draft.history[-1] for draft in self._drafts]
-        self._logits[:] = self._decoder.decode_batch(np.array(ids))
+    def _decode(self) -> None:
+        ids = [0 if state is None else state.history[-1] for state in self._states]
+        self._logits[:] = self._cache.decode_batch(np.array(ids))

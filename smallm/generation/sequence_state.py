@@ -1,58 +1,77 @@
-"""One text in the making, apart from the model: from the logits after it to its next id, and from ids to characters."""
+"""The state of one sequence, apart from the model: from logits to the next id, and from ids to characters."""
 
 from collections.abc import Sequence
 from copy import copy
 
 import numpy as np
 
-from smallm.generation.config import Request
-from smallm.generation.sampler import Rng, apply_repetition_penalty, log_probability, pick, sample, weigh
+from smallm.generation.config import GenerationConfig
+from smallm.generation.logits_processors import LogitsProcessor
+from smallm.generation.rng import Rng
+from smallm.generation.sampler import cumulative_weights, log_probability, pick, sample
 from smallm.generation.stop_strings import StopStrings
 from smallm.tokenizer.vocabulary import Vocabulary
 
 Prediction = tuple[np.ndarray, np.ndarray | None]
-"""The logits (V,) after a text, and their weights, if they are known, see `SequenceState.choose`."""
+"""The logits (V,) after a text, and their row of `SequenceState.weights`, if that was computed."""
 
 
 class SequenceState:
     """Takes logits, chooses ids, and hands out the text that can no longer be part of a stop string.
 
-    `history` has at least the last block_size ids (fewer if there are fewer), and its length stays bounded.
+    `history` holds at least the last block_size ids (fewer if there are fewer); its length is bounded.
     """
 
-    def __init__(self, vocabulary: Vocabulary, ids: list[int], block_size: int, request: Request, rng: Rng):
-        """ids: the seed's, at least one, of which the last block_size matter."""
-        self.request, self.rng = request, rng
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        ids: list[int],
+        block_size: int,
+        config: GenerationConfig,
+        processor: LogitsProcessor,
+        stream: int = 0,
+        logprobs: bool = False,
+    ):
+        """ids: those of the seed text, at least one; the last block_size matter. config: resolved for the model.
+
+        stream: added to `config.stream_number`. logprobs: whether to keep log-probabilities for `take_logprobs`, which
+        costs some time per id.
+        """
+        self.config, self.sampling, self._processor = config, config.sampling, processor
+        self.rng = Rng(config.rng_seed, config.stream_number + stream)
         self.history, self._block_size = ids[-block_size:], block_size
-        self.done = request.max_length == 0
-        self._plain = request.permitted is None and request.repetition_penalty == 1  # logits stay as they are
+        self.done = config.max_length == 0
+        self._processes = processor.active
         self._decoder = vocabulary.decoder()
-        self._stops = StopStrings(request.stops) if request.stops else None
+        stops = [stop for stop in config.stop if len(stop) <= config.max_length]  # longer stops cannot occur
+        self._stops = StopStrings(stops) if stops else None
+        self._min_length, self._max_length = config.min_length, config.max_length
         self.ready = ""
-        """New characters that are settled and not taken yet."""
-        self._held = ""  # those after them, which may be the beginning of a stop
-        self._length = 0  # new characters in all
-        self.keeps_logprobs = False
-        """Whether `take_logprobs` has something to tell, which costs some time per id; to be set before the start."""
-        self._logprobs, self._logprob = [], 0.0
+        """New characters that are final and not taken yet."""
+        self._held = ""  # the characters after them, which may begin a stop string
+        self._length = 0  # number of new characters
+        self.keeps_logprobs, self._logprobs, self._logprob = logprobs, [], 0.0
 
     def copy(self) -> "SequenceState":
-        """Another text that begins with this one."""
+        """An independent sequence that continues from here."""
         other = copy(self)
         other.history, other.rng, other._decoder = self.history.copy(), copy(self.rng), self._decoder.copy()
-        other._stops, other._logprobs = self._stops and self._stops.copy(), self._logprobs.copy()
+        other._logprobs = self._logprobs.copy()
         return other
 
     def choose(self, logits: np.ndarray, weights: np.ndarray | None = None) -> int:
-        """logits (V,), the model's after all of the text so far -> the id that is its next. Raises `UserError`.
+        """Chooses the next id from the model's logits (V,) after the text so far. Raises `UserError`.
 
-        weights (V,): its row of what `weigh` made of them, which saves work.
+        weights (V,): the row of `weights` for these logits, if it was computed, which saves work.
         """
         u = self.rng.uniform()
         if weights is not None:
             id = pick(weights, u)
         else:
-            id = sample(logits if self._plain else self._adjusted(logits), u, self.request.sampling)
+            if self._processes:
+                id = sample(self._processor.process(logits, self.history, self._decoder.pending), u, self.sampling)
+            else:
+                id = sample(logits, u, self.sampling)
         if self.keeps_logprobs:
             self._logprob += log_probability(logits, id)
         self.history.append(id)
@@ -63,41 +82,31 @@ class SequenceState:
             self._add(text)
         return id
 
-    def weigh(self, logits: np.ndarray) -> Sequence[np.ndarray | None]:
-        """logits (T, V) -> what `choose` may be given with each row, of this draft and others of its request."""
-        weights = weigh(logits, self.request.sampling) if self._plain else None
+    def weights(self, logits: np.ndarray) -> Sequence[np.ndarray | None]:
+        """For each row of logits (T, V), the weights that `choose` takes; the same for all sequences of one config."""
+        weights = None if self._processes else cumulative_weights(logits, self.sampling)
         return [None] * len(logits) if weights is None else weights
 
-    def _adjusted(self, logits: np.ndarray) -> np.ndarray:
-        """logits (V,) -> those with what is not permitted, and what came up lately, made less likely."""
-        request = self.request
-        if request.permitted is not None:
-            logits = logits + request.permitted.mask(self._decoder.pending)
-        if request.repetition_penalty != 1:
-            recent = self.history[-request.repetition_window :]
-            logits = apply_repetition_penalty(logits, recent, request.repetition_penalty)
-        return logits
-
     def window(self, fresh: bool) -> np.ndarray:
-        """The ids (T,) to compute from when the cache is empty: fresh, the seed's, or full: what overflow leaves."""
-        whole = fresh or self.request.overflow == "crop"
+        """The ids (T,) to compute when the cache is empty (fresh) or full (what `overflow` keeps)."""
+        whole = fresh or self.config.overflow == "crop"
         return np.array(self.history[-(self._block_size if whole else max(1, self._block_size // 2)) :], np.int64)
 
     def take(self) -> str:
         """The characters that are ready."""
-        piece, self.ready = self.ready, ""
-        return piece
+        text, self.ready = self.ready, ""
+        return text
 
     def take_logprobs(self, n: int) -> list[float]:
-        """For the n characters taken last: ln of the probability of each, the sum over its ids.
+        """For each of the n characters taken last, ln of its probability: the sum over its ids.
 
-        If one id completes several characters (bytes that are not UTF-8), the last of them has the sum, the others 0.
+        If one id completes several characters (bytes that are not UTF-8), the last character has the sum, the others 0.
         """
         taken, self._logprobs = self._logprobs[:n], self._logprobs[n:]
         return taken
 
     def _add(self, text: str) -> None:
-        left = self.request.max_length - self._length
+        left = self._max_length - self._length
         text = text[:left] if len(text) > left else text
         self._length += len(text)
         if self.keeps_logprobs:
@@ -107,17 +116,17 @@ class SequenceState:
             self.ready = self.ready + text if self.ready else text
         else:
             self._hold_back(text)
-        if self._length == self.request.max_length:
+        if self._length == self._max_length:
             self.done = True
             self.ready, self._held = self.ready + self._held, ""
 
     def _hold_back(self, text: str) -> None:
-        """Adds what cannot be part of a stop to what is ready; ends the text before a stop."""
+        """Moves characters that cannot be part of a stop string to `ready`; ends the text before a stop string."""
         for number, character in enumerate(text, self._length - len(text)):
             self._held += character
-            met, begun = self._stops.push(character) if number >= self.request.min_length else (0, 0)
-            free = len(self._held) - (met or begun)
+            complete, begun = self._stops.match(self._held) if number >= self._min_length else (0, 0)
+            free = len(self._held) - (complete or begun)
             self.ready, self._held = self.ready + self._held[:free], self._held[free:]
-            if met:
+            if complete:
                 self._held, self.done = "", True
                 return

@@ -1,4 +1,4 @@
-"""Reading ahead of a text: ids that probably come next go through the model together with the last one."""
+"""Speculative decoding: the model checks several drafted ids together with the last id, in one pass."""
 
 from copy import copy
 
@@ -7,16 +7,16 @@ from smallm.generation.sequence_state import Prediction, SequenceState
 from smallm.inference.kv_cache import KVCache
 from smallm.inference.session import BIG_LAYER_BYTES
 
-MIN_LUCK = 0.6  # guesses of a pass that come true, of late; with fewer, single ids are quicker
-REST = 64  # ids one by one, before guessing is tried again
+MIN_ACCEPTANCE = 0.6  # accepted drafts per pass; below this moving average, decoding goes on one id at a time
+COOLDOWN = 64  # ids that are decoded one at a time before drafts are tried again
 
 
 def drafts_per_pass(precision: str, layer_bytes: int) -> int:
-    """How many ids to guess for a model with layers of this size: by measurement, see benchmarks/README.md.
+    """Number of drafts per pass that was measured as fastest for layers of this size, see benchmarks/README.md.
 
-    Where a pass waits for nodes or for weights from memory, more ids cost little; products with quantised matrices that
-    are big enough to count take longer for each. An odd number, and the last id, go through the kernels that whole
-    windows go through, in every precision.
+    More ids cost little while a pass waits for graph nodes or for weights from memory; products with large quantised
+    matrices take longer for each id. An odd number of drafts plus the last id is even, and an even number of ids uses
+    the matrix kernels of whole windows in every precision.
     """
     if precision == "fp32" or layer_bytes < BIG_LAYER_BYTES:
         return 5
@@ -24,52 +24,57 @@ def drafts_per_pass(precision: str, layer_bytes: int) -> int:
 
 
 class SpeculativeDecoder:
-    """What follows a draft in a decoder of one stream: several ids a pass where guesses come true, else one."""
+    """Predictions for one sequence: several ids per pass while drafts are accepted, otherwise one id per pass."""
 
-    def __init__(self, decoder: KVCache, guesses: DraftTable | None, count: int, temperature: float):
-        """count: of the guesses in a pass; without them, or without a table, all goes id by id."""
-        self._decoder, self._guesses, self._count = decoder, guesses if count else None, count
-        self._temperature, self._guesser = temperature, None
-        self._guessed: list[int] = []  # ids in the decoder that the draft has not
-        self._rows: list[tuple] = []  # what comes after its last id, and after each of those; the last first
-        self._true, self._luck, self._rest = 0, 2 * MIN_LUCK, 0
+    def __init__(self, cache: KVCache, table: DraftTable | None, count: int, temperature: float):
+        """count: number of drafts per pass; with 0, or without a table, decoding goes one id at a time."""
+        self._cache, self._table, self._count = cache, table if count else None, count
+        self._temperature, self._drafter = temperature, None
+        self._drafts: list[int] = []  # ids in the cache that are not in the sequence yet, the next one last
+        self._predictions: list[tuple] = []  # after the last id and after each draft, the next one last
+        self._accepted, self.acceptance_rate, self._cooldown = 0, 2 * MIN_ACCEPTANCE, 0
 
-    def over(self, decoder: KVCache) -> "SpeculativeDecoder":
-        """The same in another decoder, that of a text which goes on from here."""
+    @property
+    def pending(self) -> bool:
+        """Whether the cache holds drafts that are neither accepted nor rolled back."""
+        return bool(self._predictions or self._accepted)
+
+    def with_cache(self, cache: KVCache) -> "SpeculativeDecoder":
+        """A copy that works on another cache with the same content."""
         other = copy(self)
-        other._decoder = decoder
+        other._cache = cache
         return other
 
-    def known(self, draft: SequenceState) -> Prediction | None:
-        """What `SequenceState.choose` wants for the next id, if the last one was a draft; else drops the rest."""
-        if self._guessed and self._guessed[-1] == draft.history[-1]:
-            self._guessed.pop()
-            self._true += 1
-            return self._rows.pop()
-        self.drop()
+    def accept(self, state: SequenceState) -> Prediction | None:
+        """The prediction after the last id if that id was drafted; otherwise rolls back and returns None."""
+        if self._drafts and self._drafts[-1] == state.history[-1]:
+            self._drafts.pop()
+            self._accepted += 1
+            return self._predictions.pop()
+        self.roll_back()
         return None
 
-    def push(self, draft: SequenceState) -> Prediction:
-        """What `SequenceState.choose` wants for the next id; the decoder has all ids but the last."""
-        id, decoder, count = draft.history[-1], self._decoder, self._count
-        if self._guesses is None or self._rest or decoder.block_size - decoder.longest <= count:
-            self._rest = max(0, self._rest - 1)
-            return decoder.decode_one(id), None
-        if self._guesser is None:
-            self._guesser = self._guesses.at(self._temperature)
-        guessed = self._guesser.follow(draft.history, draft.rng.peek(count))
-        logits = decoder.verify([id, *guessed])
-        self._guessed, self._true = guessed[::-1], 0
-        self._rows = list(zip(logits, draft.weigh(logits), strict=True))[::-1]
-        return self._rows.pop()
+    def predict(self, state: SequenceState) -> Prediction:
+        """The prediction after the last id of the sequence, which is the only id that the cache lacks."""
+        id, cache, count = state.history[-1], self._cache, self._count
+        if self._table is None or self._cooldown or cache.block_size - cache.longest <= count:
+            self._cooldown = max(0, self._cooldown - 1)
+            return cache.decode_one(id), None
+        if self._drafter is None:
+            self._drafter = self._table.drafter(self._temperature)
+        drafts = self._drafter.propose(state.history, state.rng.peek(count))
+        logits = cache.verify([id, *drafts])
+        self._drafts, self._accepted = drafts[::-1], 0
+        self._predictions = list(zip(logits, state.weights(logits), strict=True))[::-1]
+        return self._predictions.pop()
 
-    def drop(self) -> None:
-        """Takes what the draft has not out of the decoder."""
-        if not self._rows and not self._true:
+    def roll_back(self) -> None:
+        """Removes the drafts that were not accepted from the cache."""
+        if not self._predictions and not self._accepted:
             return
-        self._decoder.truncate(len(self._guessed))
-        self._guessed, self._rows = [], []
-        self._luck += (self._true - self._luck) / 32
-        self._true = 0
-        if self._luck < MIN_LUCK:
-            self._luck, self._rest = 1.5 * MIN_LUCK, REST
+        self._cache.truncate(len(self._drafts))
+        self._drafts, self._predictions = [], []
+        self.acceptance_rate += (self._accepted - self.acceptance_rate) / 32
+        self._accepted = 0
+        if self.acceptance_rate < MIN_ACCEPTANCE:
+            self.acceptance_rate, self._cooldown = 1.5 * MIN_ACCEPTANCE, COOLDOWN

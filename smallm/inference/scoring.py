@@ -8,9 +8,9 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from smallm.errors import UserError
-from smallm.generation.sampler import NOT_FINITE
 
 IGNORED = -1  # a target that does not count
+NOT_FINITE = "the model's logits are not finite: its weights are broken; train it again"
 IDS_PER_BATCH = 8192
 
 

@@ -43,7 +43,7 @@ class Session:
         self.layer_bytes = file.size // m.n_layer
         self.threads = threads or default_threads(self.layer_bytes)
         """Threads for passes of a single id."""
-        self._session = self._open(self.threads)
+        self._session: ort.InferenceSession | None = self._open(self.threads)
         self._many_threads = threads or default_threads()
         self._many: ort.InferenceSession | None = None  # for passes of many ids; opened when first needed
 
@@ -59,8 +59,12 @@ class Session:
         past: the list that the previous call returned; None at the start. Hosts whose ONNX Runtime cannot share buffers
         run the model like this, so the parity check of the export does it too. `KVCache` is faster.
         """
-        logits, *past = self._forward(self._session, ["logits", *self.present], ids, past)
+        logits, *past = self._forward(self._session_for(1), ["logits", *self.present], ids, past)
         return logits, past
+
+    def close(self) -> None:
+        """Frees ONNX Runtime's sessions; bindings that exist keep theirs."""
+        self._session = self._many = None
 
     def bind(self, rows: int) -> "Binding":
         """A new binding for passes over this number of rows."""
@@ -105,6 +109,8 @@ class Session:
 
     def _session_for(self, ids: int) -> ort.InferenceSession:
         """The session whose number of threads suits this number of ids per pass."""
+        if self._session is None:
+            raise UserError(f"{self.path} was closed; load the model again")
         if ids == 1 or self._many_threads == self.threads:
             return self._session
         if self._many is None:

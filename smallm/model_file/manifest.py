@@ -7,11 +7,11 @@ from functools import cached_property
 from typing import Any
 
 from smallm.errors import UserError
+from smallm.model_file.sampling import Sampling
 from smallm.tokenizer.vocabulary import Vocabulary
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "smallm.json"
-SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 MAX_SAMPLING = 1 << 53  # of temperature and top_k: exact in the numbers of every host
 MIN_CACHE_LIMIT = 64 << 20  # bytes that the KV cache of any model may take, however small its file is
 
@@ -106,13 +106,8 @@ class Manifest:
         sane &= isinstance(self.start_text, str) and 0 < len(self.vocabulary.encode(self.start_text)) < 1000
         sane &= all(isinstance(each, dict) for each in (self.sampling, self.training, self.quality))
         sane &= isinstance(self.precision, str)
-        if not sane or not _is_valid_sampling(**{name: self.sampling.get(name, 1) for name in SAMPLING}):
+        if not sane:
             raise ValueError
-
-
-def _is_valid_sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> bool:
-    """Whether the sampler accepts these defaults."""
-    if type(top_k) is not int or not all(isinstance(value, int | float) for value in (temperature, top_p, min_p)):
-        return False
-    in_range = 0 <= temperature <= MAX_SAMPLING and 0 <= top_k <= MAX_SAMPLING
-    return in_range and 0 < top_p <= 1 and 0 <= min_p <= 1
+        defaults = Sampling.resolve({}, self.sampling)
+        if max(defaults.temperature, defaults.top_k) > MAX_SAMPLING:
+            raise ValueError

@@ -15,7 +15,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from smallm.errors import UserError
-from smallm.generation.sampler import Sampling
+from smallm.model_file.sampling import Sampling
 from smallm.runs.config_file import flatten
 
 MAX_LAYERS, MAX_WIDTH = 999, (1 << 24) - 1  # the limits of an exported model's manifest

@@ -7,8 +7,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from smallm.generation.sampler import Rng, Sampling, sample
+from smallm.generation.rng import Rng
+from smallm.generation.sampler import sample
 from smallm.inference.scoring import windows
+from smallm.model_file.sampling import Sampling
 from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.devices import to_device
 from smallm.training.model.operations import cross_entropy

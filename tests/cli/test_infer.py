@@ -267,7 +267,7 @@ def test_a_folder_is_no_file(infer, tmp_path):
         (["--repetition-window", "33"], "repetition_window = 33 is out of range; it must be from 0 to block_size = 32"),
         (["--allow", ""], "allowed and banned leave no character; allow one that is not banned"),
         (["--allow", "ab", "--ban", "ba"], "allowed and banned leave no character"),
-        (["--ban", "\udcff"], "banned has a lone surrogate, which no text can hold; leave it out"),
+        (["--ban", "\udcff"], "banned = '\\udcff' has a lone surrogate, which no text can hold; leave it out"),
         (["--stop", "x\udcff"], "stop = 'x\\udcff' has a lone surrogate, which no text can hold; leave it out"),
         (["--overflow", "wrap"], "argument --overflow: invalid choice: 'wrap'"),
         (["--seed", "caf\udcff"], "the text has a lone surrogate (U+DCFF) at character 3"),

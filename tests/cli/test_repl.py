@@ -17,7 +17,7 @@ from smallm import LanguageModel, UserError
 from smallm.cli import main as cli
 from smallm.cli.repl import OPTIONS, Console
 from smallm.cli.repl_state import MAX_STREAMS, ReplState
-from smallm.generation.config import Options
+from smallm.generation.config import GenerationConfig
 from smallm.generation.text_stream import TextStream
 from smallm.html.escape import printable
 from smallm.inference.kv_cache import KVCache
@@ -316,7 +316,7 @@ def test_options_as_lines(script, lm):
 
 
 def test_every_option_of_generation_has_a_line():
-    assert {name for name, _, _ in OPTIONS.values()} == {*Options.__annotations__, "max_length"} - {"stream_number"}
+    assert {name for name, _, _ in OPTIONS.values()} == {o.name for o in GenerationConfig.options() if o.flag}
 
 
 def test_help_names_everything(script, state, capsys):

@@ -24,8 +24,9 @@ from smallm.cli import main as cli
 from smallm.errors import UserError
 from smallm.export.cli import KITS
 from smallm.export.kits import SOURCES, WRITERS, write_kit
-from smallm.generation.sampler import Sampling, sample
+from smallm.generation.sampler import sample
 from smallm.model_file.onnx_reader import BITS, MODEL, OPERATORS
+from smallm.model_file.sampling import Sampling
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = json.loads((ROOT / "tests" / "golden.json").read_text(encoding="utf-8"))

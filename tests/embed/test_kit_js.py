@@ -30,9 +30,10 @@ from smallm import LanguageModel, UserError
 from smallm.export import kits
 from smallm.export.kits import SOURCES, write_node, write_web
 from smallm.generation import sequence_state as draft
-from smallm.generation.config import Options
-from smallm.generation.sampler import Sampling, ranked, sample
+from smallm.generation.config import GenerationOptions
+from smallm.generation.sampler import ranked, sample
 from smallm.language_model import MODEL_FILE
+from smallm.model_file.sampling import Sampling
 
 JS = Path(__file__).parents[1] / "js"
 PACKAGES = JS / "node_modules"
@@ -448,7 +449,7 @@ def test_the_types_name_all_options():
     listed = MODULE.read_text().split("const OPTIONS = {")[1].split("\n}")[0]
     names = re.findall(r"^  (\w+)\??:", declared, re.MULTILINE)
     assert names == re.findall(r"^  (\w+):", listed, re.MULTILINE)
-    assert set(names) == {*names_in_js(Options.__annotations__), "maxLength"}
+    assert set(names) == {*names_in_js(GenerationOptions.__annotations__), "maxLength"}
 
 
 # -- the Node package

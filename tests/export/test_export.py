@@ -30,10 +30,10 @@ from smallm.export.folder import export_checkpoint
 from smallm.export.gguf import check_gguf
 from smallm.export.kits import WRITERS
 from smallm.export.parity import TOLERANCE, check_parity
-from smallm.generation.sampler import Sampling
 from smallm.inference.session import Session
 from smallm.language_model import MODEL_FILE
 from smallm.model_file.manifest import MANIFEST_FILE, Manifest
+from smallm.model_file.sampling import Sampling
 from smallm.training.checkpoint.format import STATE_FILE, load_model, load_vocabulary
 from smallm.training.checkpoint.manager import best_checkpoint
 

@@ -1,4 +1,4 @@
-"""smallm.sampling: the rule that turns logits and u into an id, by hand and by counting, and the generator of u."""
+"""The sampler: the rule that turns logits and u into an id, by hand and by counting, and the generator of u."""
 
 import json
 import math
@@ -10,17 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smallm.errors import UserError
-from smallm.generation.sampler import (
-    Rng,
-    Sampling,
-    apply_repetition_penalty,
-    log_probability,
-    mix,
-    pick,
-    ranked,
-    sample,
-    weigh,
-)
+from smallm.generation.logits_processors import apply_repetition_penalty
+from smallm.generation.rng import Rng, mix
+from smallm.generation.sampler import cumulative_weights, log_probability, pick, ranked, sample
+from smallm.model_file.sampling import Sampling
 
 LAST_U = 1 - 2.0**-24
 PROBABILITIES = np.array([0.1, 0.4, 0.3, 0.2])
@@ -179,7 +172,7 @@ def test_sample_takes_what_the_ranking_says_among_ties_too(logits, u, top_k, top
 )  # fmt: skip
 def test_rows_weighed_together_give_what_they_give_one_by_one(rows, u, temperature, top_k, min_p):
     logits, sampling = np.float32(rows), Sampling(temperature, top_k, min_p=min_p)
-    weights = weigh(logits, sampling)
+    weights = cumulative_weights(logits, sampling)
     if weights is None:  # ties at the edge of top_k, or nothing but minus infinity
         edges = np.sort(logits, axis=1)[:, ::-1]
         assert (edges == -math.inf).all(axis=1).any() or (edges[:, top_k - 1] == edges[:, top_k]).any()
@@ -189,12 +182,12 @@ def test_rows_weighed_together_give_what_they_give_one_by_one(rows, u, temperatu
 
 def test_rows_that_have_to_be_taken_one_by_one():
     rows = np.float32([[1, 2, 3], [2, 1, 2]])
-    assert weigh(rows, Sampling(temperature=0)) is None
-    assert weigh(rows, Sampling(top_p=0.9)) is None
-    assert weigh(rows, Sampling(top_k=1)) is None  # which of the equal ones?
-    assert weigh(rows, Sampling(top_k=2)) is not None
+    assert cumulative_weights(rows, Sampling(temperature=0)) is None
+    assert cumulative_weights(rows, Sampling(top_p=0.9)) is None
+    assert cumulative_weights(rows, Sampling(top_k=1)) is None  # which of the equal ones?
+    assert cumulative_weights(rows, Sampling(top_k=2)) is not None
     for bad in (math.nan, math.inf):
-        assert weigh(np.float32([[1, 2, 3], [1, bad, 2]]), Sampling()) is None
+        assert cumulative_weights(np.float32([[1, 2, 3], [1, bad, 2]]), Sampling()) is None
 
 
 @settings(max_examples=200)
@@ -307,7 +300,7 @@ def test_a_logit_of_minus_infinity_is_a_probability_of_zero():
     ],
 )  # fmt: skip
 def test_options_out_of_range(name, value):
-    with pytest.raises(UserError, match=f"^{name} = .* is out of range; it must be"):
+    with pytest.raises(UserError, match=f"^{name} = .* is (out of range|not a (whole )?number); it must be"):
         Sampling(**{name: value})
 
 

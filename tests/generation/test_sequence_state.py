@@ -1,4 +1,4 @@
-"""smallm.draft: stops, lengths and log-probabilities, with logits made by hand instead of a model."""
+"""SequenceState: stop strings, lengths and log-probabilities, with handmade logits instead of a model."""
 
 import math
 
@@ -8,30 +8,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import TOY_VOCABULARY, manifest_of, random_model
 
-from smallm.generation.config import resolve
-from smallm.generation.sampler import Rng
+from smallm.generation.config import GenerationConfig
+from smallm.generation.logits_processors import LogitsProcessor
+from smallm.generation.rng import Rng
 from smallm.generation.sequence_state import SequenceState
 
 MANIFEST = manifest_of(random_model())
 SIZE = TOY_VOCABULARY.size
 
 
-def draft(max_length=100, logprobs=False, **options) -> SequenceState:
-    request = resolve(MANIFEST, max_length, temperature=0, rng_seed=1, **options)
-    made = SequenceState(TOY_VOCABULARY, [10], 16, request, request.rng())
-    made.keeps_logprobs = logprobs
-    return made
+def new_state(logprobs=False, **options) -> SequenceState:
+    config = GenerationConfig(**{"max_length": 100, "temperature": 0, "rng_seed": 1} | options).resolve(MANIFEST)
+    processor = LogitsProcessor(TOY_VOCABULARY, config)
+    return SequenceState(TOY_VOCABULARY, [10], 16, config, processor, logprobs=logprobs)
 
 
 def pieces(ids, **options) -> list[str]:
     """What comes out when the model is sure of these ids, one after the other; at the end nothing is held back."""
-    made, found = draft(**{"max_length": 10**6} | options), []
+    state, found = new_state(**{"max_length": 10**6} | options), []
     for id in ids:
-        if made.done:
+        if state.done:
             break
-        made.choose(np.eye(SIZE, dtype=np.float32)[id])
-        found.append(made.take())
-    return [piece for piece in [*found, "" if made.done else made._held] if piece]
+        state.choose(np.eye(SIZE, dtype=np.float32)[id])
+        found.append(state.take())
+    return [piece for piece in [*found, "" if state.done else state._held] if piece]
 
 
 def cut_at(text, stops, min_length=0):
@@ -73,10 +73,10 @@ def test_a_stop_that_overlaps_the_minimum_does_not_count():
 
 
 def test_maximum_length_releases_what_was_held_back():
-    made = draft(max_length=3, stop="bcd")
+    state = new_state(max_length=3, stop="bcd")
     for id in b"abc":
-        made.choose(np.eye(SIZE, dtype=np.float32)[id])
-    assert (made.done, made.take()) == (True, "abc")
+        state.choose(np.eye(SIZE, dtype=np.float32)[id])
+    assert (state.done, state.take()) == (True, "abc")
 
 
 def test_one_id_that_completes_several_characters():
@@ -88,16 +88,16 @@ def test_one_id_that_completes_several_characters():
 
 
 def test_log_probabilities_are_sums_over_the_ids_of_a_character():
-    made, rows, total = draft(logprobs=True), {}, 0.0
+    state, rows, total = new_state(logprobs=True), {}, 0.0
     text, taken, logprobs = "aß中🎉b", "", []
     for n, id in enumerate(TOY_VOCABULARY.encode(text).tolist()):
         logits = np.random.default_rng(n).normal(size=SIZE).astype(np.float32)
         logits[id] = 5
         shifted = logits.astype(np.float64)
         total += 5 - math.log(np.exp(shifted).sum())
-        made.choose(logits)
-        piece = made.take()
-        logprobs += made.take_logprobs(len(piece))
+        state.choose(logits)
+        piece = state.take()
+        logprobs += state.take_logprobs(len(piece))
         taken += piece
         if piece:
             rows[piece], total = total, 0.0
@@ -106,13 +106,13 @@ def test_log_probabilities_are_sums_over_the_ids_of_a_character():
 
 
 def test_log_probabilities_beside_stops_and_broken_bytes():
-    made = draft(logprobs=True, stop="xyz")
+    state = new_state(logprobs=True, stop="xyz")
     logprobs, text = [], ""
     for id in [97, 0xC3, 98, 120, 121, 99]:
-        made.choose(np.eye(SIZE, dtype=np.float32)[id])
-        piece = made.take()
+        state.choose(np.eye(SIZE, dtype=np.float32)[id])
+        piece = state.take()
         text += piece
-        logprobs += made.take_logprobs(len(piece))
+        logprobs += state.take_logprobs(len(piece))
     one = 1 - math.log(SIZE - 1 + math.e)
     assert text == "a\ufffdbxyc"
     assert logprobs == pytest.approx([one, 0, 2 * one, one, one, one])
@@ -122,41 +122,41 @@ def test_the_penalty_looks_at_the_window():
     logits = np.zeros(SIZE, np.float32)
     logits[[97, 98, 99]] = 3, 2.9, 2.8
     for window, expected in ((1, "abab"), (2, "abca"), (0, "abca")):
-        made = draft(repetition_penalty=1.2, repetition_window=window)
-        made.rng = Rng(1)
+        state = new_state(repetition_penalty=1.2, repetition_window=window)
+        state.rng = Rng(1)
         text = ""
         for _ in range(4):
-            made.choose(logits)
-            text += made.take()
+            state.choose(logits)
+            text += state.take()
         assert text == expected
 
 
 def test_the_seed_counts_for_the_penalty():
     logits = np.zeros(SIZE, np.float32)
     logits[[10, 97]] = 3, 2.9  # 10 is the seed
-    made = draft(repetition_penalty=1.2)
-    assert made.choose(logits) == 97
+    state = new_state(repetition_penalty=1.2)
+    assert state.choose(logits) == 97
 
 
 def test_memory_does_not_grow_with_the_text():
-    made = draft(max_length=10**6, stop="never")
+    state = new_state(max_length=10**6, stop="never")
     row = np.eye(SIZE, dtype=np.float32)[97]
     for _ in range(1000):
-        made.choose(row)
-        made.take()
-    assert 16 <= len(made.history) <= 32
-    assert made.history[-16:] == [97] * 16
-    assert made._held == ""
+        state.choose(row)
+        state.take()
+    assert 16 <= len(state.history) <= 32
+    assert state.history[-16:] == [97] * 16
+    assert state._held == ""
 
 
 def test_a_copy_goes_its_own_way():
-    first = draft(stop="bbb", logprobs=True)
+    first = new_state(stop="bbb", logprobs=True)
     for id in (97, 98, 0xC3):
         first.choose(np.eye(SIZE, dtype=np.float32)[id])
     second = first.copy()
-    for made, ids in ((first, b"\xa9c"), (second, b"\xb1d")):
+    for state, ids in ((first, b"\xa9c"), (second, b"\xb1d")):
         for id in ids:
-            made.choose(np.eye(SIZE, dtype=np.float32)[id])
+            state.choose(np.eye(SIZE, dtype=np.float32)[id])
     assert (first.take(), second.take()) == ("abéc", "abñd")
     assert (first.history[-1], second.history[-1]) == (99, 100)
     assert len(first.take_logprobs(4)) == len(second.take_logprobs(4)) == 4

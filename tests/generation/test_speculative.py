@@ -12,21 +12,20 @@ from toys import TOY_VOCABULARY, random_model, save_onnx
 from smallm import LanguageModel, UserError
 from smallm.export.draft_table import MIN_SEEN, distil, write_draft_table
 from smallm.export.folder import export_checkpoint
-from smallm.generation.config import resolve
 from smallm.generation.draft_table import ALTERNATIVES, CONTEXT, DRAFT_TABLE_FILE, NONE, ROW, STEP, DraftTable, pack
-from smallm.generation.sampler import Rng
+from smallm.generation.rng import Rng
 from smallm.generation.speculative import SpeculativeDecoder, drafts_per_pass
 from smallm.inference.kv_cache import KVCache
 from smallm.training.checkpoint.manager import best_checkpoint
 
 V = TOY_VOCABULARY.size
-GUESSED = drafts_per_pass("fp32", 0)
+DRAFTS = drafts_per_pass("fp32", 0)
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     """Random weights, a context of 64 ids."""
-    return save_onnx(random_model(block_size=64), tmp_path_factory.mktemp("guesses") / "model.onnx")
+    return save_onnx(random_model(block_size=64), tmp_path_factory.mktemp("draft_table") / "model.onnx")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,7 @@ def lm(path) -> LanguageModel:
     return LanguageModel.load(path)
 
 
-def guessing(lm: LanguageModel, table: DraftTable) -> LanguageModel:
+def with_table(lm: LanguageModel, table: DraftTable) -> LanguageModel:
     return LanguageModel(lm._session, table)
 
 
@@ -52,26 +51,26 @@ def rows(*entries: tuple[list[int], dict[int, int]]) -> DraftTable:
 # -- the table
 
 
-def test_the_longest_context_that_is_known_guesses():
+def test_the_longest_context_that_is_known_draft_table():
     table = rows(([], {9: 0}), ([1], {2: 0}), ([2], {3: 0}), ([1, 2], {4: 0}), ([7, 7, 1, 2], {5: 0}))
-    assert table.at(1.0).follow([7, 7, 1, 2], [0.5]) == [5]
-    assert table.at(1.0).follow([0, 7, 7, 1, 2], [0.5]) == [5]
-    assert table.at(1.0).follow([8, 7, 1, 2], [0.5]) == [4]
-    assert table.at(1.0).follow([2], [0.5]) == [3]
-    assert table.at(1.0).follow([8], [0.5]) == [9]
-    assert table.at(1.0).follow([8, 1], [0.5] * 3) == [2, 4, 9]  # after 8 1, after 1 2, after 2 4
-    assert rows().at(1.0).follow([1], [0.5, 0.5]) == [0, 0]
+    assert table.drafter(1.0).propose([7, 7, 1, 2], [0.5]) == [5]
+    assert table.drafter(1.0).propose([0, 7, 7, 1, 2], [0.5]) == [5]
+    assert table.drafter(1.0).propose([8, 7, 1, 2], [0.5]) == [4]
+    assert table.drafter(1.0).propose([2], [0.5]) == [3]
+    assert table.drafter(1.0).propose([8], [0.5]) == [9]
+    assert table.drafter(1.0).propose([8, 1], [0.5] * 3) == [2, 4, 9]  # after 8 1, after 1 2, after 2 4
+    assert rows().drafter(1.0).propose([1], [0.5, 0.5]) == [0, 0]
 
 
-def test_guesses_are_drawn_as_the_model_is():
+def test_draft_table_are_drawn_as_the_model_is():
     table = rows(([], {3: 32, 5: 0, 8: 16, 9: 64}))
     for temperature in (0.5, 1.0, 2.0, 1e9):
         shares = np.cumsum([math.exp(-n * STEP / temperature) for n in (32, 0, 16, 64)])
         for u in np.linspace(0, 1 - 2**-24, 101):
             expected = (3, 5, 8, 9)[bisect_right(shares, u * shares[-1])]
-            assert table.at(temperature).follow([1], [u]) == [expected]
+            assert table.drafter(temperature).propose([1], [u]) == [expected]
     for temperature in (0, 1e-9, 1e-300):
-        assert table.at(temperature).follow([1], [0.0, 1 - 2**-24]) == [5, 5]
+        assert table.drafter(temperature).propose([1], [0.0, 1 - 2**-24]) == [5, 5]
 
 
 def test_peeked_draws_are_the_next_ones():
@@ -109,7 +108,7 @@ def tables(draw) -> DraftTable:
 )
 def test_no_table_changes_the_text(lm, table, seed, options):
     options |= {"rng_seed": seed, "overflow": "shift"}
-    assert guessing(lm, table).generate("Zoë", **options) == lm.generate("Zoë", **options)
+    assert with_table(lm, table).generate("Zoë", **options) == lm.generate("Zoë", **options)
 
 
 @pytest.fixture
@@ -121,15 +120,15 @@ def passes(monkeypatch) -> list[int]:
     return found
 
 
-def test_right_guesses_save_passes(lm, passes):
+def test_right_draft_table_save_passes(lm, passes):
     stream = lm.stream("The owl", 40, temperature=0)
-    text, ids, plain = "".join(stream), stream._draft.history, len(passes)
+    text, ids, plain = "".join(stream), stream._state.history, len(passes)
     passes.clear()
     followed = {tuple(ids[at - CONTEXT : at]): ids[at] for at in range(7, len(ids))}
     right = rows(*((list(context), {id: 0}) for context, id in followed.items()))
-    assert "".join(guessing(lm, right).stream("The owl", 40, temperature=0)) == text
+    assert "".join(with_table(lm, right).stream("The owl", 40, temperature=0)) == text
     assert len(passes) < plain / 2
-    assert set(passes) <= {1, 1 + GUESSED}
+    assert set(passes) <= {1, 1 + DRAFTS}
 
 
 def test_the_model_is_not_asked_for_what_it_said_already(lm, passes):
@@ -137,32 +136,32 @@ def test_the_model_is_not_asked_for_what_it_said_already(lm, passes):
     certain = rows(([], {97: 0}))
     for length in range(1, 10):
         passes.clear()
-        assert guessing(lm, certain).generate("x", length, allowed="a", temperature=0) == "x" + "a" * length
-        assert len(passes) == -(-(length - 1) // (1 + GUESSED))
-    assert guessing(lm, certain).generate("x", 9, allowed="a", stop="aaaaa", min_length=2) == "xaa"
+        assert with_table(lm, certain).generate("x", length, allowed="a", temperature=0) == "x" + "a" * length
+        assert len(passes) == -(-(length - 1) // (1 + DRAFTS))
+    assert with_table(lm, certain).generate("x", 9, allowed="a", stop="aaaaa", min_length=2) == "xaa"
 
 
 def test_a_table_of_no_use_is_put_aside(lm, passes):
     wrong = rows(([], {0: 0}))
-    model = guessing(lm, wrong)
+    model = with_table(lm, wrong)
     for piece in model.stream("x", 1000, banned="\0", overflow="shift"):
         assert "\0" not in piece
     late = passes[-500:]
     assert late.count(1) > 0.7 * len(late)
-    assert late.count(1 + GUESSED) > 0  # now and then it is tried again
+    assert late.count(1 + DRAFTS) > 0  # now and then it is tried again
 
 
 def test_where_another_id_is_dear_fewer_are_guessed(lm, passes):
     assert [drafts_per_pass(p, 10**7) for p in ("fp32", "int8", "int4")] == [5, 3, 0]
     assert {drafts_per_pass(p, 10**5) for p in ("fp32", "int8", "int4")} == {5}
-    draft = lm._draft("x", resolve(lm.metadata, 9, temperature=0), 0, False)
+    state = lm.stream("x", 9, temperature=0)._state
     for table, count in ((rows(([], {97: 0})), 0), (None, 3), (rows(([], {97: 0})), 3)):
-        SpeculativeDecoder(KVCache(lm._session), table, count, 0.0).push(draft)
+        SpeculativeDecoder(KVCache(lm._session), table, count, 0.0).predict(state)
     assert passes == [1, 1, 4]
 
 
 def test_log_probabilities(lm):
-    models = (lm, guessing(lm, rows(([], {97: 0}))))
+    models = (lm, with_table(lm, rows(([], {97: 0}))))
     streams = [model.stream("The", 40, logprobs=True, rng_seed=2) for model in models]
     found = [[nats for _ in stream for nats in stream.logprobs] for stream in streams]
     assert found[1] == pytest.approx(found[0], abs=1e-4)
@@ -210,7 +209,7 @@ def test_distilled_averages(lm):
         assert np.abs(row["nats"][kept] * STEP - nats).max() < STEP
 
 
-def test_an_exported_model_guesses(tiny_run, tmp_path, passes):
+def test_an_exported_model_draft_table(tiny_run, tmp_path, passes):
     export_checkpoint(best_checkpoint(tiny_run), tmp_path / "export")
     model = LanguageModel.load(tmp_path / "export")
     options = {"temperature": 0.8, "rng_seed": 1, "overflow": "shift", "max_length": 300}
@@ -237,7 +236,7 @@ def test_the_old_name_of_the_file_is_still_read(tmp_path):
     path = save_onnx(random_model(), tmp_path / "model.onnx")
     write_draft_table(path, "")
     (tmp_path / DRAFT_TABLE_FILE).rename(tmp_path / "guesses.npy")
-    assert len(LanguageModel.load(path)._guesses.table) > 0
+    assert len(LanguageModel.load(path)._draft_table.table) > 0
 
 
 # -- bad input
@@ -254,7 +253,7 @@ def test_a_damaged_table(tmp_path, damage):
         np.save(file, other)
     else:
         bad_header = b"\x93NUMPY\1\0\xff\xff{("
-        file.write_bytes({"empty": b"", "no npy": b"guesses", "cut": whole[:-5], "header": bad_header}[damage])
+        file.write_bytes({"empty": b"", "no npy": b"draft_table", "cut": whole[:-5], "header": bad_header}[damage])
     with pytest.raises(UserError, match=r"draft_table.npy is damaged; export the model again, or delete the file"):
         LanguageModel.load(path)
 

@@ -9,36 +9,37 @@ from toys import TOY_VOCABULARY, random_model, save_onnx, torch_text
 from smallm import LanguageModel, UserError
 from smallm.export.draft_table import write_draft_table
 from smallm.generation import batch
-from smallm.generation.sampler import Rng, Sampling
+from smallm.generation.rng import Rng
 from smallm.inference.kv_cache import KVCache
+from smallm.model_file.sampling import Sampling
 
 SEEDS = ["a", "", "é€" * 9, "the owl", "中🎉", "b" * 40]
 
 
-@pytest.fixture(scope="module", params=["id by id", "guessing"])
-def guessing(request) -> bool:
+@pytest.fixture(scope="module", params=["id by id", "drafts"])
+def with_drafts(request) -> bool:
     """Whether the models come with a table of guesses: all that is tested here has to be the same."""
-    return request.param == "guessing"
+    return request.param == "drafts"
 
 
-def load(path, guessing: bool) -> LanguageModel:
+def load(path, with_drafts: bool) -> LanguageModel:
     """The model, and beside it a table from its own text."""
-    if guessing:
+    if with_drafts:
         write_draft_table(path, "")
     return LanguageModel.load(path)
 
 
 @pytest.fixture(scope="module")
-def lm(tmp_path_factory, guessing) -> LanguageModel:
+def lm(tmp_path_factory, with_drafts) -> LanguageModel:
     """Random weights, 16 ids of context: these tests go past it."""
-    return load(save_onnx(random_model(), tmp_path_factory.mktemp("toy") / "toy.onnx"), guessing)
+    return load(save_onnx(random_model(), tmp_path_factory.mktemp("toy") / "toy.onnx"), with_drafts)
 
 
 @pytest.fixture(scope="module")
-def models(lm, tmp_path_factory, guessing) -> dict[str, LanguageModel]:
+def models(lm, tmp_path_factory, with_drafts) -> dict[str, LanguageModel]:
     """Overflow -> a model that has it; "slide" wants a window."""
     path = tmp_path_factory.mktemp("window") / "toy.onnx"
-    return {"crop": lm, "shift": lm, "slide": load(save_onnx(random_model(window=6), path), guessing)}
+    return {"crop": lm, "shift": lm, "slide": load(save_onnx(random_model(window=6), path), with_drafts)}
 
 
 @pytest.fixture
@@ -192,7 +193,7 @@ def test_what_is_done_is_not_computed_any_more(lm, monkeypatch):
     drawn = sum(min(len(text), 14) for text in texts)  # the characters of each, and the stop
     assert len({len(text) for text in texts}) > 4
     assert widths == sorted(widths, reverse=True)
-    assert drawn - 16 <= sum(widths) <= drawn / batch.FULL_ENOUGH + 16
+    assert drawn - 16 <= sum(widths) <= drawn / batch.MIN_USED + 16
 
 
 def test_more_texts_than_streams_take_turns(lm, monkeypatch):
@@ -207,11 +208,11 @@ def test_more_texts_than_streams_take_turns(lm, monkeypatch):
 
 
 def test_memory_of_a_batch_is_bounded(lm, monkeypatch):
-    assert batch.streams(lm.metadata) == batch.MAX_STREAMS
-    monkeypatch.setattr(batch, "MAX_CACHE", 3 * 8 * 2 * 2 * 16 * 16)
-    assert batch.streams(lm.metadata) == 3
-    monkeypatch.setattr(batch, "MAX_CACHE", 1)
-    assert batch.streams(lm.metadata) == 1
+    assert batch.max_streams(lm.metadata) == batch.MAX_STREAMS
+    monkeypatch.setattr(batch, "MAX_CACHE_BYTES", 3 * 8 * 2 * 2 * 16 * 16)
+    assert batch.max_streams(lm.metadata) == 3
+    monkeypatch.setattr(batch, "MAX_CACHE_BYTES", 1)
+    assert batch.max_streams(lm.metadata) == 1
 
 
 def test_no_texts_and_texts_of_no_length(lm):

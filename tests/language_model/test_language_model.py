@@ -1,4 +1,4 @@
-"""smallm.runtime: what the exported model writes and scores is what PyTorch would, and every mistake is one line."""
+"""LanguageModel: what the exported model writes and scores is what PyTorch would, and every mistake is one line."""
 
 import itertools
 import json
@@ -17,10 +17,11 @@ from onnx import TensorProto, helper
 from toys import GREEDY, TOY_VOCABULARY, random_model, save_onnx, torch_text
 
 from smallm import LanguageModel, UserError
-from smallm.generation import sequence_state as draft
-from smallm.generation.sampler import Rng, Sampling
+from smallm.generation import sequence_state
+from smallm.generation.rng import Rng
 from smallm.inference.kv_cache import KVCache
 from smallm.language_model import MODEL_FILE
+from smallm.model_file.sampling import Sampling
 from smallm.training.checkpoint.format import STATE_FILE, load_model
 from smallm.training.checkpoint.manager import best_checkpoint
 
@@ -118,7 +119,7 @@ def test_crop_sees_exactly_the_last_block_size_ids(lm, model, val_text, monkeypa
     ids = lm.vocabulary.encode(val_text[: 6 * BLOCK_SIZE]).tolist()
     past = len(lm.vocabulary.encode(seed))
     history, ids = ids[:past], ids[past:]
-    monkeypatch.setattr(draft, "sample", spy)
+    monkeypatch.setattr(sequence_state, "sample", spy)
     list(itertools.islice(lm.stream(seed, len(ids)), len(ids)))
     assert len(seen) == len(ids) >= 3 * BLOCK_SIZE
     for logits, id in zip(seen, ids, strict=True):
@@ -135,7 +136,7 @@ def test_shift_goes_on_with_the_newest_half(lm, model, val_text, monkeypatch):
         seen.append(logits.copy())
         return ids[len(seen)]
 
-    monkeypatch.setattr(draft, "sample", spy)
+    monkeypatch.setattr(sequence_state, "sample", spy)
     list(LanguageModel(lm._session).stream(val_text[0], 4 * BLOCK_SIZE, overflow="shift"))  # id by id
     start = 0
     for t, logits in enumerate(seen):  # logits after ids[0..t]
@@ -419,18 +420,18 @@ def test_models_and_streams_do_not_disturb_each_other(lm, toy, exported):
         ({"overflow": "wrap"}, "overflow = 'wrap' is unknown"),
         ({"overflow": "slide"}, "overflow = 'slide' needs a model that was trained with model.window"),
         ({"seed": "a\ud800b"}, "lone surrogate"),
-        ({"max_length": 2.5}, "max_length = 2.5 is out of range"),
+        ({"max_length": 2.5}, "max_length = 2.5 is not a whole number; it must be 0 or more"),
         ({"min_length": -1}, "min_length = -1 is out of range; it must be 0 or more"),
         ({"min_length": 9, "max_length": 8}, "min_length = 9 is more than max_length = 8"),
         ({"repetition_penalty": 0}, "repetition_penalty = 0 is out of range; it must be from 0.01 to 100"),
         ({"repetition_penalty": math.nan}, "repetition_penalty = nan is out of range"),
         ({"repetition_penalty": 101.0}, "repetition_penalty = 101.0 is out of range"),
-        ({"repetition_penalty": "x"}, "repetition_penalty = x is out of range"),
-        ({"repetition_window": -1}, "repetition_window = -1 is out of range; it must be from 0 to block_size = 32"),
+        ({"repetition_penalty": "x"}, "repetition_penalty = 'x' is not a number; it must be from 0.01 to 100"),
+        ({"repetition_window": -1}, "repetition_window = -1 is out of range; it must be 0 or more"),
         ({"repetition_window": 33}, "repetition_window = 33 is out of range"),
         ({"allowed": ""}, "allowed and banned leave no character"),
         ({"allowed": "ab", "banned": "ab"}, "allowed and banned leave no character"),
-        ({"banned": "\udcff"}, "banned has a lone surrogate"),
+        ({"banned": "\udcff"}, "banned = .* has a lone surrogate"),
         ({"stop": "a\ud800"}, "stop = .* has a lone surrogate, which no text can hold; leave it out"),
         ({"stop": ["b", "\udcff"]}, "stop = .* has a lone surrogate"),
     ],

@@ -1,4 +1,4 @@
-"""smallm.permitted: only permitted characters, whatever ids spell them, and never a dead end."""
+"""Allowed characters: only allowed characters, whatever ids spell them, and never a dead end."""
 
 import json
 
@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from toys import TOY_VOCABULARY
 
 from smallm.errors import UserError
-from smallm.generation.allowed_characters import AllowedCharacters
+from smallm.generation.config import GenerationConfig
+from smallm.generation.logits_processors import AllowedCharacters
 from smallm.tokenizer.vocabulary import Vocabulary
 
 CHARACTERS = st.text(alphabet="ab\n\x00éèñ€中\ufffd🎉🎊ß", max_size=8)
@@ -71,11 +72,12 @@ def test_bans_by_hand():
 @given(st.none() | CHARACTERS, CHARACTERS, st.lists(st.integers(0, 10_000), min_size=1, max_size=12))
 def test_any_walk_gives_permitted_characters_and_goes_on(allowed, banned, choices):
     try:
-        permitted = AllowedCharacters(TOY_VOCABULARY, allowed, banned)
+        GenerationConfig(allowed=allowed, banned=banned)
     except UserError:
         assert allowed is not None
         assert not set(allowed) - set(banned)
         return
+    permitted = AllowedCharacters(TOY_VOCABULARY, allowed, banned)
     decoder, text = TOY_VOCABULARY.decoder(), ""
     for choice in choices:
         ways = sorted(ids(permitted, decoder.pending))
@@ -102,12 +104,12 @@ def test_every_permitted_text_can_be_written(text, banned):
     [
         ("", "", "allowed and banned leave no character"),
         ("ab", "ba", "allowed and banned leave no character"),
-        ("a\udcff", "", "allowed has a lone surrogate"),
-        (None, "\udcff", "banned has a lone surrogate"),
-        (["a"], "", "allowed = .* is no string of characters"),
-        (None, 7, "banned = 7 is no string of characters"),
+        ("a\udcff", "", "allowed = .* has a lone surrogate"),
+        (None, "\udcff", "banned = .* has a lone surrogate"),
+        (["a"], "", "allowed = .* is not a string"),
+        (None, 7, "banned = 7 is not a string"),
     ],
 )
 def test_mistakes(allowed, banned, message):
     with pytest.raises(UserError, match=message):
-        AllowedCharacters(Vocabulary(), allowed, banned)
+        GenerationConfig(allowed=allowed, banned=banned)
