@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from toys import TOY_VOCABULARY, manifest_of, random_model
 
 from smallm.errors import UserError
-from smallm.generation.sampler import Sampling
-from smallm.model_file.manifest import FORMAT_VERSION, MAX_SAMPLING, SAMPLING, Manifest
+from smallm.model_file.manifest import FORMAT_VERSION, MAX_SAMPLING, Manifest
+from smallm.model_file.sampling import Sampling
 
 MANIFEST = manifest_of(random_model(), training={"text": "größe.txt 🎉", "val_loss": 1.25, "step": 3, "none": None})
 JSON = st.recursive(
@@ -79,7 +79,12 @@ def test_any_value_is_refused_in_one_line_or_can_be_used(name, value):
             assert manifest.format_version == FORMAT_VERSION
 
 
-@given(st.dictionaries(st.sampled_from(SAMPLING), st.integers(-1, 3) | st.floats() | st.booleans() | st.just(1 << 60)))
+@given(
+    st.dictionaries(
+        st.sampled_from([f.name for f in fields(Sampling)]),
+        st.integers(-1, 3) | st.floats() | st.booleans() | st.just(1 << 60),
+    )
+)
 def test_sampling_defaults_are_valid_if_the_sampler_accepts_them(sampling):
     manifest = read_or_refused(lambda: Manifest.from_dict(asdict(MANIFEST) | {"sampling": sampling}, "x"))
     try:
