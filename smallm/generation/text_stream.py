@@ -38,6 +38,7 @@ class TextStream:
         self._speculative = SpeculativeDecoder(self._cache, table, count, state.sampling.temperature)
         self._kept: Prediction | None = None  # after the text so far, if `branch` has computed it already
         self._interrupted = False
+        self._length = 0  # of the cache before the last pass
         self.logprobs: list[float] = []
         """With `logprobs=True`, for each character of the last piece: ln of its probability at temperature 1 with all
         characters allowed, the sum over its ids."""
@@ -54,17 +55,17 @@ class TextStream:
         """The next piece. Raises `UserError` if an earlier exception (for instance Ctrl-C) left a step half done."""
         if self._interrupted:
             raise UserError("this text was interrupted within a step and cannot continue; start a new stream")
-        state, cache = self._state, self._cache
+        state = self._state
         while not state.ready:
             if state.done:
                 raise StopIteration
-            length, draws = cache.longest, state.rng.draws
+            draws = state.rng.draws
             try:
                 prediction = self._prediction()
                 state.choose(*prediction)
                 self._kept = None
             except BaseException:
-                self._interrupted = not self._can_repeat(length, draws)
+                self._interrupted = not self._can_repeat(draws)
                 raise
         text = state.take()
         if state.keeps_logprobs:
@@ -90,10 +91,10 @@ class TextStream:
         other._state.rng = rng or other._state.rng
         return other
 
-    def _can_repeat(self, length: int, draws: int) -> bool:
+    def _can_repeat(self, draws: int) -> bool:
         """Whether a step that raised an exception has changed nothing that matters."""
         longest, config = self._cache.longest, self._state.config
-        unchanged = longest == length or (longest == 0 and config.overflow == "crop")
+        unchanged = longest == self._length or (longest == 0 and config.overflow == "crop")
         return unchanged and self._state.rng.draws == draws and not self._speculative.pending
 
     def _prediction(self) -> Prediction:
@@ -104,6 +105,7 @@ class TextStream:
         accepted = self._speculative.accept(state)
         if accepted is not None:
             return accepted
+        self._length = cache.longest
         if cache.longest == cache.block_size and state.config.overflow == "slide":
             cache.slide()
         if 0 < cache.longest < cache.block_size:

@@ -412,3 +412,21 @@ def test_perplexity_without_a_file_is_that_of_the_runs_validation_text(infer, ex
     code, out, err = infer("--perplexity", model=run)
     assert (code, out) == (2, "")
     assert "--perplexity FILE" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--perplexity", "x", "--next", "5"], "argument --next: not allowed with argument --perplexity; see --help"),
+        (["--interactive", "--surprise", "x"], "argument --surprise: not allowed with argument --interactive"),
+        (["--perplexity", "x", "--top-k", "3"], "--perplexity does not go with --top-k; leave out one of them"),
+        (["--next", "5", "--ban", "x"], "--next does not go with --ban; leave out one of them"),
+        (["--stride", "3"], "--stride goes with --perplexity"),
+        (["--encoding", "ascii"], "--encoding goes with --perplexity or --surprise"),
+        (["--html", "x"], "--html goes with --surprise FILE"),
+    ],
+)
+def test_modes_exclude_each_other_and_what_they_would_ignore(infer, argv, message):
+    code, out, err = infer(*argv)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"smallm: {message}")

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from toys import GREEDY, TOY_VOCABULARY, random_model, save_onnx, torch_text
 
-from smallm import LanguageModel, UserError
+from smallm import GenerationConfig, LanguageModel, UserError
 from smallm.generation import sequence_state
 from smallm.generation.rng import Rng
 from smallm.inference.kv_cache import KVCache
+from smallm.inference.session import Binding
 from smallm.language_model import MODEL_FILE
 from smallm.model_file.sampling import Sampling
 from smallm.training.checkpoint.format import STATE_FILE, load_model
@@ -581,3 +582,88 @@ def test_weights_that_are_not_finite(tmp_path):
 
 def test_greedy_is_what_the_toys_mean_by_it():
     assert GREEDY.temperature == 0
+
+
+# -- arguments, interrupts, closing
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda lm: lm.generate(5), "seed = 5 is not a string; pass the text to continue"),
+        (lambda lm: lm.stream("a", topk=3), "there is no option topk; did you mean top_k?"),
+        (lambda lm: lm.generate("a", "b"), "max_length = 'b' is not a whole number"),
+        (lambda lm: lm.generate_many("abc"), "seeds = 'abc' is a single string; pass a list of seed texts"),
+        (lambda lm: lm.generate("a", config={}), "config = {} is not a GenerationConfig"),
+        (lambda lm: lm.logits(np.array([[9999]])), "ids must be from 0 to "),
+        (lambda lm: lm.logits(np.array([[-1]])), "ids must be from 0 to "),
+        (lambda lm: lm.logits(np.array([1, 2])), "ids of shape (2,) and type int64 do not fit"),
+        (lambda lm: lm.logits(np.zeros((1, BLOCK_SIZE + 1), int)), "ids of shape (1, 33) and type int64 do not fit"),
+        (lambda lm: lm.logits(np.array([[1.5]])), "ids of shape (1, 1) and type float64 do not fit"),
+    ],
+)
+def test_wrong_arguments(lm, call, message):
+    with pytest.raises(UserError) as caught:
+        call(lm)
+    assert str(caught.value).startswith(message)
+
+
+def test_options_come_from_a_config_or_from_the_call(lm):
+    config = GenerationConfig(max_length=30, temperature=1.3, rng_seed=3)
+    assert lm.generate("a", config=config) == lm.generate("a", 30, temperature=1.3, rng_seed=3)
+    assert lm.generate("a", 9, config=config, rng_seed=4) == lm.generate("a", 9, temperature=1.3, rng_seed=4)
+    assert lm.generate_many(["a"], config=config) == [lm.generate("a", config=config)]
+
+
+@pytest.mark.parametrize("overflow", ["crop", "shift"])
+@pytest.mark.parametrize("table", [True, False])
+def test_an_interrupt_changes_nothing_or_ends_the_stream(exported, monkeypatch, overflow, table):
+    """Ctrl-C while ONNX Runtime computes: the text continues as if nothing had happened, or the stream refuses."""
+    lm = LanguageModel.load(exported)
+    if not table:
+        lm = LanguageModel(lm._session)
+    options = {"max_length": 100, "rng_seed": 5, "overflow": overflow}
+    expected, run, passes, continued = "".join(lm.stream("a", **options)), Binding.run, 0, 0
+
+    def interrupted(self):
+        nonlocal passes
+        passes -= 1
+        run(self)
+        if passes == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Binding, "run", interrupted)
+    for interrupted_pass in range(1, 25, 2):
+        passes = interrupted_pass
+        stream, text = lm.stream("a", **options), ""
+        try:
+            for piece in stream:
+                text += piece
+        except KeyboardInterrupt:
+            assert text in expected
+        try:
+            assert text + "".join(stream) == expected
+            continued += 1
+        except UserError as error:
+            assert "was interrupted within a step and cannot continue" in str(error)  # noqa: PT017
+    assert continued > 9
+
+
+def test_an_interrupt_between_the_pass_and_the_choice_ends_the_stream(toy, monkeypatch):
+    stream = toy.stream("a", 50, rng_seed=1)
+    next(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(sequence_state.SequenceState, "choose", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+    with pytest.raises(UserError, match="was interrupted within a step and cannot continue; start a new stream"):
+        next(stream)
+
+
+def test_a_model_is_closed_at_the_end_of_its_block(exported):
+    with LanguageModel.load(exported) as lm:
+        assert len(lm.generate("a", 5)) == 6
+    lm.close()
+    for call in (lm.generate, lm.score, lm.next_characters):
+        with pytest.raises(UserError, match="was closed; load the model again"):
+            call("some text")
