@@ -213,7 +213,7 @@ def test_a_fine_tuned_model_can_be_fine_tuned_again(fine_tuned, text_file):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tiny_run, new_text, tmp_path):
-    few = ["--train.max_steps=6", "--train.eval_every=6", "--optim.learning_rate=0.001"]
+    few = ["--train.max_steps=6", "--train.eval_every=6", "--optim.learning_rate=0.001", "--train.mixed_precision=no"]
     assert fine_tune(tiny_run, new_text, "one", *few) == 0
     done = launch(TORCHRUN, "--init-from", str(tiny_run), "--data", str(new_text), "--out", str(tmp_path / "two"),
                   *SHORT, *few)  # fmt: skip
