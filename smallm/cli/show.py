@@ -11,6 +11,7 @@ from smallm.cli.runs import as_json
 from smallm.cli.table import MISSING, duration, short_count, shortened, table
 from smallm.errors import UserError
 from smallm.html.escape import printable
+from smallm.runs.baselines_file import read_baselines
 from smallm.runs.config_file import flatten
 from smallm.runs.layout import CHECKPOINTS, LOCK, newest_run
 from smallm.runs.next_commands import next_commands
@@ -18,8 +19,6 @@ from smallm.runs.summary import FINISHED, INTERRUPTED, WEIGHTS, Run, bytes_in, f
 
 TAIL_BYTES = 1 << 20  # of metrics.jsonl
 MAX_EVALUATIONS = 8
-BASELINES = ("baselines.json", "yardsticks.json")  # the second name is from earlier versions
-MAX_BASELINES = 1 << 16  # bytes
 MAX_SAMPLE, MAX_VALUE = 600, 100  # characters shown
 LABEL = 13  # columns of the labels
 
@@ -47,7 +46,7 @@ def details(run: Run) -> dict[str, Any]:
         "settings": run.changed_settings,
         "evaluations": evaluations(run),
         "old_text": next((line for line in reversed(run.metrics) if line.get("kind") == "old_text"), None),
-        "baselines": baselines(run.path),
+        "baselines": {one.name: one.bits_per_char for one in read_baselines(run.path)},
         "checkpoints": [{"name": folder.name, "step": step_of(folder), "bytes": bytes_in(folder),
                          "best": folder == run.best_checkpoint} for folder in run.checkpoints],
         "export_bytes": {name: bytes_in(run.path / name) for name in run.exports},
@@ -63,18 +62,6 @@ def evaluations(run: Run) -> list[dict[str, Any]]:
     records = [line for line in run.metrics if line.get("kind") == "eval"][-MAX_EVALUATIONS:]
     return [{key: line.get(key) if isinstance(line.get(key), int | float) else None for key in keys}
             for line in records]  # fmt: skip
-
-
-def baselines(run: Path) -> dict[str, float]:
-    """Bits per character of the model, of compressors and of n-gram models, by name."""
-    file = next((run / name for name in BASELINES if (run / name).is_file()), run / BASELINES[0])
-    try:
-        if file.stat().st_size > MAX_BASELINES:
-            return {}
-        found = {str(one["name"]): float(one["bits_per_char"]) for one in json.loads(file.read_text("utf-8"))}
-        return {name: bits for name, bits in found.items() if 0 <= bits < 1e6}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return {}
 
 
 def last_sample(run: Run) -> str:

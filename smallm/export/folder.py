@@ -26,8 +26,8 @@ from smallm.generation.draft_table import DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE
 from smallm.generation.speculative import drafts_per_pass
 from smallm.language_model import MODEL_FILE, LanguageModel
 from smallm.model_file.manifest import MANIFEST_FILE, Manifest
+from smallm.runs.baselines_file import read_baselines
 from smallm.runs.layout import CHECKPOINTS, validation_text
-from smallm.training.analysis.baselines import read_baselines
 from smallm.training.checkpoint.format import load_model, load_vocabulary, read_state
 from smallm.training.checkpoint.hugging_face import hugging_face_files
 from smallm.training.model.transformer import TransformerLanguageModel

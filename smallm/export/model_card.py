@@ -11,7 +11,7 @@ from smallm.export.precision import Quality
 from smallm.generation.draft_table import DRAFT_TABLE_FILE
 from smallm.language_model import MODEL_FILE
 from smallm.model_file.manifest import MANIFEST_FILE, Manifest
-from smallm.training.analysis.baselines import Baseline
+from smallm.runs.baselines_file import Baseline
 
 CARD_FILE = "README.md"
 WEIGHTS_FILE = "model.safetensors"

@@ -15,17 +15,16 @@ from accelerate import Accelerator
 
 from smallm.errors import UserError
 from smallm.inference.scoring import perplexity
+from smallm.runs.baselines_file import Baseline, write_baselines
 from smallm.runs.layout import OLD_VALIDATION, VALIDATION
 from smallm.runs.metrics import read_metrics
 from smallm.runs.next_commands import export_command
 from smallm.training.analysis.baselines import (
     MAX_TIME_SHARE,
-    Baseline,
     cached_baselines,
     comparison_line,
     measure_baselines,
     seconds_needed,
-    write_baselines,
 )
 from smallm.training.analysis.memorisation import measure_memorisation
 from smallm.training.analysis.text_check import report_lines, summary_lines

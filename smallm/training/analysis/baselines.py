@@ -5,25 +5,22 @@ beginning of the validation part. The work is bounded; the results are cached.
 """
 
 import bz2
-import json
 import lzma
 import math
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from smallm.errors import UserError
 from smallm.inference.scoring import begins_character
+from smallm.runs.baselines_file import Baseline
 from smallm.training.analysis.ngram import best_ngram
 from smallm.training.cache import cached_json, read_cached_json
-from smallm.training.config import check_types
 from smallm.training.data.corpus import Corpus
 
 VERSION = 1  # of the cached results
-FILE, OLD_FILE = "baselines.json", "yardsticks.json"  # in a run folder; the old name is only read
 MAX_VAL = 1 << 20  # ids of the validation part that are measured on
 MAX_NGRAM = 1 << 22  # ids of the training part that the n-gram model learns from
 DEFLATE_WINDOW = 1 << 15
@@ -32,16 +29,6 @@ XZ_WINDOW = 1 << 22  # bytes of the training part; the dictionary holds them and
 MAX_TIME_SHARE = 0.04  # of the time budget of a run
 EQUAL = 0.005  # relative difference of bits per character that is not significant
 MIN_SECONDS, SECONDS_PER_ID = 0.5, 3e-6  # rough cost of all baselines on a slow core
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """A predictor of text and its result."""
-
-    name: str
-    bits_per_char: float
-    how: str
-    """What it learned from and was measured on."""
 
 
 def measure_baselines(corpus: Corpus) -> list[Baseline]:
@@ -82,28 +69,6 @@ def verdict(best: Baseline, bits_per_char: float) -> str:
     if saved > -EQUAL:
         return f"it needs about as much as {best.name}; train longer, or a larger model"
     return f"it needs more than {best.name}; train longer, or a larger model"
-
-
-def write_baselines(run: Path, baselines: list[Baseline], bits_per_char: float, characters: int) -> None:
-    """Writes `baselines.json` into a run folder: the model's best result, over so many characters, then the baselines.
-
-    Raises `OSError`.
-    """
-    how = f"the best checkpoint, on the whole validation text, {characters:,} characters"
-    model = Baseline("model", bits_per_char, how)
-    (run / FILE).write_text(json.dumps([asdict(one) for one in (model, *baselines)], indent=1) + "\n", encoding="utf-8")
-
-
-def read_baselines(run: Path) -> list[Baseline]:
-    """Reads the file that `write_baselines` wrote; an empty list if it is missing or damaged."""
-    file = run / FILE if (run / FILE).exists() else run / OLD_FILE
-    try:
-        found = [Baseline(**one) for one in json.loads(file.read_text(encoding="utf-8"))]
-        for one in found:
-            check_types(one)
-        return found
-    except (OSError, ValueError, TypeError, UserError, RecursionError):
-        return []
 
 
 def _cache(corpus: Corpus) -> Path:

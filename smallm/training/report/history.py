@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from smallm.errors import UserError
+from smallm.runs.baselines_file import Baseline, read_baselines
 from smallm.runs.config_file import flatten, read_config
 from smallm.runs.layout import METRICS
 from smallm.runs.metrics import read_metrics
-from smallm.training.analysis.baselines import Baseline, read_baselines
 from smallm.training.config import MAX_NUMBER
 from smallm.training.report.record import RunRecord, read_record
 

@@ -16,9 +16,10 @@ from smallm.html.characters import CHARACTERS_STATIC, characters, legend
 from smallm.html.escape import escape
 from smallm.html.page import page, save, table
 from smallm.inference.scoring import perplexity
+from smallm.runs.baselines_file import Baseline
 from smallm.runs.config_file import flatten
 from smallm.runs.next_commands import next_commands
-from smallm.training.analysis.baselines import Baseline, verdict
+from smallm.training.analysis.baselines import verdict
 from smallm.training.config import Config
 from smallm.training.report.charts import page_charts, short, spread
 from smallm.training.report.history import Row, RunHistory, number, read_histories

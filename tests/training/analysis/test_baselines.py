@@ -9,8 +9,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from smallm.runs.baselines_file import Baseline, read_baselines, write_baselines
 from smallm.training.analysis import baselines, ngram
-from smallm.training.analysis.baselines import Baseline, comparison_line
+from smallm.training.analysis.baselines import comparison_line
 from smallm.training.analysis.ngram import NGram, best_ngram
 from smallm.training.cli import main
 from smallm.training.data.corpus import open_corpus
@@ -189,9 +190,9 @@ def test_a_run_writes_them_at_its_end(tiny_run):
 
 def test_baselines_of_earlier_runs_are_read(tmp_path):
     (tmp_path / "yardsticks.json").write_text('[{"name": "gzip", "bits_per_char": 2.5, "how": ""}]')
-    assert baselines.read_baselines(tmp_path) == [Baseline("gzip", 2.5, "")]
-    baselines.write_baselines(tmp_path, [], 1.5, 100)
-    assert [one.name for one in baselines.read_baselines(tmp_path)] == ["model"]
+    assert read_baselines(tmp_path) == [Baseline("gzip", 2.5, "")]
+    write_baselines(tmp_path, [], 1.5, 100)
+    assert [one.name for one in read_baselines(tmp_path)] == ["model"]
 
 
 @pytest.mark.parametrize("needed", [0.1, 1000.0])
