@@ -1,5 +1,5 @@
-// Runs one model file in a JavaScript package of ONNX Runtime, for compatibility.py.
-// node compatibility.mjs MODULES PACKAGE MODEL TASK -> one line of JSON: version, logits, written
+// Runs a model file in a JavaScript package of ONNX Runtime, for compatibility.py.
+// node compatibility.mjs MODULES PACKAGE MODEL TASK -> one line of JSON: logits, written
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { join } from "node:path";
@@ -17,14 +17,14 @@ const past = Array.from({ length: task.n_layer }, (_, i) => [`${i}.key`, `${i}.v
 const ids64 = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
 const empty = () => new ort.Tensor("float32", new Float32Array(0), [1, task.n_kv_head, 0, task.head_dim]);
 
-// ids: the new ones; cache: name -> tensor, of so many positions; returns the logits, one row for each new id.
+// ids: the new ids; cache: name -> tensor with this number of positions. Returns one row of logits for each new id.
 async function step(ids, cache, positions) {
   const feeds = { input_ids: ids64(ids), attention_mask: ids64(new Array(positions + ids.length).fill(1)) };
   for (const part of past) feeds[`past_key_values.${part}`] = cache[part];
-  const found = await session.run(feeds);
-  for (const part of past) cache[part] = found[`present.${part}`];
-  const [, rows, columns] = found.logits.dims;
-  return Array.from({ length: rows }, (_, i) => Array.from(found.logits.data.slice(i * columns, (i + 1) * columns)));
+  const outputs = await session.run(feeds);
+  for (const part of past) cache[part] = outputs[`present.${part}`];
+  const [, rows, columns] = outputs.logits.dims;
+  return Array.from({ length: rows }, (_, i) => Array.from(outputs.logits.data.slice(i * columns, (i + 1) * columns)));
 }
 
 const fresh = () => Object.fromEntries(past.map((part) => [part, empty()]));

@@ -1,11 +1,12 @@
-"""Which runtime opens which exported file: every file in every version, and the table of README.md.
+"""Opens every kind of exported file in old and new runtimes and writes the table in docs/export.md.
 
     python benchmarks/compatibility.py [--versions 1.21.0 1.22.0 1.23.0 newest] [--cache DIR] [--check]
 
-Trains a tiny model on the text that comes with Python, exports it in each precision and as a portable file, and has
-each version of ONNX Runtime, installed into a folder of its own, and the packages for JavaScript (npm ci
---ignore-scripts in tests/hosts) predict a text and write one. The table goes to README.md, or with --check it is only
-printed. Fails if a file does not open in the version that `export.py` names as the oldest, or in a newer one.
+Trains a tiny model on the documentation that comes with Python and exports it in each precision and as a portable
+file. Each version of ONNX Runtime, installed with pip into a folder of its own, and the JavaScript packages of
+tests/hosts (install them there with `npm ci --ignore-scripts`) then score a text and generate one greedily. Prints
+the table and writes it into docs/export.md, unless --check is given. Exit code 1 if a file does not open in the
+version that `export.py` states as the oldest, or in a newer one.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from smallm.training.checkpoint.manager import best_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("1.21.0", "1.22.0", "1.23.0", "newest")
 FILES = (*PRECISIONS, "portable")
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "export.md"
 BEGIN, END = "<!-- compatibility: written by benchmarks/compatibility.py -->", "<!-- /compatibility -->"
 MODULES = ROOT / "tests" / "hosts" / "node_modules"
 SCRIPT = Path(__file__).with_suffix(".mjs")
@@ -61,21 +62,29 @@ print(json.dumps({"version": onnxruntime.__version__, "logits": logits.tolist(),
 
 
 @dataclass(frozen=True)
-class Found:
-    """What came of a file in a runtime."""
+class Result:
+    """How a runtime handled a file."""
 
     bits: float | None = None
-    """Per id of the text; None if the runtime refuses the file."""
+    """Bits per id of the scored text; None if the runtime refuses the file."""
     written: tuple[int, ...] = ()
     error: str = ""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the benchmark."""
+    """Runs the benchmark and prints or writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--versions", nargs="+", default=VERSIONS, help="of ONNX Runtime, the oldest first")
-    parser.add_argument("--cache", type=Path, help="where to install them, and leave them for the next time")
-    parser.add_argument("--check", action="store_true", help="leave README.md alone")
+    parser.add_argument(
+        "--versions",
+        nargs="+",
+        default=VERSIONS,
+        metavar="VERSION",
+        help="versions of ONNX Runtime, the oldest first (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="install the versions here and keep them for the next run"
+    )
+    parser.add_argument("--check", action="store_true", help="only print the table")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="smallm-compatibility-") as folder:
         work = Path(folder)
@@ -90,7 +99,10 @@ def main(argv: Sequence[str]) -> int:
                 version = json.loads((MODULES / package / "package.json").read_text())["version"]
                 rows[f"{package} {version}, {title}"] = {f: probe_js(package, paths[f], task) for f in FILES}
             else:
-                print(f"without {package}: run `npm ci --ignore-scripts` in tests/hosts", file=sys.stderr)
+                print(
+                    f"{package} is skipped; to include it, run `npm ci --ignore-scripts` in tests/hosts",
+                    file=sys.stderr,
+                )
     newest = rows[[name for name in rows if name.endswith(", Python")][-1]]
     lines = table(rows, newest)
     print(lines)
@@ -99,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
             if found.error:
                 print(f"{row}, {file}: {found.error}", file=sys.stderr)
     if not options.check:
-        write_table(README, lines)
+        write_table(PAGE, lines)
     wrong = wrong_claims(dict(zip(options.versions, rows.values(), strict=False)))
     for line in wrong:
         print(line, file=sys.stderr)
@@ -107,12 +119,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def export_all(work: Path) -> dict[str, Path]:
-    """A file of each kind, of one small model."""
+    """Trains a small model and exports a file of each kind."""
     from smallm.cli import main as cli
 
     settings = [word for key, value in TRAINING.items() for word in (f"--{key}", str(value))]
     if run(cli.train, ["--out", str(work / "run"), *settings]):
-        raise UserError("the training failed")
+        raise UserError("the training failed; its message is above")
     checkpoint, paths = best_checkpoint(work / "run"), {}
     for precision in PRECISIONS:
         out = work / precision
@@ -122,7 +134,7 @@ def export_all(work: Path) -> dict[str, Path]:
 
 
 def make_task(path: Path, work: Path) -> Path:
-    """What every host is asked: logits for one context of the validation text, and a greedy text."""
+    """Writes the task of every runtime: ids of the validation text to score, and a seed to continue greedily."""
     m: Manifest = Session(path).manifest
     text = validation_text(work / "run").read_text(encoding="utf-8")
     ids = m.vocabulary.encode(text[: 4 * m.block_size])[: m.block_size].tolist()
@@ -132,8 +144,8 @@ def make_task(path: Path, work: Path) -> Path:
     return work / "task.json"
 
 
-def probe_version(version: str, cache: Path, paths: Mapping[str, Path], task: Path) -> tuple[str, dict[str, Found]]:
-    """Installs a version and tries every file in it, each in a process of its own. Returns its full name too."""
+def probe_version(version: str, cache: Path, paths: Mapping[str, Path], task: Path) -> tuple[str, dict[str, Result]]:
+    """Installs a version and runs every file in it, each in a separate process; returns the full version too."""
     target = cache / f"onnxruntime-{version}"
     if not target.is_dir():
         print(f"installing onnxruntime {version}", file=sys.stderr)
@@ -141,32 +153,34 @@ def probe_version(version: str, cache: Path, paths: Mapping[str, Path], task: Pa
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), wanted]
         subprocess.run(command, check=True, stdout=sys.stderr)
     code = f"import sys; sys.path[:0] = [{str(target)!r}, {str(ROOT)!r}]\n{PROBE}"
-    found = {file: answer([sys.executable, "-c", code, str(paths[file]), str(task)], task) for file in paths}
+    found = {file: probe([sys.executable, "-c", code, str(paths[file]), str(task)], task) for file in paths}
     name = next(target.glob("onnxruntime-*.dist-info")).name.removeprefix("onnxruntime-").removesuffix(".dist-info")
     return name, found
 
 
-def probe_js(package: str, path: Path, task: Path) -> Found:
-    """The same in a package for JavaScript."""
-    return answer(["node", str(SCRIPT), str(MODULES), package, str(path), str(task)], task)
+def probe_js(package: str, path: Path, task: Path) -> Result:
+    """Runs a file in a JavaScript package."""
+    return probe(["node", str(SCRIPT), str(MODULES), package, str(path), str(task)], task)
 
 
-def answer(command: Sequence[str], task: Path) -> Found:
-    """What a probe says."""
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        return Found(error=next(iter(reversed(done.stderr.strip().splitlines())), f"exit code {done.returncode}"))
-    values = json.loads(done.stdout)
+def probe(command: Sequence[str], task: Path) -> Result:
+    """Runs a probe and computes the loss from its logits."""
+    finished = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
+    if finished.returncode:
+        return Result(
+            error=next(iter(reversed(finished.stderr.strip().splitlines())), f"exit code {finished.returncode}")
+        )
+    values = json.loads(finished.stdout)
     ids, logits = json.loads(task.read_text())["ids"], np.array(values["logits"])[:-1]
     logits -= logits.max(axis=1, keepdims=True)
     nats = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(logits)), ids[1:]]
-    return Found(float(nats.mean() / np.log(2)), tuple(values["written"]))
+    return Result(float(nats.mean() / np.log(2)), tuple(values["written"]))
 
 
-def table(rows: Mapping[str, Mapping[str, Found]], newest: Mapping[str, Found]) -> str:
-    """As Markdown; a star marks a greedy text that differs from that of the newest version in Python."""
+def table(rows: Mapping[str, Mapping[str, Result]], newest: Mapping[str, Result]) -> str:
+    """A Markdown table; a star marks a greedy text that differs from that of the newest version in Python."""
 
-    def cell(file: str, found: Found) -> str:
+    def cell(file: str, found: Result) -> str:
         if found.bits is None:
             return "no"
         return f"{found.bits:.4f}" + ("" if found.written == newest[file].written else " *")
@@ -176,26 +190,26 @@ def table(rows: Mapping[str, Mapping[str, Found]], newest: Mapping[str, Found]) 
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_table(readme: Path, lines: str) -> None:
-    """Puts the table between the two marks. Raises `UserError` if they are not there."""
-    text = readme.read_text(encoding="utf-8")
+def write_table(page: Path, lines: str) -> None:
+    """Replaces the table between the two markers. Raises `UserError` if the markers are missing."""
+    text = page.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UserError(f"{readme} has no place for the table; put {BEGIN} and {END} into it")
+        raise UserError(f"{page} has no markers for the table; add the lines {BEGIN} and {END}")
     before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    readme.write_text(f"{before}\n{lines}\n{after}", encoding="utf-8")
+    page.write_text(f"{before}\n{lines}\n{after}", encoding="utf-8")
 
 
-def wrong_claims(rows: Mapping[str, Mapping[str, Found]]) -> list[str]:
-    """Where a precision does not run in the version that `export.py` names, or a newer one. Rows by version.
+def wrong_claims(rows: Mapping[str, Mapping[str, Result]]) -> list[str]:
+    """The precisions that are refused by the version that `export.py` states, or by a newer one.
 
-    That an older one opens a file is no fault: `export.py` speaks for all processors.
+    rows: results by version. An older version may open a file: `export.py` states a version that suits all processors.
     """
     wrong = []
     for name, precision in PRECISIONS.items():
-        promised = [version for version in rows if _number(version) >= _number(precision.onnxruntime)]
-        refused = [version for version in promised if rows[version][name].bits is None]
+        supported = [version for version in rows if _number(version) >= _number(precision.onnxruntime)]
+        refused = [version for version in supported if rows[version][name].bits is None]
         if refused:
-            wrong.append(f"{name}: refused by {', '.join(refused)}; export.py says {precision.onnxruntime} or newer")
+            wrong.append(f"{name}: refused by {', '.join(refused)}; export.py states {precision.onnxruntime} or newer")
     return wrong
 
 

@@ -1,4 +1,7 @@
-"""The formats that fuzz_files.py goes through: valid files of a tiny model, and how a case is made of them."""
+"""The formats of fuzz_files.py: valid files of a tiny model, and for each format a function that makes a case.
+
+This is a module of fuzz_files.py, not a script.
+"""
 
 import hashlib
 import json
@@ -46,7 +49,7 @@ TEXT = "".join(f"An old owl reads line {n} to Zoë, for 10 € and a 中.\n" for
 
 @dataclass(frozen=True)
 class Home:
-    """Valid files, from which each case makes its own."""
+    """The folder of valid files, from which each case makes mutated copies."""
 
     path: Path
 
@@ -57,12 +60,12 @@ class Home:
 
     @property
     def export(self) -> Path:
-        """Its export folder."""
+        """The export folder of the run."""
         return self.path / "export"
 
     @property
     def text(self) -> Path:
-        """The text it was trained on."""
+        """The training text."""
         return self.path / "text.txt"
 
 
@@ -78,26 +81,27 @@ def make_home(home: Home) -> None:
     home.text.write_text(TEXT, encoding="utf-8")
     (home.path / "tiny.toml").write_text(TINY, encoding="utf-8")
     run("train", ["--config", str(home.path / "tiny.toml"), "--data", str(home.text), "--out", str(home.run)])
-    shutil.rmtree(home.run / "checkpoints" / "step-000002")  # a resumed run ends at its first evaluation: no picture
+    # Resuming then ends at the first evaluation, without charts.
+    shutil.rmtree(home.run / "checkpoints" / "step-000002")
     run("export", [str(home.run), "--out", str(home.export)])
 
 
 def run(command: str, argv: list[str]) -> int:
-    """The real entry point."""
+    """Runs a command through its entry point, as a user does."""
     return cli.run(getattr(cli, command), argv)
 
 
-# One function a format: writes mutated files into an empty folder and says which command shall read them.
+# One function per format: writes mutated files into an empty folder and returns the command that reads them.
 
 
 def onnx_case(home: Home, folder: Path, rng: random.Random) -> Case:
-    """`model.onnx`, by itself."""
+    """`model.onnx` alone."""
     (folder / "model.onnx").write_bytes(mutations.onnx_file((home.export / "model.onnx").read_bytes(), rng))
     return infer(home, folder / "model.onnx", rng)
 
 
 def folder_case(home: Home, folder: Path, rng: random.Random) -> Case:
-    """An export folder: its JSON files, the same JSON in the metadata, and things that are not the files they seem."""
+    """An export folder with mutated JSON files and metadata, or with a file replaced by something else."""
     shutil.copytree(home.export, folder / "export")
     model, file = folder / "export" / "model.onnx", rng.choice(sorted((folder / "export").glob("*.json")))
     kind = rng.randrange(6)
@@ -105,7 +109,7 @@ def folder_case(home: Home, folder: Path, rng: random.Random) -> Case:
         manifest = json.loads((home.export / "smallm.json").read_text(encoding="utf-8"))
         text = mutations.json_text(manifest, rng)
         (folder / "export" / "smallm.json").write_text(text, encoding="utf-8", errors="surrogatepass")
-        with suppress(ValueError, RecursionError, AttributeError):  # what is still an object becomes the metadata
+        with suppress(ValueError, RecursionError, AttributeError):  # only JSON objects can become metadata
             proto = onnx.load(model)
             onnx.helper.set_model_props(proto, {f"smallm.{k}": json.dumps(v) for k, v in json.loads(text).items()})
             onnx.save(proto, model)
@@ -119,7 +123,7 @@ def folder_case(home: Home, folder: Path, rng: random.Random) -> Case:
 
 
 def replace(file: Path, rng: random.Random) -> None:
-    """Puts something else in the place of a file: a link, a folder, nothing, a file without content or of zeros."""
+    """Replaces a file by a link, a folder, an empty file, a file of zeros, or deletes the file."""
     file.unlink()
     kind = rng.randrange(5)
     if kind == 0:
@@ -131,15 +135,18 @@ def replace(file: Path, rng: random.Random) -> None:
         os.truncate(file, (kind - 2) << 31)
 
 
-def checkpoint_case(name: str, mutate: Mutation, mended: float = 0.8) -> Make:
-    """One file of the newest checkpoint; a stranger can mend its checksums too, so most of the time they are mended."""
+def checkpoint_case(name: str, mutate: Mutation, p_rewritten: float = 0.8) -> Make:
+    """A case that mutates one file of the newest checkpoint.
+
+    p_rewritten: probability that the checksums are recomputed, as an attacker could do.
+    """
 
     def case(home: Home, folder: Path, rng: random.Random) -> Case:
         shutil.copytree(home.run, folder / "run")
         newest = sorted((folder / "run" / "checkpoints").glob("step-*"))[-1]
         (newest / name).write_bytes(mutate((newest / name).read_bytes(), rng))
-        if rng.random() < mended:
-            mend(newest)
+        if rng.random() < p_rewritten:
+            rewrite_checksums(newest)
         if name != "optimizer.safetensors" and rng.random() < 0.6:
             return "export", [str(rng.choice((newest, folder / "run"))), "--out", str(folder / "out")]
         return "train", ["--resume", str(folder / "run"), "--train.max_steps", "2", "--data", str(home.text)]
@@ -147,8 +154,8 @@ def checkpoint_case(name: str, mutate: Mutation, mended: float = 0.8) -> Make:
     return case
 
 
-def mend(folder: Path) -> None:
-    """Writes the checksums anew, where the file that holds them can still be read."""
+def rewrite_checksums(folder: Path) -> None:
+    """Recomputes the checksums, if the file that holds them is still readable."""
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         values = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
         values["sha256"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in values["sha256"]}
@@ -158,7 +165,7 @@ def mend(folder: Path) -> None:
 
 
 def json_bytes(data: bytes, rng: random.Random) -> bytes:
-    """A JSON file with edits of its bytes or of what they mean."""
+    """A JSON file with mutated bytes or values."""
     if rng.random() < 0.2:
         return mutations.bytewise(data, rng)
     return mutations.json_text(json.loads(data), rng).encode("utf-8", "surrogatepass")
@@ -173,7 +180,7 @@ def metrics_bytes(data: bytes, rng: random.Random) -> bytes:
 
 
 def metrics_case(home: Home, folder: Path, rng: random.Random) -> Case:
-    """The curves of a run, which a resumed run goes on with."""
+    """The metrics of a run that is then resumed."""
     shutil.copytree(home.run, folder / "run")
     file = folder / "run" / "metrics.jsonl"
     file.write_bytes(metrics_bytes(file.read_bytes(), rng))
@@ -181,16 +188,16 @@ def metrics_case(home: Home, folder: Path, rng: random.Random) -> Case:
 
 
 def toml_case(home: Home, folder: Path, rng: random.Random) -> Case:
-    """A config; what it asks for is trained for one step."""
+    """A mutated config, trained for one step."""
     (folder / "my.toml").write_bytes(mutations.toml_text(TINY, rng))
     data = ["--data", str(home.text)] if rng.random() < 0.9 else []
-    # One step, and one sample character: larger numbers are the user's own wish, and cost the time they cost.
+    # One step and one sample character: large numbers of either are valid and only take long.
     steps = ["--train.max_steps", "1", "--train.epochs", "0", "--train.sample_length", "1"]
     return "train", ["--config", str(folder / "my.toml"), "--out", str(folder / "out"), *data, *steps]
 
 
 def text_case(home: Home, folder: Path, rng: random.Random) -> Case:
-    """A text to train on or to measure."""
+    """A text for training or for --perplexity."""
     data, encoding = mutations.text_file(rng)
     (folder / "my.txt").write_bytes(data)
     if rng.random() < 0.6:
@@ -201,7 +208,7 @@ def text_case(home: Home, folder: Path, rng: random.Random) -> Case:
 
 
 def prompt_case(home: Home, folder: Path, rng: random.Random) -> Case:
-    """Seeds and stop strings, most of them short, some of ten million characters."""
+    """Seed texts and stop strings, most of them short, a few of ten million characters."""
     huge = rng.random() < 0.005
     length = rng.choice((0, 1, 3, 20, 300, 5000, 100_000)) if not huge else 10_000_000
     seed = mutations.text(rng, length) + ("\ud800" if rng.random() < 0.02 else "")
@@ -212,14 +219,14 @@ def prompt_case(home: Home, folder: Path, rng: random.Random) -> Case:
         argv.append(f"--stop={mutations.text(rng, length)}")
     names = ["max-length", "temperature", "top-k", "top-p", "min-p", "rng-seed", "threads"]
     for name in rng.sample(names, rng.choice((0, 0, 1))):
-        # Who asks for text without end gets it, and hundreds of threads on a few cores take their time.
+        # Excluded because they are valid and only take long: a huge --max-length, hundreds of threads.
         huge, numbers = "" if name == "max-length" else "9" * 400, mutations.NUMBERS[: 8 if name == "threads" else 11]
         argv.append(f"--{name}={rng.choice((*numbers, 'nan', 'inf', '1e308', huge, '9' * 5000, ''))}")
     return "infer", argv
 
 
 def infer(home: Home, model: Path, rng: random.Random) -> Case:
-    """Text past the window, or the perplexity of a text."""
+    """Generates past block_size, or measures the perplexity of a text."""
     if rng.random() < 0.3:
         return "infer", ["--model", str(model), "--perplexity", str(home.text)]
     return "infer", ["--model", str(model), "--seed", "Zoë", "--max-length", "40", "--rng-seed", "7"]
@@ -237,4 +244,4 @@ FORMATS: dict[str, Make] = {
     "optimizer.safetensors": checkpoint_case("optimizer.safetensors", mutations.safetensors_file),
     "metrics.jsonl": metrics_case,
 }
-DEFAULT = [name for name in FORMATS if name != "metrics.jsonl"]  # which draws curves for seconds a case
+DEFAULT = [name for name in FORMATS if name != "metrics.jsonl"]  # a case of metrics.jsonl draws charts for seconds

@@ -1,7 +1,8 @@
-// Writes a text in a JavaScript host, for hosts.py: the seed, and then the characters as they come.
+// Generates a text in a JavaScript host, for hosts.py: prints the seed, then the characters as they are generated.
 // node hosts.mjs HOST MODULES MODEL TASK [CHROMIUM]
-// HOST: node, chromium or transformers. MODULES: a node_modules with what it needs. MODEL: the folder of the Node kit,
-// the address of the page, an export folder. TASK: JSON with seed, length, temperature, top_k, rng_seed.
+// HOST: node, chromium or transformers. MODULES: the node_modules folder with its packages. MODEL: the folder of the
+// Node kit, the address of the web kit's page, or an export folder. TASK: JSON with seed, length, temperature, top_k,
+// rng_seed. CHROMIUM: the browser.
 import { createRequire } from "node:module";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
@@ -21,7 +22,7 @@ const hosts = {
     }
   },
 
-  // The page as people use it, which shows its characters in bunches; the seed is written once the browser runs.
+  // The page updates its text for several characters at a time. The seed is printed when the browser has started.
   async chromium() {
     const { chromium } = require("playwright-core");
     const args = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"];
@@ -52,11 +53,11 @@ const hosts = {
     const options = { dtype: "fp32", session_options: { intraOpNumThreads: 1 } };
     const generator = await pipeline("text-generation", model, options);
     class Streamer extends BaseStreamer {
-      begun = false; // what comes first is the prompt
+      started = false; // the first ids are the prompt
 
       put([ids]) {
-        process.stdout.write(this.begun ? generator.tokenizer.decode(ids) : seed);
-        this.begun = true;
+        process.stdout.write(this.started ? generator.tokenizer.decode(ids) : seed);
+        this.started = true;
       }
 
       end() {}

@@ -1,15 +1,17 @@
-"""The same model in every host: start-up, characters per second, and what has to be shipped.
+"""Compares one model in every host: start-up, characters per second, and size of what is shipped.
 
     python benchmarks/hosts.py RUN [--length 400] [--rounds 3]
 
-Exports the run once in fp32, with its kits, and then lets each host in turn write a text on one thread, round after
-round: whole processes, whose characters are timed as they come out of them. Start-up is from the start of the process
-to the first new character, speed what came after it; medians, and the ratio to Python in the same round. What ships is
-what the host's package manager brings for this platform, or the program and its library, and the model; Python, Node
-and the browser themselves do not count. Prints a table, then all figures as one line of JSON. A host that is not
-installed is said and left out. They want: for C a compiler, and SMALLM_ORT_HEADERS=$(.ci/onnxruntime-headers);
-for Node and Chromium `npm ci --ignore-scripts` in tests/js; for transformers.js the same in tests/hosts; for genai
-the package onnxruntime-genai.
+Exports the run in fp32 with its kits. Each host in turn generates a text on one thread, for --rounds rounds, as a
+whole process whose output is timed while it arrives. Start-up is the time from the start of the process to the first
+new character; speed is measured over the characters after the first. The figures are medians; the ratio compares with
+Python in the same round. The size counts what the host's package manager installs for this platform, or the program
+and its library, and the model, but not Python, Node and the browser. Prints a table, then all figures as one line of
+JSON.
+
+Hosts that are not installed are named and skipped. C needs a compiler and
+SMALLM_ORT_HEADERS=$(.ci/onnxruntime-headers); Node and Chromium need `npm ci --ignore-scripts` in tests/js;
+transformers.js needs the same in tests/hosts; genai needs the package onnxruntime-genai.
 """
 
 import argparse
@@ -46,17 +48,18 @@ from smallm.training.checkpoint.manager import best_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(__file__).with_suffix(".mjs")
 KIT_MODULES, HOST_MODULES = (ROOT / "tests" / name / "node_modules" for name in ("js", "hosts"))
+TOOLS = ("training", "export", "embed")  # rooms of smallm that the runtime does not import
 SEED_CHARACTERS, TEMPERATURE, TOP_K = 16, 0.8, 40
-MAX_SECONDS = 300  # for one text
+MAX_SECONDS = 300  # for one text; then the process is killed
 
 
 class MissingError(Exception):
-    """What a host needs is not installed; the message says what."""
+    """A host cannot run; the message names the missing package or program."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """How a host is started, given a task, and what ships with it."""
+    """The command that runs a task in a host, and the files that an app ships."""
 
     command: Callable[[Mapping], list[str]]
     library: Sequence[Path]
@@ -66,13 +69,14 @@ class Host:
 
 @dataclass(frozen=True)
 class Trial:
-    """One text: seconds since the start of the process, and characters per second after the first ones."""
+    """The times of one text, in seconds since the start of the process."""
 
-    begun: float
-    """When the seed came out."""
+    seed_seconds: float
+    """Time of the first byte, which belongs to the seed."""
     start: float
-    """When new text came out."""
+    """Time of the first new character."""
     speed: float
+    """Characters per second after the first new one."""
     text: str
 
 
@@ -80,16 +84,16 @@ class Trial:
 
 
 def python(folder: Path, _work: Path) -> Host:
-    """infer.py."""
+    """infer.py, with the packages and modules of the runtime."""
     return Host(
         lambda task: [sys.executable, str(ROOT / "infer.py"), "--model", str(folder), *flags(task)],
-        [*packages("onnxruntime", "numpy"), *(ROOT / "smallm").glob("*.py")],
+        [*packages("onnxruntime", "numpy"), *runtime_modules()],
         [folder / MODEL_FILE, *folder.glob(DRAFT_TABLE_FILE)],
     )
 
 
 def c(folder: Path, work: Path) -> Host:
-    """The C kit's program, built by its Makefile with the library of the Python package."""
+    """The program of the C kit, built with its Makefile and the library of the Python package."""
     import onnxruntime
 
     headers, libraries = os.environ.get("SMALLM_ORT_HEADERS"), Path(onnxruntime.__file__).parent / "capi"
@@ -122,7 +126,7 @@ def node(folder: Path, work: Path) -> Host:
 
 
 def chromium(folder: Path, work: Path, serve: Callable[[Path], str]) -> Host:
-    """The web kit's page, as people use it."""
+    """The page of the web kit in a headless browser."""
     modules, kit = javascript(KIT_MODULES, "playwright-core"), work / "kit-web"
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
@@ -161,8 +165,14 @@ def transformers_js(folder: Path, _work: Path) -> Host:
     )
 
 
+def runtime_modules() -> list[Path]:
+    """smallm's modules that generation can import: everything but training, export and the sources of the kits."""
+    package = ROOT / "smallm"
+    return [file for file in package.rglob("*.py") if file.relative_to(package).parts[0] not in TOOLS]
+
+
 def flags(task: Mapping) -> list[str]:
-    """The task as both infer.py and the C program take it."""
+    """The task as flags, which are the same for infer.py and the C program."""
     names = {"seed": "seed", "max-length": "length", "temperature": "temperature", "top-k": "top_k"}
     values = {name: str(task[key]) for name, key in (names | {"rng-seed": "rng_seed"}).items()}
     return ["--threads", "1", *(word for name, value in values.items() for word in (f"--{name}", value))]
@@ -173,27 +183,27 @@ def script(host: str, modules: Path, model: Path | str, task: Mapping) -> list[s
 
 
 def javascript(modules: Path, package: str) -> Path:
-    """The node_modules with this package."""
+    """The node_modules folder, which must hold this package. Raises `MissingError`."""
     if not shutil.which("node") or not (modules / package).is_dir():
         raise MissingError(f"Node, and `npm ci --ignore-scripts` in {modules.parent.relative_to(ROOT)}")
     return modules
 
 
 def onnxruntime_node(modules: Path) -> list[Path]:
-    """Its parts for this platform."""
+    """The files of onnxruntime-node for this platform."""
     machine = {"x86_64": "x64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
     binaries = sorted((modules / "onnxruntime-node" / "bin").glob(f"napi-*/{sys.platform}/{machine}"))
     return [*binaries, modules / "onnxruntime-node" / "dist", modules / "onnxruntime-common" / "dist"]
 
 
 def packages(*names: str) -> list[Path]:
-    """The folders of Python packages, and those of the libraries beside them."""
+    """The folders of Python packages and of their bundled libraries."""
     found = [Path(importlib.util.find_spec(name).origin).parent for name in names]
     return found + [libs for folder in found if (libs := folder.with_name(f"{folder.name}.libs")).is_dir()]
 
 
 def megabytes(paths: Sequence[Path]) -> float:
-    """Of files and folders, without what Python caches."""
+    """Total size of files and folders, without Python's bytecode caches."""
     files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
     return sum(file.stat().st_size for file in files if "__pycache__" not in file.parts) / 1e6
 
@@ -222,31 +232,32 @@ def serving() -> Iterator[Callable[[Path], str]]:
 
 
 def write(command: Sequence[str], seed: str, length: int) -> Trial:
-    """Runs a host that prints the seed and then new text as it comes."""
+    """Runs a host and times its output. Raises `UserError` if the host fails or generates nothing."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "PYTHONUTF8": "1"}
     decoder, text, arrived = codecs.getincrementaldecoder("utf-8")("replace"), "", []
     with tempfile.TemporaryFile() as errors:
-        begin = time.perf_counter()
+        started = time.perf_counter()
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
         with subprocess.Popen(command, env=environment, **pipes) as process:
             timer = threading.Timer(MAX_SECONDS, process.kill)
             timer.start()
-            while data := os.read(process.stdout.fileno(), 1):  # a quick host may write all of a short text at once
+            # Byte by byte: a fast host writes a short text in one piece.
+            while data := os.read(process.stdout.fileno(), 1):
                 text += decoder.decode(data)
-                arrived.append((time.perf_counter() - begin, min(len(text) - len(seed), length)))
+                arrived.append((time.perf_counter() - started, min(len(text) - len(seed), length)))
             process.wait()
             timer.cancel()
         errors.seek(0)
-        said = errors.read().decode(errors="replace").strip().splitlines()
+        stderr = errors.read().decode(errors="replace").strip().splitlines()
     new = [(seconds, count) for seconds, count in arrived if count > 0]
     if process.returncode or not text.startswith(seed) or not new or new[-1][1] <= new[0][1]:
-        raise UserError(f"{command[0]} wrote no text (exit code {process.returncode}): {' / '.join(said[-5:])}")
+        raise UserError(f"{command[0]} wrote no text (exit code {process.returncode}): {' / '.join(stderr[-5:])}")
     (start, first), (end, last) = new[0], next(mark for mark in new if mark[1] == new[-1][1])
     return Trial(arrived[0][0], start, (last - first) / (end - start), text[: len(seed) + length])
 
 
 def find_hosts(folder: Path, work: Path, serve: Callable[[Path], str]) -> dict[str, Host]:
-    """Those that are installed; of the others it says what is missing."""
+    """The installed hosts; for the others, prints what is missing."""
     makers = {
         "Python": python,
         "C": c,
@@ -260,12 +271,12 @@ def find_hosts(folder: Path, work: Path, serve: Callable[[Path], str]) -> dict[s
         try:
             hosts[name] = make(folder, work)
         except MissingError as missing:
-            print(f"without {name}: it needs {missing}", file=sys.stderr)
+            print(f"{name} is skipped: it needs {missing}", file=sys.stderr)
     return hosts
 
 
 def measure(hosts: Mapping[str, Host], seed: str, length: int, rounds: int) -> dict[str, dict]:
-    """Name -> medians over the rounds, sizes, and whether all its texts are Python's."""
+    """Name -> medians over the rounds, sizes in MB, and whether all texts equal Python's."""
     trials: dict[str, list[Trial]] = {name: [] for name in hosts}
     for number in range(1, rounds + 1):
         task = {"seed": seed, "length": length, "temperature": TEMPERATURE, "top_k": TOP_K, "rng_seed": number}
@@ -274,16 +285,18 @@ def measure(hosts: Mapping[str, Host], seed: str, length: int, rounds: int) -> d
             print(f"round {number}, {name}: {trials[name][-1].speed:.0f} characters/s", file=sys.stderr)
     found = {}
     for name, host in hosts.items():
-        own, pythons = trials[name], trials["Python"]
-        each = {key: statistics.median(asdict(t)[key] for t in own) for key in ("begun", "start", "speed")}
-        each["to_python"] = statistics.median(mine.speed / its.speed for mine, its in zip(own, pythons, strict=True))
-        each |= {"library_mb": megabytes(host.library), "model_mb": megabytes(host.model)}
-        found[name] = each | {"same_text": [t.text for t in own] == [t.text for t in pythons]}
+        mine, reference = trials[name], trials["Python"]
+        row = {
+            key: statistics.median(asdict(trial)[key] for trial in mine) for key in ("seed_seconds", "start", "speed")
+        }
+        row["to_python"] = statistics.median(a.speed / b.speed for a, b in zip(mine, reference, strict=True))
+        row |= {"library_mb": megabytes(host.library), "model_mb": megabytes(host.model)}
+        found[name] = row | {"same_text": [trial.text for trial in mine] == [trial.text for trial in reference]}
     return found
 
 
 def table(found: Mapping[str, Mapping]) -> str:
-    """For people, and for Markdown."""
+    """A Markdown table."""
     lines = ["| host | start, s | characters/s | to Python | library, MB | model, MB | ships, MB | Python's text |"]
     lines.append("|" + "---|" * 8)
     for name, each in found.items():
@@ -294,31 +307,36 @@ def table(found: Mapping[str, Mapping]) -> str:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Exports, measures, prints."""
+    """Exports the run, measures all hosts and prints the figures."""
     checkpoint = best_checkpoint(options.run)
     text = validation_text(options.run).read_text(encoding="utf-8")
-    begin = next((i for i, character in enumerate(text) if character.isalpha()), 0)  # a dash would look like a flag
+    # A seed that starts with a dash would be read as a flag.
+    begin = next((i for i, character in enumerate(text) if character.isalpha()), 0)
     seed = text[begin : begin + SEED_CHARACTERS]
     with tempfile.TemporaryDirectory(prefix="smallm-hosts-") as work, serving() as serve:
         folder = Path(work) / "export"
         manifest = export_checkpoint(checkpoint, folder, allow_loss=True).manifest
-        most = manifest.block_size - len(manifest.vocabulary.encode(seed))
-        if not 2 <= options.length <= most:  # others stop at the end of the context
-            raise UserError(f"--length {options.length} is out of range; with this model it must be from 2 to {most}")
+        max_length = manifest.block_size - len(manifest.vocabulary.encode(seed))
+        if not 2 <= options.length <= max_length:  # other hosts stop at the end of the context
+            raise UserError(
+                f"--length {options.length} is out of range; with this model it must be from 2 to {max_length}"
+            )
         hosts = find_hosts(folder, Path(work), serve)
         found = measure(hosts, seed, options.length, options.rounds)
     print(table(found))
     if "Chromium" in found:
-        print(f"Of Chromium's start, {found['Chromium']['begun']:.2f} s are the browser's own.")
+        print(f"Chromium's start includes {found['Chromium']['seed_seconds']:.2f} s for the start of the browser.")
     print(json.dumps({"length": options.length, "rounds": options.rounds, "load": os.getloadavg(), "hosts": found}))
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the benchmark."""
+    """Parses the command line and runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--length", type=int, default=400, help="new characters of each text (default: 400)")
-    parser.add_argument("--rounds", type=int, default=3, help="default: 3")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "--length", type=int, default=400, metavar="N", help="new characters of each text (default: 400)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="texts of each host (default: 3)")
     options = parser.parse_args(argv)
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds} is out of range; it must be at least 1")

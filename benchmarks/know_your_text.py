@@ -1,17 +1,17 @@
-"""Time and memory of text statistics, baselines, memorisation and surprisal, each in a separate process.
+"""Measures time and memory of text statistics, baselines, memorisation and surprisal, each in a separate process.
 
     python benchmarks/know_your_text.py [--sizes 1MB 100MB] [--text FILE] [--folder DIR] [--model EXPORT] [--only PART]
 
-Texts of these sizes are made on the spot (see big_corpus.py), or are the beginning of --text, repeated never: it has to
-be long enough. Each is encoded beforehand; then each part runs in a fresh process that opens the encoded text, and the
-memorisation report searches for 10,000 characters, half of them copied. Seconds are of processor and of wall time, of
-the part alone, without imports; memory is the process's highest resident memory, and how much of that came with the
-part. As a reference on a noisy machine, "hash" is the time that SHA-256 of the same file takes in the same process: the
-ratio to it compares between machines. Prints a table, then all figures as one line of JSON.
+Texts of these sizes are generated (see big_corpus.py), or are the beginning of --text, which has to be long enough.
+Each text is encoded first; then each part runs in a fresh process that opens the encoded text. The memorisation
+report searches for 10,000 characters, half of which are copied from the training text. Seconds are processor and wall
+time of the part alone, without imports. Memory is the peak resident memory of the process, and the share of the peak
+that the part added. "SHA-256" is the time to hash the same file in the same process; the ratio to this time can be
+compared between machines. Prints a table, then all figures as one line of JSON.
 
-With --model the text is read by a model as well: "perplexity" and "perplexity-half", in windows side by side and
-overlapping by half, are what to hold "surprise", with its places, and "surprise-page" against. A model of 0.8 M
-parameters reads some ten thousand characters a second of processor time, so 100 MB take hours: --only surprise.
+With --model, a model reads the text as well: compare "surprisal" (with its spans) and "surprisal-page" with
+"perplexity" (adjacent windows) and "perplexity-half" (windows that overlap by half). A model of 0.8 M parameters
+reads about ten thousand characters per second of processor time, so that 100 MB take hours; select parts with --only.
 """
 
 import argparse
@@ -31,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 from big_corpus import UNITS, make_text
 
+from smallm.cli.surprise import surprise
 from smallm.cli.text_file import pieces
 from smallm.language_model import LanguageModel
-from smallm.surprisal.measure import measure as measure_surprise
+from smallm.surprisal.measure import measure as measure_surprisal
 from smallm.surprisal.page import PAGE_CHARACTERS
 from smallm.surprisal.spans import SpanFinder
-from smallm.surprisal.terminal_view import surprise
 from smallm.training.analysis.baselines import _measure
 from smallm.training.analysis.memorisation import measure_memorisation
 from smallm.training.analysis.text_statistics import _compute
@@ -44,54 +44,59 @@ from smallm.training.data.corpus import Corpus, open_corpus
 
 
 def memorisation(corpus: Corpus) -> None:
-    """Of 5,000 characters of the training part and as many that nobody wrote."""
-    learnt = corpus.vocabulary.decode(corpus.train_ids[:20_000])[-5000:]
-    measure_memorisation(learnt + learnt[::-1], corpus)
+    """Searches for 5,000 characters of the training part and for the same characters in reverse order."""
+    copied = corpus.vocabulary.decode(corpus.train_ids[:20_000])[-5000:]
+    measure_memorisation(copied + copied[::-1], corpus)
 
 
-def read_for_surprise(model: LanguageModel, text: Path) -> None:
-    """As `infer.py --surprise` does, without printing."""
+def surprisal(model: LanguageModel, text: Path) -> None:
+    """Measures as `infer.py --surprise` does, without printing."""
     finder = SpanFinder(model.vocabulary)
-    for part in measure_surprise(model, pieces(text, "utf-8")):
+    for part in measure_surprisal(model, pieces(text, "utf-8")):
         finder.add(part)
     finder.finish()
 
 
-def write_page(model: LanguageModel, text: Path) -> None:
-    """With the page, which says how many bytes it has for each character that it holds."""
+def surprisal_page(model: LanguageModel, text: Path) -> None:
+    """Writes the page as well, and prints its bytes per character to stderr."""
     page = text.with_suffix(".html")
     with contextlib.redirect_stdout(io.StringIO()):
-        surprise(model, text, "utf-8", most=10, html=page, as_json=False)
-    held = min(PAGE_CHARACTERS, sum(map(len, pieces(text, "utf-8", bar=False))))
-    print(f"the page: {page.stat().st_size / held:.1f} bytes for each of {held:,} characters", file=sys.stderr)
+        surprise(model, text, "utf-8", max_spans=10, html=page, as_json=False)
+    characters = min(PAGE_CHARACTERS, sum(map(len, pieces(text, "utf-8", bar=False))))
+    print(
+        f"the page: {page.stat().st_size / characters:.1f} bytes for each of {characters:,} characters", file=sys.stderr
+    )
 
 
 PARTS = {"text-statistics": _compute, "baselines": _measure, "memorisation": memorisation}
 MODEL_PARTS = {
     "perplexity": lambda model, text: model.perplexity(pieces(text, "utf-8")),
     "perplexity-half": lambda model, text: model.perplexity(pieces(text, "utf-8"), stride=model.block_size // 2),
-    "surprise": read_for_surprise,
-    "surprise-page": write_page,
+    "surprisal": surprisal,
+    "surprisal-page": surprisal_page,
 }
 
 
-def opened(text: Path, cache: Path) -> Corpus:
+def open_text(text: Path, cache: Path) -> Corpus:
     return open_corpus(str(text), min_count=10, val_fraction=0.1, cache=cache, progress=False)
 
 
 def measure(part: str, text: Path, given: Path) -> dict:
-    """Runs in a process of its own; `given` is the cache of encoded texts, or the model for the parts that take one."""
-    begun = time.process_time()
+    """Measures one part in this process.
+
+    given: the cache of encoded texts, or the model for parts that need one.
+    """
+    started = time.process_time()
     with text.open("rb") as file:
         hashlib.file_digest(file, "sha256")
-    hashed = time.process_time() - begun
+    hashed = time.process_time() - started
     if part in PARTS:
-        run = partial(PARTS[part], opened(text, given))
+        run = partial(PARTS[part], open_text(text, given))
     else:
         run = partial(MODEL_PARTS[part], LanguageModel.load(given, threads=1), text)
-    before, begun, wall = _peak_mb(), time.process_time(), time.perf_counter()
+    before, started, wall = _peak_mb(), time.process_time(), time.perf_counter()
     run()
-    seconds = {"cpu_s": time.process_time() - begun, "wall_s": time.perf_counter() - wall, "hash_s": hashed}
+    seconds = {"cpu_s": time.process_time() - started, "wall_s": time.perf_counter() - wall, "hash_s": hashed}
     return seconds | {"peak_mb": _peak_mb(), "above_mb": _peak_mb() - before}
 
 
@@ -100,13 +105,21 @@ def _peak_mb() -> float:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Measures and prints the table and the line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["1MB", "100MB"], help="such as 1MB or 2GB")
-    parser.add_argument("--text", type=Path, help="a text to take the beginnings of")
-    parser.add_argument("--folder", type=Path, help="for texts and encoded texts; default: a temporary one")
-    parser.add_argument("--model", type=Path, help="an export folder, for the parts that read with a model")
-    parser.add_argument("--only", nargs="+", choices=[*PARTS, *MODEL_PARTS], metavar="PART", help="measure only these")
+    parser.add_argument(
+        "--sizes", nargs="+", default=["1MB", "100MB"], metavar="SIZE", help="sizes of the texts, such as 1MB or 2GB"
+    )
+    parser.add_argument("--text", type=Path, metavar="FILE", help="use the beginning of this text")
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="an existing folder for the texts (default: the temporary folder)"
+    )
+    parser.add_argument(
+        "--model", type=Path, metavar="EXPORT", help="an export folder, for the parts that need a model"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=[*PARTS, *MODEL_PARTS], metavar="PART", help="measure these parts only"
+    )
     parser.add_argument("--part", nargs=3, metavar=("PART", "TEXT", "GIVEN"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
@@ -115,7 +128,7 @@ def main() -> None:
         return
     parts = args.only or [*PARTS, *(MODEL_PARTS if args.model else [])]
     rows = []
-    print("| text | part | processor, s | wall, s | SHA-256 of it, s | ratio | peak, MB | of which by it |")
+    print("| text | part | processor, s | wall, s | SHA-256, s | ratio | peak, MB | added, MB |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for size in args.sizes:
@@ -126,7 +139,7 @@ def main() -> None:
             else:
                 make_text(text, length)
             if set(parts) & set(PARTS):
-                opened(text, cache)
+                open_text(text, cache)
             for part in parts:
                 command = [sys.executable, __file__, "--part", part, text, cache if part in PARTS else args.model]
                 row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)

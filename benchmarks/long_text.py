@@ -1,10 +1,11 @@
-"""Past block_size: what `crop` and `shift` cost in bits per character and in time, and a text of a million characters.
+"""Measures generation past block_size: bits per character and speed of `crop` and `shift`, and a million characters.
 
     python benchmarks/long_text.py --model runs/shakespeare --text validation.txt
 
-Three tables. Speed and memory of a process over a million characters with `shift`. Characters per second within and
-past block_size, for both ways. Bits per character against the position in a text that is read from its beginning, for
-both ways: each prediction has the context that generation would have there. A model with a window is read with `slide`.
+Prints three tables: speed and memory of a process that generates a million characters with `shift`; characters per
+second within and past block_size, for both ways; bits per character by position in a text that is read from its
+beginning, for both ways, where each prediction has the context that generation has at this position. A model with an
+attention window is measured with `slide`. Long at the defaults: reduce --characters and --samples for a quick look.
 """
 
 import argparse
@@ -17,16 +18,18 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
 from smallm import LanguageModel
 from smallm.generation.batch import MAX_STREAMS
 from smallm.inference.kv_cache import KVCache
 from smallm.inference.scoring import IGNORED, nats
 
-WINDOWS = 32  # computed at a time
+WINDOWS = 32  # per batch
 
 
 def context(position: int, block_size: int, overflow: str) -> int:
-    """How many ids the model sees when it predicts the id at this position (from 1)."""
+    """Number of ids that the model sees when it predicts the id at this position, counted from 1."""
     if position <= block_size or overflow == "crop":
         return min(position, block_size)
     half = max(1, block_size // 2)
@@ -34,8 +37,8 @@ def context(position: int, block_size: int, overflow: str) -> int:
 
 
 def bits(lm: LanguageModel, ids: np.ndarray, ends: np.ndarray, contexts: np.ndarray) -> np.ndarray:
-    """Bits of the ids at these places (n,), each predicted from so many ids (n,) before it."""
-    found = np.empty(len(ends))
+    """Bits (n,) of the ids at the indices `ends` (n,), each predicted from the `contexts` (n,) ids before it."""
+    result = np.empty(len(ends))
     by_context = np.argsort(contexts, kind="stable")
     for some in np.array_split(by_context, max(1, len(ends) // WINDOWS)):
         T = contexts[some].max()
@@ -44,12 +47,12 @@ def bits(lm: LanguageModel, ids: np.ndarray, ends: np.ndarray, contexts: np.ndar
         for row, n, end in zip(range(len(some)), contexts[some], ends[some], strict=True):
             rows[row, : n + 1] = ids[end - n : end + 1]
             targets[row, n - 1] = ids[end]
-        found[some] = nats(lm._session.logits(rows[:, :-1]), targets).sum(axis=1)
-    return found / math.log(2)
+        result[some] = nats(lm._session.logits(rows[:, :-1]), targets).sum(axis=1)
+    return result / math.log(2)
 
 
 def curve(lm: LanguageModel, text: str, samples: int) -> None:
-    """Prints bits per character by position: means over the same characters, with other beginnings in each row."""
+    """Prints bits per character by position: means over the same characters, with a different beginning in each row."""
     ids, size, rng = lm.vocabulary.encode(text).astype(np.int64), lm.block_size, np.random.default_rng(0)
     ends = rng.integers(size + 1, len(ids), samples)
     whole = bits(lm, ids, ends, np.full(samples, size))
@@ -63,62 +66,71 @@ def curve(lm: LanguageModel, text: str, samples: int) -> None:
         difference = f"{(shift - crop).mean():.4f} ± {(shift - crop).std() / samples**0.5:.4f}"
         print(f"{first + 1:>5} - {last:<5} {crop.mean():8.4f} {shift.mean():8.4f} {difference:>17}", flush=True)
     strided = lm.perplexity(text, stride=size - size // 2).bits_per_char
-    print(f"the whole text: windows side by side {lm.perplexity(text).bits_per_char:.4f}, as with shift {strided:.4f}")
+    print(
+        f"the whole text: adjacent windows {lm.perplexity(text).bits_per_char:.4f}, overlapping by half {strided:.4f}"
+    )
 
 
 def sliding(lm: LanguageModel, text: str, samples: int) -> None:
-    """Prints bits per character by position for a model with a window, on texts that are read side by side."""
+    """Prints bits per character by position for a model with an attention window, on a batch of texts."""
     ids, size = lm.vocabulary.encode(text).astype(np.int64), lm.block_size
     begins = np.random.default_rng(0).integers(0, len(ids) - 4 * size - 1, samples)
-    cache, found = KVCache(lm._session, samples), np.empty((4 * size, samples))
+    cache, bits_at = KVCache(lm._session, samples), np.empty((4 * size, samples))
     for t in range(4 * size):
         for stream in np.flatnonzero(cache.lengths == size):
             cache.slide(stream)
         logits = cache.decode_batch(ids[begins + t])[:, None]
-        found[t] = nats(logits.copy(), ids[begins + t + 1][:, None])[:, 0] / math.log(2)
+        bits_at[t] = nats(logits.copy(), ids[begins + t + 1][:, None])[:, 0] / math.log(2)
     print(f"\n{'positions':>13} {'slide':>8}   (bits per character)")
     for first, last in pairwise([1, *(size * k // 8 for k in (1, 2, 4, 8, 16, 24, 32))]):
-        print(f"{first + 1:>5} - {last:<5} {found[first:last].mean():8.4f}", flush=True)
-    print(f"the whole text, windows side by side: {lm.perplexity(text).bits_per_char:.4f}")
+        print(f"{first + 1:>5} - {last:<5} {bits_at[first:last].mean():8.4f}", flush=True)
+    print(f"the whole text, adjacent windows: {lm.perplexity(text).bits_per_char:.4f}")
 
 
 def speed(lm: LanguageModel) -> None:
-    """Prints characters per second within the context and past it."""
+    """Prints characters per second within block_size and past it."""
     size, ways = lm.block_size, ["crop", "shift"] + ["slide"] * (lm.metadata.window > 0)
     print(f"\n{'positions':>12}" + "".join(f"{way:>9}" for way in ways) + "   (characters per second, medians of 3)")
     for first, length in ((1, size - 1), (2 * size, size // 2)):
         rates = {way: [] for way in ways}
         for _ in range(3):
-            for overflow, found in rates.items():
+            for overflow, measured in rates.items():
                 stream = lm.stream("\n" * first, length + 1, overflow=overflow, rng_seed=1, temperature=0.8, top_k=40)
                 next(stream)
-                begin = time.perf_counter()
-                n = sum(len(piece) for piece in stream)
-                found.append(n / (time.perf_counter() - begin))
-        print(f"{first:>5} - {first + length:<5}" + "".join(f"{np.median(found):9.0f}" for found in rates.values()))
+                started = time.perf_counter()
+                n = sum(len(chunk) for chunk in stream)
+                measured.append(n / (time.perf_counter() - started))
+        print(
+            f"{first:>5} - {first + length:<5}" + "".join(f"{np.median(measured):9.0f}" for measured in rates.values())
+        )
 
 
 def endless(lm: LanguageModel, characters: int) -> None:
-    """Prints speed and peak memory while one text grows, with shift or slide."""
+    """Prints speed and peak memory while one text grows, with `shift` or `slide`."""
     print(f"\n{'characters':>12} {'per second':>10} {'peak RSS, MB':>12}")
     way = "slide" if lm.metadata.window else "shift"
     stream = lm.stream("\n", characters, overflow=way, rng_seed=1, temperature=0.8, top_k=40)
-    done = 0
-    while done < characters:
-        begin = time.perf_counter()
-        n = sum(len(piece) for piece in islice(stream, characters // 10))
-        done += n
+    generated = 0
+    while generated < characters:
+        started = time.perf_counter()
+        n = sum(len(chunk) for chunk in islice(stream, characters // 10))
+        generated += n
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"{done:>12,} {n / (time.perf_counter() - begin):>10.0f} {memory:>12.1f}", flush=True)
+        print(f"{generated:>12,} {n / (time.perf_counter() - started):>10.0f} {memory:>12.1f}", flush=True)
 
 
 def main() -> None:
+    """Measures and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a run, an export folder or an .onnx file")
-    parser.add_argument("--text", required=True, type=Path, help="text that the model was not trained on")
-    parser.add_argument("--samples", type=int, default=1024, help="characters that each row of the curve predicts")
-    parser.add_argument("--characters", type=int, default=1_000_000, help="length of the endless text")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--text", required=True, type=Path, help="a text that the model was not trained on")
+    parser.add_argument(
+        "--samples", type=int, default=1024, help="predicted characters per row of the third table (default: 1024)"
+    )
+    parser.add_argument(
+        "--characters", type=int, default=1_000_000, help="length of the long text (default: 1,000,000)"
+    )
+    parser.add_argument("--threads", type=int, help="threads (default: chosen by the size of the model)")
     options = parser.parse_args()
     lm = LanguageModel.load(options.model, threads=options.threads)
     print(f"block_size {lm.block_size}, {lm.metadata.n_layer} x {lm.metadata.n_embd}, {lm.metadata.precision}")

@@ -1,7 +1,8 @@
 """Damaged and hostile versions of the files that smallm reads, each a function of its random generator.
 
-Two kinds: edits that know nothing of the format (bits, bytes, pieces), and edits of what the format means (a number in
-JSON, a dimension or an operator in ONNX, a header in safetensors), which get past the first check.
+There are two kinds of edits: bytes, without knowledge of the format, and values of the format (a number in JSON, a
+dimension or an operator in ONNX, a header in safetensors), which pass the first checks of a reader. This is a module
+of fuzz_files.py, fuzz_c.py and the tests, not a script.
 """
 
 import json
@@ -17,19 +18,40 @@ from onnx import TensorProto, helper
 
 NUMBERS = [0, 1, -1, 2, 3, 7, 16, 17, 255, 256, 4096, 65_536, 10**6,
            2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, -(2**63)]  # fmt: skip
-AFFORDABLE = [n for n in NUMBERS if not 256 < n < 1 << 31]  # what a config may ask for without costing minutes
+AFFORDABLE = [n for n in NUMBERS if not 256 < n < 1 << 31]  # values for a config that do not take minutes
 VALUES = [*NUMBERS, 10**30, -0.0, 0.5, 1e-300, 1e308, float("nan"), float("inf"), float("-inf"), True, False, None, "",
           "x", "16", "../../../../etc/passwd", "/etc/passwd", "\x00", "\x1b[2J\n", "\ud800", "é" * 40, "a" * 100_000,
           [], {}, [[]], [0], {"a": 1}]  # fmt: skip
 RAW = ["9" * 400, "9" * 5000, "1e999", "[" * 50_000, '{"a":' * 5000, "[" * 500 + "]" * 500, "-", "tru", '"\\ud83d"']
 LOCATIONS = ["../../../../etc/passwd", "/etc/passwd", "/dev/zero", "weights.bin", "", "\x00"]
 PLACE = "@@place@@"
-OPERATORS = ["Loop", "If", "Scan", "Conv", "RandomNormal", "Expand", "Tile", "ConstantOfShape", "Range", "Concat",
-             "Add", "MatMul", "Gemm", "Gather", "Reshape", "Identity", "CumSum", "TopK", "ScatterND", "Einsum", ""]
+OPERATORS = [
+    "Loop",
+    "If",
+    "Scan",
+    "Conv",
+    "RandomNormal",
+    "Expand",
+    "Tile",
+    "ConstantOfShape",
+    "Range",
+    "Concat",
+    "Add",
+    "MatMul",
+    "Gemm",
+    "Gather",
+    "Reshape",
+    "Identity",
+    "CumSum",
+    "TopK",
+    "ScatterND",
+    "Einsum",
+    "",
+]
 
 
 def bytewise(data: bytes, rng: random.Random) -> bytes:
-    """One to three edits that know nothing of the format."""
+    """The data with one to three edits of bytes."""
     for _ in range(rng.choice((1, 1, 2, 3))):
         at, other = rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)
         size = min(rng.choice((1, 1, 2, 4, 8, 64, 1000)), len(data) - at)
@@ -45,14 +67,17 @@ def bytewise(data: bytes, rng: random.Random) -> bytes:
 
 
 def json_text(content: object, rng: random.Random, edits: int = 0) -> str:
-    """JSON with one to three edits of its meaning, some of them no JSON any more."""
+    """The content as JSON with one to three edits of values; some results are not valid JSON.
+
+    edits: the number of edits; 0 chooses at random.
+    """
     content = json.loads(json.dumps(content))
     raw = ""
     for _ in range(edits or rng.choice((1, 1, 2, 3))):
         places = list(_places(content))
         if not places:
             break
-        # Deep, wide tables such as a vocabulary would otherwise take all edits to themselves.
+        # Choosing the depth first keeps wide tables such as a vocabulary from getting all edits.
         depth = rng.choice(sorted({place[0] for place in places}))
         _, parent, key = rng.choice([place for place in places if place[0] == depth])
         kind = rng.randrange(8)
@@ -72,7 +97,7 @@ def json_text(content: object, rng: random.Random, edits: int = 0) -> str:
 
 
 def _near(value: object, rng: random.Random) -> object:
-    """A value of the same type: the edits that checks of the type let through."""
+    """Another value of the same type, which passes type checks."""
     if isinstance(value, bool) or value is None:
         return not value
     if isinstance(value, int):
@@ -97,7 +122,7 @@ def _places(content: object, depth: int = 0) -> Iterator[tuple[int, dict | list,
 
 
 def onnx_file(data: bytes, rng: random.Random) -> bytes:
-    """An ONNX file with edits of its bytes or of what they mean."""
+    """An ONNX file with edits of bytes or of the model."""
     if rng.random() < 0.3:
         return bytewise(data, rng)
     model = onnx.ModelProto.FromString(data)
@@ -114,7 +139,7 @@ def _edit_tensor(model: onnx.ModelProto, rng: random.Random) -> None:
     kind = rng.randrange(9)
     if kind == 0 and tensor.dims:
         tensor.dims[rng.randrange(len(tensor.dims))] = rng.choice(NUMBERS)
-    elif kind == 1:  # another shape of as many elements
+    elif kind == 1:  # another shape with the same number of elements
         dims, one = list(tensor.dims), rng.randrange(len(tensor.dims) + 1)
         shapes = (dims[::-1], [*dims[:one], 1, *dims[one:]], [math.prod(dims)], [math.prod(dims), 1, 1])
         tensor.dims[:] = rng.choice(shapes)
@@ -136,7 +161,7 @@ def _edit_tensor(model: onnx.ModelProto, rng: random.Random) -> None:
 
 
 def external(tensor: onnx.TensorProto, location: str, rng: random.Random) -> None:
-    """Moves the data of a tensor to another file, as ONNX allows."""
+    """Declares the data of a tensor as external data in another file."""
     tensor.data_location = TensorProto.EXTERNAL
     size = len(tensor.raw_data)
     tensor.ClearField("raw_data")
@@ -197,7 +222,7 @@ def _edit_metadata(model: onnx.ModelProto, rng: random.Random) -> None:
     if rng.random() < 0.2:
         model.metadata_props.add(key=entry.key, value=entry.value)
     else:
-        with suppress(ValueError):  # edited before, perhaps
+        with suppress(ValueError):  # an earlier edit may have made the entry invalid
             entry.value = json_text([json.loads(entry.value)], rng, edits=1)[1:-1].encode("utf-8", "replace").decode()
 
 
@@ -277,14 +302,14 @@ ALPHABETS = ["ab \n", "éñ€中🎉", "\x00\x01\x7f\x1b\r\x85\u2028", "\ufeff\
 
 
 def text(rng: random.Random, length: int) -> str:
-    """Characters of one to three scripts, and whatever makes readers stumble."""
+    """Characters of one to three alphabets, among them control characters and unassigned code points."""
     letters = "".join(rng.sample(ALPHABETS, rng.choice((1, 1, 2, 3))))
     period = "".join(rng.choices(letters, k=min(length, rng.choice((1, 3, 50, 2000)))))
     return (period * (length // max(1, len(period)) + 1))[:length]
 
 
 def text_file(rng: random.Random) -> tuple[bytes, str]:
-    """The bytes of a text and the encoding to claim for them, which fits or does not."""
+    """The bytes of a text and the encoding to declare, which may be wrong."""
     encoding = rng.choice((*ENCODINGS, *["utf-8"] * 20))
     content = text(rng, rng.choice((0, 1, 2, 10, 600, 600, 600, 3000)))
     try:

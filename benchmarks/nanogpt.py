@@ -1,10 +1,13 @@
-"""The plain reference: a small GPT-2 in a few lines of PyTorch, with the quick-start settings nanoGPT gives for a CPU.
+"""The reference of train_speed.py: a small GPT-2 in plain PyTorch with nanoGPT's quick-start settings for a CPU.
 
     python benchmarks/nanogpt.py --data FILE --out DIR [--steps 2000] [--seed 1] [--device cpu]
     python benchmarks/nanogpt.py --data FILE --out DIR --score
 
-The first trains, keeps the best weights in DIR/model.safetensors and ends with DIR/reference.json; lines go to stderr.
-The second prints the loss of those weights on the whole validation text as JSON. Losses are nats per character.
+The first command trains, keeps the best weights in DIR/model.safetensors and writes DIR/reference.json at its end;
+progress goes to stderr. The second prints the loss of these weights on the whole validation text as JSON. Losses are
+in nats per character. 2,000 steps took 95 s on two cores.
+
+Source: https://github.com/karpathy/nanoGPT, README, "I only have a macbook".
 """
 
 import argparse
@@ -31,7 +34,7 @@ from smallm.errors import UserError
 
 @dataclass(frozen=True)
 class Settings:
-    """The published settings; sizes in characters, rates per step."""
+    """nanoGPT's published settings; sizes in characters, rates per step."""
 
     n_layer: int = 4
     n_head: int = 4
@@ -51,12 +54,12 @@ class Settings:
         """Learning rate of step 0, 1, …: linear warm-up, then a cosine that ends at min_lr after `steps`."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
-        done = (step - self.warmup_steps) / (steps - self.warmup_steps)
-        return self.min_lr + (self.learning_rate - self.min_lr) * (1 + math.cos(math.pi * done)) / 2
+        progress = (step - self.warmup_steps) / (steps - self.warmup_steps)
+        return self.min_lr + (self.learning_rate - self.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
 class Block(nn.Module):
-    """Attention and a GELU MLP, each on a normalised input and added to the stream; no biases."""
+    """Attention and a GELU MLP, each with pre-normalisation and a residual connection; no biases."""
 
     def __init__(self, s: Settings):
         super().__init__()
@@ -77,7 +80,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """ids (B, T) -> logits (B, T, V); learned positions, the embedding is also the output matrix."""
+    """ids (B, T) -> logits (B, T, V), with learned positions and tied embeddings."""
 
     def __init__(self, vocab_size: int, s: Settings):
         super().__init__()
@@ -89,39 +92,39 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, 0, 0.02 / (math.sqrt(2 * s.n_layer) if "_proj" in name else 1))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """T up to block_size."""
+        """ids (B, T) -> logits (B, T, V); T is at most block_size."""
         x = self.wte(ids) + self.wpe.weight[: ids.size(1)]
         for block in self.h:
             x = block(x)
         return F.linear(self.ln_f(x), self.wte.weight)
 
     def flops_per_id(self) -> int:
-        """Of one forward and backward pass, counted as smallm's model counts its own; positions are no product."""
+        """Operations of a forward and backward pass per id, counted as in smallm's model; positions need no product."""
         matrices = sum(p.numel() for p in self.parameters() if p.ndim == 2) - self.wpe.weight.numel()
         return 6 * matrices + 6 * len(self.h) * self.wpe.weight.numel()
 
 
 def loss_of(model: GPT, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Nats per character, or their sum; ids and targets (B, T)."""
+    """Cross-entropy in nats per character, or the sum; ids and targets (B, T)."""
     return F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction=reduction)
 
 
 def read_text(path: Path, block_size: int) -> tuple[int, Tensor, Tensor]:
-    """Vocabulary size, ids of the first 90 % of the characters and ids of the rest; the text is UTF-8."""
+    """Vocabulary size, ids of the first 90 % of the characters of a UTF-8 text, and ids of the rest."""
     try:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} as a UTF-8 text: {error}") from None
-    number = {character: i for i, character in enumerate(sorted(set(text)))}
-    ids = torch.tensor([number[character] for character in text])
+    id_of = {character: i for i, character in enumerate(sorted(set(text)))}
+    ids = torch.tensor([id_of[character] for character in text])
     train, val = ids.tensor_split([len(ids) * 9 // 10])
     if min(len(train), len(val)) <= block_size:
         raise UserError(f"{path} is too short: a tenth of it must have more than {block_size} characters")
-    return len(number), train, val
+    return len(id_of), train, val
 
 
 def random_batch(ids: Tensor, s: Settings, device: str) -> tuple[Tensor, Tensor]:
-    """Windows at random places: ids and targets, each (B, T)."""
+    """Windows at random positions: ids and targets, each (B, T)."""
     starts = torch.randint(len(ids) - s.block_size, (s.batch_size,)).tolist()
     windows = torch.stack([ids[start : start + s.block_size + 1] for start in starts]).to(device)
     return windows[:, :-1], windows[:, 1:]
@@ -134,14 +137,14 @@ def estimate(model: GPT, ids: Tensor, s: Settings, device: str) -> float:
 
 
 def build_optimizer(model: GPT, s: Settings, device: str) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices alone."""
+    """AdamW with weight decay on the matrices only."""
     matrices, gains = ([p for p in model.parameters() if p.ndim == ndim] for ndim in (2, 1))
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": gains, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=s.learning_rate, betas=s.betas, fused=device == "cuda")
 
 
 def update(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], lr: float, clip: float) -> float:
-    """One step; returns the loss before it, in nats per character."""
+    """One step; returns the loss before the step in nats per character."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     loss = loss_of(model, *batch)
@@ -153,7 +156,7 @@ def update(model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Te
 
 
 def train(data: Path, out: Path, steps: int, seed: int, device: str) -> dict:
-    """Trains, writes the best weights and reference.json into `out`, and returns what that says."""
+    """Trains, writes the best weights and reference.json into `out`, and returns the content of reference.json."""
     s = Settings()
     torch.manual_seed(seed)
     vocab_size, train_ids, val_ids = read_text(data, s.block_size)
@@ -162,9 +165,9 @@ def train(data: Path, out: Path, steps: int, seed: int, device: str) -> dict:
     optimizer = build_optimizer(model, s, device)
     seconds, best_loss, best_step = [], math.inf, 0
     for step in range(1, steps + 1):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         loss = update(model, optimizer, random_batch(train_ids, s, device), s.lr(step - 1, steps), s.grad_clip)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - started)
         if step % 100 == 0 or step == steps:
             print(f"step {step} loss {loss:.4f} {1000 * seconds[-1]:.2f} ms", file=sys.stderr)
         if step % s.eval_every == 0 or step == steps:
@@ -185,14 +188,14 @@ def train(data: Path, out: Path, steps: int, seed: int, device: str) -> dict:
 
 @torch.no_grad()
 def score(data: Path, out: Path) -> dict:
-    """Loss on the whole validation text: windows of block_size side by side, all characters but the first once."""
+    """Loss on the whole validation text in adjacent windows of block_size; all characters but the first count once."""
     s = Settings()
     vocab_size, _, ids = read_text(data, s.block_size)
     model = GPT(vocab_size, s).eval()
     try:
         model.load_state_dict(load_file(out / "model.safetensors"))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{out} holds no model of this text: {' '.join(str(error).split())}") from None
+        raise UserError(f"{out} does not hold a model of this text: {' '.join(str(error).split())}") from None
     T, predicted = s.block_size, len(ids) - 1
     whole = predicted // T * T  # the rest is a last, shorter window
     nats = 0.0
@@ -205,13 +208,15 @@ def score(data: Path, out: Path) -> dict:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Trains, or scores what was trained."""
+    """Trains, or scores trained weights."""
     parser = argparse.ArgumentParser(prog="nanogpt.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="a UTF-8 text")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for weights and reference.json")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the weights and reference.json"
+    )
     parser.add_argument("--steps", type=int, default=2000, metavar="N", help="updates (default: 2000)")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="random seed (default: 1)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
     parser.add_argument("--score", action="store_true", help="measure the weights in DIR instead of training")
     options = parser.parse_args(argv)
     if options.score:
@@ -220,7 +225,7 @@ def main(argv: Sequence[str]) -> int:
     if options.steps < 1:
         raise UserError(f"--steps {options.steps} is out of range; it must be 1 or more")
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no GPU here; use --device cpu")
+        raise UserError("no GPU was found; use --device cpu")
     train(options.data, options.out, options.steps, options.seed, options.device)
     return 0
 

@@ -1,10 +1,11 @@
-"""What a user would otherwise generate text with: each peer with a smallm checkpoint, at a number of threads.
+"""The generators that sampler.py compares; each opens a smallm checkpoint with a given number of threads.
 
-A peer has `write(seed, length, rng_seed)` -> new text of at least `length` characters, sampled with TEMPERATURE and
-TOP_K, and `bits(text)`, bits per character of a text of at most one context, everything after its first character.
-Making one raises `ImportError` where its package is not installed.
+A peer has `write(seed, length, rng_seed)`, which returns at least `length` new characters sampled with TEMPERATURE
+and TOP_K, and `bits(text)`, the bits per character of a text of at most one context, without its first character. The
+constructors raise `ImportError` if a package is not installed. This is a module of sampler.py, not a script.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -21,14 +22,14 @@ from smallm.export.gguf import write_gguf
 from smallm.training.checkpoint.format import load_vocabulary
 
 TEMPERATURE, TOP_K = 0.8, 40
-NEVER = 255  # a byte that no UTF-8 text has: an end of text that does not come
+END_ID = 255  # a byte that UTF-8 never contains; stands for the end-of-text id, which some peers require
 
 
 class Smallm:
     """An exported model through `LanguageModel`."""
 
     def __init__(self, checkpoint: Path, folder: Path, threads: int, precision: str):
-        folder = folder.with_name(f"smallm-{precision}")  # the same for any number of threads
+        folder = folder.with_name(f"smallm-{precision}")  # shared by all numbers of threads
         if not folder.exists():
             export_checkpoint(checkpoint, folder, precision, allow_loss=True)
         self.model = LanguageModel.load(folder, threads=threads)
@@ -41,7 +42,7 @@ class Smallm:
 
 
 class Transformers:
-    """`generate` of Hugging Face's transformers, with its cache."""
+    """`generate` of transformers, with a KV cache."""
 
     def __init__(self, checkpoint: Path, folder: Path, threads: int):
         import torch
@@ -57,7 +58,7 @@ class Transformers:
         ids = self._torch.from_numpy(self.vocabulary.encode(seed).astype(np.int64))[None]
         options = {"do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K, "max_new_tokens": length}
         with self._torch.no_grad():
-            new = self.model.generate(ids, attention_mask=self._torch.ones_like(ids), pad_token_id=NEVER, **options)
+            new = self.model.generate(ids, attention_mask=self._torch.ones_like(ids), pad_token_id=END_ID, **options)
         return self.vocabulary.decode(new[0, ids.shape[1] :].tolist())
 
     def bits(self, text: str) -> float:
@@ -68,11 +69,12 @@ class Transformers:
 
 
 class GenAI:
-    """onnxruntime-genai with a model that its own builder made."""
+    """onnxruntime-genai with a model that was made by the builder of that package."""
 
     def __init__(self, checkpoint: Path, folder: Path, threads: int, precision: str):
         import onnxruntime_genai
 
+        require_onnx_ir()
         self._genai = onnxruntime_genai
         if not folder.exists():
             _build_genai(checkpoint, folder, precision)
@@ -106,18 +108,18 @@ class GenAI:
 
 
 def _build_genai(checkpoint: Path, folder: Path, precision: str) -> None:
-    """The builder insists on an end of text; ours has none, so it gets one that never comes."""
+    """Runs the builder, which requires an end-of-text id; smallm's models have none, so END_ID is declared."""
     source = folder.with_name(folder.name + "-source")
     shutil.copytree(checkpoint, source)
     for name in ("config.json", "generation_config.json"):
         values = json.loads((source / name).read_text())
-        (source / name).write_text(json.dumps(values | dict.fromkeys(("bos_token_id", "eos_token_id"), NEVER)))
+        (source / name).write_text(json.dumps(values | dict.fromkeys(("bos_token_id", "eos_token_id"), END_ID)))
     options = ["-i", source, "-o", folder, "-p", precision, "-e", "cpu", "-c", folder.with_name("cache")]
     subprocess.run([sys.executable, "-m", "onnxruntime_genai.models.builder", *map(str, options)], check=True, stdout=2)
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python, with the GGUF of the checkpoint."""
+    """llama.cpp through llama-cpp-python, with the checkpoint as GGUF."""
 
     def __init__(self, checkpoint: Path, folder: Path, threads: int, precision: str):
         from llama_cpp import Llama
@@ -150,6 +152,12 @@ class LlamaCpp:
         model, ids = self._open(logits_all=True), self.vocabulary.encode(text).astype(np.int64)
         model.eval(ids[:-1].tolist())
         return bits_of(np.array(model.scores[: len(ids) - 1]), ids[1:], len(text) - 1)
+
+
+def require_onnx_ir() -> None:
+    """Raises `ImportError` without onnx_ir, which the builder of onnxruntime-genai imports but does not install."""
+    if importlib.util.find_spec("onnx_ir") is None:
+        raise ImportError("the builder of onnxruntime-genai needs onnx_ir too: pip install onnx-ir")
 
 
 def bits_of(logits: np.ndarray, targets: np.ndarray, characters: int) -> float:

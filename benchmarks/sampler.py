@@ -1,12 +1,13 @@
-"""How fast smallm generates and scores, beside what a user would otherwise pick, on the same weights and cores.
+"""Compares generation, batches, scoring and start-up with other libraries, on the same weights and cores.
 
     python benchmarks/sampler.py [RUN …] [--threads 1 2] [--length 512] [--rounds 5] [--only NAME …] [--data TEXT]
 
-RUN is a run of train.py with a context of at least 16 + LENGTH ids. Without one, the shapes S (4 layers x 128) and M
-(6 x 384) are trained for a moment, just so that there is something to lose. Peers are taken from the packages
-transformers, onnxruntime-genai, and llama-cpp-python with gguf, where they are installed. They take turns, at each
-number of threads: LENGTH characters after a seed of 16, sampled. Then batches, scoring, and whole processes. Prints
-tables, then all figures as one line of JSON; progress goes to stderr.
+RUN is a run of train.py with a context of at least 16 + LENGTH ids. Without a run, the shapes S (4 layers, width 128)
+and M (6 layers, width 384) are trained for a few steps, so that quantisation has something to lose. The peers are
+transformers, onnxruntime-genai and llama.cpp (peers.py); those that are not installed are named and skipped.
+Packages: transformers; onnxruntime-genai with onnx-ir, which its builder needs; llama-cpp-python with gguf. In turn,
+and with each number of threads, each peer samples LENGTH characters after a seed of 16. Batches, scoring and whole
+processes follow. Prints tables, then all figures as one line of JSON; progress goes to stderr.
 """
 
 import argparse
@@ -30,8 +31,10 @@ from train_speed import cpu_name
 
 from smallm import LanguageModel
 from smallm.cli.main import run
+from smallm.cli.table import table
 from smallm.errors import UserError
 from smallm.inference.scoring import windows
+from smallm.inference.session import Binding
 from smallm.runs.layout import validation_text
 from smallm.training.checkpoint.format import load_model
 from smallm.training.checkpoint.manager import best_checkpoint
@@ -39,9 +42,11 @@ from smallm.training.devices import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {"S": (4, 4, 128), "M": (6, 6, 384)}  # layers, heads, width
-SEED, SCORED, STREAMS = 16, 400, 32
-TIMED_TEXT = 20_000  # characters that are scored for their speed
+SEED, SCORED = 16, 400  # characters of the seed; characters of which the loss is measured
+STREAMS = 32  # texts of a batch
+TIMED_TEXT = 20_000  # characters that are scored to measure the speed
 SMALLM = "smallm"
+PARTS = ["overhead", "batch", "scoring", "cold"]
 COLD = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,43 +56,44 @@ print(tokenizer.decode(model.generate(**ids, do_sample=True, max_new_tokens=200,
 """
 
 
-# Between us and the command, since Linux counts what a process was before it became another one.
+# A small process between this one and the command: the peak memory of a child includes that of its parent at the fork.
 LAUNCHER = """
 import resource, subprocess, sys, time
-begun = time.perf_counter()
+started = time.perf_counter()
 code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
-print(time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
 sys.exit(code)
 """
 
 
 @dataclass
 class Row:
-    """One contestant at its better number of threads."""
+    """One peer at its best number of threads."""
 
     name: str
     threads: int
     chars_per_second: float
     """Median over the rounds."""
     bits_per_char: float
-    """Of the beginning of the validation text."""
+    """Loss on the beginning of the validation text."""
     ratio: float | None = None
-    """To the best peer whose bits per character are no more than 0.002 above the row's own."""
+    """Speed relative to the best other library whose loss is at most 0.002 bits per character higher."""
 
 
 def timed(work: Callable[[], int]) -> float:
-    """Characters per second; `work` returns how many it came to."""
-    begun = time.perf_counter()
+    """Characters per second of `work`, which returns the number of characters."""
+    started = time.perf_counter()
     characters = work()
-    return characters / (time.perf_counter() - begun)
+    return characters / (time.perf_counter() - started)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
+    """Prints a line of progress."""
     print(f"sampler: {text}", file=sys.stderr, flush=True)
 
 
 def train(shape: str, data: str, out: Path, length: int, steps: int) -> Path:
-    """A run of this shape, hardly trained."""
+    """Trains a run of this shape for a few steps."""
     layers, heads, width = SHAPES[shape]
     settings = {
         "model.n_layer": layers, "model.n_head": heads, "model.n_embd": width, "model.block_size": SEED + length,
@@ -95,36 +101,36 @@ def train(shape: str, data: str, out: Path, length: int, steps: int) -> Path:
         "train.short_windows": "[64]", "train.short_until": "[0.9]", "optim.warmup_steps": 2,
     }  # fmt: skip
     options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    say(f"training {shape}")
+    log(f"training {shape}")
     subprocess.run([sys.executable, ROOT / "train.py", "--data", data, "--out", out, *options], check=True, stdout=2)
     return out
 
 
-def contestants(checkpoint: Path, home: Path, threads: Sequence[int], only: Sequence[str]) -> dict[tuple, object]:
-    """(name, threads) -> a peer; those whose packages are missing are said and left out."""
-    found = {}
+def open_peers(checkpoint: Path, home: Path, threads: Sequence[int], only: Sequence[str]) -> dict[tuple, object]:
+    """(name, threads) -> peer; names and skips those whose packages are missing."""
+    peers = {}
     for name, make in PEERS.items():
-        if only and not any(name.startswith(each) for each in only):
+        if only and not name.startswith(tuple(only)):
             continue
         try:
-            for n in threads:  # a folder each: genai keeps its number of threads in one
-                say(f"{name}, {n} thread(s)")
-                found[name, n] = make(checkpoint, home / f"{name.replace(' ', '-')}-{n}", n)
+            for n in threads:  # in separate folders: genai stores the number of threads in a file
+                log(f"{name}, {n} thread(s)")
+                peers[name, n] = make(checkpoint, home / f"{name.replace(' ', '-')}-{n}", n)
         except ImportError as error:
-            say(f"{name} is left out: {error}")
-    return found
+            log(f"{name} is skipped: {error}")
+    return peers
 
 
 def generation(checkpoint: Path, home: Path, text: str, options: argparse.Namespace) -> list[Row]:
-    """Every contestant in turn, round after round."""
-    peers = contestants(checkpoint, home, options.threads, options.only)
+    """Measures all peers in turn, round after round."""
+    peers = open_peers(checkpoint, home, options.threads, options.only)
     speeds: dict[tuple, list[float]] = {key: [] for key in peers}
     for number in range(options.rounds + 1):
         for key, peer in peers.items():
             speed = timed(lambda peer=peer, seed=number: len(peer.write(text[:SEED], options.length, seed)))
-            if number:  # the first is a warm-up
+            if number:  # round 0 is a warm-up
                 speeds[key].append(speed)
-        say(f"round {number} of {options.rounds}")
+        log(f"round {number} of {options.rounds}")
     rows = []
     for name in dict.fromkeys(name for name, _ in peers):
         mine = {n: statistics.median(speeds[name, n]) for n in options.threads}
@@ -138,34 +144,36 @@ def generation(checkpoint: Path, home: Path, text: str, options: argparse.Namesp
 
 
 def overhead(model: LanguageModel, text: str, length: int, rounds: int) -> dict:
-    """Microseconds a character: within the graph, and above it; and the characters of a pass."""
-    session, within, whole, passes = model._session, 0.0, 0.0, 0
-    bound = session.bound
+    """Microseconds per character inside and outside the graph, and characters per pass."""
+    session, inside, whole, passes = model._session, 0.0, 0.0, 0
+    bind = session.bind
 
-    def clocked(rows: int) -> tuple:
-        binding, run = bound(rows)
+    def timed_bind(rows: int) -> Binding:
+        binding = bind(rows)
+        run = binding.run
 
         def timed_run() -> None:
-            nonlocal within, passes
-            begun = time.perf_counter()
+            nonlocal inside, passes
+            started = time.perf_counter()
             run()
-            within, passes = within + time.perf_counter() - begun, passes + 1
+            inside, passes = inside + time.perf_counter() - started, passes + 1
 
-        return binding, timed_run
+        binding.run = timed_run
+        return binding
 
-    session.bound = clocked
+    session.bind = timed_bind
     for number in range(rounds + 1):
-        if number == 1:  # the first is a warm-up
-            within, whole, passes = 0.0, 0.0, 0
+        if number == 1:  # round 0 is a warm-up
+            inside, whole, passes = 0.0, 0.0, 0
         options = {"temperature": TEMPERATURE, "top_k": TOP_K, "rng_seed": number}
         whole += length / timed(lambda o=options: len(model.generate(text[:SEED], length, **o)) - SEED)
-    session.bound = bound
-    graph, whole = (1e6 * seconds / (rounds * length) for seconds in (within, whole))
-    return {"graph": graph, "above": whole - graph, "characters a pass": rounds * length / passes}
+    session.bind = bind
+    graph, whole = (1e6 * seconds / (rounds * length) for seconds in (inside, whole))
+    return {"graph": graph, "outside": whole - graph, "characters_per_pass": rounds * length / passes}
 
 
 def batch(model: LanguageModel, text: str, length: int, rounds: int) -> dict:
-    """Characters per second of one text and of many in one batch."""
+    """Characters per second of one text and of a batch of texts."""
     options = {"temperature": TEMPERATURE, "top_k": TOP_K, "rng_seed": 1}
     one, many = [], []
     for _ in range(rounds):
@@ -178,7 +186,7 @@ def batch(model: LanguageModel, text: str, length: int, rounds: int) -> dict:
 
 @torch.no_grad()
 def scoring(checkpoint: Path, model: LanguageModel, text: str, rounds: int) -> dict:
-    """Characters per second of perplexity in windows of block_size: smallm's; PyTorch's, the trainer's kernels'."""
+    """Characters per second of perplexity in windows of block_size: smallm, plain PyTorch, the training kernels."""
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
@@ -207,17 +215,17 @@ def scoring(checkpoint: Path, model: LanguageModel, text: str, rounds: int) -> d
 
 
 def process(command: list) -> tuple[float, float]:
-    """Seconds and peak megabytes of a whole process."""
+    """Seconds and peak memory in MB of a whole process."""
     launched = [sys.executable, "-S", "-c", LAUNCHER, *map(str, command)]
-    done = subprocess.run(launched, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"`{' '.join(map(str, command[:4]))} …` ended with exit code {done.returncode}")
-    seconds, megabytes = map(float, done.stdout.split())
+    finished = subprocess.run(launched, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise UserError(f"`{' '.join(map(str, command[:4]))} …` ended with exit code {finished.returncode}")
+    seconds, megabytes = map(float, finished.stdout.split())
     return seconds, megabytes
 
 
 def cold(checkpoint: Path, folder: Path, rounds: int) -> dict:
-    """Whole processes, in turn: the first character and 200 of them from infer.py, and 200 from transformers."""
+    """Whole processes in turn: infer.py for 1 and for 200 characters, transformers for 200."""
     infer = [sys.executable, ROOT / "infer.py", "--model", folder, "--seed", "O God, O God!", "--max-length"]
     commands = {"smallm, 1 character": [*infer, 1], "smallm, 200": [*infer, 200],
                 "transformers, 200": [sys.executable, "-c", COLD, checkpoint]}  # fmt: skip
@@ -229,21 +237,19 @@ def cold(checkpoint: Path, folder: Path, rounds: int) -> dict:
             for name, each in found.items()}  # fmt: skip
 
 
-def table(rows: list[Row]) -> str:
-    """The rows for people."""
+def format_table(rows: list[Row]) -> str:
     cells = [["", "threads", "chars/s", "bits/char", "ratio"]] + [
         [row.name, str(row.threads), f"{row.chars_per_second:,.0f}", f"{row.bits_per_char:.4f}",
          "-" if row.ratio is None else f"{row.ratio:.2f}"] for row in rows
     ]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
+    return "\n".join(table(cells))
 
 
 def measure(name: str, run_folder: Path, home: Path, options: argparse.Namespace) -> dict:
-    """Everything about one run; prints it, too."""
+    """Measures one run, prints its tables and returns all figures."""
     checkpoint, text = best_checkpoint(run_folder), validation_text(run_folder).read_text(encoding="utf-8")
     rows = generation(checkpoint, home / name, text, options)
-    print(f"{name}: {options.length} characters after {SEED}\n{table(rows)}", flush=True)
+    print(f"{name}: {options.length} characters after {SEED}\n{format_table(rows)}", flush=True)
     facts = {"generation": [asdict(row) for row in rows]}
     parts = {
         "overhead": lambda model, _: overhead(model, text, options.length, options.rounds),
@@ -253,23 +259,23 @@ def measure(name: str, run_folder: Path, home: Path, options: argparse.Namespace
     }
     folder = home / name / "smallm-int8"
     for part in options.parts if folder.exists() else ():
-        say(part)
+        log(part)
         facts[part] = parts[part](LanguageModel.load(folder), folder)
         print(f"{name}, int8, {part}: {json.dumps(facts[part])}", flush=True)
     return facts
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measures, and prints tables and the JSON line."""
+    """Measures and prints the tables and the line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=60, help="of training, for shapes without a run")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="contestants, by the beginning of names")
-    parser.add_argument("--parts", nargs="*", default=["overhead", "batch", "scoring", "cold"])
-    parser.add_argument("--data", default="shakespeare")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="runs to measure (default: train S and M)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
+    parser.add_argument("--length", type=int, default=512, metavar="N", help="characters to generate (default: 512)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="measurements of each peer (default: 5)")
+    parser.add_argument("--steps", type=int, default=60, metavar="N", help="training steps of S and M (default: 60)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="peers, by the beginnings of their names")
+    parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS, help="what to measure after generation")
+    parser.add_argument("--data", default="shakespeare", metavar="TEXT", help="training text of S and M")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="smallm-") as folder:
         home = Path(folder)

@@ -1,12 +1,12 @@
-"""How long smallm trains and how good it gets, as whole processes, beside a plain reference on the same cores.
+"""Compares time and loss of whole training processes with a plain PyTorch reference on the same cores.
 
     python benchmarks/train_speed.py [--data TEXT] [--configs shakespeare-cpu …] [--seeds 1 2 3] [--no-reference]
 
-One after the other: the matrix-product peak of this machine, benchmarks/nanogpt.py, then train.py for each config and
-seed, each a process of its own. They share a cache that is empty at first: the first run of train.py encodes the text
-and compiles the kernels, as the first run on a machine does, and the others find them. The losses are measured
-afterwards, on the whole validation text. Prints a table, then all figures as one line of JSON; progress goes to stderr.
-Losses are nats per character.
+In sequence: the peak of matrix products on this machine, benchmarks/nanogpt.py, then train.py for each config and
+seed, each in a separate process. The processes share a cache that is empty at first: the first run of train.py
+encodes the text and compiles the kernels, as the first run on a machine does, and later runs reuse both. Losses are
+measured afterwards on the whole validation text, in nats per character. Prints a table, then all figures as one line
+of JSON; progress goes to stderr.
 """
 
 import argparse
@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 import nanogpt
 
 from smallm.cli.main import run
+from smallm.cli.table import table
 from smallm.errors import UserError
 from smallm.inference.scoring import windows
 from smallm.runs.metrics import read_metrics
@@ -46,45 +47,45 @@ from smallm.training.request import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 WINDOWS = (64, 128, 256)
-VAL_FRACTION = 0.1  # of every run, whatever its config says: all are scored on the same text
+VAL_FRACTION = 0.1  # replaces the value of each config, so that all runs are scored on the same text
 REFERENCE = "reference"
 
 
 @dataclass
 class Row:
-    """What one training process came to."""
+    """The figures of one training process."""
 
     name: str
     """A config, or `reference`."""
     seed: int
     seconds: float
-    """Wall time of the whole process, from its start to its exit."""
+    """Wall time of the process from its start to its exit."""
     step_ms: float
-    """Median milliseconds of a step, evaluations and checkpoints left out."""
+    """Median milliseconds of a step, without evaluations and checkpoints."""
     characters_per_second: float
-    """Of training text, in the median step."""
+    """Characters of training text per second in the median step."""
     gemm_share: float
-    """Useful floating-point operations per second over those of the matrix-product peak."""
+    """Floating-point operations of the model per second, relative to the peak of matrix products."""
     parameters: int
     losses: dict[int, float]
-    """Length of the windows in ids -> nats per character of the whole validation text."""
+    """Length of windows in ids -> nats per character of the whole validation text."""
     ratio: float | None = None
-    """Seconds of the reference over the seconds of this process."""
+    """Seconds of the reference divided by the seconds of this process."""
 
 
 def gemm_peak(rounds: int = 10) -> dict:
-    """Best floating-point operations per second of a product of two square matrices: fp32 on a CPU, bf16 on a GPU."""
+    """Highest FLOP/s of a product of two square matrices, in fp32 on a CPU and bf16 on a GPU."""
     gpu = torch.cuda.is_available()
     device, dtype, size, products = ("cuda", torch.bfloat16, 8192, 20) if gpu else ("cpu", torch.float32, 2048, 1)
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     out, best = torch.empty_like(a), math.inf
     for _ in range(rounds):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for _ in range(products):
             torch.mm(a, b, out=out)
         if gpu:
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, time.perf_counter() - started)
     return {
         "flops_per_second": products * 2 * size**3 / best, "dtype": str(dtype).removeprefix("torch."), "device": device,
         "name": torch.cuda.get_device_name() if gpu else cpu_name(), "threads": torch.get_num_threads(),
@@ -92,7 +93,7 @@ def gemm_peak(rounds: int = 10) -> dict:
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The name of the processor, as far as the system provides it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -102,24 +103,24 @@ def cpu_name() -> str:
 
 
 def timed(command: list[str], cache: Path) -> float:
-    """Seconds from a Python process's start to its exit; its output goes to stderr, what it caches into `cache`."""
+    """Seconds from the start of a Python process to its exit; the output goes to stderr, caches go into `cache`."""
     print(f"train_speed: {' '.join(command)}", file=sys.stderr, flush=True)
     caches = dict.fromkeys(("SMALLM_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), str(cache))
-    begun = time.perf_counter()
+    started = time.perf_counter()
     code = subprocess.run([sys.executable, *command], stdout=2, env=os.environ | caches).returncode
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     if code:
-        raise UserError(f"`{' '.join(command)}` ended with exit code {code}; its own message is above")
+        raise UserError(f"`{' '.join(command)}` ended with exit code {code}; its message is above")
     return seconds
 
 
 def cache_beside(out: Path) -> Path:
-    """The cache of all runs of a benchmark."""
+    """The cache that all runs of a benchmark share."""
     return out.parent / "cache"
 
 
 def run_reference(text: Path, out: Path, steps: int, seed: int, peak: dict) -> Row:
-    """Trains the reference as a process, then scores it in this one."""
+    """Trains the reference in a separate process and scores it in this process."""
     options = ["--data", str(text), "--out", str(out), "--steps", str(steps), "--seed", str(seed)]
     seconds = timed([str(ROOT / "benchmarks" / "nanogpt.py"), *options, "--device", peak["device"]], cache_beside(out))
     facts, scored = json.loads((out / "reference.json").read_text()), nanogpt.score(text, out)
@@ -132,7 +133,7 @@ def run_reference(text: Path, out: Path, steps: int, seed: int, peak: dict) -> R
 
 
 def run_config(config: str, text: Path, out: Path, seed: int, peak: dict) -> Row:
-    """Trains a config as a process, then scores its best checkpoint in this one."""
+    """Trains a config in a separate process and scores its best checkpoint in this process."""
     options = ["--config", config, "--data", str(text), "--out", str(out), "--train.seed", str(seed)]
     options += ["--data.encoding", "utf-8", "--data.val_fraction", str(VAL_FRACTION)]
     seconds = timed([str(ROOT / "train.py"), *options], cache_beside(out))
@@ -149,13 +150,13 @@ def run_config(config: str, text: Path, out: Path, seed: int, peak: dict) -> Row
 
 
 def open_text(source: str | Path, min_count: int, cache: Path | None = None) -> Corpus:
-    """The text, split as every run splits it."""
+    """The text with the split of all runs."""
     return open_corpus(str(source), min_count=min_count, val_fraction=VAL_FRACTION, cache=cache, progress=False)
 
 
 @torch.no_grad()
 def full_loss(model: TransformerLanguageModel, corpus: Corpus, window: int) -> float:
-    """Nats per character of the whole validation text, in windows of `window` ids side by side."""
+    """Nats per character of the whole validation text in adjacent windows of `window` ids."""
     nats = 0.0
     for ids, targets in windows([np.asarray(corpus.val_ids)], window):
         nats += cross_entropy(model(torch.from_numpy(ids)), torch.from_numpy(targets), reduction="sum").item()
@@ -163,7 +164,7 @@ def full_loss(model: TransformerLanguageModel, corpus: Corpus, window: int) -> f
 
 
 def summary(rows: list[Row]) -> dict[str, dict]:
-    """For each config: mean and worst loss over the seeds by window, mean seconds, mean and lowest ratio."""
+    """For each config: mean and highest loss over the seeds by window, mean seconds, mean and lowest ratio."""
     configs = {}
     for name in dict.fromkeys(row.name for row in rows if row.name != REFERENCE):
         mine = [row for row in rows if row.name == name]
@@ -177,8 +178,7 @@ def summary(rows: list[Row]) -> dict[str, dict]:
     return configs
 
 
-def table(rows: list[Row]) -> str:
-    """The rows for people."""
+def format_table(rows: list[Row]) -> str:
     lengths = sorted({window for row in rows for window in row.losses})
     head = ["run", "seed", "seconds", "step ms", "chars/s", "of peak", "parameters"]
     cells = [[*head, *(f"loss@{n}" for n in lengths), "ratio"]] + [
@@ -188,12 +188,11 @@ def table(rows: list[Row]) -> str:
          "-" if row.ratio is None else f"{row.ratio:.2f}"]
         for row in rows
     ]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
+    return "\n".join(table(cells))
 
 
 def measure(options: argparse.Namespace, corpus: Corpus) -> tuple[list[Row], dict]:
-    """All processes, one after the other: their rows, and the peak."""
+    """Runs all processes one after the other; returns their rows and the peak of matrix products."""
     with tempfile.TemporaryDirectory(prefix="smallm-") as folder:
         home = Path(folder)
         text = home / "text.txt"
@@ -211,16 +210,16 @@ def measure(options: argparse.Namespace, corpus: Corpus) -> tuple[list[Row], dic
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measures, and prints the table and the JSON line."""
+    """Measures and prints the table and the line of JSON."""
     options = parse(argv)
     if options.peak:
         print(json.dumps(gemm_peak()))
         return 0
     for config in options.configs:
-        load_config(config)  # a mistake is told before anything is measured
+        load_config(config)  # reports a mistake before the measurements begin
     corpus = open_text(options.data, min_count=1)
     rows, peak = measure(options, corpus)
-    print(table(rows))
+    print(format_table(rows))
     facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(), "cpu": cpu_name(),
         "threads": peak["threads"], "peak": peak, "text": corpus.name, "fingerprint": corpus.fingerprint,
@@ -231,18 +230,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    shared = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+    """Parses the command line."""
     parser = argparse.ArgumentParser(prog="train_speed.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--data", default=str(shared) if shared.is_file() else "shakespeare", metavar="TEXT",
-        help="a UTF-8 file, a folder or a name, as for train.py (default: %(default)s)")  # fmt: skip
+    add("--data", default="shakespeare", metavar="TEXT",
+        help="a UTF-8 file, a folder or a built-in text, as for train.py (default: %(default)s)")  # fmt: skip
     add("--configs", nargs="+", default=["speedrun", "shakespeare-cpu"], metavar="CONFIG",
         help="default: %(default)s")  # fmt: skip
-    add("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N", help="default: 1 2 3; the reference: the first")
-    add("--no-reference", dest="reference", action="store_false", help="leave out the reference and the ratios")
-    add("--reference-steps", type=int, default=2000, metavar="N", help="updates of the reference (default: 2000)")
-    add("--peak", action="store_true", help="measure the peak of matrix products alone, as JSON")
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N",
+        help="random seeds of the runs; the reference uses the first (default: 1 2 3)")  # fmt: skip
+    add("--no-reference", dest="reference", action="store_false", help="skip the reference and the ratios")
+    add("--reference-steps", type=int, default=2000, metavar="N", help="steps of the reference (default: 2000)")
+    add("--peak", action="store_true", help="only measure the peak of matrix products and print it as JSON")
     return parser.parse_args(argv)
 
 

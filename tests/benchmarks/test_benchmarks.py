@@ -1,6 +1,7 @@
-"""benchmarks/: the reference learns and scores itself rightly; train_speed's figures are what they say."""
+"""benchmarks/: the reference learns and scores correctly, and the scripts print correct figures."""
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -27,9 +28,49 @@ mixed_precision = "no"
 """
 
 
+MODULES = {"fuzz_formats", "mutations", "peers"}  # imported by scripts, not scripts themselves
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_every_script_imports_and_explains_itself(script, monkeypatch, capsys):
+    """--help works without the optional packages of a script, and the docstring names the command."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    if script.stem in MODULES:
+        assert "not a script" in runpy.run_path(str(script))["__doc__"]
+        return
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(script), run_name="__main__")
+    assert not exit.value.code
+    output, source = capsys.readouterr().out, script.read_text(encoding="utf-8")
+    summary = source.removeprefix('"""').split("\n", 1)[0]
+    assert " ".join(summary.split()) in " ".join(output.split())
+    assert f"python benchmarks/{script.name}" in source
+
+
+def test_quantisers_names_a_missing_package(benchmarks, monkeypatch, capsys):
+    import quantisers
+
+    monkeypatch.setitem(sys.modules, "onnxruntime.quantization.matmul_nbits_quantizer", None)
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    assert run(quantisers.main, ["runs/x"]) == 2
+    assert "pip install onnx-ir ml-dtypes" in capsys.readouterr().err
+
+
+def test_overhead_of_generation(benchmarks, exported, text_file):
+    """sampler.py separates the time inside the graph from the time outside."""
+    import sampler
+
+    model = sampler.LanguageModel.load(exported)
+    found = sampler.overhead(model, text_file.read_text("utf-8"), length=8, rounds=2)
+    assert found["graph"] > 0
+    assert found["outside"] > 0
+    assert found["characters_per_pass"] >= 1
+
+
 @pytest.fixture
 def benchmarks(monkeypatch):
-    """The two scripts, as modules."""
+    """The modules nanogpt and train_speed."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import nanogpt
     import train_speed
@@ -39,7 +80,7 @@ def benchmarks(monkeypatch):
 
 @pytest.fixture
 def short_reference(benchmarks, monkeypatch):
-    """The reference with a quick warm-up and short evaluations, for texts and tests that are short too."""
+    """The reference with a short warm-up and short evaluations, for short texts."""
     nanogpt, _ = benchmarks
     settings = nanogpt.Settings(n_layer=1, n_embd=32, learning_rate=1e-2, warmup_steps=3, eval_every=10, eval_batches=2)
     monkeypatch.setattr(nanogpt, "Settings", lambda: settings)
@@ -60,7 +101,7 @@ def test_reference_learns(short_reference, text_file, tmp_path, capsys):
     assert scored["nats_per_char"] < 3
 
 
-@pytest.mark.parametrize("length", [4000, 641 * 10])  # with a shorter last window, and without
+@pytest.mark.parametrize("length", [4000, 641 * 10])  # with a shorter last window, and without one
 def test_reference_scores_every_character_once(short_reference, text_file, tmp_path, length):
     text = tmp_path / "text.txt"
     text.write_text(text_file.read_text("utf-8")[:length], encoding="utf-8")
@@ -120,7 +161,7 @@ def test_train_speed_end_to_end(benchmarks, text_file, tmp_path, monkeypatch, ca
     assert facts["characters"]["validation"] == len(text_file.read_text("utf-8")) - facts["characters"]["train"]
 
 
-def test_scores_as_the_trainer_does(benchmarks, tiny_run, text_file):
+def test_train_speed_scores_like_the_trainer(benchmarks, tiny_run, text_file):
     _, train_speed = benchmarks
     folder = train_speed.best_checkpoint(tiny_run)
     corpus = train_speed.open_text(text_file, min_count=10)
@@ -139,7 +180,7 @@ def test_peak(benchmarks):
     ("script", "argv", "words"),
     [
         ("nanogpt", ["--data", "nowhere.txt", "--out", "out"], "nowhere.txt"),
-        ("nanogpt", ["--data", "TEXT", "--out", "out", "--score"], "holds no model"),
+        ("nanogpt", ["--data", "TEXT", "--out", "out", "--score"], "does not hold a model"),
         ("nanogpt", ["--data", "TEXT", "--out", "out", "--steps", "0"], "--steps 0"),
         ("train_speed", ["--data", "TEXT", "--configs", "nosuch"], "no config nosuch"),
         ("train_speed", ["--data", "nowhere.txt"], "nowhere.txt"),
@@ -164,7 +205,7 @@ def big_corpus(benchmarks):
 
 
 @pytest.mark.parametrize("size", [1, 5000, 300_000])
-def test_texts_of_any_size(big_corpus, tmp_path, size):
+def test_generated_texts_of_any_size(big_corpus, tmp_path, size):
     for name in "ab":
         big_corpus.make_text(tmp_path / name, size)
     data = (tmp_path / "a").read_bytes()
@@ -174,7 +215,7 @@ def test_texts_of_any_size(big_corpus, tmp_path, size):
     assert size == 1 or 0.05 < sum(not c.isascii() for c in text) / len(text) < 0.5
 
 
-def test_memory_is_that_of_the_process_and_its_children(big_corpus, tmp_path):
+def test_memory_includes_child_processes(big_corpus, tmp_path):
     program = "import time; held = b'x' * 40_000_000; time.sleep(0.5)"
     both = f"import subprocess, sys, pathlib; pathlib.Path('line').write_text('x'); c = {program!r}; " + (
         "child = subprocess.Popen([sys.executable, '-c', c]); exec(c); child.wait()"
@@ -187,7 +228,7 @@ def test_memory_is_that_of_the_process_and_its_children(big_corpus, tmp_path):
     assert seen.seconds > 0.5
 
 
-def test_growth_is_between_the_quarters(big_corpus):
+def test_growth_compares_the_last_quarter_with_the_first(big_corpus):
     samples = list(enumerate([900, 10, 20, 500, 500, 500, 500, 25, 22]))
     assert big_corpus.growth(samples, since=1) == 25 - 20
     assert big_corpus.growth([], since=0) == 0
@@ -212,7 +253,7 @@ def test_big_corpus_end_to_end(big_corpus, tmp_path, monkeypatch, capsys):
     assert [row["above_mb"] == 0 for row in rows] == [True, True, False, False, False]
     assert all(40 < row["above_mb"] < 60 for row in rows[2:])
     assert len(lines) == 1 + len(rows)
-    assert list(tmp_path.iterdir()) == [train]  # all the rest is gone
+    assert list(tmp_path.iterdir()) == [train]  # all other files were deleted
 
 
 def test_big_corpus_mistakes_are_one_line(big_corpus, tmp_path, monkeypatch, capsys):
