@@ -25,29 +25,9 @@ VALUES = [*NUMBERS, 10**30, -0.0, 0.5, 1e-300, 1e308, float("nan"), float("inf")
 RAW = ["9" * 400, "9" * 5000, "1e999", "[" * 50_000, '{"a":' * 5000, "[" * 500 + "]" * 500, "-", "tru", '"\\ud83d"']
 LOCATIONS = ["../../../../etc/passwd", "/etc/passwd", "/dev/zero", "weights.bin", "", "\x00"]
 PLACE = "@@place@@"
-OPERATORS = [
-    "Loop",
-    "If",
-    "Scan",
-    "Conv",
-    "RandomNormal",
-    "Expand",
-    "Tile",
-    "ConstantOfShape",
-    "Range",
-    "Concat",
-    "Add",
-    "MatMul",
-    "Gemm",
-    "Gather",
-    "Reshape",
-    "Identity",
-    "CumSum",
-    "TopK",
-    "ScatterND",
-    "Einsum",
-    "",
-]
+OPERATORS = ["Loop", "If", "Scan", "Conv", "RandomNormal", "Expand", "Tile", "ConstantOfShape", "Range", "Concat",
+             "Add", "MatMul", "Gemm", "Gather", "Reshape", "Identity", "CumSum", "TopK", "ScatterND", "Einsum",
+             ""]  # fmt: skip
 
 
 def bytewise(data: bytes, rng: random.Random) -> bytes:
