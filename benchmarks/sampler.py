@@ -42,7 +42,7 @@ from smallm.training.devices import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {"S": (4, 4, 128), "M": (6, 6, 384)}  # layers, heads, width
-SEED, SCORED = 16, 400  # characters of the seed; characters of which the loss is measured
+SEED, SCORED = 16, 400  # characters of the seed; characters of which the loss is measured, at most one context
 STREAMS = 32  # texts of a batch
 TIMED_TEXT = 20_000  # characters that are scored to measure the speed
 SMALLM = "smallm"
@@ -135,7 +135,7 @@ def generation(checkpoint: Path, home: Path, text: str, options: argparse.Namesp
     for name in dict.fromkeys(name for name, _ in peers):
         mine = {n: statistics.median(speeds[name, n]) for n in options.threads}
         best = max(mine, key=mine.get)
-        rows.append(Row(name, best, mine[best], peers[name, best].bits(text[:SCORED])))
+        rows.append(Row(name, best, mine[best], peers[name, best].bits(text[: min(SCORED, SEED + options.length)])))
     for row in rows:
         others = [r.chars_per_second for r in rows if not r.name.startswith(SMALLM)
                   and r.bits_per_char <= row.bits_per_char + 0.002]  # fmt: skip
