@@ -19,7 +19,7 @@ def kill_resume(monkeypatch):
 @pytest.mark.timeout(580)
 @pytest.mark.skipif(sys.platform != "linux", reason="the benchmark looks for processes in /proc")
 def test_a_dozen_kills_change_nothing(kill_resume):
-    tallies = kill_resume.survey(kills=12, seed=5, data=None)
+    tallies = kill_resume.measure(kills=12, seed=5, data=None)
     assert sum(tally.kills for tally in tallies) == 12
     assert [tally.differ for tally in tallies] == [0] * 3
     assert [tally.unusable for tally in tallies] == [0] * 3
@@ -42,5 +42,5 @@ def test_runs_that_differ_and_unusable_checkpoints_are_counted(kill_resume, monk
 
     monkeypatch.setattr(kill_resume, "Killer", Forgetful)
     monkeypatch.setattr(kill_resume, "KILLS_PER_RUN", 1)
-    (tally,) = kill_resume.survey(kills=1, seed=3, data=None, variants=[name])
+    (tally,) = kill_resume.measure(kills=1, seed=3, data=None, variants=[name])
     assert tally.differ == tally.runs >= 1
