@@ -144,7 +144,7 @@ def chromium(folder: Path, work: Path, serve: Callable[[Path], str]) -> Host:
 def genai(folder: Path, _work: Path) -> Host:
     """onnxruntime-genai in Python, with the export folder."""
     if importlib.util.find_spec("onnxruntime_genai") is None:
-        raise MissingError("pip install onnxruntime-genai")
+        raise MissingError("the package onnxruntime-genai")
     program = Path(__file__).with_name("host_genai.py")
     return Host(
         lambda task: [sys.executable, str(program), str(folder), json.dumps(task)],
