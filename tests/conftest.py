@@ -10,7 +10,7 @@ from hypothesis import settings
 settings.register_profile("smallm", deadline=None)  # a busy machine is no failure
 settings.load_profile("smallm")
 
-SLOW_FIXTURES = {"sanitized", "inner", "chromium", "page"}  # C programs with sanitizers, a browser
+SLOW_FIXTURES = {"sanitized", "inner", "chromium"}  # C programs with sanitizers, a browser
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker

@@ -62,6 +62,16 @@ def test_a_config_header_quotes_the_table(config):
         assert re.search("not (been )?measured", text)
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_rows_about_a_config_quote_the_table(page):
+    rows = [line for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    names = {path.stem for path in CONFIGS}
+    found = [(row, name) for row in rows for name in re.findall(r"[\w-]+", row.replace("`", " ")) if name in names]
+    assert len(found) >= 4
+    for row, name in found:
+        assert wrong_quotes(row, name) == [], row
+
+
 def test_quotes_are_found_and_compared():
     assert quotes("Expect 1.420 to 1.430\nnats per character; the mean of 3 seeds (1.515 to 1.525), 1.52 nats") == [
         "1.420", "1.430", "1.52", "1.515", "1.525",

@@ -1,4 +1,4 @@
-"""The errors that README.md explains: each of them, word for word, by the mistake that it tells of."""
+"""The messages that docs/troubleshooting.md explains are printed word for word for the mistakes that they describe."""
 
 import re
 import subprocess
@@ -10,8 +10,8 @@ import pytest
 from smallm.cli import main as cli
 
 ROOT = Path(__file__).parents[2]
-SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("## When it says no")[1].split("\n## ")[0]
-MESSAGES = [row[1] for row in re.finditer(r"^\| `(.+?)` \|", SECTION, re.MULTILINE)]
+PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+MESSAGES = [row[1] for row in re.finditer(r"^\| `(.+?)` \|", PAGE, re.MULTILINE)]
 TINY = ["--train.max_steps", "2", "--train.sample_length", "0", "--model.n_layer", "1", "--model.n_embd", "32",
         "--model.n_head", "2"]  # fmt: skip
 MISTAKES = {  # the beginning of the message -> program, arguments
@@ -42,7 +42,7 @@ def test_there_are_ten():
 
 
 @pytest.mark.parametrize("beginning", MISTAKES)
-def test_a_mistake_says_what_the_readme_explains(tmp_path, monkeypatch, capsys, beginning):
+def test_a_mistake_says_what_the_page_explains(tmp_path, monkeypatch, capsys, beginning):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     text = "caf\xe9 " * 100 if beginning.startswith("my.txt") else "a short text " * (
