@@ -345,8 +345,8 @@ class Memorisation(Callback):
             report = measure_memorisation([sample for sample in samples[-SEARCHED_SAMPLES:] if sample], run.corpus)
             self._record.update(memorisation=report.rows())
             if report.is_remarkable:
-                run.logger.result(f"its samples are copies: {report.lines()[0]}; more text, --model.dropout 0.2 or "
-                                  "fewer steps help")  # fmt: skip
+                run.logger.result(f"the samples repeat the training text: {report.lines()[0]}; more text, "
+                                  "--model.dropout 0.2 or fewer steps help")  # fmt: skip
 
 
 class ReportPage(Callback):
