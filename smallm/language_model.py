@@ -60,7 +60,7 @@ class LanguageModel:
         session = Session(file, threads)
         tables = (file.with_name(name) for name in (DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE))
         table = next((path for path in tables if path.is_file()), None)
-        return cls(session, table and DraftTable.load(table, session.manifest.vocab_size))
+        return cls(session, DraftTable.load(table, session.manifest.vocab_size) if table else None)
 
     def close(self) -> None:
         """Frees the memory of the model. Later calls raise `UserError`; streams that exist keep their part of it."""

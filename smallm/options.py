@@ -10,8 +10,8 @@ from typing import Any
 
 from smallm.errors import UserError
 
-KINDS: dict[type, tuple[type, str]] = {int: (Integral, "a whole number"), float: (Real, "a number"),
-                                       str: (str, "a string")}  # fmt: skip
+KINDS: dict[type, tuple[Any, str]] = {int: (Integral, "a whole number"), float: (Real, "a number"),
+                                      str: (str, "a string")}  # fmt: skip
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
@@ -67,7 +67,7 @@ class Option:
             return self.unset
         return repr(self.default) if self.kind is not str else self.default or "none"
 
-    def check(self, value: object) -> None:
+    def check(self, value: Any) -> None:
         """Raises `UserError` for a value of the wrong type or out of range. None is valid if it is the default."""
         if value is None and self.default is None:
             return

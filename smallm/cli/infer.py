@@ -101,7 +101,7 @@ def _generate(model: "LanguageModel", options: argparse.Namespace) -> None:
     given = _given(options) | {"rng_seed": rng_seed}
     chunks = model.stream_many([options.seed] * options.num_samples, logprobs=options.json, **given)
     if options.json:
-        samples = [{"new_text": "", "logprobs": []} for _ in range(options.num_samples)]
+        samples: list[dict[str, Any]] = [{"new_text": "", "logprobs": []} for _ in range(options.num_samples)]
         for chunk in chunks:
             samples[chunk.number]["new_text"] += chunk.text
             samples[chunk.number]["logprobs"] += [round(value, 6) for value in chunk.logprobs]

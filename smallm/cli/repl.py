@@ -7,7 +7,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -235,7 +235,8 @@ class Console:
     def _stream(self, chunks: Iterator[str]) -> None:
         """Prints a text while it is generated, until its end or Ctrl-C."""
         is_empty, before = True, self.state.last
-        with note_ctrl_c() if self._interactive else nullcontext([]) as pressed:
+        ctrl_c: AbstractContextManager[list[bool]] = note_ctrl_c() if self._interactive else nullcontext([])
+        with ctrl_c as pressed:
             for chunk in chunks:
                 self._print(chunk, end="")
                 is_empty = False

@@ -31,7 +31,8 @@ class Turn:
     @property
     def path(self) -> list["Turn"]:
         """All turns up to this one, in order."""
-        turns, turn = [], self
+        turns: list[Turn] = []
+        turn: Turn | None = self
         while turn is not None:
             turns.append(turn)
             turn = turn.before

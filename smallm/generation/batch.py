@@ -44,16 +44,16 @@ class _Batch:
         self._logits = np.zeros((len(states), session.manifest.vocab_size), np.float32)
 
     def run(self) -> Iterator[SequenceState]:
-        ended = any(state.done for state in self._states)
+        ended = any(state is not None and state.done for state in self._states)
         while any(self._states):
             if ended:
                 yield from self._replace_done()
                 self._drop_unused()
                 ended = False
             self._predict()
-            for state, *row in zip(self._states, self._logits, self._weights(self._logits), strict=True):
+            for state, logits, weights in zip(self._states, self._logits, self._weights(self._logits), strict=True):
                 if state is not None:
-                    state.choose(*row)
+                    state.choose(logits, weights)
                     if state.done:
                         ended = True
                     elif state.ready:
@@ -83,16 +83,18 @@ class _Batch:
             self._decode()
             return
         cache, size = self._cache, self._cache.block_size
-        for stream in np.flatnonzero(~self._fresh & (cache.lengths == size)):
-            if self._states[stream].config.overflow == "slide":
+        for stream in np.flatnonzero(~self._fresh & (cache.lengths == size)).tolist():
+            state = self._states[stream]
+            assert state is not None  # a stream without a text is fresh
+            if state.config.overflow == "slide":
                 cache.slide(stream)
         alone = self._fresh | (cache.lengths == size)
-        for stream in np.flatnonzero(alone):
+        for stream in np.flatnonzero(alone).tolist():
             cache.reset(stream)  # the pass appends an id here too, which is discarded below
         if not alone.all():
             self._decode()
         read: dict[bytes, int] = {}  # window -> the stream that has computed it; equal seed texts are computed once
-        for stream in np.flatnonzero(alone):
+        for stream in np.flatnonzero(alone).tolist():
             state = self._states[stream]
             cache.reset(stream)
             if state is not None:

@@ -35,7 +35,8 @@ class DraftTable:
     def __init__(self, table: np.ndarray):
         """table: (n,) of ROW."""
         self.table = table
-        self._temperature, self._drafter = math.nan, None  # of the last call of `drafter`
+        self._temperature = math.nan  # of the last call of `drafter`
+        self._drafter: Drafter | None = None
 
     @classmethod
     def load(cls, path: Path, vocab_size: int) -> "DraftTable":
@@ -58,6 +59,7 @@ class DraftTable:
             cumulative = np.exp(-nats / max(temperature, MIN_TEMPERATURE)).cumsum(axis=1)
             drafter = Drafter(self.table["context"], self.table["ids"], cumulative / cumulative[:, -1:])
             self._drafter, self._temperature = drafter, temperature  # in this order: other threads may read
+        assert self._drafter is not None
         return self._drafter
 
 
@@ -81,7 +83,7 @@ class Drafter:
                 length -= 1
                 key &= (1 << ID_BITS * length) - 1
                 row = rows.get(key)
-            if type(row) is int:
+            if isinstance(row, int):
                 row = rows[key] = self._ids[row].tolist(), self._cumulative[row].tolist()
             id = 0 if row is None else row[0][bisect_right(row[1], u)]
             drafts.append(id)

@@ -1,6 +1,6 @@
 """The state of one sequence, apart from the model: from logits to the next id, and from ids to characters."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from copy import copy
 
 import numpy as np
@@ -38,6 +38,7 @@ class SequenceState:
         costs some time per id.
         """
         self.config, self.sampling, self._processor = config, config.sampling, processor
+        assert config.rng_seed is not None  # `resolve` draws one
         self.rng = Rng(config.rng_seed, config.stream_number + stream)
         self.history, self._block_size = ids[-block_size:], block_size
         self.done = config.max_length == 0
@@ -50,7 +51,8 @@ class SequenceState:
         """New characters that are final and not taken yet."""
         self._held = ""  # the characters after them, which may begin a stop string
         self._length = 0  # number of new characters
-        self.keeps_logprobs, self._logprobs, self._logprob = logprobs, [], 0.0
+        self.keeps_logprobs, self._logprob = logprobs, 0.0
+        self._logprobs: list[float] = []
 
     def copy(self) -> "SequenceState":
         """An independent sequence that continues from here."""
@@ -82,7 +84,7 @@ class SequenceState:
             self._add(text)
         return id
 
-    def weights(self, logits: np.ndarray) -> Sequence[np.ndarray | None]:
+    def weights(self, logits: np.ndarray) -> Iterable[np.ndarray | None]:
         """For each row of logits (T, V), the weights that `choose` takes; the same for all sequences of one config."""
         weights = None if self._processes else cumulative_weights(logits, self.sampling)
         return [None] * len(logits) if weights is None else weights
@@ -115,16 +117,16 @@ class SequenceState:
         if self._stops is None:
             self.ready = self.ready + text if self.ready else text
         else:
-            self._hold_back(text)
+            self._hold_back(text, self._stops)
         if self._length == self._max_length:
             self.done = True
             self.ready, self._held = self.ready + self._held, ""
 
-    def _hold_back(self, text: str) -> None:
+    def _hold_back(self, text: str, stops: StopStrings) -> None:
         """Moves characters that cannot be part of a stop string to `ready`; ends the text before a stop string."""
         for number, character in enumerate(text, self._length - len(text)):
             self._held += character
-            complete, begun = self._stops.match(self._held) if number >= self._min_length else (0, 0)
+            complete, begun = stops.match(self._held) if number >= self._min_length else (0, 0)
             free = len(self._held) - (complete or begun)
             self.ready, self._held = self.ready + self._held[:free], self._held[free:]
             if complete:

@@ -2,7 +2,7 @@
 
 from copy import copy
 
-from smallm.generation.draft_table import DraftTable
+from smallm.generation.draft_table import Drafter, DraftTable
 from smallm.generation.sequence_state import Prediction, SequenceState
 from smallm.inference.kv_cache import KVCache
 from smallm.inference.session import BIG_LAYER_BYTES
@@ -29,7 +29,8 @@ class SpeculativeDecoder:
     def __init__(self, cache: KVCache, table: DraftTable | None, count: int, temperature: float):
         """count: number of drafts per pass; with 0, or without a table, decoding goes one id at a time."""
         self._cache, self._table, self._count = cache, table if count else None, count
-        self._temperature, self._drafter = temperature, None
+        self._temperature = temperature
+        self._drafter: Drafter | None = None
         self._drafts: list[int] = []  # ids in the cache that are not in the sequence yet, the next one last
         self._predictions: list[tuple] = []  # after the last id and after each draft, the next one last
         self._accepted, self.acceptance_rate, self._cooldown = 0, 2 * MIN_ACCEPTANCE, 0

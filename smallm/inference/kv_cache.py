@@ -38,6 +38,8 @@ class KVCache:
         self._session = session
         self._keys_values = np.zeros((2 * m.n_layer, streams, m.n_kv_head, m.block_size, m.head_dim), np.float32)
         self._mask = np.zeros((streams, m.block_size), np.int64)  # 1 where the cache holds an id
+        self._row: _Rows
+        self._verifier: _Rows | None
         self._bind()
 
     def prefill(self, ids: np.ndarray, stream: int = 0) -> np.ndarray:
@@ -147,7 +149,7 @@ class KVCache:
         self._stream_indices, self._first_mask = np.arange(self.streams), self._mask[0]
         self._rows = _Rows(self._session, self._keys_values, self._mask, 0, self.streams)
         self._row = self._rows if self.streams == 1 else _Rows(self._session, self._keys_values, self._mask, 0, 1)
-        self._verifier: _Rows | None = None
+        self._verifier = None
 
 
 class _Rows:

@@ -36,7 +36,9 @@ class Session:
         m.check_size(file.size, path)
         parts = [f"{i}.{part}" for i in range(m.n_layer) for part in ("key", "value")]
         self.past, self.present = ([f"{side}.{part}" for part in parts] for side in ("past_key_values", "present"))
-        promised = {name: (INT64, []) for name in ("input_ids", "attention_mask", "num_logits_to_keep")}
+        promised: dict[str, tuple[int, list[int]]] = {
+            name: (INT64, []) for name in ("input_ids", "attention_mask", "num_logits_to_keep")
+        }
         promised |= {name: (FLOAT, [m.n_kv_head, m.head_dim]) for name in self.past + self.present}
         if file.values != promised | {"logits": (FLOAT, [m.vocab_size])}:
             raise UserError(f"{path}: inputs and outputs do not match its metadata; export the model again")

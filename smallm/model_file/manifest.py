@@ -96,8 +96,8 @@ class Manifest:
 
     def _check(self) -> None:
         """Raises `ValueError` or `TypeError` if a host cannot rely on the values."""
-        sizes = (self.block_size, self.n_layer, self.n_head, self.n_kv_head, self.n_embd, self.head_dim)
-        sizes += (self.vocab_size,)
+        sizes = [self.block_size, self.n_layer, self.n_head, self.n_kv_head, self.n_embd, self.head_dim]
+        sizes += [self.vocab_size]
         sane = all(type(size) is int and 0 < size < 1 << 24 for size in sizes) and self.n_layer < 1000
         sane = sane and self.n_head % self.n_kv_head == 0 and self.head_dim % 2 == 0
         sane &= type(self.window) is int and 0 <= self.window <= self.block_size

@@ -158,6 +158,7 @@ def fields(data: memoryview | bytes) -> Iterator[tuple[int, int, Any]]:
 
     Raises `ValueError` if the last field is incomplete.
     """
+    value: int | memoryview | bytes
     at, end = 0, len(data)
     data = data if end > 4096 else bytes(data)  # faster to index than a view
     while at < end:
@@ -200,7 +201,7 @@ def _convert(value: Any, wire_type: int, kind: Any, parts: list[None]) -> Any:
     return None if kind is float else read_message(value, kind, parts)
 
 
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
+def _varint(data: memoryview | bytes, at: int) -> tuple[int, int]:
     """The number of up to 64 bits that starts at `at`, with seven bits in each byte, and the offset after its end."""
     number = 0
     for shift in range(0, 70, 7):

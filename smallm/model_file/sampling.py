@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from smallm.options import check_options, option
 
@@ -34,4 +35,5 @@ class Sampling:
     def resolve(cls, given: Mapping[str, float | None], defaults: Mapping[str, float]) -> "Sampling":
         """The given values; where a value is None, the model's default."""
         chosen = {f.name: given.get(f.name) for f in fields(cls)}
-        return cls(**{k: defaults.get(k, getattr(cls, k)) if v is None else v for k, v in chosen.items()})
+        values: dict[str, Any] = {k: defaults.get(k, getattr(cls, k)) if v is None else v for k, v in chosen.items()}
+        return cls(**values)

@@ -93,7 +93,7 @@ def measure(model: Model, pieces: Iterable[str], detailed: int = 0) -> Iterator[
         if not done:
             done = 1
             yield _unpredicted(first[0], np.array([np.nan]))
-        found = _measure_batch(model, inputs, targets, partial if done >= detailed else None)
+        found: tuple[np.ndarray, ...] = _measure_batch(model, inputs, targets, partial if done >= detailed else None)
         if held:
             found = tuple(np.concatenate(pair) for pair in zip(held, found, strict=True))
         starts = np.flatnonzero(begins_character(found[0]))

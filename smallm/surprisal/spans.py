@@ -238,8 +238,10 @@ def _whole_words(text: str, start: int, end: int) -> tuple[int, int]:
     if not part.isspace():
         start, end = start + len(part) - len(part.lstrip()), end - len(part) + len(part.rstrip())
         first, last = max(0, start - MAX_WORD), end + MAX_WORD
-        start = first + re.search(r"\S*\Z", text[first:start]).start()
-        end += re.match(r"\S*", text[end:last]).end()
+        before, after = re.search(r"\S*\Z", text[first:start]), re.match(r"\S*", text[end:last])
+        assert before is not None, part  # both patterns match even an empty string
+        assert after is not None, part
+        start, end = first + before.start(), end + after.end()
     return start, end
 
 

@@ -49,7 +49,7 @@ class Vocabulary:
         self.size = 256 + len(self.tokens)
         self.dtype = np.dtype(np.uint16 if self.size <= 1 << 16 else np.uint32)
 
-    def _belongs(self, id: int, token: bytes, after: bytes | None) -> bool:
+    def _belongs(self, id: int, token: bytes | None, after: bytes | None) -> bool:
         """Whether a token is unique, its prefix precedes it, and it is a character or the prefix of the next token."""
         if not isinstance(token, bytes) or self._ids[token] != id or len(token) < 2:
             return False
@@ -209,11 +209,13 @@ class Vocabulary:
         """The inverse of `tokenizer_json`, also if another tool has rewritten the file. Raises `UserError`."""
         model = content.get("model") if isinstance(content, dict) else None
         vocab = model.get("vocab") if isinstance(model, dict) else None
-        if not isinstance(vocab, dict) or not all(isinstance(i, int) for i in vocab.values()):
+        if not (
+            isinstance(model, dict) and isinstance(vocab, dict) and all(isinstance(i, int) for i in vocab.values())
+        ):
             raise _foreign_tokenizer("it has no vocabulary of pieces and ids")
         byte_of = {c: b for b, c in _alphabet().items()}
         try:
-            vocabulary = cls([bytes(byte_of[c] for c in piece) for piece in sorted(vocab, key=vocab.get)[256:]])
+            vocabulary = cls([bytes(byte_of[c] for c in piece) for piece in sorted(vocab, key=vocab.__getitem__)[256:]])
         except (KeyError, TypeError, UserError):
             raise _foreign_tokenizer("its pieces are not the 256 bytes and then non-ASCII characters") from None
         expected = vocabulary.tokenizer_json()
