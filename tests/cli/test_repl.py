@@ -369,13 +369,13 @@ def test_a_mistake_is_one_line_and_the_next_line_is_read(script, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_readme_shows(script):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## A text in conversation")[1].split("\n## ")[0]
-    lines = re.findall(r"^> (.*)$", readme, re.MULTILINE)
+def test_what_the_documentation_shows(script):
+    page = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8").split("\n## Interactive mode")[1]
+    lines = re.findall(r"^> (.*)$", page, re.MULTILINE)
     assert len(lines) > 5
     code, _, err = script(*lines, argv=SHORT)
     assert (code, err) == (0, "")
-    for name in re.findall(r"`/([\w-]+)", readme):
+    for name in re.findall(r"`/([\w-]+)", page):
         assert "there is no command" not in script(f"/{name}", argv=SHORT)[2]
 
 

@@ -209,12 +209,12 @@ def test_names(value, names):
     assert Config.from_dict(whole.to_dict()) == whole
 
 
-def test_what_readme_shows():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Trackers")[1].split("\n## ")[0]
-    (command,) = re.findall(r"^python train.py (.*)$", readme, re.MULTILINE)
+def test_what_the_documentation_shows():
+    page = (ROOT / "docs" / "runs-and-reports.md").read_text(encoding="utf-8").split("\n## Trackers")[1]
+    (command,) = re.findall(r"^python train.py (.*)$", page, re.MULTILINE)
     assert cli.parse(command.split()).config.train.trackers == ("tensorboard",)
     for name in tracking.LOGGER_TYPE_TO_CLASS:
-        assert re.search(rf"\b{name}\b", readme), name
+        assert re.search(rf"\b{name}\b", page), name
 
 
 def test_lists_in_files_and_flags(tmp_path):

@@ -232,9 +232,10 @@ def test_compressed_bytes():
 # Whole runs.
 
 
+@pytest.mark.slow
 def test_a_timed_run_prints_its_plan_and_resumes_after_ctrl_c(text_file, capsys):
-    argv = ["--data", str(text_file), "--minutes", "0.1", "--out", "run", *flags(TINY)]
-    with ctrl_c(12):
+    argv = ["--data", str(text_file), "--minutes", "0.2", "--out", "run", *flags(TINY)]
+    with ctrl_c(3):  # early, since a busy machine takes few steps
         assert cli.main(argv) == 130
     err = capsys.readouterr().err
     assert len(re.findall(r"^plan   ", err, re.MULTILINE)) == 3
@@ -245,10 +246,10 @@ def test_a_timed_run_prints_its_plan_and_resumes_after_ctrl_c(text_file, capsys)
     written = tomllib.loads(Path("run/config.toml").read_text(encoding="utf-8"))
     state, config = read_state(checkpoints(Path("run"))[-1])
     assert Config.from_dict(written) == config
-    assert config.train.minutes == 0.1
+    assert config.train.minutes == 0.2
     assert {key: written[key.split(".")[0]][key.split(".")[1]] for key in TINY} == {**TINY}
     assert config.optim.decay_fraction == 0.7  # chosen; differs from the default
-    assert 12 <= state.step <= state.planned_steps
+    assert 3 <= state.step <= state.planned_steps
 
     assert cli.main(["--resume", "run"]) == 0
     out, err = capsys.readouterr()
@@ -259,7 +260,7 @@ def test_a_timed_run_prints_its_plan_and_resumes_after_ctrl_c(text_file, capsys)
     assert end.step == end.planned_steps > state.step
     assert metrics(Path("run"))[-1]["step"] == metrics(Path("run"), "eval")[-1]["step"] == end.step
     assert metrics(Path("run"))[-1]["learning_rate"] < 0.2 * config.optim.learning_rate
-    assert end.seconds < 30  # 6 seconds were requested
+    assert end.seconds < 40  # 12 seconds were requested
 
 
 def test_resuming_a_finished_timed_run_asks_for_more_minutes(text_file, refused, capsys):
