@@ -10,12 +10,12 @@ from hypothesis import settings
 settings.register_profile("smallm", deadline=None)  # a busy machine is no failure
 settings.load_profile("smallm")
 
-SLOW_FIXTURES = {"sanitized", "inner", "chromium"}  # C programs with sanitizers, a browser
+SLOW_FIXTURES = {"sanitized", "inner", "chromium", "node"}  # C programs with sanitizers, a browser, Node
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(items):
-    """Tests that need a sanitized program or a browser are slow."""
+    """Tests that need a sanitized program, Node or a browser are slow."""
     for item in items:
         if SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)

@@ -552,6 +552,7 @@ def typist(exported, tmp_path):
         os.close(each.screen)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_text_and_not_the_program(typist, tmp_path):
     person = typist()
     person.expect("/help lists the commands")

@@ -70,7 +70,8 @@ def test_a_finished_run(runs, capsys):
     assert 0 < run["seconds"] < 1000
 
 
-def test_the_table(runs, capsys):
+def test_the_table(runs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     assert cli.run(cli.runs, []) == 0
     head, row = capsys.readouterr().out.splitlines()
     assert head.split() == ["run", "text", "size", "nats", "bits", "steps", "epochs", "time", "age", "state", "export"]
