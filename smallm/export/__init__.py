@@ -48,8 +48,10 @@ def export(
     """
     from smallm.export.exporter import export_run  # imports torch and onnx
 
-    options = {"precision": precision, "kit": kit, "allow_loss": allow_loss, "gguf": gguf, "portable": portable}
-    return export_run(getattr(run, "path", run), out=out, **options).path
+    path = run if run is None or isinstance(run, str | os.PathLike) else run.path
+    return export_run(
+        path, precision=precision, kit=kit, out=out, allow_loss=allow_loss, gguf=gguf, portable=portable
+    ).path
 
 
 class _CallableModule(ModuleType):

@@ -10,7 +10,7 @@ from torch import nn
 from smallm.generation.rng import Rng
 from smallm.inference.kv_cache import KVCache
 from smallm.inference.session import Session
-from smallm.training.model.transformer import TransformerLanguageModel
+from smallm.training.model.transformer import TransformerBlock, TransformerLanguageModel
 
 STREAMS, MAX_LENGTH = 32, 256
 """Texts that are generated, and ids of each: about 8,000 ids in all."""
@@ -47,8 +47,9 @@ def second_moments(model: TransformerLanguageModel, ids: np.ndarray) -> dict[str
         layer.register_forward_pre_hook(add)
 
     model = deepcopy(model)
-    for block in model.h:
-        block.fits_kernels = False  # the fused path would bypass the hooks
+    for block in model.modules():
+        if isinstance(block, TransformerBlock):
+            block.fits_kernels = False  # the fused path would bypass the hooks
     layers = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     for name, layer in layers.items():
         watch(name, layer)

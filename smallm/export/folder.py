@@ -3,11 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import onnx
 from onnx import helper
@@ -181,7 +179,7 @@ def _with_quality(path: Path, manifest: Manifest, quality: Quality) -> Manifest:
 
 def _write_json_files(folder: Path, checkpoint: Path, manifest: Manifest) -> None:
     """Writes the JSON files that hosts read besides the model."""
-    files: dict[str, Mapping[str, Any]] = hugging_face_files(read_state(checkpoint)[1], load_vocabulary(checkpoint))
+    files = hugging_face_files(read_state(checkpoint)[1], load_vocabulary(checkpoint))
     # Without this entry transformers.js loads different files in a browser and in Node.
     files["config.json"] |= {"transformers.js_config": {"dtype": TRANSFORMERS_JS[manifest.precision][0]}}
     files |= {MANIFEST_FILE: asdict(manifest), GENAI_FILE: genai_config(manifest, MODEL_FILE)}

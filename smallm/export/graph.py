@@ -62,7 +62,7 @@ class Graph:
     `PortableGraph` overrides the methods for which standard ONNX has no fused operator.
     """
 
-    domains = ("", MICROSOFT)
+    domains: tuple[str, ...] = ("", MICROSOFT)
     """Domains of the operators."""
 
     def __init__(self, model: TransformerLanguageModel, quantised: Mapping[str, Quantised]):
@@ -172,9 +172,9 @@ class Graph:
         ids = [("input_ids", "sequence_length"), ("attention_mask", "total_sequence_length")]
         inputs = [helper.make_tensor_value_info(n, TensorProto.INT64, ["batch_size", length]) for n, length in ids]
         # transformers.js sizes its empty cache by the number and the names of these dimensions.
-        past = ["batch_size", c.kv_heads, "past_sequence_length", c.head_dim]
-        present = ["batch_size", c.kv_heads, "total_sequence_length", c.head_dim]
-        logits = ["batch_size", "positions", manifest.vocab_size]
+        past: list[str | int] = ["batch_size", c.kv_heads, "past_sequence_length", c.head_dim]
+        present: list[str | int] = ["batch_size", c.kv_heads, "total_sequence_length", c.head_dim]
+        logits: list[str | int] = ["batch_size", "positions", manifest.vocab_size]
         outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, logits)]
         for i in range(c.n_layer):
             for part in ("key", "value"):

@@ -177,7 +177,10 @@ def _downloaded(name: str) -> Path:
             dist.mkdir(parents=True)
             with tarfile.open(archive) as packed:
                 for file in ORT_FILES.values():
-                    (dist / file).write_bytes(packed.extractfile(f"package/dist/{file}").read())
+                    content = packed.extractfile(f"package/dist/{file}")
+                    if content is None:
+                        raise KeyError(f"{file} is not a file")
+                    (dist / file).write_bytes(content.read())
             dist.parent.replace(folder)
     except (OSError, tarfile.TarError, KeyError) as error:
         raise UserError(f"cannot store {name} in {folder}: {error}; set SMALLM_CACHE to another folder") from None

@@ -150,8 +150,8 @@ def _examples(manifest: Manifest, sizes: Mapping[str, int], sample: str) -> list
     seed = next((word for word in sample.split() if word.isalpha() and len(word) < 16), "The")
     length = len(manifest.vocabulary.encode(seed))
     new = max(1, min(MAX_NEW, manifest.block_size - length))
-    values = {"seed": json.dumps(seed, ensure_ascii=False), "new": new, "all": new + length}
-    values |= {"block_size": manifest.block_size} | manifest.sampling
+    values = {"seed": json.dumps(seed, ensure_ascii=False), "new": new, "all": new + length,
+              "block_size": manifest.block_size, **manifest.sampling}  # fmt: skip
     parts = ["The code runs in this folder.", SMALLM]
     if WEIGHTS_FILE in sizes:
         parts.append(TRANSFORMERS)

@@ -82,7 +82,8 @@ def measure(path: Path, precision: Precision, text: str, reference: Quality | No
     """
     model = LanguageModel.load(path)
     bits = model.perplexity(text).bits_per_char if len(text) > 1 else None
-    loss = None if reference is None or bits is None else bits - reference.bits_per_char
+    exact = None if reference is None else reference.bits_per_char
+    loss = None if exact is None or bits is None else bits - exact
     size, characters = path.stat().st_size, max(0, len(text) - 1)
     return Quality(precision.name, size, bits, characters, _speed(model), precision.onnxruntime, loss)
 

@@ -315,6 +315,7 @@ class BaselineComparison(Callback):
         if measured is None:
             run.logger.result("to compare with baselines (gzip, bz2, xz, n-grams): python train.py --check TEXT")
             return
+        assert run.state.best_val_loss is not None  # the last step was evaluated
         bits = run.state.best_val_loss / math.log(2)
         try:
             write_baselines(run.folder, measured, bits, run.corpus.val_characters)

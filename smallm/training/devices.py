@@ -24,7 +24,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
     Raises `UserError` for a precision or a launcher setting that cannot work here.
     """
-    precision = config.mixed_precision
+    precision: str = config.mixed_precision
     if precision == "auto":
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
         precision = launched if launched in ("bf16", "fp16") else best_precision()

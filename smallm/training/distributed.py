@@ -23,10 +23,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 def shard_like(parameter: Tensor | None, tensor: Tensor) -> Tensor:
     """A whole tensor, sharded as `parameter` is; unchanged if `parameter` is not sharded."""
-    if not hasattr(parameter, "full_tensor"):
+    if parameter is None or not hasattr(parameter, "full_tensor"):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    assert isinstance(parameter, DTensor)
     tensor = tensor.to(parameter.device)
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 

@@ -12,6 +12,7 @@ from smallm.generation.sampler import sample
 from smallm.inference.scoring import windows
 from smallm.model_file.sampling import Sampling
 from smallm.tokenizer.vocabulary import Vocabulary
+from smallm.training.data.store import MappedIds
 from smallm.training.devices import to_device
 from smallm.training.model.operations import cross_entropy
 
@@ -20,7 +21,7 @@ IDS_PER_READ = 1 << 20  # from the memory map
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model: nn.Module, ids: np.ndarray, characters: int, block_size: int,
+    accelerator: Accelerator, model: nn.Module, ids: MappedIds | np.ndarray, characters: int, block_size: int,
     interrupted: Callable[[], int] = lambda: 0,
 ) -> float | None:  # fmt: skip
     """Mean loss of a text in nats per character, in adjacent windows of `block_size` ids; None if interrupted.

@@ -128,7 +128,9 @@ def old_text_loss(
 
 def base_vocabulary(folder: Path | None) -> Vocabulary:
     """The vocabulary that the characters of the training text were added to, in the run of this checkpoint."""
-    size = 0 if folder is None else checkpoint.read_state(folder)[0].base_vocab_size
+    if folder is None:
+        return BYTES
+    size = checkpoint.read_state(folder)[0].base_vocab_size
     return Vocabulary(checkpoint.load_vocabulary(folder).tokens[: size - 256]) if size else BYTES
 
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +59,7 @@ class Trainer:
         self.model = TransformerLanguageModel(corpus.vocabulary.size, config.model, seed=config.train.seed)
         # `model` stays the plain module, for evaluation and checkpoints; `prepared` is only for training steps.
         self.prepared, self.optimizer = prepare(accelerator, self.model, build_optimizer(self.model, config.optim))
-        self.forward = self.prepared  # or its compiled form
+        self.forward: Callable[[Tensor], Tensor] = self.prepared  # or its compiled form
         self.parameters = list(self.prepared.parameters())
         self.guard = StepGuard(accelerator, self.optimizer)
         self.loader = BatchLoader(dataset, config.train.batch_size, self.plan.micro_batch_size, accelerator)
@@ -193,7 +193,7 @@ class Trainer:
         """Clips the gradient to optim.grad_clip, if that is set; returns its norm before."""
         if max_norm := self.config.optim.grad_clip:
             return full_tensor(self.accelerator.clip_grad_norm_(self.parameters, max_norm))
-        return full_tensor(get_total_norm([p.grad for p in self.parameters]))
+        return full_tensor(get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
 
     def _log(self, loss: Tensor, norm: Tensor, factor: float) -> None:
         """Moves the bar; every train.log_every steps, reports the mean loss since the last time."""
@@ -277,7 +277,7 @@ def _facts(
 ) -> dict[str, str | int]:
     """Text, size, device and versions: what the reader of a checkpoint or an export may want to know."""
     characters = corpus.train_characters + corpus.val_characters
-    facts = {"text": corpus.name, "characters": characters, "parameters": model.parameter_count()}
+    facts: dict[str, str | int] = {"text": corpus.name, "characters": characters, "parameters": model.parameter_count()}
     facts |= environment_facts(accelerator)
     if config.train.init_from:
         facts["init_from"] = model_name(Path(config.train.init_from))

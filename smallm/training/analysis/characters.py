@@ -64,6 +64,7 @@ class Characters:
     @cached_property
     def _code_points(self) -> np.ndarray:
         """The code point of each id that is a whole character; (vocabulary size,) uint32."""
+        assert self._vocabulary is not None  # `between` reads the table for ids of a vocabulary only
         table = np.full(self._vocabulary.size, _PART, np.uint32)
         table[:128] = np.arange(128)
         for id, token in enumerate(self._vocabulary.tokens, 256):

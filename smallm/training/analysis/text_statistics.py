@@ -116,7 +116,9 @@ def _compute(corpus: Corpus) -> TextStatistics:
         replacements=int(counts[REPLACEMENT]),
         misread=trained.misread + held_out.misread,
         controls={f"U+{c:04X}": int(counts[c]) for c in CONTROLS if counts[c]},
-        **{kind: trained.ends[kind] + held_out.ends[kind] for kind in trained.ends},
+        crlf=trained.ends["crlf"] + held_out.ends["crlf"],
+        lf=trained.ends["lf"] + held_out.ends["lf"],
+        cr=trained.ends["cr"] + held_out.ends["cr"],
         longest_line=longest.longest_line,
         longest_line_number=longest.longest_line_number,
         composed=_composed(counts),
@@ -136,9 +138,9 @@ class PartStatistics:
         self.counts = np.zeros(CODE_POINTS, np.int64)
         self.ends = {"crlf": 0, "lf": 0, "cr": 0}
         self.misread = self.decomposed = self.longest_line = self.longest_line_number = 0
-        self._complete_lines = after._complete_lines if after else 0
-        self._open_line = after._open_line if after else 0  # characters of the line that may go on
-        self._last = after._last if after else 0  # the code point before the next piece
+        self._complete_lines: int = after._complete_lines if after else 0
+        self._open_line: int = after._open_line if after else 0  # characters of the line that may go on
+        self._last: int = after._last if after else 0  # the code point before the next piece
         self._normalise_every = -(-length // MAX_NORMALISED)  # pieces
         self._pieces = 0
 

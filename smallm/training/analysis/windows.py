@@ -61,7 +61,8 @@ class WindowSet:
         same = self._hashes[which] == hashes[places]
         places, which = places[same], which[same]
         self._compare(codes, places, which)
-        if self._once and (found := np.count_nonzero(self._found)) > self._known + REBUILD_SHARE * len(self._found):
+        found = int(np.count_nonzero(self._found)) if self._once else 0
+        if found > self._known + REBUILD_SHARE * len(self._found):
             self._known = found
             self._filter[:] = False
             self._filter[self._rows(self._hashes[~self._found])] = True

@@ -101,7 +101,7 @@ def choose_settings(
         min_batch_ids: ids per step below which a step becomes no faster.
     """
     compute = seconds * (1 - MAX_EVALUATIONS * EVALUATION_TIME) * flops_per_second
-    settings = _shape(compute, compressed_bytes, explicit) | {"optim.name": "muon"} | explicit
+    settings: dict[str, Any] = {**_shape(compute, compressed_bytes, explicit), "optim.name": "muon", **explicit}
     layers, width = settings["model.n_layer"], settings["model.n_embd"]
     parameters, max_ids = 12.0 * layers * width**2, float(MAX_EPOCHS * train_ids)
     matrices = 6 * (parameters + vocab_size * width)

@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from smallm.training.data.dataset import CharDataset
+from smallm.training.data.store import MappedIds
 from smallm.training.devices import free_bytes, to_device
 
 RESIDENT_SHARE = 0.1  # share of a GPU's free memory that the training text may take
@@ -52,7 +53,7 @@ class BatchLoader:
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
 
 
-def _resident(ids: np.ndarray, device: torch.device) -> Tensor:
+def _resident(ids: MappedIds | np.ndarray, device: torch.device) -> Tensor:
     """The whole text on the device, (N,) int32: PyTorch hardly supports unsigned types, and every id fits."""
     text = torch.empty(len(ids), dtype=torch.int32, device=device)
     for start in range(0, len(ids), PIECE):

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from smallm.training.data.store import MappedIds
+
 
 class CharDataset:
     """Windows of `block_size` ids, with the next id of each position as its target.
@@ -13,7 +15,7 @@ class CharDataset:
     `batch_size` consecutive rows. The order depends on the seed alone, not on the number of processes or on a resume.
     """
 
-    def __init__(self, ids: np.ndarray, block_size: int, seed: int = 0):
+    def __init__(self, ids: MappedIds | np.ndarray, block_size: int, seed: int = 0):
         """ids: (N,) with N > block_size; only the windows that are asked for are read, so a memory map will do.
 
         Raises `ValueError` if the text is shorter than one window.

@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -100,7 +100,8 @@ def _with_each(function: Callable[[Item], Result], items: Iterable[Item]) -> Ite
 
     numpy, hashlib and file operations release Python's lock, so these threads and the caller run at the same time.
     """
-    threads, items, ahead = min(MAX_THREADS, os.cpu_count() or 1), iter(items), deque()
+    threads, items = min(MAX_THREADS, os.cpu_count() or 1), iter(items)
+    ahead: deque[tuple[Item, Future[Result]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         fetched = pool.submit(next, items, None)
         while (item := fetched.result()) is not None:

@@ -36,7 +36,7 @@ def should_compile(choice: str, device: torch.device, passes: int, flops_per_pas
 
 def compile_model(
     model: nn.Module, accelerator: Accelerator, batches: Iterable[tuple[Tensor, Tensor]], say: Callable[[str], None]
-) -> nn.Module:
+) -> Callable[[Tensor], Tensor]:
     """The compiled model, which shares its weights with `model`; or `model` itself, after a warning, if that fails.
 
     Each shape is compiled by a forward and a backward pass, because some failures show only in the backward pass. The

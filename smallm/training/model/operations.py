@@ -95,12 +95,18 @@ def polynomial_iteration(x: Tensor, coefficients: Sequence[tuple[float, float, f
     """x (n, rows, columns) -> a x + (b S + c S S) x with S = x x^T, repeated for each (a, b, c) of the coefficients."""
     if cpu_kernels(x) and x.size(1) % KERNEL_MULTIPLE == x.size(2) % KERNEL_MULTIPLE == 0:
         x = x.clone(memory_format=torch.contiguous_format)
-        load()("orthogonalise", x, torch.tensor(coefficients), *x.shape, len(coefficients))
+        _kernels()("orthogonalise", x, torch.tensor(coefficients), *x.shape, len(coefficients))
         return x
     for a, b, c in coefficients:
         gram = x @ x.mT  # (n, rows, rows)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def _kernels() -> Kernels:
+    kernels = load()
+    assert kernels is not None  # `cpu_kernels` has returned kernels
+    return kernels
 
 
 def _norm_and_rotate(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -141,7 +147,7 @@ class _RMSNorm(Function):
     @staticmethod
     def forward(ctx, x, gain):
         x, y = x.contiguous(), torch.empty_like(x)
-        load()("rms_norm", x, gain, y, x.numel() // x.size(-1), x.size(-1), NORM_EPS)
+        _kernels()("rms_norm", x, gain, y, x.numel() // x.size(-1), x.size(-1), NORM_EPS)
         ctx.save_for_backward(x, gain)
         return y
 
@@ -150,7 +156,7 @@ class _RMSNorm(Function):
         x, gain = ctx.saved_tensors
         dx, dgain = torch.empty_like(x), torch.empty_like(gain)
         parts = x.new_empty(2 * torch.get_num_threads(), gain.numel())
-        load()("rms_norm_backward", grad.contiguous(), x, gain, dx, dgain, parts,
+        _kernels()("rms_norm_backward", grad.contiguous(), x, gain, dx, dgain, parts,
                x.numel() // x.size(-1), x.size(-1), NORM_EPS)  # fmt: skip
         return dx, dgain
 
@@ -160,7 +166,7 @@ class _CrossEntropy(Function):
     def forward(ctx, logits, targets):
         logits, targets = logits.contiguous(), targets.contiguous()
         nats, lse = (logits.new_empty(targets.shape) for _ in range(2))
-        load()("cross_entropy", logits, targets, nats, lse, targets.numel(), logits.size(-1))
+        _kernels()("cross_entropy", logits, targets, nats, lse, targets.numel(), logits.size(-1))
         ctx.save_for_backward(logits, targets, lse)
         return nats
 
@@ -168,6 +174,6 @@ class _CrossEntropy(Function):
     def backward(ctx, grad):
         logits, targets, lse = ctx.saved_tensors
         dlogits = torch.empty_like(logits)
-        load()("cross_entropy_backward", grad.contiguous(), logits, targets, lse, dlogits,
+        _kernels()("cross_entropy_backward", grad.contiguous(), logits, targets, lse, dlogits,
                targets.numel(), logits.size(-1))  # fmt: skip
         return dlogits, None

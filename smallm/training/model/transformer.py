@@ -30,6 +30,9 @@ class RMSNorm(nn.Module):
 class Rotary(nn.Module):
     """Cosine and sine tables of the rotary position embedding (RoFormer, Su et al. 2021)."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, head_dim: int, block_size: int, theta: float):
         super().__init__()
         cos, sin = rotary_tables(head_dim, block_size, theta)

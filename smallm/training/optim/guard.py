@@ -21,7 +21,7 @@ class StepGuard:
         self._scaled = accelerator.scaler is not None
         # Reading the norm makes the host wait for the device. On a GPU the optimisers check `found_inf` themselves.
         self._on_host = accelerator.device.type == "cpu" or accelerator.distributed_type == DistributedType.FSDP
-        self.restore(0, 0)
+        self._counts = torch.zeros(2, dtype=torch.int64, device=self._device)
 
     def step(self, norm: Tensor) -> None:
         """Makes an optimiser step unless `norm`, the norm of the whole gradient, is not finite."""

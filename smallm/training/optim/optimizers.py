@@ -4,12 +4,13 @@ import inspect
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 from smallm.training.config import OptimConfig
 from smallm.training.distributed import divide_rows, full_tensor, shard_like
 from smallm.training.model.operations import polynomial_iteration
+from smallm.training.model.transformer import TransformerLanguageModel
 
 # Coefficients (a, b, c) of the iterations of Polar Express (Amsel et al. 2025): each quintic is the best one for the
 # range of singular values that the previous iteration leaves, starting with 0.001 to 1. A few iterations bring the
@@ -32,7 +33,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = factor * group["peak_lr"]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: TransformerLanguageModel, config: OptimConfig) -> torch.optim.Optimizer:
     """The optimiser `config.name`: "adam", "adamw" or "muon" (matrices by Muon, embedding and gains by AdamW).
 
     Weight decay applies to matrices only, not to the embedding and the gains, and never under "adam". Each parameter
@@ -89,7 +90,7 @@ class MuonAdamW(torch.optim.Optimizer):
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # a closure is not supported
         """Updates every parameter that has a gradient."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
@@ -102,13 +103,13 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.state[p] = {"step": torch.zeros((), device=p.device)}
                 self.state[p] |= {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
         steps, means, squares = ([self.state[p][key] for p in parameters] for key in ("step", "exp_avg", "exp_avg_sq"))
-        adamw(parameters, [p.grad for p in parameters], means, squares, [], steps, fused=True, amsgrad=False,
+        adamw(parameters, _gradients(parameters), means, squares, [], steps, fused=True, amsgrad=False,
               beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
               eps=group["eps"], maximize=False, found_inf=self.found_inf)  # fmt: skip
 
     def _muon_step(self, group: dict, parameters: list[Tensor]) -> None:
-        gradients, momenta = [p.grad for p in parameters], [self._momentum(p) for p in parameters]
-        keep = 1.0
+        gradients, momenta = _gradients(parameters), [self._momentum(p) for p in parameters]
+        keep: Tensor | float = 1.0
         if self.found_inf is not None:  # computed on the device, so that the host need not wait for found_inf
             keep = 1 - self.found_inf
             gradients = [torch.where(keep.bool(), g, m) for g, m in zip(gradients, momenta, strict=True)]
@@ -119,8 +120,8 @@ class MuonAdamW(torch.optim.Optimizer):
         # Orthogonalisation needs whole matrices. For a sharded parameter the update is collected in zeros of the full
         # shape, then sharded and added.
         weights = [_full_zeros(p) if _is_sharded(p) else p for p in parameters]
-        rows = [each for p, each in zip(group["params"], group["rows"], strict=True) if p.grad is not None]
-        for matrices in _by_shape(_matrices(weights, nesterov, rows)):
+        packed_rows = [each for p, each in zip(group["params"], group["rows"], strict=True) if p.grad is not None]
+        for matrices in _by_shape(_matrices(weights, nesterov, packed_rows)):
             updates = divide_rows(self._orthogonalise, torch.stack([_wide(update) for _, update in matrices]))
             if self.found_inf is not None:
                 updates = updates * keep
@@ -153,6 +154,10 @@ def orthogonalise(matrices: Tensor, coefficients: Sequence[tuple[float, float, f
     return polynomial_iteration(x, coefficients).to(matrices.dtype)
 
 
+def _gradients(parameters: list[Tensor]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
 def _is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "full_tensor")
 
@@ -165,7 +170,7 @@ def _matrices(
     weights: list[Tensor], updates: list[Tensor], rows: list[tuple[int, ...]]
 ) -> list[tuple[Tensor, Tensor]]:
     """Pairs (matrix, update) of all matrices packed in the weights, as views."""
-    pairs = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for weight, update, each in zip(weights, updates, rows, strict=True):
         pairs += zip(weight.split(each), update.split(each), strict=True)
     return pairs
