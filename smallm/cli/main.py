@@ -89,7 +89,8 @@ def _call(command: str, argv: Sequence[str]) -> int | None:
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}; use one of: {', '.join(COMMANDS)}")
     try:
-        return import_module(COMMANDS[command]).main(argv)
+        code: int | None = import_module(COMMANDS[command]).main(argv)
+        return code
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "smallm":
             raise

@@ -72,7 +72,7 @@ class ReplState:
         """The random seed used last."""
         self._restart_rng = False  # the next turn starts the random numbers again
         self._seed_is_unused = False  # no turn has used the rng_seed that was set
-        self._paused: dict[tuple, _PausedStream] = {}  # least recently used first
+        self._paused: dict[tuple[Turn | str | None, ...], _PausedStream] = {}  # least recently used first
         for name, value in options.items():
             self.set(name, value)
 
@@ -209,13 +209,13 @@ class ReplState:
             wanted["min_length"] = max(1, wanted.get("min_length", 0))
         return self.model.stream(self.text, **wanted)
 
-    def _store(self, key: tuple, paused: _PausedStream) -> None:
+    def _store(self, key: tuple[Turn | str | None, ...], paused: _PausedStream) -> None:
         self._paused.pop(key, None)
         self._paused[key] = paused
         while len(self._paused) > MAX_STREAMS:
             del self._paused[next(iter(self._paused))]
 
 
-def _key(turn: Turn | None, options: dict[str, Any]) -> tuple:
+def _key(turn: Turn | None, options: dict[str, Any]) -> tuple[Turn | str | None, ...]:
     """The end of a text and all options on which its continuation depends, except its length and random seed."""
     return turn, repr(sorted(item for item in options.items() if item[0] not in ("max_length", "rng_seed")))

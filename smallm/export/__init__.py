@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class _HasPath(Protocol):
@@ -57,7 +57,7 @@ def export(
 class _CallableModule(ModuleType):
     """Lets `smallm.export(run)` work: Python binds the name `smallm.export` to this package once it is imported."""
 
-    def __call__(self, run: str | os.PathLike[str] | _HasPath | None = None, **options) -> Path:
+    def __call__(self, run: str | os.PathLike[str] | _HasPath | None = None, **options: Any) -> Path:
         return export(run, **options)
 
 

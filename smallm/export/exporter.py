@@ -10,7 +10,8 @@ from smallm.export.folder import Export, export_checkpoint
 from smallm.export.kits import WRITERS, write_kit
 from smallm.export.precision import PRECISIONS
 from smallm.runs.layout import CHECKPOINTS, EXPORT, newest_run
-from smallm.training.checkpoint.format import STATE_FILE, verify
+from smallm.runs.state_file import STATE_FILE
+from smallm.training.checkpoint.format import verify
 from smallm.training.checkpoint.manager import best_checkpoint
 
 

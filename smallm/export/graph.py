@@ -17,6 +17,7 @@ after it, and the first layer's queries, keys and values are looked up in a tabl
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -190,7 +191,7 @@ class Graph:
 
     # Helpers that add nodes.
 
-    def _add(self, kind: str, name: str, *inputs: str, domain: str = "", **attributes) -> str:
+    def _add(self, kind: str, name: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
         self.nodes.append(helper.make_node(kind, list(inputs), [name], name=name, domain=domain, **attributes))
         return name
 
@@ -221,7 +222,7 @@ class Graph:
     def _weight(self, name: str) -> str:
         return self._constant(f"{name}.weight", self.weights[f"{name}.weight"])
 
-    def _constant(self, name: str, value) -> str:
+    def _constant(self, name: str, value: np.ndarray | list[int] | int) -> str:
         """Adds an initialiser unless it exists, and returns its name; lists and ints become int64."""
         if name not in self.initializers:
             array = value if isinstance(value, np.ndarray) else np.array(value, dtype=np.int64)

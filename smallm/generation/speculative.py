@@ -32,7 +32,7 @@ class SpeculativeDecoder:
         self._temperature = temperature
         self._drafter: Drafter | None = None
         self._drafts: list[int] = []  # ids in the cache that are not in the sequence yet, the next one last
-        self._predictions: list[tuple] = []  # after the last id and after each draft, the next one last
+        self._predictions: list[Prediction] = []  # after the last id and after each draft, the next one last
         self._accepted, self.acceptance_rate, self._cooldown = 0, 2 * MIN_ACCEPTANCE, 0
 
     @property

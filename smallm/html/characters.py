@@ -20,7 +20,8 @@ CHARACTERS_PER_ELEMENT = 500  # each element states the offset at which it start
 
 def level(nats: np.ndarray) -> np.ndarray:
     """nats (n,) -> colours (n,), 0 to len(LEVELS); NaN, where nothing was predicted, gives 0."""
-    return np.searchsorted(LEVELS, np.nan_to_num(nats), side="right")
+    colours: np.ndarray = np.searchsorted(LEVELS, np.nan_to_num(nats), side="right")
+    return colours
 
 
 def runs(text: str, levels: np.ndarray) -> Iterator[tuple[str, int]]:

@@ -17,7 +17,7 @@ class Snapshot(NamedTuple):
     @property
     def length(self) -> int:
         """Number of ids that the stream holds."""
-        return self.keys_values.shape[2]
+        return int(self.keys_values.shape[2])
 
 
 class KVCache:
@@ -50,7 +50,7 @@ class KVCache:
             self._row = _Rows(self._session, self._keys_values, self._mask, stream, 1)
         self._mask[stream, start : start + T] = 1
         try:
-            logits = self._row.prefill(np.asarray(ids)[None])[0]
+            logits: np.ndarray = self._row.prefill(np.asarray(ids)[None])[0]
         except BaseException:
             self._mask[stream, start:] = 0
             raise
@@ -176,7 +176,9 @@ class _Rows:
         self._binding.input("attention_mask", mask[rows])
         self._binding.input("num_logits_to_keep", self._keep)
         self._binding.input("input_ids", self._ids)
-        self._first_ids, self._first_logits, self._first_rows = self._ids[0], self._logits[0], logits[0]
+        self._first_ids: np.ndarray = self._ids[0]
+        self._first_logits: np.ndarray = self._logits[0]
+        self._first_rows: np.ndarray = logits[0]
 
     def decode_one(self, id: int) -> np.ndarray:
         """Logits (V,) of the first row after this id, which the mask already includes."""

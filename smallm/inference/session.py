@@ -102,7 +102,7 @@ class Session:
         mask = np.ones((B, past[0].shape[2] + T), np.int64)
         feeds = {"input_ids": ids.astype(np.int64), "attention_mask": mask, **dict(zip(self.past, past, strict=True))}
         try:
-            found = session.run(outputs, feeds)
+            found: list[np.ndarray] = session.run(outputs, feeds)
         except Exception as error:
             raise self.failure(error) from None
         if found[0].shape != (B, T, m.vocab_size):

@@ -20,7 +20,7 @@ the keyboard: the arrow keys move by one character, n and p to the next and the 
 class PageText:
     """Collects the first PAGE_CHARACTERS characters of a text."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._parts: list[Measured] = []
         self._left = PAGE_CHARACTERS
 

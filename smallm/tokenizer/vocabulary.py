@@ -10,6 +10,7 @@ onnxruntime-genai and llama.cpp. A merge joins two tokens, so a character of 3 o
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -98,7 +99,7 @@ class Vocabulary:
         if len(text) <= _SHORT:
             return np.array([i for c in text for i in self._spell(c)], self.dtype)
         codes = _code_points(text)
-        ids = self._table[codes]
+        ids: np.ndarray = self._table[codes]
         unknown = np.flatnonzero(ids < 0)
         if unknown.size == 0:
             return ids.astype(self.dtype)
@@ -144,10 +145,10 @@ class Vocabulary:
             raise UserError(f"ids must be a flat sequence of integers, not {ids.dtype} of shape {ids.shape}")
         for extreme in (ids.min(), ids.max()):
             check_id(int(extreme), self.size)
-        pieces = self._padded[ids]
+        pieces: np.ndarray = self._padded[ids]
         used = pieces != 0
         used[:, 0] = True  # of id 0, whose only byte is zero
-        return pieces[used].tobytes()
+        return bytes(pieces[used])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids (N,); bytes that are not valid UTF-8 become U+FFFD. Raises `UserError` for an unknown id."""
@@ -177,7 +178,7 @@ class Vocabulary:
             raise UserError(f"vocabulary: {_show(text)} is not a list of hexadecimal tokens; export again") from None
         return cls(tokens)
 
-    def tokenizer_json(self) -> dict:
+    def tokenizer_json(self) -> dict[str, Any]:
         """The content of a Hugging Face tokenizer.json, a byte-level BPE that gives the same ids."""
         spelled = ["".join(_alphabet()[b] for b in token) for token in self._bytes]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -205,7 +206,7 @@ class Vocabulary:
         }
 
     @classmethod
-    def from_tokenizer_json(cls, content: dict) -> "Vocabulary":
+    def from_tokenizer_json(cls, content: dict[str, Any]) -> "Vocabulary":
         """The inverse of `tokenizer_json`, also if another tool has rewritten the file. Raises `UserError`."""
         model = content.get("model") if isinstance(content, dict) else None
         vocab = model.get("vocab") if isinstance(model, dict) else None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from smallm.errors import UserError
 from smallm.runs.layout import CHECKPOINTS, OLD_VALIDATION, is_run, validation_text
+from smallm.runs.state_file import STATE_FILE
 from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.checkpoint import format as checkpoint
 from smallm.training.checkpoint.format import TrainingState
@@ -83,7 +84,7 @@ def inherit_model_config(values: dict[str, Any], explicit: Set[str]) -> frozense
 
 def origin_folder(path: Path) -> Path:
     """`path`, if it is a checkpoint, or the best checkpoint of the run at `path`. Raises `UserError`."""
-    if (path / checkpoint.STATE_FILE).is_file():
+    if (path / STATE_FILE).is_file():
         if problem := checkpoint.verify(path):
             raise UserError(f"{path} is damaged ({problem}); use another checkpoint")
         return path

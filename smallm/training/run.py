@@ -10,7 +10,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not re-exported for checkers
 
 from smallm.errors import ProcessError, UserError
 from smallm.runs.layout import LOCK

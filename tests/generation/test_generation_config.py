@@ -1,10 +1,7 @@
 """GenerationConfig: one definition of every option, from which arguments, flags, help and the table are made."""
 
 import inspect
-import subprocess
-import sys
 from dataclasses import fields
-from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -72,27 +69,3 @@ def test_resolved_for_a_model():
     assert (config.repetition_window, config.overflow, config.stop, config.allowed) == (16, "crop", ("a",), None)
     assert 0 <= config.rng_seed < 1 << 32
     assert GenerationConfig().resolve(manifest_of(random_model(window=6))).overflow == "slide"
-
-
-SNIPPET = """
-from smallm import GenerationConfig, LanguageModel
-lm = LanguageModel.load("x")
-text: str = lm.generate("a", 5, temperature=0.5, overflow="shift", config=GenerationConfig(stop=["a"]))
-for piece in lm.stream("a", top_k=3):
-    print(piece.upper())
-"""
-MISTAKES = ('lm.generate(overflow="bogus")', "lm.generate(topk=3)", "lm.generate(5)", 'lm.stream(temperature="hot")',
-            'GenerationConfig(overflow="bogus")', "lm.generate(stop=[1])")  # fmt: skip
-
-
-@pytest.mark.slow
-def test_a_type_checker_sees_wrong_options(tmp_path):
-    pytest.importorskip("mypy")
-    file = tmp_path / "user.py"
-    file.write_text(SNIPPET + "".join(f"{mistake}\n" for mistake in MISTAKES), encoding="utf-8")
-    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--cache-dir", tmp_path, file]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    errors = [line for line in done.stdout.splitlines() if line.startswith(str(file)) and "error" in line]
-    lines = {int(line.split(":")[1]) for line in errors}
-    first = SNIPPET.count("\n") + 1
-    assert lines == set(range(first, first + len(MISTAKES))), done.stdout

@@ -33,7 +33,7 @@ SETTLED_SECONDS = 2.0  # the coarsest clock of a file system: a second change wi
 RESIDENT_BYTES = 64 << 20  # how much of a mapped file may count as memory of this process
 PAGE_BYTES = 2 << 20  # the largest page of the system's cache; reading one id may map all of it
 
-Stamps = list[list]
+Stamps = list[list[Any]]
 
 
 # -- ids in a file

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     found_inf: Tensor | None = None
 
-    def __init__(self, params: Iterable, config: OptimConfig):
+    def __init__(self, params: Iterable[dict[str, Any]], config: OptimConfig):
         """params: parameter groups; a group with `muon=True` has a list "rows" with, for each parameter, the numbers of
         rows of the matrices packed in it.
         """
@@ -97,7 +98,7 @@ class MuonAdamW(torch.optim.Optimizer):
             if parameters:
                 (self._muon_step if group["muon"] else self._adamw_step)(group, parameters)
 
-    def _adamw_step(self, group: dict, parameters: list[Tensor]) -> None:
+    def _adamw_step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for p in parameters:
             if not self.state[p]:
                 self.state[p] = {"step": torch.zeros((), device=p.device)}
@@ -107,7 +108,7 @@ class MuonAdamW(torch.optim.Optimizer):
               beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
               eps=group["eps"], maximize=False, found_inf=self.found_inf)  # fmt: skip
 
-    def _muon_step(self, group: dict, parameters: list[Tensor]) -> None:
+    def _muon_step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         gradients, momenta = _gradients(parameters), [self._momentum(p) for p in parameters]
         keep: Tensor | float = 1.0
         if self.found_inf is not None:  # computed on the device, so that the host need not wait for found_inf
