@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 
+from smallm.errors import UserError
 from smallm.export.graph import build_graph
 from smallm.generation.rng import Rng
 from smallm.generation.sampler import sample
@@ -101,3 +102,12 @@ def without_charts(patch: pytest.MonkeyPatch) -> None:
     """Runs draw no charts, which would take longer than the training of a tiny model."""
     patch.setattr("smallm.training.report.plot.plot_runs", lambda runs, out: out)
     patch.setattr("smallm.training.report.run_page.page_charts", lambda runs: "")
+
+
+def message(call, *args) -> str:
+    """The one line of the `UserError` that a call raises."""
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text

@@ -654,6 +654,14 @@ def test_npm_is_asked_once(npm, exported, tmp_path):
         assert (kit / MODEL_FILE).read_bytes() == (exported / MODEL_FILE).read_bytes()
 
 
+def test_a_folder_in_place_of_a_file_of_the_package(npm, exported, tmp_path):
+    file = npm.parent / "package" / "dist" / next(iter(kits.ORT_FILES.values()))
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UserError, match=r"cannot store onnxruntime-web.* is not a file"):
+        write_web(exported, tmp_path / "kit")
+
+
 @pytest.mark.parametrize(
     ("script", "message"),
     [

@@ -30,6 +30,7 @@ from smallm.training.checkpoint.format import load_model, load_vocabulary
 from smallm.training.checkpoint.manager import best_checkpoint
 from smallm.training.model.transformer import TransformerLanguageModel
 
+pytestmark = pytest.mark.slow
 HOSTS = Path(__file__).parents[1] / "hosts"
 SEED, NEW = "the piñata is naïve €\n", 200
 TEXT = " Zoë's  crème\n\n\tbrûlée ,10 € 中🎉\r\n<|endoftext|></s> 'tis 100%  "

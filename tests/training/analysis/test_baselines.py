@@ -196,6 +196,7 @@ def test_baselines_of_earlier_runs_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("needed", [0.1, 1000.0])
+@pytest.mark.slow
 def test_a_run_with_a_time_budget_measures_them_if_they_take_little_of_it(tmp_path, monkeypatch, capsys, needed):
     monkeypatch.setenv("SMALLM_CACHE", str(tmp_path / "cache"))
     for module in ("callbacks", "analysis.baselines"):

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from toys import edit_state
+from toys import edit_state, message
 
 from smallm.errors import UserError
 from smallm.tokenizer.vocabulary import Vocabulary
@@ -66,14 +66,6 @@ def save(run, step=1, config=None, val_loss=None, model=None, optimizer=None):
         model, optimizer = trained(config)
     state = TrainingState(step=step, val_loss=val_loss)
     return save_checkpoint(run, state, config, TrainingTensors.gather(model, optimizer), VOCABULARY)
-
-
-def message(call, *args):
-    with pytest.raises(UserError) as caught:
-        call(*args)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from toys import message
 
-from smallm.errors import UserError
 from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training import cli
 from smallm.training.checkpoint.format import TrainingState, TrainingTensors, read_state, save_checkpoint
@@ -32,14 +32,6 @@ def save(tmp_path, tensors):
         return save_checkpoint(tmp_path, TrainingState(step=step, val_loss=val_loss), CONFIG, tensors, VOCABULARY)
 
     return save
-
-
-def message(call, *args):
-    with pytest.raises(UserError) as caught:
-        call(*args)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
 
 
 def names(run):
