@@ -107,8 +107,9 @@ class LanguageModel:
 
         >>> lm.generate_many(["ROMEO:", "JULIET:"], max_length=200, rng_seed=1)
 
-        The texts are computed side by side, which is several times faster than one after the other. Text i equals that
-        of `generate` with stream_number + i. Arguments and errors as for `generate`.
+        The texts are computed in batches, without drafts. How that compares with one text after another depends on the
+        model and the processor: measured between 0.45 (2 texts) and 3 times (32 texts) the speed. Text i equals that of
+        `generate` with stream_number + i. Arguments and errors as for `generate`.
         """
         seeds = _seeds(seeds)
         texts = [[seed] for seed in seeds]

@@ -1,4 +1,4 @@
-"""The protocol of every loss that smallm reports: each character after the first is predicted exactly once."""
+"""How every loss is measured: each character of a text after the first is predicted exactly once."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -9,30 +9,30 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from smallm.errors import UserError
 
-IGNORED = -1  # a target that does not count
+IGNORED = -1  # in place of a target that is not scored
 NOT_FINITE = "the model's logits are not finite: its weights are broken; train it again"
 IDS_PER_BATCH = 8192
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """How well a model predicts a text."""
+    """The loss of a model on a text, per character."""
 
     nats_per_char: float
     bits_per_char: float
     perplexity: float
     characters: int
-    """Characters predicted: all but the first."""
+    """Number of predicted characters: all but the first."""
 
     @classmethod
     def of(cls, nats: float, characters: int) -> "Perplexity":
-        """From the sum of nats over `characters` predicted ones."""
+        """From the sum of nats over `characters` predicted characters."""
         mean = nats / characters
         return cls(mean, mean / math.log(2), perplexity(mean), characters)
 
 
 def perplexity(nats: float) -> float:
-    """e^nats: between how many equally likely characters a model is in doubt; at most e^700."""
+    """e^nats; at most e^700, so that the result stays finite."""
     return math.exp(min(nats, 700.0))
 
 
@@ -41,14 +41,15 @@ def windows(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Cuts ids, given in pieces of any length, into batches of inputs (B, T) and targets (B, T), int64.
 
-    Windows of T = block_size ids, side by side, or `stride` apart: then all but the first are scored on their last
-    `stride` targets only, which have longer contexts. Targets that do not count are -1: those scored before, the
-    padding of the last window, and the rest of the first character where that is spelled in several ids.
+    block_size: number of ids T in a window. stride: distance of the windows in ids, from 1 to block_size; None (the
+    default) = block_size. With a smaller stride the windows overlap, and every window after the first scores only its
+    last `stride` targets, which have at least block_size - stride ids of context. Targets that are not scored are -1:
+    those that an earlier window scored, padding, and the remaining ids of the first character.
     """
     T, S = block_size, stride or block_size
     assert 1 <= S <= T
     ids = np.empty((2, 0), np.int64)  # as input, as target
-    begun, known = 0, 0  # characters begun so far; targets of the next window that the one before has scored
+    begun, known = 0, 0  # characters begun so far; targets of the next window that an earlier window scored
     for piece in pieces:
         pair = np.stack((piece, piece)).astype(np.int64)
         if begun < 2:  # still in the first character
@@ -67,7 +68,7 @@ def windows(
 
 
 def _batches(rows: np.ndarray, known: int, known_later: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """rows (2, n, T + 1) -> batches; the first `known` targets of the first row, `known_later` of others, are old."""
+    """rows (2, n, T + 1) -> batches. The first `known` targets of row 0 and `known_later` of the others are masked."""
     per_batch = max(1, IDS_PER_BATCH // (rows.shape[2] - 1))
     for start in range(0, rows.shape[1], per_batch):
         batch = rows[:, start : start + per_batch]
@@ -78,15 +79,15 @@ def _batches(rows: np.ndarray, known: int, known_later: int) -> Iterator[tuple[n
 
 
 def nats(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """logits (B, T, V), which it spoils, and targets (B, T) -> nats (B, T) float64; 0 where a target does not count.
+    """logits (B, T, V), which are overwritten, and targets (B, T) -> nats (B, T) float64; 0 for targets of -1.
 
     Raises `UserError` for logits that are not finite.
     """
     found = np.zeros(targets.shape)
-    for row, goals, result in zip(logits, targets, found, strict=True):  # a window at a time stays in the cache
+    for row, goals, result in zip(logits, targets, found, strict=True):  # one window fits into the cache
         counts = goals != IGNORED
-        largest = row.max(axis=-1, keepdims=True)  # NaN if one of them is
-        with np.errstate(over="ignore", invalid="ignore"):  # from one end of float32 to the other: infinitely unlikely
+        largest = row.max(axis=-1, keepdims=True)  # NaN if any logit is NaN
+        with np.errstate(over="ignore", invalid="ignore"):  # a difference beyond float32: probability 0
             row -= largest
             chosen = row[np.arange(len(row)), goals.clip(min=0)].astype(np.float64)
             result[:] = np.log(np.exp(row, out=row).sum(axis=-1)) - chosen
@@ -97,5 +98,5 @@ def nats(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def begins_character(ids: np.ndarray) -> np.ndarray:
-    """Whether each id begins a character: all do but the bytes 0x80-0xBF, which continue one in UTF-8."""
+    """Whether each id begins a character; only the bytes 0x80-0xBF, which continue a character in UTF-8, do not."""
     return (ids < 0x80) | (ids >= 0xC0)
