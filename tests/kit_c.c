@@ -52,7 +52,7 @@ static int print_ids(char **argv)
         size_t seen = step < WINDOW ? step : WINDOW;
         for (uint32_t id = 0; id < V; id++)
             logits[id] = (float)((mix(256 * (uint32_t)(step % 3) + id) >> 8) / 2097152.0 - 4);
-        penalise(&model, logits, ids + step - seen, seen, strtod(argv[4], NULL));
+        apply_repetition_penalty(&model, logits, ids + step - seen, seen, strtod(argv[4], NULL));
         ids[step] = sample(&model, uniform(&model.state), &options);
         printf("%ld\n", (long)ids[step]);
     }

@@ -93,7 +93,7 @@ def golden_ids(case: dict[str, Any]) -> list[int]:
     return ids
 
 
-def permitted_ids(case: dict[str, Any]) -> list[int]:
+def allowed_ids(case: dict[str, Any]) -> list[int]:
     """The ids that may come after the bytes `after` of an unfinished character, of a vocabulary with these `tokens`."""
     spelled = [bytes([byte]) for byte in range(256)] + [bytes.fromhex(token) for token in case["tokens"].split()]
     after = bytes.fromhex(case["after"])
@@ -138,8 +138,8 @@ def content(golden: dict[str, list[dict[str, Any]]]) -> str:
         case["x"] = [draw(case["rng_seed"], case["stream_number"], i) for i in range(1, 6)]
     for case in golden["ids"]:
         case["ids"] = golden_ids(case)
-    for case in golden["permitted"]:
-        case["ids"] = permitted_ids(case)
+    for case in golden["allowed"]:
+        case["ids"] = allowed_ids(case)
     parts = []
     for name, cases in golden.items():
         lines = ",\n".join("    " + json.dumps(case, ensure_ascii=False) for case in cases)

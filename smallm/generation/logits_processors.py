@@ -85,10 +85,10 @@ def apply_repetition_penalty(logits: np.ndarray, ids: Sequence[int], penalty: fl
 
     A positive logit is divided by the penalty, another one is multiplied by it, in single precision.
     """
-    changed, penalised = logits.copy(), np.array(ids, np.int64)
-    seen = logits[penalised]
+    changed, repeated = logits.copy(), np.array(ids, np.int64)
+    seen = logits[repeated]
     with np.errstate(over="ignore"):  # beyond float32's range: minus infinity, probability 0
-        changed[penalised] = np.where(seen > 0, seen / np.float32(penalty), seen * np.float32(penalty))
+        changed[repeated] = np.where(seen > 0, seen / np.float32(penalty), seen * np.float32(penalty))
     return changed
 
 

@@ -242,7 +242,7 @@ def test_golden_ids(inner, case):
     assert [int(id) for id in inner("ids", *options).split()] == case["ids"]
 
 
-@pytest.mark.parametrize("case", GOLDEN["permitted"], ids=lambda case: f"{case['allowed']}-{case['banned']:.2}")
+@pytest.mark.parametrize("case", GOLDEN["allowed"], ids=lambda case: f"{case['allowed']}-{case['banned']:.2}")
 def test_golden_allowed_ids(inner, case):
     allowed = "-" if case["allowed"] is None else case["allowed"]
     found = inner("allowed", case["tokens"], allowed, case["banned"], case["after"]).split()

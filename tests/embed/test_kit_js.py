@@ -59,7 +59,7 @@ OPTIONS = [
     {"banned": "aeiou\ufffd", "temperature": 1.5},
     {"allowed": "abé", "banned": "b", "repetition_penalty": 1.5},
 ]
-PERMITTED = [
+ALLOWED = [
     {"allowed": "abé€𝄞\ufffd"}, {"allowed": "𝄞€"}, {"banned": "aeiouéñ\ufffd"}, {"allowed": "ab é", "banned": "bé"},
     {"banned": "\ufffd", "repetition_penalty": 1.5}, {"allowed": "0123456789", "temperature": 0.0},
 ]  # fmt: skip
@@ -178,7 +178,7 @@ def test_golden_draws_and_ids(node):
     found = json.loads(run_node(node, JS / "golden.mjs", MODULE, GOLDEN_FILE))
     assert found["draws"] == [[(x >> 8) / 16777216 for x in case["x"]] for case in GOLDEN["draws"]]
     assert found["ids"] == [case["ids"] for case in GOLDEN["ids"]]
-    assert found["permitted"] == [case["ids"] for case in GOLDEN["permitted"]]
+    assert found["allowed"] == [case["ids"] for case in GOLDEN["allowed"]]
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -220,11 +220,11 @@ def test_bytes_that_are_not_utf8_become_the_same_characters(ask, noise):
 def test_allowed_characters_are_those_of_python(ask, noise):
     """Random weights, so that every allowed id occurs."""
     python, usual = LanguageModel.load(noise), {"temperature": 3.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    options = [usual | {"rng_seed": 5} | each for each in PERMITTED]
+    options = [usual | {"rng_seed": 5} | each for each in ALLOWED]
     asked = [["generate", "aé", names_in_js(each) | {"maxLength": 300}] for each in options]
     texts = values(ask("onnxruntime-node", noise, asked))
     assert texts == [python.generate("aé", 300, **each) for each in options]
-    for text, each in zip(texts, PERMITTED, strict=True):
+    for text, each in zip(texts, ALLOWED, strict=True):
         assert set(text[2:]) <= set(each.get("allowed", text)) - set(each.get("banned", ""))
 
 
@@ -265,9 +265,9 @@ def test_chunks_are_characters_with_their_surprisal(ask, exported, model):
     expected = [(piece, list(stream.logprobs)) for piece in stream]
     assert "".join(piece["text"] for piece in pieces) == "".join(text for text, _ in expected)
     assert all(len(piece["text"]) == 1 for piece in pieces)
-    surprises = [piece["surprise"] for piece in pieces]
-    assert surprises == pytest.approx([-p for _, logprobs in expected for p in logprobs], abs=1e-4)
-    assert sum(surprises) / len(surprises) > 0.1
+    surprisals = [piece["surprisal"] for piece in pieces]
+    assert surprisals == pytest.approx([-p for _, logprobs in expected for p in logprobs], abs=1e-4)
+    assert sum(surprisals) / len(surprisals) > 0.1
 
 
 def test_texts_side_by_side_and_left_early(ask, exported, model):
@@ -559,8 +559,8 @@ def test_a_text_in_the_page(page, model):
     assert saw["text"] == model.generate("Zoë sings to ", 200, **options)
     stream = model.stream("Zoë sings to ", 200, logprobs=True, **options)
     nats = np.array([-p for _ in stream for p in stream.logprobs])
-    assert [float(title.removesuffix(" nats")) for title, _ in saw["surprises"]] == pytest.approx(nats, abs=0.006)
-    shares = [float(share) for _, share in saw["surprises"]]
+    assert [float(title.removesuffix(" nats")) for title, _ in saw["surprisals"]] == pytest.approx(nats, abs=0.006)
+    shares = [float(share) for _, share in saw["surprisals"]]
     assert shares == pytest.approx(np.minimum(100, nats * 100 / 6), abs=0.6)
     assert saw["status"] == "Done: 200 characters"
     assert re.fullmatch(r"[\d,]+ characters per second", saw["progress"])

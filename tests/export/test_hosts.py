@@ -21,6 +21,7 @@ from toys import torch_text
 
 from smallm.cli import main as cli
 from smallm.errors import UserError
+from smallm.export.genai import GENAI_FILE
 from smallm.export.gguf import NEVER, write_gguf
 from smallm.export.model_card import CARD_FILE
 from smallm.export.portable_graph import PORTABLE_FILE
@@ -317,6 +318,11 @@ def test_python_of_the_card(folder, host, tmp_path):
     package(modules.get(host, host))
     card = (folder / CARD_FILE).read_text(encoding="utf-8")
     (code,) = re.findall(rf"### {host}\n\n```python\n(.*?)```", card, re.DOTALL)
+    if host == "onnxruntime-genai":  # it cuts a text at a NUL, which a toy model may draw: only likely ids
+        folder = Path(shutil.copytree(folder, tmp_path / "copy"))
+        config = json.loads((folder / GENAI_FILE).read_text(encoding="utf-8"))
+        config["search"]["top_k"] = 5
+        (folder / GENAI_FILE).write_text(json.dumps(config), encoding="utf-8")
     paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
     environment = os.environ | {"PYTHONPATH": paths, "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True,

@@ -17,9 +17,9 @@ from smallm.tokenizer.vocabulary import Vocabulary
 CHARACTERS = st.text(alphabet="ab\n\x00éèñ€中\ufffd🎉🎊ß", max_size=8)
 
 
-def ids(permitted, pending=b""):
+def ids(allowed, pending=b""):
     """The ids that may come next."""
-    mask = permitted.mask(pending)
+    mask = allowed.mask(pending)
     assert mask.dtype == np.float32
     assert set(mask.tolist()) <= {0.0, -np.inf}
     return set(np.flatnonzero(mask == 0).tolist())
@@ -47,10 +47,10 @@ def test_by_hand(allowed, banned, pending, expected):
     assert ids(AllowedCharacters(TOY_VOCABULARY, allowed, banned), pending) == expected
 
 
-@pytest.mark.parametrize("case", json.loads(make_golden.FILE.read_text(encoding="utf-8"))["permitted"], ids=str)
-def test_golden_permitted_ids(case):
-    permitted = AllowedCharacters(Vocabulary.from_hex_tokens(case["tokens"]), case["allowed"], case["banned"])
-    assert sorted(ids(permitted, bytes.fromhex(case["after"]))) == case["ids"]
+@pytest.mark.parametrize("case", json.loads(make_golden.FILE.read_text(encoding="utf-8"))["allowed"], ids=str)
+def test_golden_allowed_ids(case):
+    allowed = AllowedCharacters(Vocabulary.from_hex_tokens(case["tokens"]), case["allowed"], case["banned"])
+    assert sorted(ids(allowed, bytes.fromhex(case["after"]))) == case["ids"]
 
 
 def test_bans_by_hand():
@@ -58,11 +58,11 @@ def test_bans_by_hand():
     everything = set(range(TOY_VOCABULARY.size))
     assert ids(banned) == everything - {97} - spelled("é")
     assert ids(banned, b"\xc3") == everything - {97, 0xA9} - spelled("é")
-    # a beginning all of whose ends are banned is no way to go
+    # a first byte of which every completion is banned is not allowed
     latin = "".join(map(chr, range(0xC0, 0x100)))  # all that begins with C3
     assert 0xC3 not in ids(AllowedCharacters(TOY_VOCABULARY, None, latin))
     assert 0xC3 in ids(AllowedCharacters(TOY_VOCABULARY, None, latin[1:]))
-    # bytes that are not UTF-8 come out as U+FFFD
+    # bytes that are not UTF-8 are decoded as U+FFFD
     assert ids(banned) >= {0x80, 0xFF}
     assert not ids(AllowedCharacters(TOY_VOCABULARY, None, "\ufffd")) & ({*range(0x80, 0xC2)} | {*range(0xF5, 0x100)})
     assert ids(AllowedCharacters(TOY_VOCABULARY, None, "\ufffd"), b"\xc3") == set(range(0x80, 0xC0))
@@ -70,32 +70,32 @@ def test_bans_by_hand():
 
 @settings(max_examples=60)
 @given(st.none() | CHARACTERS, CHARACTERS, st.lists(st.integers(0, 10_000), min_size=1, max_size=12))
-def test_any_walk_gives_permitted_characters_and_goes_on(allowed, banned, choices):
+def test_any_walk_gives_allowed_characters_and_goes_on(characters, banned, choices):
     try:
-        GenerationConfig(allowed=allowed, banned=banned)
+        GenerationConfig(allowed=characters, banned=banned)
     except UserError:
-        assert allowed is not None
-        assert not set(allowed) - set(banned)
+        assert characters is not None
+        assert not set(characters) - set(banned)
         return
-    permitted = AllowedCharacters(TOY_VOCABULARY, allowed, banned)
+    allowed = AllowedCharacters(TOY_VOCABULARY, characters, banned)
     decoder, text = TOY_VOCABULARY.decoder(), ""
     for choice in choices:
-        ways = sorted(ids(permitted, decoder.pending))
+        ways = sorted(ids(allowed, decoder.pending))
         assert ways
         text += decoder.push(ways[choice % len(ways)])
     assert not set(text) & set(banned)
-    if allowed is not None:
-        assert set(text) <= set(allowed)
+    if characters is not None:
+        assert set(text) <= set(characters)
 
 
 @given(st.text(max_size=5), st.text(max_size=5))
-def test_every_permitted_text_can_be_written(text, banned):
-    permitted, decoder = AllowedCharacters(TOY_VOCABULARY, None, banned), TOY_VOCABULARY.decoder()
+def test_every_allowed_text_can_be_written(text, banned):
+    allowed, decoder = AllowedCharacters(TOY_VOCABULARY, None, banned), TOY_VOCABULARY.decoder()
     for character in text:
         if character in banned:
             continue
         for id in TOY_VOCABULARY.encode(character).tolist():
-            assert permitted.mask(decoder.pending)[id] == 0
+            assert allowed.mask(decoder.pending)[id] == 0
             decoder.push(id)
 
 

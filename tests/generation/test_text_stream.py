@@ -122,7 +122,7 @@ def test_log_probabilities_are_those_of_score(lm):
 @pytest.mark.parametrize(
     "options", [{"allowed": "ab\n"}, {"banned": "abcé\ufffd"}, {"allowed": "中🎉", "banned": "中"}]
 )
-def test_only_permitted_characters(lm, options):
+def test_only_allowed_characters(lm, options):
     for temperature in (0, 1.5):
         new = lm.generate("é", 80, temperature=temperature, rng_seed=1, **options)[1:]
         assert len(new) == 80

@@ -1,10 +1,10 @@
-// node golden.mjs SMALLM_JS GOLDEN.json: the draws, ids and permitted ids of golden.json as this host finds them, as JSON.
+// node golden.mjs SMALLM_JS GOLDEN.json: the draws, ids and allowed ids of golden.json as this host finds them, as JSON.
 import { readFile } from "node:fs/promises";
 import { pathToFileURL } from "node:url";
 
 const [module, golden] = process.argv.slice(2);
-const { Permitted, Rng, Vocabulary, mix, penalise, sample } = await import(pathToFileURL(module));
-const { draws, ids, permitted } = JSON.parse(await readFile(golden, "utf8"));
+const { AllowedCharacters, Rng, Vocabulary, mix, applyRepetitionPenalty, sample } = await import(pathToFileURL(module));
+const { draws, ids, allowed } = JSON.parse(await readFile(golden, "utf8"));
 
 /** 256 logits that any host computes exactly: multiples of 2 ** -21 from -4 to 4. */
 function goldenLogits(step) {
@@ -20,14 +20,14 @@ const found = {
     const rng = new Rng(7);
     const taken = [];
     for (let step = 0; step < 12; step++) {
-      const logits = penalise(goldenLogits(step % 3), taken.slice(-8), repetition_penalty);
+      const logits = applyRepetitionPenalty(goldenLogits(step % 3), taken.slice(-8), repetition_penalty);
       taken.push(sample(logits, rng.uniform(), { temperature, topK, topP, minP }));
     }
     return taken;
   }),
-  permitted: permitted.map(({ tokens, allowed, banned, after }) => {
+  allowed: allowed.map(({ tokens, allowed, banned, after }) => {
     const pending = (after.match(/../g) ?? []).map((byte) => parseInt(byte, 16));
-    const may = new Permitted(new Vocabulary(tokens), allowed ?? undefined, banned).after(pending);
+    const may = new AllowedCharacters(new Vocabulary(tokens), allowed ?? undefined, banned).after(pending);
     return may.flatMap((fits, id) => (fits ? [id] : []));
   }),
 };

@@ -45,7 +45,7 @@ const scenarios = {
     await page.getByRole("button", { name: "Write" }).click();
     const text = await finished(page);
     const spans = page.locator("#text span:not(.seed)");
-    const surprises = await spans.evaluateAll((all) => all.map((x) => [x.title, x.style.getPropertyValue("--surprise")]));
+    const surprisals = await spans.evaluateAll((all) => all.map((x) => [x.title, x.style.getPropertyValue("--surprisal")]));
     const [status, progress, footer] = await Promise.all(
       ["#status", "#progress", "footer"].map((place) => page.locator(place).textContent()),
     );
@@ -53,7 +53,7 @@ const scenarios = {
     if (shots) await page.screenshot({ path: `${shots}/desktop.png`, fullPage: true });
     await page.emulateMedia({ colorScheme: "dark" });
     if (shots) await page.screenshot({ path: `${shots}/dark.png`, fullPage: true });
-    return { text, surprises, status, progress, footer, live };
+    return { text, surprisals, status, progress, footer, live };
   },
 
   async keyboard() {

@@ -1169,7 +1169,7 @@ static double uniform(sequence_state *d)
 }
 
 /* Writes the logits into model->processed, with the repetition penalty on the given ids. */
-static void penalise(smallm *model, const float *logits, const int64_t *ids, size_t count, double penalty)
+static void apply_repetition_penalty(smallm *model, const float *logits, const int64_t *ids, size_t count, double penalty)
 {
     float p = (float)penalty;
     memcpy(model->processed, logits, (size_t)model->vocab_size * sizeof *logits);
@@ -1443,7 +1443,7 @@ static smallm_status advance(smallm *model)
     TRY_OWN(predict(model));
     size_t seen = o->repetition_window > 0 ? (size_t)o->repetition_window : (size_t)model->block_size;
     if (seen > d->known) seen = d->known;
-    penalise(model, model->logits, model->history + (d->known - seen), seen, o->repetition_penalty);
+    apply_repetition_penalty(model, model->logits, model->history + (d->known - seen), seen, o->repetition_penalty);
     apply_allowed(model);
     int64_t id = sample(model, uniform(d), o);
     if (id < 0) return not_finite(model);

@@ -52,7 +52,7 @@ export interface Piece {
   /** One whole character (code point). */
   text: string;
   /** Surprisal in nats: minus ln of the probability at temperature 1, summed over the ids of the character. */
-  surprise: number;
+  surprisal: number;
 }
 
 /** The manifest of a model, as in smallm.json. */
@@ -137,7 +137,7 @@ export class Vocabulary {
 }
 
 /** Finds the ids that may come next so that only allowed characters are generated. */
-export class Permitted {
+export class AllowedCharacters {
   /** allowed: undefined = all characters. Throws if no character is left. */
   constructor(vocabulary: Vocabulary, allowed: string | undefined, banned: string);
   /** For the bytes of an incomplete character: for each id whether it may follow them. */
@@ -152,4 +152,4 @@ export function sample(
 ): number;
 
 /** Logits with the repetition penalty on these ids; the same array if there are no ids. */
-export function penalise(logits: Float32Array, ids: readonly number[], penalty: number): Float32Array;
+export function applyRepetitionPenalty(logits: Float32Array, ids: readonly number[], penalty: number): Float32Array;

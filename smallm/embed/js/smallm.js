@@ -3,7 +3,7 @@
 //   import * as ort from "onnxruntime-web";                     // or "onnxruntime-node"
 //   import { LanguageModel } from "./smallm.js";
 //   const lm = await LanguageModel.load("model.onnx", { ort });
-//   for await (const { text, surprise } of lm.stream("Once", { maxLength: 200, rngSeed: 1 })) { … }
+//   for await (const { text, surprisal } of lm.stream("Once", { maxLength: 200, rngSeed: 1 })) { … }
 //
 // The same fp32 model, seed text and rngSeed give the same text as smallm in Python, as long as the logits agree: wasm
 // rounds differently in the seventh digit. smallm.d.ts documents every call. Shapes in comments: T time, V vocabulary.
@@ -550,7 +550,7 @@ function bitsOf([lead, ...others]) {
 }
 
 /** Allowed characters as a filter of ids: SAMPLING.md, "Allowed characters". */
-export class Permitted {
+export class AllowedCharacters {
   #vocabulary;
   #characters = new Uint8Array(CODE_POINTS); // 1 = allowed
   #masks = new Map(); // bytes of an incomplete character -> for each id whether it may follow them
@@ -609,7 +609,7 @@ class SequenceState {
   constructor(vocabulary, ids, blockSize, config) {
     Object.assign(this, { vocabulary, history: ids, blockSize, config });
     const { allowed, banned } = config;
-    if (allowed !== undefined || banned !== "") this.#allowed = new Permitted(vocabulary, allowed, banned);
+    if (allowed !== undefined || banned !== "") this.#allowed = new AllowedCharacters(vocabulary, allowed, banned);
     this.rng = new Rng(config.rngSeed, config.streamNumber);
     this.searches = config.stops.map((word) => new Search(word));
     this.done = config.maxLength === 0;
@@ -626,7 +626,7 @@ class SequenceState {
     const { repetitionPenalty, repetitionWindow, sampling } = this.config;
     const recent = repetitionPenalty === 1 ? [] : this.history.slice(-repetitionWindow);
     const possible = this.#allowed?.only(logits, this.#utf8.pending) ?? logits;
-    const id = sample(penalise(possible, recent, repetitionPenalty), this.rng.uniform(), sampling);
+    const id = sample(applyRepetitionPenalty(possible, recent, repetitionPenalty), this.rng.uniform(), sampling);
     this.#nats += surprisal(logits, id);
     this.history.push(id);
     if (this.history.length > 2 * this.blockSize) this.history = this.history.slice(-this.blockSize);
@@ -637,7 +637,7 @@ class SequenceState {
   #add(characters) {
     const last = characters.length - 1; // if an id completes several characters, the last one gets its surprisal
     characters.forEach((text, i) => {
-      if (!this.done) this.#hold({ text, surprise: i === last ? this.#nats : 0 });
+      if (!this.done) this.#hold({ text, surprisal: i === last ? this.#nats : 0 });
     });
     this.#nats = 0;
     if (this.#length === this.config.maxLength) {
@@ -752,7 +752,7 @@ function ranked(logits) {
 }
 
 /** The repetition penalty: logits (V,) in which each of the ids, counted once, is less likely; single precision. */
-export function penalise(logits, ids, penalty) {
+export function applyRepetitionPenalty(logits, ids, penalty) {
   if (ids.length === 0) return logits;
   const changed = logits.slice();
   const factor = Math.fround(penalty);

@@ -108,11 +108,11 @@ async function write() {
   run = null;
 }
 
-function coloured({ text, surprise }) {
+function coloured({ text, surprisal }) {
   const element = document.createElement("span");
   element.textContent = text;
-  element.title = `${surprise.toFixed(2)} nats`;
-  element.style.setProperty("--surprise", Math.round(Math.min(100, (100 * surprise) / MAX_SURPRISAL)));
+  element.title = `${surprisal.toFixed(2)} nats`;
+  element.style.setProperty("--surprisal", Math.round(Math.min(100, (100 * surprisal) / MAX_SURPRISAL)));
   return element;
 }
 
