@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile("smallm", deadline=None)  # a busy machine is no failure
+settings.register_profile("smallm", deadline=None)  # a slow machine must not fail a test
 settings.load_profile("smallm")
 
 SLOW_FIXTURES = {"sanitized", "inner", "chromium", "node"}  # C programs with sanitizers, a browser, Node
@@ -28,7 +28,7 @@ OBJECTS = ["the moon", "a crème brûlée", "the long winter", "its façade", "t
 
 @pytest.fixture(scope="session", autouse=True)
 def interrupts():
-    """Ctrl-C means something, as in a terminal: who starts a suite in the background of a shell has it ignored."""
+    """SIGINT is handled as in a terminal; a shell makes its background jobs ignore the signal."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -110,7 +110,7 @@ def may_come(spelled: bytes, allowed: str | None, banned: str) -> bool:
 
 @cache
 def begins_character(spelled: bytes) -> bool:
-    """Whether a character begins with these bytes and goes on after them."""
+    """Whether these bytes are an incomplete prefix of a character."""
     leads = 0 < len(spelled) < 4 and 0xC2 <= spelled[0] <= 0xF4
     return leads and len(spelled) < length(spelled[0]) and any(endings(spelled, None))
 
@@ -133,7 +133,7 @@ def endings(unfinished: bytes, allowed: str | None) -> Iterable[str]:
 
 
 def content(golden: dict[str, list[dict[str, Any]]]) -> str:
-    """The file for these cases, whatever results they have: one a line."""
+    """The content of the file for these cases, with new results; one case per line."""
     for case in golden["draws"]:
         case["x"] = [draw(case["rng_seed"], case["stream_number"], i) for i in range(1, 6)]
     for case in golden["ids"]:

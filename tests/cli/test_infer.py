@@ -84,7 +84,7 @@ def test_the_default_length_is_500(infer):
     assert len(infer("--seed", "ab", "--rng-seed", 1)[1]) == 2 + 500 + 1
 
 
-def test_without_a_random_seed_it_tells_the_one_it_took(infer):
+def test_without_rng_seed_the_chosen_one_is_printed(infer):
     code, out, err = infer("--max-length", 40)
     assert code == 0
     assert err.startswith("again with: --rng-seed ")
@@ -236,7 +236,7 @@ def test_files_that_cannot_be_measured(infer, tmp_path, monkeypatch, content, fl
     assert err.count("\n") == 1
 
 
-def test_a_folder_is_no_file(infer, tmp_path):
+def test_a_folder_instead_of_a_file(infer, tmp_path):
     assert infer("--perplexity", tmp_path) == (2, "", f"smallm: cannot read {tmp_path}: Is a directory\n")
 
 
@@ -298,7 +298,7 @@ def test_bad_models(infer, exported, tmp_path, content):
 
 
 def test_weights_overwritten_on_disk(infer, exported, tmp_path):
-    """Still a well-formed file, but its numbers are not: whatever comes of it is text or one line."""
+    """The file is well-formed but its numbers are random: the result is text or one line of error."""
     data = bytearray((exported / "model.onnx").read_bytes())
     data[len(data) // 2 : len(data) // 2 + 4000] = b"\xff" * 4000  # NaN
     path = tmp_path / "model.onnx"
@@ -372,7 +372,7 @@ def test_utf8_on_stdout_whatever_the_locale(exported, lm):
 
 
 @pytest.mark.parametrize("flag", ["--stream", "--no-stream"])
-def test_a_reader_that_goes_away(exported, flag):
+def test_a_closed_pipe(exported, flag):
     command = [sys.executable, str(SCRIPT), "--model", str(exported), "--max-length", "200000", "--overflow", "shift"]
     command += [flag, "--rng-seed", "1"] if flag == "--stream" else [flag, "--rng-seed", "1", "--max-length", "300"]
     buffered = os.environ | {"PYTHONUNBUFFERED": ""}  # as it is for users: what is left is written at the very end
@@ -395,7 +395,7 @@ def test_a_full_disk_behind_stdout_is_one_line(exported):
     assert done.stderr.count("\n") == 1
 
 
-def test_a_seed_that_is_no_utf8(exported):
+def test_a_seed_that_is_not_utf8(exported):
     done = script("--model", exported, "--seed", os.fsdecode(b"caf\xe9"))
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.startswith(b"smallm: the text has a lone surrogate (U+DCE9) at character 3")
@@ -426,7 +426,7 @@ def test_perplexity_without_a_file_is_that_of_the_runs_validation_text(infer, ex
         (["--html", "x"], "--html goes with --surprise FILE"),
     ],
 )
-def test_modes_exclude_each_other_and_what_they_would_ignore(infer, argv, message):
+def test_modes_exclude_each_other_and_options_they_would_ignore(infer, argv, message):
     code, out, err = infer(*argv)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"smallm: {message}")

@@ -56,7 +56,7 @@ def test_several_turns_give_the_text_of_one_long_turn(lm, overflow):
     assert state.text == lm.generate("Zoë ", 6 * 13, rng_seed=5, overflow=overflow, stop=["zzz"])
 
 
-def test_continuing_computes_nothing_again(state, monkeypatch):
+def test_continuing_does_not_repeat_the_prefill(state, monkeypatch):
     windows = []
     feed = KVCache.prefill
     monkeypatch.setattr(KVCache, "prefill", lambda self, ids: windows.append(len(ids)) or feed(self, ids))
@@ -71,7 +71,7 @@ def test_continuing_computes_nothing_again(state, monkeypatch):
     assert windows == [4, 12]
 
 
-def test_text_typed_in_between_counts(state, lm):
+def test_typed_text_becomes_part_of_the_context(state, lm):
     state.add("the ")
     first = generate(state)
     state.add(" Zoë")
@@ -86,7 +86,7 @@ def test_an_empty_text_begins_like_a_line(state, lm):
     assert generate(state) == state.text == lm.generate("", 20, rng_seed=5)
 
 
-def test_options_count_from_the_next_turn_on(state, lm):
+def test_options_apply_from_the_next_turn(state, lm):
     state.add("the ")
     first = generate(state)
     state.set("temperature", 0)
@@ -123,7 +123,7 @@ def test_without_a_seed_each_turn_differs_and_can_be_repeated(lm):
     assert "rng_seed" not in state.options
 
 
-def test_an_abandoned_turn_continues(state, lm):
+def test_an_abandoned_turn_can_be_continued(state, lm):
     state.add("the ")
     begun = "".join(islice(state.generate(), 7))
     assert state.text == "the " + begun
@@ -574,7 +574,7 @@ def test_ctrl_c_stops_the_text_and_not_the_program(typist, tmp_path):
     assert int(taken[1].replace(",", "")) >= 400
     person.press("half a line\x03")
     person.expect("Ctrl-D or /quit leaves")
-    person.press("/bran\t\n")  # completed as far as it goes
+    person.press("/bran\t\n")  # completed up to the first ambiguity
     person.expect("stored as 1")
     assert person.leave() == 0
     history = (tmp_path / "state" / "smallm" / "history").read_text(encoding="utf-8").splitlines()

@@ -147,7 +147,7 @@ def test_show_as_json(runs, capsys):
     assert run["sample"] == evaluated(runs / "tiny")[-1]["sample"]
 
 
-def test_a_run_that_does_not_tell_its_changed_settings_shows_all_settings(runs, capsys):
+def test_without_a_record_of_changed_settings_all_settings_are_shown(runs, capsys):
     for folder in checkpoints(runs / "tiny"):
         edit_state(folder, lambda values: values.pop("changed_settings"))
     run = json.loads(shown(capsys, "runs/tiny", "--json"))
@@ -278,7 +278,7 @@ def test_damage_is_reported_without_a_traceback(runs, capsys, monkeypatch, what)
             assert all(columns_of(line) <= 80 for line in out.splitlines()), out
 
 
-def test_a_nasty_folder(runs, capsys):
+def test_a_run_folder_with_control_characters_in_its_name(runs, capsys):
     (runs / "tiny").rename(runs / NASTY)
     assert cli.run(cli.runs, []) == 0
     assert cli.run(cli.show, [str(runs / NASTY)]) == 0
@@ -314,7 +314,7 @@ def test_the_table_fits(runs, columns):
     ("shakespeare", 11, "shakespeare"), ("shakespeare", 10, "shake…eare"), ("shakespeare", 9, "shak…eare"),
     ("語語語語", 5, "語…語"), ("語語語語", 4, "語…"), ("ab", 1, "…"), ("", 0, ""),
 ])  # fmt: skip
-def test_names_are_cut_in_the_middle(text, most, expected):
+def test_names_are_shortened_in_the_middle(text, most, expected):
     assert shortened(text, most) == expected
 
 

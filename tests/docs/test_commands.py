@@ -82,7 +82,7 @@ def get_ready(page: Path, home: Path, run: Path, export: Path) -> None:
         shutil.copytree(export, home / "runs" / name / "export", dirs_exist_ok=True)
 
 
-def test_every_page_is_known():
+def test_every_page_is_tested():
     assert {page.name for page in PAGES} >= {*READY, "embedding.md", "troubleshooting.md", "internals.md"}
 
 

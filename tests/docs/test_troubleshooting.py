@@ -35,7 +35,7 @@ def program_without_torch(argv: list[str]) -> int:
     return done.returncode
 
 
-def test_there_are_ten():
+def test_the_page_explains_ten_errors():
     assert len(MESSAGES) == len(MISTAKES) == 10
     for beginning in MISTAKES:
         assert sum(message.startswith(beginning) for message in MESSAGES) == 1, beginning

@@ -52,7 +52,7 @@ def succeed(*argv, **options) -> str:
 
 
 def pkg_config(what: str) -> list[str]:
-    """The flags of an installed ONNX Runtime; none if there is none."""
+    """The compiler flags of an installed ONNX Runtime; empty if it is not installed."""
     if not shutil.which("pkg-config"):
         return []
     done = run("pkg-config", what, "libonnxruntime")
@@ -250,7 +250,7 @@ def test_golden_allowed_ids(inner, case):
 
 
 def test_samples_are_those_of_python(inner):
-    """Ties, zeros of both signs, infinities, numbers that are none; every filter."""
+    """Ties, zeros of both signs, infinities, NaN; every filter."""
     rng, lines, expected = random.Random(5), [], []
     for _ in range(3000):
         n = rng.choice((1, 2, 3, 8, 60))
@@ -282,7 +282,7 @@ def test_bytes_become_text_as_in_python(inner):
 
 
 def test_numbers_of_the_metadata(inner):
-    """strtod would obey the locale; settings of up to 15 digits come out exactly."""
+    """strtod would depend on the locale; settings of up to 15 digits are parsed exactly."""
     words = ["0", "0.8", "1e-05", "40", "0.95", "123456.789", "1E3", "-2.5", "1e300", "0.1", "9007199254740992", "1.0",
              "0.30000000000000004", "12345678901234567890123", "1e-320", "0." + "0" * 30 + "1"]  # fmt: skip
     found = [float(x) for x in inner("numbers", *words).split()]
@@ -359,7 +359,7 @@ def test_models_of_other_shapes(generate, tmp_path, config, overflow):
     assert succeed(generate, path, *flags) == expected + "\n"
 
 
-def test_ids_that_were_learned_later(generate, tmp_path):
+def test_ids_added_by_fine_tuning(generate, tmp_path):
     path = save_onnx(random_model(LATER_VOCABULARY), tmp_path / "model.onnx", LATER_VOCABULARY)
     seed = "aé中𝄞ñ€è₭"
     expected = LanguageModel.load(path).generate(seed, 120, rng_seed=5)
@@ -409,7 +409,7 @@ def test_the_command_scores_a_file(generate, lm, exported, text_file):
 
 
 def test_mistakes_in_calls(inner, exported):
-    """Each is a status and a sentence, and the handle goes on to work."""
+    """Each mistake is a status and a sentence, and the handle stays usable."""
     lines = inner("mistakes", exported / "model.onnx").splitlines()
     found = dict(line.split(": ", 1) for line in lines if ": " in line)
     good = {"options of the future", "max_length = INT64_MAX", "options of the past", "next again", "max_length = 0",
@@ -492,7 +492,7 @@ def set_metadata(proto, key, value):
     helper.set_model_props(proto, kept | {f"smallm.{key}": value})
 
 
-def test_metadata_that_are_spelled_otherwise(sanitized, exported, tmp_path):
+def test_metadata_in_another_json_spelling(sanitized, exported, tmp_path):
     def respell(proto):
         set_metadata(proto, "start_text", ' "\\u00e9\\ud834\\udd1e\\n\\/" ')
         set_metadata(proto, "sampling", '\n{"top_p" : 9.5E-1,"temperature":1, "other": 3}\t')
@@ -552,7 +552,7 @@ EDITS = [other_operator, other_domain, data_elsewhere, shape_without_data, other
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_graphs_that_no_smallm_wrote(sanitized, exported, tmp_path, edit):
+def test_graphs_that_smallm_did_not_write(sanitized, exported, tmp_path, edit):
     refusal(sanitized, damaged(exported, tmp_path, edit))
 
 
@@ -596,7 +596,7 @@ def test_a_long_seed(sanitized, lm, exported, tmp_path):
 # -- files from strangers
 
 
-def test_the_lists_are_those_of_python():
+def test_lists_of_operators_equal_pythons():
     source = (C / "smallm.c").read_text(encoding="utf-8")
     words = re.search(r"OPERATORS\[\] =\n(.*?);", source, re.DOTALL)[1]
     assert set(words.replace('"', " ").split()) == OPERATORS
@@ -636,7 +636,7 @@ def test_mutated_files_never_crash_it(sanitized, tmp_path, monkeypatch):
     assert kinds == set(fuzz_c.GOOD)
 
 
-def test_the_fuzzer_tells_bad_endings(monkeypatch):
+def test_the_fuzzer_recognises_bad_exits(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import fuzz_c
 

@@ -81,7 +81,7 @@ def assert_golden(texts: list[str], model: LanguageModel, characters: int) -> No
     """All are Python's, but for one that may part from it where rounding decides.
 
     Hosts have other kernels: logits differ in the seventh digit, which may bring a draw to the other side of an edge.
-    With 20 texts of 2,000 characters that was seen once, in Node, where u lay 8e-9 from one; these 20 are alike.
+    With 20 texts of 2,000 characters this was observed once, in Node, where u was 8e-9 from a boundary; these 20 are equal.
     """
     cases = zip(GOLDEN["texts"], texts, strict=True)
     assert sum(parted(text, model, case, characters) for case, text in cases) <= 1
@@ -228,7 +228,7 @@ def test_allowed_characters_are_those_of_python(ask, noise):
         assert set(text[2:]) <= set(each.get("allowed", text)) - set(each.get("banned", ""))
 
 
-def test_ids_that_were_learned_later(ask, tmp_path):
+def test_ids_added_by_fine_tuning(ask, tmp_path):
     path = save_onnx(random_model(LATER_VOCABULARY), tmp_path / MODEL_FILE, LATER_VOCABULARY)
     seed = "aé中𝄞ñ€è₭"
     expected = LanguageModel.load(path).generate(seed, 120, rng_seed=5)
@@ -270,7 +270,7 @@ def test_chunks_are_characters_with_their_surprisal(ask, exported, model):
     assert sum(surprisals) / len(surprisals) > 0.1
 
 
-def test_texts_side_by_side_and_left_early(ask, exported, model):
+def test_parallel_texts_that_end_early(ask, exported, model):
     asked = [["together", *([f"{i} ", {"rngSeed": i, "maxLength": 50}] for i in range(4))]]
     asked += [["first", 7, "a", {"maxLength": 2**53 - 1, "rngSeed": 1}], ["facts"]]
     together, first, facts = values(ask("onnxruntime-node", exported / MODEL_FILE, asked))
@@ -414,7 +414,7 @@ def test_broken_models(ask, exported, broken_models, tmp_path, host):
 
 
 def test_damaged_models_never_crash(ask, exported, tmp_path):
-    """Bytes changed anywhere: what opens still writes or says what is wrong, what does not open says so."""
+    """Bytes changed anywhere: every call either works or raises an Error with a message."""
     rng, data = random.Random(1), (exported / MODEL_FILE).read_bytes()
     calls = []
     for i in range(60):
@@ -483,7 +483,7 @@ def test_the_readme_of_the_node_kit_has_two_commands(exported, tmp_path):
     assert "{{" not in text
 
 
-def test_what_int8_promises(exported, tmp_path):
+def test_int8_texts_are_close_to_those_of_python(exported, tmp_path):
     with_metadata(exported / MODEL_FILE, tmp_path / MODEL_FILE, precision='"int8"')
     write_node(tmp_path, tmp_path / "kit")
     assert "The weights are in int8" in (tmp_path / "kit" / "README.md").read_text()
@@ -645,7 +645,7 @@ def npm(tmp_path, monkeypatch) -> Path:
     return npm
 
 
-def test_npm_is_asked_once(npm, exported, tmp_path):
+def test_npm_is_called_once(npm, exported, tmp_path):
     write_web(exported, tmp_path / "kit")
     npm.unlink()
     write_web(exported / MODEL_FILE, tmp_path / "again")
@@ -690,7 +690,7 @@ def test_a_folder_that_is_not_the_package(exported, tmp_path):
         write_web(exported, tmp_path / "kit", tmp_path)
 
 
-def test_no_model_for_a_kit(tmp_path):
+def test_a_kit_without_a_model(tmp_path):
     with pytest.raises(UserError, match="there is no model in"):
         write_node(tmp_path, tmp_path / "kit")
     (tmp_path / "kit").write_text("a file")

@@ -358,7 +358,7 @@ def test_an_export_is_replaced_as_a_whole(run, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("kind", ["file", "folder of others", "run", "export with a guest"])
-def test_what_is_not_an_export_is_not_overwritten(run, tmp_path, capsys, kind):
+def test_a_folder_that_is_not_an_export_is_not_overwritten(run, tmp_path, capsys, kind):
     out = tmp_path / "out"
     if kind == "file":
         out.write_text("mine")
@@ -429,7 +429,7 @@ def test_no_run_at_all(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_toy_manifest_is_one_that_export_could_write(tmp_path):
+def test_the_toy_manifest_is_a_valid_export(tmp_path):
     manifest = manifest_of(random_model())
     assert Manifest.from_dict(asdict(manifest), "toy") == manifest
     assert Sampling(**manifest.sampling)
@@ -439,7 +439,7 @@ def test_the_toy_manifest_is_one_that_export_could_write(tmp_path):
     ("fp32", 7, "llama.cpp does not support sliding windows for Qwen3, and model.window = 7; leave out --gguf"),
     ("int4", 0, "--gguf goes with --precision fp32 or int8, not int4"),
 ])  # fmt: skip
-def test_models_that_gguf_cannot_hold(precision, window, message):
+def test_models_that_gguf_cannot_represent(precision, window, message):
     with pytest.raises(UserError, match=message):
         check_gguf(precision, window)
 

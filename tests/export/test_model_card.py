@@ -59,7 +59,7 @@ def test_the_card_of_an_export(exported):
     assert sizes == {name: pytest.approx(size / 1000, abs=0.051) for name, size in files.items()}
 
 
-def test_only_what_is_there_is_explained():
+def test_the_card_lists_only_existing_files():
     headings = ("transformers\n", "llama.cpp", "OpenVINO")
     for sizes, expected in (
         ({}, []),
@@ -76,7 +76,7 @@ def test_only_what_is_there_is_explained():
     "sample",
     ["", "\n\n", "```\nowls\n````\n", "\x1b[31mred\x07\x00", "<seed> <new> {x}", '"quoted" \\n', "中文 字\n"],
 )
-def test_samples_of_any_content(sample):
+def test_samples_with_any_content(sample):
     card = card_of(sample)
     fence = re.search(r"## A sample\n\n(`{3,})text\n", card)[1]
     shown = card.split(f"{fence}text\n", 1)[1].split(f"\n{fence}\n", 1)[0]
@@ -86,13 +86,13 @@ def test_samples_of_any_content(sample):
         compile(code, "card", "exec")
 
 
-def test_names_from_strangers_stay_on_their_line():
+def test_names_with_line_breaks_stay_on_one_line():
     card = card_of(name="a\nb `c` # d", text="my|own`\n# text.txt")
     assert "# a b `c` # d\n" in card
     assert "| trained on | `my\\|own' # text.txt`, 20,000 characters |" in card
 
 
-def test_what_is_not_known_is_left_out():
+def test_unknown_figures_are_left_out():
     manifest = replace(manifest_of(random_model()), quality={"onnxruntime": "1.21"})
     quality = replace(QUALITY, bits_per_char=None, characters=0)
     card = model_card("owls", manifest, [quality], {MODEL_FILE: 9}, "an owl", UNKNOWN_LICENCE)
@@ -139,11 +139,11 @@ def test_a_foreign_file_in_the_onnx_folder_is_not_lost(tiny_run, out, capsys):
     assert f"{out} also holds onnx/notes.txt, which would be lost" in capsys.readouterr().err
 
 
-def test_the_model_lies_there_once(out):
+def test_the_model_is_stored_once(out):
     assert (out / "onnx" / "model.onnx").samefile(out / MODEL_FILE)
 
 
-def test_where_links_are_not_possible_it_is_copied(tiny_run, tmp_path, monkeypatch):
+def test_the_model_is_copied_where_links_are_not_possible(tiny_run, tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(1, "Operation not permitted")
 

@@ -62,7 +62,7 @@ def test_logits_agree_with_pytorch(config, tmp_path):
     assert 0 < check_parity(model, save_portable(model, tmp_path / "p.onnx")) < 5e-5
 
 
-def test_only_the_standard(model, tmp_path):
+def test_only_standard_operators(model, tmp_path):
     proto = onnx.load(save_portable(model, tmp_path / "p.onnx"))
     assert proto.ir_version == 8
     assert [(opset.domain, opset.version) for opset in proto.opset_import] == [("", 17)]
@@ -132,7 +132,7 @@ def test_language_model_writes_and_scores_the_same(model, tmp_path):
 # -- the command
 
 
-def test_export_writes_it_beside_the_other(tiny_run, tmp_path, capsys):
+def test_export_writes_the_portable_graph(tiny_run, tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.run(cli.export, [str(tiny_run), "--portable", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -148,7 +148,7 @@ def test_export_writes_it_beside_the_other(tiny_run, tmp_path, capsys):
     assert not (out / PORTABLE_FILE).exists()
 
 
-def test_it_is_fp32_beside_int4(tiny_run, tmp_path, capsys):
+def test_the_portable_graph_of_an_int4_export_is_fp32(tiny_run, tmp_path, capsys):
     out = tmp_path / "out"
     argv = [str(tiny_run), "--portable", "--precision", "int4", "--allow-loss", "--out", str(out)]
     assert cli.run(cli.export, argv) == 0

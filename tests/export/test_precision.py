@@ -28,7 +28,7 @@ from smallm.training.checkpoint.manager import best_checkpoint
 SHAPES = {
     "heads of 16, two of four shared": {},
     "narrower than a block": {"n_layer": 1, "n_head": 2, "n_embd": 32},
-    "blocks that do not come out even": {"n_embd": 192, "n_inner": 352},
+    "rows that are not whole blocks": {"n_embd": 192, "n_inner": 352},
     "no table: more characters than it is worth": {"n_embd": 48, "n_head": 3, "n_kv_head": 1},
     "window of one": {"block_size": 1},
 }
@@ -92,7 +92,7 @@ def test_largest_block(inputs, block):
 # -- what goes through them
 
 
-def test_the_text_that_the_model_writes(tmp_path):
+def test_calibration_uses_text_of_the_model(tmp_path):
     path = save_onnx(random_model(), tmp_path / "model.onnx")
     ids = generated_ids(path)
     assert ids.shape == (32, 16)
@@ -144,7 +144,7 @@ def test_rounding_the_inputs_too_changes_little(name, tmp_path):
 # -- exports
 
 
-def test_int8_is_exported_and_says_what_it_costs(run, capsys):  # noqa: F811
+def test_int8_export_states_its_loss(run, capsys):  # noqa: F811
     code, out, err = run_export(capsys, run, "--precision", "int8")
     assert (code, err) == (0, "")
     _, header, fp32, int8, cost, _ = out.splitlines()
@@ -164,13 +164,13 @@ def test_int8_is_exported_and_says_what_it_costs(run, capsys):  # noqa: F811
     assert len(model.generate("the ", 50)) == 54
 
 
-def test_fp32_is_measured_too(exported):
+def test_the_loss_of_fp32_is_measured(exported):
     quality = Session(exported / MODEL_FILE).manifest.quality
     assert (quality["precision"], quality["loss"], quality["onnxruntime"]) == ("fp32", None, "1.21")
     assert 1 < quality["bits_per_char"] < 2
 
 
-def test_int4_is_smaller_still(run, capsys):  # noqa: F811
+def test_int4_is_smaller_than_int8(run, capsys):  # noqa: F811
     sizes = {}
     for name in ("fp32", "int8", "int4"):
         code, _, err = run_export(capsys, run, "--precision", name, "--allow-loss")
@@ -181,7 +181,7 @@ def test_int4_is_smaller_still(run, capsys):  # noqa: F811
     assert len(LanguageModel.load(run).generate("the ", 50)) == 54
 
 
-def test_too_much_loss_stops_the_export(run, monkeypatch, capsys):  # noqa: F811
+def test_too_large_a_loss_stops_the_export(run, monkeypatch, capsys):  # noqa: F811
     """Seven codes instead of 256."""
 
     def coarse(weights, bits, block):

@@ -1,4 +1,4 @@
-"""Allowed characters: only allowed characters, whatever ids spell them, and never a dead end."""
+"""Allowed characters: the text has no others, whichever ids encode them, and can always continue."""
 
 import json
 

@@ -74,7 +74,7 @@ def test_distribution(options, expected):
     assert found == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
-def test_of_equal_logits_the_lower_id_stands_first():
+def test_equal_logits_are_ordered_by_id():
     logits = [1.0, 2.0, 1.0, 2.0]
     assert list(distribution(logits, **PLAIN)) == [1, 3, 0, 2]
     assert list(distribution(logits, temperature=1.0, top_k=3)) == [1, 3, 0]
@@ -84,7 +84,7 @@ def test_of_equal_logits_the_lower_id_stands_first():
 
 
 @given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=300), st.floats(0, LAST_U))
-def test_temperature_zero_is_argmax_whatever_u(logits, u):
+def test_temperature_zero_is_argmax_for_every_u(logits, u):
     assert take(logits, u, temperature=0) == int(np.argmax(np.float32(logits)))
     assert take(logits, u, temperature=0, top_k=3, top_p=0.5) == int(np.argmax(np.float32(logits)))
 
@@ -96,7 +96,7 @@ def test_extreme_temperatures_are_finite_and_right():
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.8}, {"min_p": 0.3}])
-def test_u_at_its_ends(options):
+def test_u_at_both_ends_of_its_range(options):
     kept = sorted(distribution(LOGITS, **PLAIN, **options))
     assert take(LOGITS, 0.0, **PLAIN, **options) == kept[0]
     assert take(LOGITS, LAST_U, **PLAIN, **options) == kept[-1]
@@ -151,7 +151,7 @@ def test_agrees_with_a_naive_reading_of_the_definition(logits, u, temperature, t
     st.sampled_from([1.0, 0.9, 0.5]),
     st.sampled_from([0.0, 0.2]),
 )
-def test_sample_takes_what_the_ranking_says_among_ties_too(logits, u, top_k, top_p, min_p):
+def test_sample_follows_the_ranking_with_ties(logits, u, top_k, top_p, min_p):
     logits, sampling = np.float32(logits), Sampling(0.7, top_k, top_p, min_p)
     if logits.max() == -math.inf:
         return
@@ -170,17 +170,17 @@ def test_sample_takes_what_the_ranking_says_among_ties_too(logits, u, top_k, top
     st.integers(0, 9),
     st.sampled_from([0.0, 0.05, 1.0]),
 )  # fmt: skip
-def test_rows_weighed_together_give_what_they_give_one_by_one(rows, u, temperature, top_k, min_p):
+def test_rows_together_give_the_probabilities_of_single_rows(rows, u, temperature, top_k, min_p):
     logits, sampling = np.float32(rows), Sampling(temperature, top_k, min_p=min_p)
     weights = cumulative_weights(logits, sampling)
-    if weights is None:  # ties at the edge of top_k, or nothing but minus infinity
+    if weights is None:  # ties at the edge of top_k, or only minus infinity
         edges = np.sort(logits, axis=1)[:, ::-1]
         assert (edges == -math.inf).all(axis=1).any() or (edges[:, top_k - 1] == edges[:, top_k]).any()
     else:
         assert [pick(row, u) for row in weights] == [sample(row, u, sampling) for row in logits]
 
 
-def test_rows_that_have_to_be_taken_one_by_one():
+def test_rows_with_filters_are_processed_one_by_one():
     rows = np.float32([[1, 2, 3], [2, 1, 2]])
     assert cumulative_weights(rows, Sampling(temperature=0)) is None
     assert cumulative_weights(rows, Sampling(top_p=0.9)) is None
@@ -196,7 +196,7 @@ def test_rows_that_have_to_be_taken_one_by_one():
     st.sampled_from([{}, {"top_k": 6}, {"top_p": 0.95}, {"min_p": 0.01}, {"top_k": 7, "top_p": 0.99}]),
     st.integers(0, 10**9),
 )
-def test_two_ids_that_change_ranks_by_a_rounding_change_nothing(logits, options, seed):
+def test_a_swap_of_ranks_by_rounding_changes_nothing(logits, options, seed):
     """As between hosts, whose logits differ in the seventh digit. Both are well inside of what is kept."""
     rng = np.random.default_rng(seed)
     one, other = rng.choice(len(logits), 2, replace=False)
@@ -213,7 +213,7 @@ def test_two_ids_that_change_ranks_by_a_rounding_change_nothing(logits, options,
         assert sample(logits, u, sampling) == sample(swapped, u, sampling) or np.abs(edges - u).min() < 2e-6
 
 
-def test_the_logits_stay_as_they_are():
+def test_the_logits_are_not_modified():
     logits = np.array(LOGITS)
     for options in ({}, {"top_k": 2}, {"temperature": 0}, {"top_p": 0.5, "min_p": 0.1}):
         take(logits, 0.5, **PLAIN | options)
@@ -262,7 +262,7 @@ def test_golden_ids(case):
     assert ids == case["ids"]
 
 
-def test_golden_json_is_what_its_maker_writes():
+def test_golden_json_equals_the_output_of_its_script():
     text = make_golden.FILE.read_text(encoding="utf-8")
     assert make_golden.content(json.loads(text)) == text
 
@@ -310,12 +310,12 @@ def test_seeds_out_of_range(seed, stream):
         Rng(seed, stream)
 
 
-def test_numbers_of_numpy_are_numbers_too():
+def test_numpy_numbers_are_accepted():
     assert Sampling(np.float32(0.5), np.int64(3), np.float64(0.5), np.float32(0.1)).top_k == 3
     assert Rng(np.uint32(4294967295), np.int64(1)).uniform() == Rng(4294967295, 1).uniform()
 
 
-def test_resolve_prefers_what_is_given():
+def test_given_options_override_the_defaults():
     given_, defaults = {"temperature": 0, "top_k": None}, {"temperature": 0.7, "top_k": 5, "unknown": 1}
     assert Sampling.resolve(given_, defaults) == Sampling(temperature=0, top_k=5, top_p=1.0, min_p=0.0)
     assert Sampling.resolve({}, {}) == Sampling()
@@ -334,7 +334,7 @@ def test_golden_draws(case):
 
 
 def numpy_mix(x):
-    """lowbias32, in arithmetic that is modulo 2**32 by itself."""
+    """lowbias32 in numpy's uint32 arithmetic, which is modulo 2**32."""
     x = np.atleast_1d(x).astype(np.uint32)
     x = x ^ (x >> np.uint32(16))
     x = x * np.uint32(0x7FEB352D)
@@ -372,7 +372,7 @@ def test_draws_are_uniform(seed, stream):
     assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 4 / math.sqrt(len(draws))
 
 
-def test_streams_and_seeds_are_unlike_each_other():
+def test_streams_and_seeds_are_uncorrelated():
     rngs = [Rng(seed, stream) for seed in (0, 1, 2) for stream in (0, 1, 2)]
     draws = np.array([[rng.uniform() for _ in range(4000)] for rng in rngs])
     correlations = np.corrcoef(draws)[np.triu_indices(len(rngs), 1)]

@@ -49,7 +49,7 @@ def cut_at(text, stops, min_length=0):
     st.lists(st.text(alphabet="abñ中", min_size=1, max_size=5), max_size=4),
     st.integers(0, 12),
 )
-def test_stops_by_the_rule(text, stops, min_length):
+def test_stop_strings_follow_the_specification(text, stops, min_length):
     found = pieces(TOY_VOCABULARY.encode(text), stop=stops, min_length=min_length)
     assert "".join(found) == cut_at(text, stops, min_length)
     if not stops:
@@ -72,7 +72,7 @@ def test_a_stop_that_overlaps_the_minimum_does_not_count():
     assert "".join(pieces(b"xxaab", stop="aab", min_length=2)) == "xx"
 
 
-def test_maximum_length_releases_what_was_held_back():
+def test_max_length_releases_the_held_back_text():
     state = new_state(max_length=3, stop="bcd")
     for id in b"abc":
         state.choose(np.eye(SIZE, dtype=np.float32)[id])
@@ -149,7 +149,7 @@ def test_memory_does_not_grow_with_the_text():
     assert state._held == ""
 
 
-def test_a_copy_goes_its_own_way():
+def test_a_copy_is_independent():
     first = new_state(stop="bbb", logprobs=True)
     for id in (97, 98, 0xC3):
         first.choose(np.eye(SIZE, dtype=np.float32)[id])

@@ -1,4 +1,4 @@
-"""Guesses: whatever the table says, the text is what the model writes id by id, only with fewer passes."""
+"""Speculative decoding: for any draft table, the text equals that of decoding id by id, in fewer passes."""
 
 import math
 from bisect import bisect_right
@@ -51,7 +51,7 @@ def rows(*entries: tuple[list[int], dict[int, int]]) -> DraftTable:
 # -- the table
 
 
-def test_the_longest_context_that_is_known_draft_table():
+def test_the_draft_table_uses_the_longest_known_context():
     table = rows(([], {9: 0}), ([1], {2: 0}), ([2], {3: 0}), ([1, 2], {4: 0}), ([7, 7, 1, 2], {5: 0}))
     assert table.drafter(1.0).propose([7, 7, 1, 2], [0.5]) == [5]
     assert table.drafter(1.0).propose([0, 7, 7, 1, 2], [0.5]) == [5]
@@ -62,7 +62,7 @@ def test_the_longest_context_that_is_known_draft_table():
     assert rows().drafter(1.0).propose([1], [0.5, 0.5]) == [0, 0]
 
 
-def test_draft_table_are_drawn_as_the_model_is():
+def test_drafts_are_sampled_like_the_ids_of_the_model():
     table = rows(([], {3: 32, 5: 0, 8: 16, 9: 64}))
     for temperature in (0.5, 1.0, 2.0, 1e9):
         shares = np.cumsum([math.exp(-n * STEP / temperature) for n in (32, 0, 16, 64)])
@@ -120,7 +120,7 @@ def passes(monkeypatch) -> list[int]:
     return found
 
 
-def test_right_draft_table_save_passes(lm, passes):
+def test_accepted_drafts_save_passes(lm, passes):
     stream = lm.stream("The owl", 40, temperature=0)
     text, ids, plain = "".join(stream), stream._state.history, len(passes)
     passes.clear()
@@ -131,7 +131,7 @@ def test_right_draft_table_save_passes(lm, passes):
     assert set(passes) <= {1, 1 + DRAFTS}
 
 
-def test_the_model_is_not_asked_for_what_it_said_already(lm, passes):
+def test_logits_are_not_computed_twice(lm, passes):
     """A stop within a pass, and the end: neither more ids than wanted nor a pass more."""
     certain = rows(([], {97: 0}))
     for length in range(1, 10):
@@ -141,7 +141,7 @@ def test_the_model_is_not_asked_for_what_it_said_already(lm, passes):
     assert with_table(lm, certain).generate("x", 9, allowed="a", stop="aaaaa", min_length=2) == "xaa"
 
 
-def test_a_table_of_no_use_is_put_aside(lm, passes):
+def test_a_draft_table_with_a_low_acceptance_rate_is_not_used(lm, passes):
     wrong = rows(([], {0: 0}))
     model = with_table(lm, wrong)
     for piece in model.stream("x", 1000, banned="\0", overflow="shift"):
@@ -151,7 +151,7 @@ def test_a_table_of_no_use_is_put_aside(lm, passes):
     assert late.count(1 + DRAFTS) > 0  # now and then it is tried again
 
 
-def test_where_another_id_is_dear_fewer_are_guessed(lm, passes):
+def test_fewer_drafts_where_a_longer_pass_costs_more(lm, passes):
     assert [drafts_per_pass(p, 10**7) for p in ("fp32", "int8", "int4")] == [5, 3, 0]
     assert {drafts_per_pass(p, 10**5) for p in ("fp32", "int8", "int4")} == {5}
     state = lm.stream("x", 9, temperature=0)._state
@@ -184,7 +184,7 @@ def test_a_pass_of_several_ids(lm):
 # -- made at the export
 
 
-def test_distilled_averages(lm):
+def test_the_draft_table_holds_mean_probabilities(lm):
     ids = np.tile(np.random.default_rng(4).integers(97, 101, 37), 12)
     table = distil(lm, ids)
     assert table.table["context"].tolist() == sorted(table.table["context"].tolist())
@@ -209,7 +209,7 @@ def test_distilled_averages(lm):
         assert np.abs(row["nats"][kept] * STEP - nats).max() < STEP
 
 
-def test_an_exported_model_draft_table(tiny_run, tmp_path, passes):
+def test_the_draft_table_of_an_export(tiny_run, tmp_path, passes):
     export_checkpoint(best_checkpoint(tiny_run), tmp_path / "export")
     model = LanguageModel.load(tmp_path / "export")
     options = {"temperature": 0.8, "rng_seed": 1, "overflow": "shift", "max_length": 300}
@@ -225,7 +225,7 @@ def test_an_exported_model_draft_table(tiny_run, tmp_path, passes):
     assert len(passes) < 0.7 * alone
 
 
-def test_no_table_where_there_is_nothing_to_go_by(tmp_path):
+def test_no_draft_table_without_a_validation_text(tmp_path):
     path = save_onnx(random_model(block_size=2), tmp_path / "model.onnx")
     write_draft_table(path, "some text")
     assert not (tmp_path / DRAFT_TABLE_FILE).exists()

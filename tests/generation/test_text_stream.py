@@ -18,7 +18,7 @@ SEEDS = ["a", "", "é€" * 9, "the owl", "中🎉", "b" * 40]
 
 @pytest.fixture(scope="module", params=["id by id", "drafts"])
 def with_drafts(request) -> bool:
-    """Whether the models come with a table of guesses: all that is tested here has to be the same."""
+    """Whether the models have a draft table; all tests must give the same results with and without it."""
     return request.param == "drafts"
 
 
@@ -37,7 +37,7 @@ def lm(tmp_path_factory, with_drafts) -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def models(lm, tmp_path_factory, with_drafts) -> dict[str, LanguageModel]:
-    """Overflow -> a model that has it; "slide" wants a window."""
+    """Overflow -> a model that supports it; "slide" needs a window."""
     path = tmp_path_factory.mktemp("window") / "toy.onnx"
     return {"crop": lm, "shift": lm, "slide": load(save_onnx(random_model(window=6), path), with_drafts)}
 
@@ -59,7 +59,7 @@ def prefilled(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("overflow", ["crop", "shift", "slide"])
-def test_left_and_gone_back_to(models, overflow):
+def test_a_stream_that_is_left_and_continued(models, overflow):
     lm = models[overflow]
     whole = list(lm.stream("é", 60, rng_seed=3, overflow=overflow))
     stream, found = lm.stream("é", 60, rng_seed=3, overflow=overflow), []
@@ -96,7 +96,7 @@ def test_branches_read_the_prompt_once(lm, prefilled):
     assert texts == [lm.generate("a prompt", 5, rng_seed=n)[8:] for n in range(4)]
 
 
-def test_a_branch_of_what_has_ended(lm):
+def test_a_branch_of_a_finished_stream(lm):
     stream = lm.stream("a", 5)
     assert len("".join(stream)) == 5
     assert list(stream.branch(rng_seed=1)) == []
@@ -105,7 +105,7 @@ def test_a_branch_of_what_has_ended(lm):
 
 
 def test_log_probabilities_are_those_of_score(lm):
-    """Within the context: at temperature 1, whatever the temperature and the choice."""
+    """Within the context: log-probabilities are at temperature 1 for every temperature and filter."""
     options = {"temperature": 0.5, "top_k": 5, "allowed": "abcñ€", "repetition_penalty": 1.3, "rng_seed": 4}
     stream, text, logprobs = lm.stream("x", 5, logprobs=True, **options), "", []
     for piece in stream:
@@ -142,7 +142,7 @@ def test_a_penalty_of_one_and_nothing_banned_change_nothing(lm):
 
 @pytest.mark.parametrize("overflow", ["crop", "shift", "slide"])
 @pytest.mark.parametrize("most", [1, 2, 4, 64])
-def test_many_texts_are_those_of_one_by_one(models, monkeypatch, overflow, most):
+def test_many_texts_equal_texts_one_by_one(models, monkeypatch, overflow, most):
     lm = models[overflow]
     monkeypatch.setattr(batch, "MAX_STREAMS", most)
     options = {"rng_seed": 5, "overflow": overflow, "stop": ["e", "zz", "\x07"], "max_length": 50}
@@ -158,7 +158,7 @@ def test_many_texts_are_those_of_one_by_one(models, monkeypatch, overflow, most)
 
 
 @pytest.mark.parametrize("overflow", ["crop", "shift", "slide"])
-def test_many_texts_are_pytorchs(models, overflow):
+def test_many_texts_equal_pytorchs(models, overflow):
     lm = models[overflow]
     options = Sampling(temperature=1.1, top_k=30, top_p=0.9, min_p=0.01)
     found = lm.generate_many(["é€", "abc"], 40, temperature=1.1, top_k=30, top_p=0.9, min_p=0.01, rng_seed=3,
@@ -169,7 +169,7 @@ def test_many_texts_are_pytorchs(models, overflow):
 
 
 @pytest.mark.parametrize("options", [{"stop": [chr(c) for c in range(256)]}, {"stop": "e"}, {"max_length": 0}, {}])
-def test_a_single_one_of_many_ends_once(lm, options):
+def test_one_text_in_a_batch_ends_once(lm, options):
     for rng_seed in range(5):
         options |= {"rng_seed": rng_seed, "logprobs": True}
         pieces = list(lm.stream_many(["a"], **{"max_length": 12} | options))
@@ -186,7 +186,7 @@ def test_texts_of_one_seed_read_it_once(lm, prefilled):
     assert texts == [lm.generate(seed, 8, rng_seed=1, stream_number=n) for n, seed in enumerate(seeds)]
 
 
-def test_what_is_done_is_not_computed_any_more(lm, monkeypatch):
+def test_finished_texts_are_not_computed(lm, monkeypatch):
     widths, step = [], KVCache.decode_batch
     monkeypatch.setattr(KVCache, "decode_batch", lambda self, ids: (widths.append(len(ids)), step(self, ids))[1])
     texts = lm.generate_many(["a"] * 16, 14, stop=[chr(c) for c in range(0, 128, 5)], rng_seed=5)
@@ -196,7 +196,7 @@ def test_what_is_done_is_not_computed_any_more(lm, monkeypatch):
     assert drawn - 16 <= sum(widths) <= drawn / batch.MIN_USED + 16
 
 
-def test_more_texts_than_streams_take_turns(lm, monkeypatch):
+def test_more_texts_than_fit_in_a_batch(lm, monkeypatch):
     monkeypatch.setattr(batch, "MAX_STREAMS", 3)
     widths, step = [], KVCache.decode_batch
     monkeypatch.setattr(KVCache, "decode_batch", lambda self, ids: (widths.append(len(ids)), step(self, ids))[1])
@@ -222,7 +222,7 @@ def test_no_texts_and_texts_of_no_length(lm):
     assert found == [(n, "", True) for n in range(70)]
 
 
-def test_mistakes_come_before_the_first_piece(lm):
+def test_mistakes_are_raised_before_the_first_chunk(lm):
     with pytest.raises(UserError, match="lone surrogate"):
         lm.stream_many(["a", "\ud800"])
     with pytest.raises(UserError, match="top_p = 0 is out of range"):

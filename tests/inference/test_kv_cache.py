@@ -56,7 +56,7 @@ def test_one_step_from_nothing(session, ids):
 
 
 @pytest.mark.parametrize(("window", "block_size"), [(1, 8), (5, 16), (9, 16), (16, 16)])
-def test_a_window_slides_without_end(tmp_path, window, block_size):
+def test_a_window_slides_for_ever(tmp_path, window, block_size):
     """Id by id far past block_size: as PyTorch in one pass over all of it, with a table of positions that long."""
     model = random_model(window=window, block_size=block_size)
     session = Session(save_onnx(model, tmp_path / "model.onnx"))
@@ -91,7 +91,7 @@ def test_branches_from_one_prompt(session, ids):
 
 
 @pytest.mark.parametrize("kept", [[0, 2, 3], [3, 1], [2], [0, 1, 2, 3]])
-def test_the_streams_that_go_on(session, ids, kept):
+def test_the_remaining_streams(session, ids, kept):
     cache = KVCache(session, 4)
     for stream in range(4):
         cache.prefill(ids[stream, : 4 + stream], stream)
@@ -104,7 +104,7 @@ def test_the_streams_that_go_on(session, ids, kept):
         assert close(session, cache.prefill(ids[4, :2], row), text)
 
 
-def test_more_than_fits(session, ids):
+def test_more_texts_than_the_cache_can_hold(session, ids):
     cache = KVCache(session, 2)
     cache.prefill(ids[0, :10], 1)
     for too_many in (ids[0, :7], ids[0, :0]):

@@ -1,4 +1,4 @@
-"""smallm.scoring: every character after the first is predicted exactly once, whatever the pieces and the windows."""
+"""smallm.scoring: every character after the first is predicted exactly once, for all pieces and windows."""
 
 import math
 import tracemalloc
@@ -86,7 +86,7 @@ def test_the_rest_of_the_first_character_does_not_count(block_size, character):
         assert counted == VOCABULARY.encode("🎉xñ").tolist()
 
 
-def test_side_by_side_by_hand():
+def test_adjacent_windows_by_hand():
     (inputs, targets), (last_inputs, last_targets) = windows([np.arange(65, 73)], 3)
     assert inputs.tolist() == [[65, 66, 67], [68, 69, 70]]
     assert targets.tolist() == [[66, 67, 68], [69, 70, 71]]
@@ -138,7 +138,7 @@ def test_nats_by_hand():
     assert found.tolist() == [[pytest.approx(math.log(4)), 0], [pytest.approx(math.log(2)), pytest.approx(math.log(4))]]
 
 
-def test_nats_from_one_end_of_float32_to_the_other():
+def test_nats_over_the_whole_range_of_float32():
     assert nats(np.float32([[[3e38, -3e38]]]), np.array([[0]])).tolist() == [[0.0]]
     assert nats(np.float32([[[0, -math.inf]]]), np.array([[0]])).tolist() == [[0.0]]  # a probability of zero
 

@@ -100,7 +100,7 @@ def test_random_weights_and_windows_of_any_size(tmp_path, config, overflow):
 
 
 @pytest.mark.parametrize("config", [{"window": 1}, {"window": 16}, {"window": 5, "n_kv_head": 1, "rope_theta": 30.0}])
-def test_a_model_with_a_window_writes_on_for_ever(tmp_path, config):
+def test_a_model_with_a_window_generates_without_limit(tmp_path, config):
     model = random_model(**config)
     lm = LanguageModel.load(save_onnx(model, tmp_path / "model.onnx"))
     assert lm.metadata.window == config["window"]
@@ -110,7 +110,7 @@ def test_a_model_with_a_window_writes_on_for_ever(tmp_path, config):
 
 
 def test_crop_sees_exactly_the_last_block_size_ids(lm, model, val_text, monkeypatch):
-    """All logits on the way through three windows and more, whatever is sampled from them."""
+    """The logits of every step over more than three windows."""
     seed, seen = val_text[: 3 * BLOCK_SIZE], []
 
     def spy(logits, u, sampling):
@@ -130,7 +130,7 @@ def test_crop_sees_exactly_the_last_block_size_ids(lm, model, val_text, monkeypa
         history.append(id)
 
 
-def test_shift_goes_on_with_the_newest_half(lm, model, val_text, monkeypatch):
+def test_shift_keeps_the_newest_half(lm, model, val_text, monkeypatch):
     ids, seen = lm.vocabulary.encode(val_text[: 5 * BLOCK_SIZE]).tolist(), []
 
     def spy(logits, u, sampling):
@@ -236,7 +236,7 @@ def test_perplexity_needs_two_characters(lm, text):
 # -- the next character
 
 
-def test_next_characters_are_sorted_and_share_out_the_probability(lm, model):
+def test_next_characters_are_sorted_and_their_probabilities_add_up(lm, model):
     text = "the small caf"
     found = lm.next_characters(text, 800)
     probabilities = [p for _, p in found]
@@ -246,7 +246,7 @@ def test_next_characters_are_sorted_and_share_out_the_probability(lm, model):
     assert lm.next_characters(text, 3) == found[:3]
     assert len(lm.next_characters(text)) == 10
     assert lm.next_characters(text, 0) == []
-    # All of the ids that are a character, and a part of those that begin one: the rest would not have become text.
+    # All ids that are a character, and some of those that begin one; the others would not decode to text.
     with torch.no_grad():
         by_id = model(torch.from_numpy(lm.vocabulary.encode(text).astype(np.int64))[None])[0, -1].softmax(-1).numpy()
     whole = [i for i in range(lm.vocab_size) if lm.vocabulary.decode([i]) != "\ufffd"]
@@ -269,7 +269,7 @@ def test_next_characters_agree_with_score(toy):
         assert math.exp(-toy.score("ab" + character)[-1]) == pytest.approx(probability, rel=1e-3)
 
 
-def test_a_next_character_spelled_in_bytes(toy):
+def test_a_next_character_of_several_bytes(toy):
     """Its probability is the product over its ids, each predicted after the ones before."""
     model, context = random_model(), TOY_VOCABULARY.encode("ab").tolist()
     found = dict(toy.next_characters("ab", 1500))
@@ -347,12 +347,12 @@ def test_stops(lm, stops):
         assert not any(stop in expected for stop in listed if stop)
 
 
-def test_some_stops_were_met(lm):
+def test_some_stop_strings_were_found(lm):
     text = lm.generate("the ", 60, rng_seed=1)
     assert lm.generate("the ", 60, rng_seed=1, stop=text[20:23]) == text[: text.index(text[20:23], 4)]
 
 
-def test_a_stop_does_not_hold_back_more_than_it_must(lm):
+def test_a_stop_string_holds_back_no_more_than_necessary(lm):
     pieces = list(lm.stream("the ", 100, rng_seed=1, stop=["zzzzzz"]))
     assert max(map(len, pieces)) <= 3
 
@@ -382,12 +382,12 @@ def test_defaults_are_those_of_the_export(lm, toy):
     assert toy.generate("a", 60, rng_seed=2) == toy.generate("a", 60, rng_seed=2, **nothing)
 
 
-def test_what_the_model_says_of_itself(lm):
+def test_properties_of_the_model(lm):
     assert (lm.vocab_size, lm.block_size) == (lm.vocabulary.size, 32)
     assert lm.metadata.training["text"] == "owls.txt"
 
 
-def test_a_very_long_seed_is_quick(lm):
+def test_a_very_long_seed_costs_little(lm):
     seed = "an old owl paints ten euros (10 €).\n" * 2800
     begin = time.perf_counter()
     assert len(lm.generate(seed, 5)) == len(seed) + 5
@@ -443,7 +443,7 @@ def test_options_out_of_range(lm, options, message):
             method(**options)
 
 
-def test_extreme_but_defined(lm):
+def test_extreme_valid_options(lm):
     """temperature next to nothing is the likeliest; next to infinity, any of the k likeliest; top_k = 0 is all ids."""
     greedy = lm.generate("the ", 40, temperature=0)
     assert lm.generate("the ", 40, temperature=1e-9, rng_seed=1) == greedy
@@ -466,7 +466,7 @@ def test_a_million_characters_of_seed(lm):
 # -- opening
 
 
-def test_what_can_be_opened(exported, tiny_run, tmp_path, monkeypatch):
+def test_paths_that_can_be_opened(exported, tiny_run, tmp_path, monkeypatch):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     with pytest.raises(UserError, match=f"^{run} is not exported yet; run: python export.py {run}$"):
         LanguageModel.load(run)
@@ -496,7 +496,7 @@ def foreign_model(path):
         (lambda path: None, "there is no model in"),
     ],
 )
-def test_what_cannot_be_opened(tmp_path, content, message):
+def test_paths_that_cannot_be_opened(tmp_path, content, message):
     path = tmp_path / "model.bin"
     content(path) if callable(content) else path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
@@ -580,7 +580,7 @@ def test_weights_that_are_not_finite(tmp_path):
             call("a text")
 
 
-def test_greedy_is_what_the_toys_mean_by_it():
+def test_greedy_sampling_of_the_toy_model():
     assert GREEDY.temperature == 0
 
 

@@ -20,7 +20,7 @@ JSON = st.recursive(
 )
 
 
-def test_the_way_through_metadata_and_back():
+def test_manifest_round_trip():
     metadata = MANIFEST.to_metadata()
     assert all(key.startswith("smallm.") and value.isascii() for key, value in metadata.items())
     assert {key.removeprefix("smallm."): json.loads(value) for key, value in metadata.items()} == asdict(MANIFEST)
@@ -36,7 +36,7 @@ def test_a_value_that_a_later_version_adds_is_no_mistake():
 
 
 @pytest.mark.parametrize("metadata", [{}, {"other.tool": "1"}, {"block_size": "16"}])
-def test_metadata_of_others(metadata):
+def test_metadata_of_other_projects(metadata):
     with pytest.raises(UserError, match=r"^x is not a smallm model; write one with `python export.py`$"):
         Manifest.from_metadata(metadata, "x")
 

@@ -84,7 +84,7 @@ def test_mutated_files_end_in_success_or_in_one_line(fuzz, home, tmp_path, name)
     assert "refused" in kinds
 
 
-def test_the_fuzzer_tells_bad_endings(fuzz):
+def test_the_fuzzer_recognises_bad_exits(fuzz):
     line = "smallm: x is broken; do y\n"
     assert fuzz.verdict(0, "all is well\n")["kind"] == "success"
     assert fuzz.verdict(2, f"warning: of something\n{line}")["kind"] == "refused"
@@ -253,20 +253,20 @@ def test_a_cache_that_the_file_does_not_explain(toy, tmp_path):
     assert "too small for the sizes" in refusal(edited(toy, tmp_path / "model.onnx", widen))
 
 
-def test_two_files_in_one(toy, tmp_path):
+def test_two_models_in_one_file(toy, tmp_path):
     """Protobuf would merge them: what was checked would not be what is run."""
     (tmp_path / "model.onnx").write_bytes(toy.read_bytes() * 2)
     assert "a second" in refusal(tmp_path / "model.onnx")
 
 
-def test_a_number_without_end_costs_no_time(tmp_path):
+def test_a_varint_that_never_ends_is_refused_quickly(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"\x80" * 20_000_000)
     begun = time.perf_counter()
     assert "truncated or not an ONNX model" in refusal(tmp_path / "model.onnx")
     assert time.perf_counter() - begun < 2
 
 
-def test_the_name_of_a_file_does_not_choose_another_reader(toy, tmp_path):
+def test_the_file_name_does_not_select_the_parser(toy, tmp_path):
     path = Path(shutil.copy(toy, tmp_path / "model.ort"))
     texts = [LanguageModel.load(file).generate("a", 5, temperature=0) for file in (path, toy)]
     assert texts[0] == texts[1]
@@ -431,7 +431,7 @@ def test_a_model_of_terabytes_is_refused_before_it_is_built(refused, text_file):
     assert time.perf_counter() - begun < 10
 
 
-def test_weights_that_are_whole_numbers(weights, tmp_path):
+def test_integer_weights(weights, tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({name: tensor.int() for name, tensor in load_file(weights).items()}, file)
     with pytest.raises(UserError, match="must be floating-point"):
@@ -441,7 +441,7 @@ def test_weights_that_are_whole_numbers(weights, tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"\x00" * 8, struct.pack("<Q", 1 << 62), struct.pack("<Q", 2) + b"{}x", b"PK\x03\x04"]
 )
-def test_weights_that_are_none(tmp_path, content):
+def test_files_that_are_not_safetensors(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"truncated or not a safetensors file|does not match"):
         check_fits(tmp_path / "model.safetensors", SMALL, 300)
@@ -451,14 +451,14 @@ NESTED, HUGE = '{"a": ' + "[" * 400 + "]" * 400 + "}", '{"a": ' + "9" * 5000 + "
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "{", '{"a":' * 100_000, NESTED, HUGE, r'{"a": "\ud800"}'])
-def test_json_that_is_no_small_object(tmp_path, text):
+def test_json_that_is_too_large_or_not_an_object(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=r".") as caught:
         read_json(tmp_path / "x.json")
     assert not isinstance(caught.value, UserError)
 
 
-def test_json_that_is_one(tmp_path):
+def test_valid_json(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(Config().to_dict()))
     assert read_json(tmp_path / "x.json") == Config().to_dict()
 
@@ -500,7 +500,7 @@ def test_any_value_of_a_setting_is_refused_or_can_be_used(setting, value):
     json.dumps(asdict(config), allow_nan=False)
 
 
-def test_mutations_go_by_their_seed(fuzz, home, tmp_path):
+def test_mutations_are_determined_by_their_seed(fuzz, home, tmp_path):
     def case(folder):
         folder.mkdir()
         argv = fuzz.FORMATS["onnx"](home, folder, random.Random("5"))[1]
@@ -509,7 +509,7 @@ def test_mutations_go_by_their_seed(fuzz, home, tmp_path):
     assert case(tmp_path / "a") == case(tmp_path / "b")
 
 
-def test_halves_of_characters_are_no_text(tmp_path):
+def test_surrogates_are_refused(tmp_path):
     """JSON can spell them, but they could not be written again."""
     file = tmp_path / "state.json"
     file.write_text('{"start_text": "\\ud800"}')
@@ -520,7 +520,7 @@ def test_halves_of_characters_are_no_text(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["idna", "utf-16"])
-def test_encodings_that_cannot_pass_over_what_is_wrong(tmp_path, capsys, encoding):
+def test_encodings_without_an_error_handler(tmp_path, capsys, encoding):
     text = tmp_path / "text.txt"
     text.write_bytes("ein Text\n".encode("utf-16") + b"\x00\xd8" if encoding == "utf-16" else b"a.\xff\n" * 50)
     argv = ["--data", str(text), "--encoding", encoding, "--out", str(tmp_path / "run")]

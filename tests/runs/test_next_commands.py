@@ -1,4 +1,4 @@
-"""The commands for a run: they do what they say, also through a shell, whatever the names and texts in them."""
+"""The commands printed for a run do what they say, also through a shell, with any names and texts in them."""
 
 import shlex
 import subprocess

@@ -164,7 +164,7 @@ def test_order_and_repetition_of_the_characters_do_not_matter(characters):
 
 def test_new_characters_get_ids_after_the_old_ones():
     old = Vocabulary.from_characters("ñ€😀")
-    new = old.extended("aé€\u20ad🎉漢")  # ASCII and those that are known get no other id
+    new = old.extended("aé€\u20ad🎉漢")  # ASCII and known characters keep their ids
     assert new.tokens[: len(old.tokens)] == old.tokens
     added = [token.decode(errors="replace") for token in new.tokens[len(old.tokens) :]]
     assert added == ["é", "\u20ad", "\ufffd", "漢", "\ufffd", "🎉"]  # by code point, with the helpers that are new

@@ -50,7 +50,7 @@ def command(name: str) -> list[str]:
     return shlex.split(line)
 
 
-def test_every_file_is_known():
+def test_every_config_is_tested():
     assert {path.stem for path in FOLDER.iterdir()} == set(EXPECTED)
 
 

@@ -47,7 +47,7 @@ def losses(run):
     return [(line["kind"], line["step"], line.get("loss"), line.get("val_loss")) for line in lines]
 
 
-def test_it_is_train_py(train, text_file):
+def test_the_slurm_file_starts_train_py(train, text_file):
     run = train(out="run")
     flags = [f"--model.{name}={value}" for name, value in MODEL.items()]
     flags += [f"--train.{name}={value}" for name, value in TRAIN.items()]
@@ -90,14 +90,14 @@ def test_one_training_at_a_time(train, monkeypatch):
         train(out="c")
 
 
-def test_twice_in_one_process_with_two_precisions(train):
+def test_two_trainings_in_one_process_with_two_precisions(train):
     precisions = ["no", "bf16", "no"]
     runs = [train({"mixed_precision": precision}, out=f"{i}") for i, precision in enumerate(precisions)]
     assert losses(runs[0].path) == losses(runs[2].path)
     assert losses(runs[0].path) != losses(runs[1].path)
 
 
-def test_a_failed_training_does_not_spoil_the_next(train, text_file):
+def test_a_failed_training_does_not_affect_the_next(train, text_file):
     short = text_file.parent / "short.txt"
     short.write_text("abc" * 5)
     with pytest.raises(smallm.UserError, match="too few"):
@@ -207,7 +207,7 @@ def test_twice_with_two_processes(text_file, folder):
     assert losses("a") == losses("b")
 
 
-def test_the_base_install_is_told_what_to_install(folder):
+def test_the_base_install_names_the_missing_extra(folder):
     code = """
 import smallm
 try:

@@ -169,7 +169,7 @@ FLAGS = """
 """
 
 
-def test_the_flags_are_these():
+def test_the_list_of_flags():
     """A flag that is renamed or removed breaks the scripts of users and the configs of their runs."""
     flags = {flag for action in build_parser()._actions for flag in action.option_strings if flag.startswith("--")}
     assert flags == set(FLAGS.split())

@@ -25,13 +25,13 @@ def double(rank, processes, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_one_process_does_it_all():
+def test_one_process_orthogonalises_all_matrices():
     rows = torch.arange(6.0).view(2, 3)
     assert (divide_rows(lambda mine: 2 * mine, rows) == 2 * rows).all()
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_each_process_does_its_part_and_all_get_the_whole(processes, tmp_path):
+def test_each_process_computes_a_part_and_all_get_all_matrices(processes, tmp_path):
     torch.multiprocessing.spawn(double, (processes, tmp_path), nprocs=processes)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(processes)]
     for n in ROWS:

@@ -66,7 +66,7 @@ def last_loss(run) -> float:
 # Vocabulary and weights.
 
 
-def test_old_ids_stay_and_new_characters_follow(tiny_run, fine_tuned, text_file, new_text):
+def test_old_ids_are_kept_and_new_characters_are_appended(tiny_run, fine_tuned, text_file, new_text):
     old, new = load_vocabulary(best_checkpoint(tiny_run)), load_vocabulary(best_checkpoint(fine_tuned))
     assert new.tokens[: len(old.tokens)] == old.tokens
     text = text_file.read_text(encoding="utf-8")
@@ -169,7 +169,7 @@ def test_learning_rates_are_scaled_unless_they_are_set():
     assert origin.scale_learning_rates(config, keys) == config
 
 
-def test_minutes_choose_everything_but_the_shape(tiny_run, new_text):
+def test_minutes_choose_everything_except_the_shape(tiny_run, new_text):
     request = cli.parse(["--init-from", str(tiny_run), "--data", str(new_text), "--minutes", "1"])
     assert {"model.n_layer", "model.n_embd", "model.block_size", "model.rope_theta"} <= request.explicit
     assert (request.config.model.n_embd, request.config.model.n_head, request.config.model.block_size) == (32, 2, 32)
@@ -290,7 +290,7 @@ def test_an_unusable_origin_is_refused(refused, tiny_run, new_text, name, said):
     (["--config", "speedrun"], "contradicts"),
     (["--model.block_size", "100000"], "use a longer text or a smaller block_size"),
 ], ids=lambda value: value[1] if isinstance(value, list) else "")  # fmt: skip
-def test_contradictions_are_one_line(refused, tiny_run, new_text, argv, said):
+def test_contradictory_options_are_one_line(refused, tiny_run, new_text, argv, said):
     assert said in refused("--init-from", str(tiny_run), "--data", str(new_text), "--out", "run", *argv)
 
 

@@ -35,7 +35,7 @@ def folder(tmp_path, monkeypatch):
 
 
 class Notebook(GeneralTracker):
-    """Keeps all that it gets; fails at the place named by `failing`."""
+    """Stores all records; raises in the method named by `failing`."""
 
     requires_logging_directory = False
     failing = ""

@@ -80,7 +80,7 @@ def test_passages_of_several_texts_are_not_joined():
 
 
 @pytest.mark.parametrize("generated", ["", "a", "ab" * 9, ["", ""], "\udc80" * 30])
-def test_texts_too_short_or_odd(generated):
+def test_texts_that_are_too_short_or_unusual(generated):
     report = measure_memorisation(generated, LEARNT, "x")
     assert (report.generated.longest, set(report.generated.shares.values())) == (0, {0.0})
     assert not report.is_remarkable

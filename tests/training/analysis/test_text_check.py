@@ -164,7 +164,7 @@ def test_texts_without_composed_forms_get_no_warning(statistics_of):
         (prose(20_000).replace("\n", " "), ["line 1 is very long", "20,0"]),
     ],
 )
-def test_planted(statistics_of, planted, words):
+def test_statistics_of_planted_repeats(statistics_of, planted, words):
     only(statistics_of(planted + prose(100_000)), *words)
 
 
@@ -245,7 +245,7 @@ def test_check_reports_everything_and_trains_nothing(tmp_path, monkeypatch, caps
         ("Größe\n".encode("latin-1") * 50, ["--encoding latin-1"]),
     ],
 )
-def test_a_text_that_cannot_be_read_is_one_line(tmp_path, refused, content, words):
+def test_an_unreadable_text_is_one_line(tmp_path, refused, content, words):
     (tmp_path / "a.txt").write_bytes(content)
     line = refused("--check", str(tmp_path / "a.txt"))
     for word in words:
@@ -261,7 +261,7 @@ def test_check_refuses_a_run(refused):
 
 @pytest.mark.parametrize("piece_bytes", [1, 7, 1 << 18])
 @pytest.mark.parametrize(("normalise", "newlines"), [("nfc", "keep"), ("none", "lf"), ("nfc", "lf")])
-def test_tidied_texts(tmp_path, monkeypatch, piece_bytes, normalise, newlines):
+def test_normalised_texts(tmp_path, monkeypatch, piece_bytes, normalise, newlines):
     monkeypatch.setattr(source, "PIECE_BYTES", piece_bytes)
     text = "e\u0301a\r\r\nb\r" + "\u1112\u1161\u11ab a\u0323\u0302\r\n" * 3 + "中e\u0301\u0301\n\r"
     path = tmp_path / "a.txt"
@@ -276,7 +276,7 @@ def test_tidied_texts(tmp_path, monkeypatch, piece_bytes, normalise, newlines):
 
 
 @given(st.text("ae\u0301\u0323\u0302\r\n\u1112\u1161\u11ab中", max_size=30), st.lists(st.integers(1, 4), min_size=1))
-def test_tidying_in_pieces_equals_tidying_the_whole(text, sizes):
+def test_normalising_in_pieces_equals_normalising_the_whole(text, sizes):
     wanted = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
     given, held, result = 0, "", ""
     for size in [*sizes, *[1] * len(text)]:
@@ -285,12 +285,12 @@ def test_tidying_in_pieces_equals_tidying_the_whole(text, sizes):
     assert result + Tidy("nfc", "lf")(held, final=True)[0] == wanted
 
 
-def test_a_letter_with_very_many_accents_is_cut():
+def test_a_letter_with_very_many_accents_is_split():
     piece, held = Tidy("nfc")("e" + "\u0301" * 2 * source.MAX_HELD, final=False)
     assert len(held) < source.MAX_HELD < len(piece)
 
 
-def test_a_tidied_file_is_another_text(tmp_path, monkeypatch):
+def test_a_normalised_file_is_another_text(tmp_path, monkeypatch):
     """The cache tells the tidied text from the unchanged one, also when the file is not read again."""
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\r\ntwo\r\n" * 20)

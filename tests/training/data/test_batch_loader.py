@@ -35,7 +35,7 @@ def resident(monkeypatch):
 
 
 @pytest.mark.parametrize(("ranks", "size"), [(1, 12), (1, 4), (2, 3), (3, 2), (4, 3)])
-def test_the_rows_of_all_processes_make_up_the_batch(dataset, resident, ranks, size, monkeypatch):
+def test_the_rows_of_all_processes_add_up_to_the_batch(dataset, resident, ranks, size, monkeypatch):
     near = [BatchLoader(dataset, 12, size, process(rank, ranks)) for rank in range(ranks)]
     monkeypatch.setattr(batch_loader, "free_bytes", lambda device: 0)
     far = [BatchLoader(dataset, 12, size, process(rank, ranks)) for rank in range(ranks)]

@@ -105,7 +105,7 @@ def test_any_text_round_trips(text, piece_bytes, min_count, encoding):
 
 @pytest.mark.parametrize("val_fraction", [0.1, 0.07, 0.3, 0.9, 1 / 3])
 @pytest.mark.parametrize("characters", [100, 12_345])
-def test_fraction_is_taken_as_written(tmp_path, val_fraction, characters):
+def test_the_fraction_is_used_as_written(tmp_path, val_fraction, characters):
     corpus = opened(write(tmp_path / "a.txt", "a" * characters), val_fraction=val_fraction)
     assert corpus.train_characters == characters * (1 - Fraction(repr(val_fraction))) // 1
     assert corpus.train_characters + corpus.val_characters == characters
@@ -146,7 +146,7 @@ def test_ids_equal_those_of_the_whole_text_encoded_at_once(text, piece_bytes, mi
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "iso2022_jp", "utf-7"])
 @pytest.mark.parametrize("parts", [["日本語\n日本", "語\nend"], ["日本", "日本語 日本語", "", "日本語"]])
-def test_pieces_make_up_the_text(tmp_path, monkeypatch, encoding, parts):
+def test_pieces_add_up_to_the_text(tmp_path, monkeypatch, encoding, parts):
     monkeypatch.setattr(source, "PIECE_BYTES", 3)
     files = [Path(write(tmp_path / f"{i}.txt", part, encoding)) for i, part in enumerate(parts)]
     pieces = list(Source("text", files, encoding).pieces("reading", False))
@@ -261,7 +261,7 @@ def test_damaged_cache_is_rebuilt(tmp_path, cache, encodings, name, damage):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_nothing_unfinished_remains(tmp_path, cache, monkeypatch, error):
+def test_no_unfinished_files_remain(tmp_path, cache, monkeypatch, error):
     def interrupted(*args):
         raise error
 
@@ -295,7 +295,7 @@ def test_threads_and_processes_at_once(tmp_path, cache, monkeypatch):
     assert not left_over(cache)
 
 
-def test_the_slower_of_two_processes_takes_the_result_of_the_faster(tmp_path, cache, monkeypatch):
+def test_the_slower_process_uses_the_result_of_the_faster(tmp_path, cache, monkeypatch):
     def no_locks(lock, *args, **options):
         raise NotImplementedError  # as on some network file systems without locks
 
@@ -333,7 +333,7 @@ def test_cache_that_cannot_be_written(tmp_path, cache, monkeypatch):
     assert text.endswith("; set SMALLM_CACHE elsewhere")
 
 
-def test_cache_folder_is_the_users(tmp_path, monkeypatch):
+def test_the_cache_folder_belongs_to_the_user(tmp_path, monkeypatch):
     monkeypatch.delenv("SMALLM_CACHE")
     monkeypatch.setattr(pooch, "os_cache", lambda project: tmp_path / project)
     opened(write(tmp_path / "a.txt", MIXED))
@@ -368,7 +368,7 @@ def test_python_docs():
     assert len(paragraphs) == len(set(paragraphs)) > 1000  # the topics share sections
 
 
-def test_files_come_before_names(tmp_path, monkeypatch):
+def test_a_file_takes_precedence_over_the_name_of_a_corpus(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "python-docs", "mine")
     assert both_texts(opened("python-docs", val_fraction=0.5)) == ("mi", "ne")

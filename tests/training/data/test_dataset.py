@@ -43,7 +43,7 @@ def test_an_epoch_visits_each_window_once(size, seed, epoch):
 
 
 @given(sizes, seeds, st.integers(0, 10**5), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]))
-def test_the_slices_of_the_processes_make_up_the_batch(size, seed, step, ranks, micro_steps):
+def test_the_slices_of_the_processes_add_up_to_the_batch(size, seed, step, ranks, micro_steps):
     T, N = size
     whole = counting(N, T, seed).batch(step, 12 * ranks)
     share = len(whole[0]) // (ranks * micro_steps)
@@ -77,7 +77,7 @@ def test_epochs_differ_in_order_and_offset():
     assert all(order != tuple(range(n)) for order in orders)
 
 
-def test_the_order_is_well_mixed():
+def test_the_order_is_well_shuffled():
     dataset = counting(64 * 1000, 16, seed=3)
     n = len(dataset)
     places = dataset.starts(np.arange(n)) // 16

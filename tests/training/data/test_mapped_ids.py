@@ -34,7 +34,7 @@ def test_slices_and_positions_give_copies(file):
     np.testing.assert_array_equal(np.asarray(ids), expected)
 
 
-def test_a_part_has_positions_of_its_own(file):
+def test_positions_of_a_part(file):
     part = MappedIds(file, "<u4", 1000, 2000)
     assert len(part) == 1000
     np.testing.assert_array_equal(part[:3], [1000, 1001, 1002])

@@ -78,7 +78,7 @@ def unfinished(cache):
 # -- surveys of files
 
 
-def test_a_known_file_is_not_read_again(file, cache, calls, monkeypatch):
+def test_a_cached_file_is_not_read_again(file, cache, calls, monkeypatch):
     opened(file)
     monkeypatch.setattr(Source, "pieces", None)
     monkeypatch.chdir(file.parent)
@@ -86,7 +86,7 @@ def test_a_known_file_is_not_read_again(file, cache, calls, monkeypatch):
     assert calls == {"survey": 1, "encode": 1}
 
 
-def test_other_settings_or_lost_ids_read_it_again(file, cache, calls):
+def test_other_settings_or_missing_ids_read_the_file_again(file, cache, calls):
     opened(file)
     opened(file, min_count=2)
     assert calls == {"survey": 2, "encode": 1}  # the vocabulary is the same
@@ -103,7 +103,7 @@ def test_other_settings_or_lost_ids_read_it_again(file, cache, calls):
     assert calls == {"survey": 7, "encode": 3}
 
 
-def test_another_share_needs_no_reading(file, calls, monkeypatch):
+def test_another_validation_share_reads_no_file(file, calls, monkeypatch):
     first = opened(file)
     monkeypatch.setattr(Source, "pieces", None)
     other = open_corpus(str(file), min_count=1, val_fraction=0.1)
@@ -167,7 +167,7 @@ def test_another_encoding_is_another_text(file, calls):
     assert calls == {"survey": 2, "encode": 2}
 
 
-def test_a_file_that_has_only_just_changed_is_not_remembered(file, cache, calls, monkeypatch):
+def test_a_file_that_has_just_changed_is_not_cached(file, cache, calls, monkeypatch):
     monkeypatch.setattr(store, "SETTLED_SECONDS", 2.0)
     opened(file)
     opened(file)
@@ -179,7 +179,7 @@ def test_a_file_that_has_only_just_changed_is_not_remembered(file, cache, calls,
     assert calls == {"survey": 3, "encode": 1}
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_remembered(file, cache, monkeypatch):
+def test_a_file_that_changes_while_it_is_read_is_not_cached(file, cache, monkeypatch):
     def survey(*args):
         found = encode.survey(*args)
         os.utime(file)
@@ -190,7 +190,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(file, cache, mon
     assert not (cache / "sources").exists()
 
 
-def test_a_read_only_cache_is_enough(file, cache, calls, monkeypatch):
+def test_a_read_only_cache_is_usable(file, cache, calls, monkeypatch):
     opened(file)
     next((cache / "sources").iterdir()).unlink()
 
@@ -285,7 +285,7 @@ def slow(file, monkeypatch):
     thread.join()
 
 
-def test_one_encodes_and_the_other_waits(file, calls, slow, capsys):
+def test_one_process_encodes_and_the_other_waits(file, calls, slow, capsys):
     threading.Timer(0.2, slow.set).start()
     assert text_of(opened(file)) == TEXT
     assert calls == {"survey": 2, "encode": 1}

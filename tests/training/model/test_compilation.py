@@ -108,7 +108,7 @@ def test_a_failed_compilation_leaves_the_model_unchanged(monkeypatch, batches, s
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_ctrl_c_is_not_taken_for_a_failure(monkeypatch, batches, said):
+def test_ctrl_c_is_not_treated_as_a_failure(monkeypatch, batches, said):
     def interrupted(model, **options):
         raise KeyboardInterrupt
 

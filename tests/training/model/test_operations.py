@@ -117,7 +117,7 @@ def test_cross_entropy(plain, V, reduction):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_stay_so(bad):
+def test_non_finite_values_are_preserved(bad):
     """Otherwise a diverged run would go unnoticed."""
     logits = numbers(1, 4, 64, seed=1)
     logits[0, 2, 5] = bad
@@ -255,7 +255,7 @@ def test_the_definition_of_bf16_products(monkeypatch):
     assert off.max() < 0.02
 
 
-def test_values_that_are_not_finite_stay_so_in_bf16(monkeypatch):
+def test_non_finite_values_are_preserved_in_bf16(monkeypatch):
     monkeypatch.setattr(operations, "has_bf16", lambda: True)
     whole = TransformerLanguageModel(40, ModelConfig(n_head=1, n_embd=32, block_size=8), seed=1)
     with torch.no_grad():

@@ -347,7 +347,7 @@ def test_other_broken_files_are_left_out(run, name, content):
     assert "Baselines" not in page_of(run).headings or name == "config.toml"
 
 
-def test_figures_that_are_missing_are_left_out(run):
+def test_missing_figures_are_left_out(run):
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         for kind, loss in (("train", "loss"), ("eval", "train_loss")):
             values = {"kind": kind, "step": 70, "epoch": None, "learning_rate": None, "val_loss": None}
@@ -416,7 +416,7 @@ def test_the_benchmark_adds_up(monkeypatch, text_file, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-# Figures that change while a run goes on.
+# Figures that change during a run.
 
 
 def test_the_models_baseline_figure_is_of_the_whole_run(run):
