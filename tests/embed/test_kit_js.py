@@ -81,7 +81,7 @@ def assert_golden(texts: list[str], model: LanguageModel, characters: int) -> No
     """All are Python's, but for one that may part from it where rounding decides.
 
     Hosts have other kernels: logits differ in the seventh digit, which may bring a draw to the other side of an edge.
-    With 20 texts of 2,000 characters this was observed once, in Node, where u was 8e-9 from a boundary; these 20 are equal.
+    With 20 texts of 2,000 characters this was observed once, in Node: u was 8e-9 from a boundary. These are equal.
     """
     cases = zip(GOLDEN["texts"], texts, strict=True)
     assert sum(parted(text, model, case, characters) for case, text in cases) <= 1
