@@ -210,6 +210,15 @@ static int make_mistakes(char **argv)
     opening.size = 1;
     SAY("open options without size", smallm_open(argv[0], &opening, &model), model);
     smallm_close(model);
+    opening.size = sizeof opening.size;
+    SAY("open options of the past", smallm_open(argv[0], &opening, &model), model);
+    smallm_close(model);
+    struct { smallm_open_options known; int64_t unknown; } later = {{sizeof later, 1}, 0};
+    SAY("open options of the future", smallm_open(argv[0], &later.known, &model), model);
+    smallm_close(model);
+    later.unknown = 1;
+    SAY("an open option of the future", smallm_open(argv[0], &later.known, &model), model);
+    smallm_close(model);
     smallm_close(NULL);
     SAY("no handle", smallm_next(NULL, &text, &bytes), NULL);
     if (smallm_open(argv[0], NULL, &model) != SMALLM_OK) return 1;
@@ -262,6 +271,10 @@ static int make_mistakes(char **argv)
         if (smallm_next(model, &text, &bytes) != SMALLM_OK) return 1;
     SAY("next without a place", smallm_next(model, NULL, NULL), model);
     SAY("next again", smallm_next(model, &text, &bytes), model);
+    SAY("start with the last chunk", smallm_generate_start(model, text, bytes, NULL), model);
+    if (smallm_next(model, &text, &bytes) != SMALLM_OK) return 1;
+    WITH(allowed = text);
+    SAY("next of one character", smallm_next(model, &text, &bytes), model);
     WITH(max_length = 0);
     SAY("next of nothing", smallm_next(model, &text, &bytes), model);
     SAY("next of nothing, again", smallm_next(model, &text, &bytes), model);
@@ -272,6 +285,14 @@ static int make_mistakes(char **argv)
     SAY("score of nothing", smallm_score(model, NULL, 0, nats, 4, &count), model);
     SAY("score without a count", smallm_score(model, "abc", 3, nats, 4, NULL), model);
     smallm_close(model);
+    return 0;
+}
+
+/* The size of a tensor of 2^30 elements of 8 bytes does not depend on size_t. */
+static int print_tensor_bytes(void)
+{
+    static const uint8_t tensor[] = {0x08, 0x80, 0x80, 0x80, 0x80, 0x04, 0x10, 0x07}; /* dims 2^30, type int64 */
+    printf("%.0f %zu\n", (double)tensor_bytes(span_of(tensor, sizeof tensor)), sizeof(tensor_bytes(span_of("", 0))));
     return 0;
 }
 
@@ -314,6 +335,7 @@ int main(int argc, char **argv)
     if (strcmp(what, "chunks") == 0) return print_chunks(argv + 2);
     if (strcmp(what, "score") == 0) return print_score(argv + 2);
     if (strcmp(what, "mistakes") == 0) return make_mistakes(argv + 2);
+    if (strcmp(what, "tensor-bytes") == 0) return print_tensor_bytes();
     if (strcmp(what, "threads") == 0) return print_threads(argv + 2);
     return 2;
 }

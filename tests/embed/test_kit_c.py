@@ -413,7 +413,8 @@ def test_mistakes_in_calls(inner, exported):
     lines = inner("mistakes", exported / "model.onnx").splitlines()
     found = dict(line.split(": ", 1) for line in lines if ": " in line)
     good = {"options of the future", "max_length = INT64_MAX", "options of the past", "next again", "max_length = 0",
-            "score of nothing"}  # fmt: skip
+            "score of nothing", "open options of the past", "open options of the future", "start with the last chunk",
+            "allowed = text", "next of one character"}  # fmt: skip
     for what, answer in found.items():
         status, _, words = answer.partition(" ")
         if what in good:
@@ -429,6 +430,10 @@ def test_mistakes_in_calls(inner, exported):
     assert "option banned is not UTF-8 from byte 1 on" in found['banned = "a\\xc3"']
     assert "leave no character" in found['allowed = ""']
     assert "leave no character" in found["allowed and banned alike"]
+
+
+def test_a_size_of_more_than_32_bits(inner):
+    assert inner("tensor-bytes").split() == [str(2**33), "8"]
 
 
 def damaged(exported, tmp_path, edit) -> Path:

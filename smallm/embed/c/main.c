@@ -156,7 +156,7 @@ static char *read_file(const char *path, size_t *bytes)
 
 static int print_score(smallm *model, const char *text, size_t bytes)
 {
-    double *nats = malloc((bytes + 1) * sizeof *nats), sum = 0;
+    double *nats = bytes < SIZE_MAX / sizeof *nats ? malloc((bytes + 1) * sizeof *nats) : NULL, sum = 0;
     size_t count = 0;
     if (nats == NULL) return complain("there is not enough memory for this text", "");
     smallm_status status = smallm_score(model, text, bytes, nats, bytes, &count);

@@ -647,25 +647,26 @@ static field only(span message, uint64_t number)
     return f;
 }
 
-/* The number of bytes given by the shape and the type of a tensor; SIZE_MAX if they are not supported. */
-static size_t tensor_bytes(span tensor)
+/* The number of bytes given by the shape and the type of a tensor; UINT64_MAX if they are not supported. 64 bits, also
+   where size_t has 32: 2^30 elements of 8 bytes must not become 0. */
+static uint64_t tensor_bytes(span tensor)
 {
     int64_t type = (int64_t)only(tensor, 2).value;
     uint64_t elements = 1;
     int dimensions = 0;
     bool empty = false;
     field f;
-    if (type < 0 || type >= ONNX_TYPES || BITS[type] == 0) return SIZE_MAX;
+    if (type < 0 || type >= ONNX_TYPES || BITS[type] == 0) return UINT64_MAX;
     for (span rest = tensor; next_of(&rest, 1, &f);) {
         do {
             uint64_t n = f.value;
             if (f.wire_type == 2 && (f.bytes.at == f.bytes.end || !varint(&f.bytes, &n))) break;
-            if (n >= (uint64_t)1 << 31 || ++dimensions > MAX_DIMENSIONS) return SIZE_MAX;
+            if (n >= (uint64_t)1 << 31 || ++dimensions > MAX_DIMENSIONS) return UINT64_MAX;
             empty |= n == 0;
             elements = n != 0 && elements <= MAX_FILE ? elements * n : elements; /* a larger product is refused anyway */
         } while (f.wire_type == 2);
     }
-    return empty ? 0 : elements > MAX_FILE ? SIZE_MAX : (size_t)((elements * BITS[type] + 7) / 8);
+    return empty ? 0 : elements > MAX_FILE ? UINT64_MAX : (elements * BITS[type] + 7) / 8;
 }
 
 static const char *tensor_problem(span tensor)
@@ -1465,20 +1466,26 @@ static void end_sequence(sequence_state *d)
     memset(d, 0, sizeof *d);
 }
 
+/* Copies options over their defaults. Options of an older program are shorter; those of a newer program are longer, and
+   the fields that this library does not know must be 0. Both kinds of options begin with their size. */
+static smallm_status read_options(smallm *model, const void *given, void *options, size_t known)
+{
+    size_t size;
+    memcpy(&size, given, sizeof size);
+    if (size < sizeof size) return fail(model, SMALLM_MISTAKE, "options.size is not set; set it to sizeof options");
+    for (size_t i = known; i < size; i++)
+        if (((const uint8_t *)given)[i] != 0)
+            return fail(model, SMALLM_MISTAKE, "options has a field that this smallm.c does not know; use a newer one");
+    memcpy(options, given, size < known ? size : known);
+    memcpy(options, &known, sizeof known);
+    return SMALLM_OK;
+}
+
 /* Completes the caller's options by defaults. */
 static smallm_status resolve(smallm *model, const smallm_options *given, smallm_options *options)
 {
     smallm_default_options(model, options, sizeof *options);
-    if (given == NULL) return SMALLM_OK;
-    size_t size = given->size;
-    if (size < sizeof given->size)
-        return fail(model, SMALLM_MISTAKE, "options.size is not set; call smallm_default_options first");
-    for (size_t i = sizeof *options; i < size; i++)
-        if (((const uint8_t *)given)[i] != 0)
-            return fail(model, SMALLM_MISTAKE, "options has a field that this smallm.c does not know; use a newer one");
-    memcpy(options, given, size < sizeof *options ? size : sizeof *options);
-    options->size = sizeof *options;
-    return SMALLM_OK;
+    return given == NULL ? SMALLM_OK : read_options(model, given, options, sizeof *options);
 }
 
 static smallm_status out_of_range(smallm *model, const char *name, double value, const char *rule)
@@ -1695,12 +1702,9 @@ static smallm_status score(smallm *model, span text, scorer *r)
 
 static smallm_status open_checked(smallm *model, span file, const smallm_open_options *options)
 {
-    int32_t threads = 0;
-    if (options != NULL) {
-        if (options->size < sizeof *options)
-            return fail(model, SMALLM_MISTAKE, "options.size = %zu is not sizeof(smallm_open_options)", options->size);
-        threads = options->threads;
-    }
+    smallm_open_options known = {sizeof known, 0};
+    if (options != NULL) TRY_OWN(read_options(model, options, &known, sizeof known));
+    int32_t threads = known.threads;
     if (threads < 0 || threads > MAX_THREADS)
         return out_of_range(model, "threads", threads, "1 to 1024, or 0 to choose by the size of the model");
     TRY_OWN(read_model(model, file));
@@ -1726,10 +1730,22 @@ smallm_status smallm_open_memory(const void *data, size_t bytes, const smallm_op
     return open_checked(*model, span_of(data, bytes), options);
 }
 
+/* fopen for a UTF-8 path; on Windows, whose fopen takes the system's code page, through UTF-16. */
+static FILE *open_file(const char *path)
+{
+#ifdef _WIN32
+    wchar_t wide[32768]; /* the longest path of Windows */
+    if (MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, 32768) == 0) return NULL;
+    return _wfopen(wide, L"rb");
+#else
+    return fopen(path, "rb");
+#endif
+}
+
 /* Reads a file or pipe to its end, into memory that the caller frees. */
 static smallm_status read_file(smallm *model, const char *path, uint8_t **data, size_t *bytes)
 {
-    FILE *file = fopen(path, "rb");
+    FILE *file = open_file(path);
     size_t room = 0, got = 1;
     if (file == NULL)
         return fail(model, SMALLM_BAD_MODEL, "cannot read %s; give the path of a model.onnx that export.py wrote",
@@ -1792,9 +1808,12 @@ static smallm_status begin(smallm *model)
 smallm_status smallm_generate_start(smallm *model, const char *seed, size_t bytes, const smallm_options *options)
 {
     TRY_OWN(begin(model));
+    char *chunk = model->state.chunk; /* seed, stops and allowed may point into the chunk that smallm_next returned */
+    model->state.chunk = NULL;
     end_sequence(&model->state);
     smallm_status status = start(model, seed, bytes, options);
     if (status != SMALLM_OK) end_sequence(&model->state);
+    free(chunk);
     return status;
 }
 

@@ -44,7 +44,7 @@ typedef enum smallm_status {
 } smallm_status;
 
 typedef struct smallm_open_options {
-    size_t size;     /* sizeof(smallm_open_options) */
+    size_t size;     /* sizeof(smallm_open_options); smaller and larger structs of other versions are accepted */
     int32_t threads; /* number of compute threads, 1 to 1024; 0 = chosen by the size of the model */
 } smallm_open_options;
 
@@ -87,7 +87,8 @@ smallm_status smallm_open_memory(const void *data, size_t bytes, const smallm_op
 void smallm_default_options(const smallm *model, smallm_options *options, size_t size);
 
 /* Begins a text after this seed text; bytes = 0 is the start of a text. options NULL = defaults. Ends the previous text,
-   if any. Nothing is computed yet. seed and options, and what they point to, may be freed when the call returns. */
+   if any. Nothing is computed yet. seed and options, and what they point to, may be freed when the call returns; they may
+   point into the chunk that smallm_next returned. */
 smallm_status smallm_generate_start(smallm *model, const char *seed, size_t bytes, const smallm_options *options);
 
 /* Returns the next chunk of new text (without the seed): one or more whole characters and a NUL that is not counted.
