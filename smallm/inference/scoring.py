@@ -37,7 +37,7 @@ def perplexity(nats: float) -> float:
 
 
 def windows(
-    pieces: Iterable[np.ndarray], block_size: int, stride: int | None = None
+    pieces: Iterable[np.ndarray], block_size: int, stride: int | None = None, ids_per_batch: int = IDS_PER_BATCH
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Cuts ids, given in pieces of any length, into batches of inputs (B, T) and targets (B, T), int64.
 
@@ -45,8 +45,9 @@ def windows(
     default) = block_size. With a smaller stride the windows overlap, and every window after the first scores only its
     last `stride` targets, which have at least block_size - stride ids of context. Targets that are not scored are -1:
     those that an earlier window scored, padding, and the remaining ids of the first character.
+    ids_per_batch: maximum of B T, as far as one window fits into it.
     """
-    T, S = block_size, stride or block_size
+    T, S, B = block_size, stride or block_size, max(1, ids_per_batch // block_size)
     assert 1 <= S <= T
     ids = np.empty((2, 0), np.int64)  # as input, as target
     begun, known = 0, 0  # characters begun so far; targets of the next window that an earlier window scored
@@ -59,22 +60,21 @@ def windows(
         ids = np.concatenate((ids, pair), axis=1)
         count = (ids.shape[1] - T - 1) // S + 1
         if count > 0:
-            yield from _batches(sliding_window_view(ids, T + 1, axis=1)[:, : count * S : S], known, T - S)
+            yield from _batches(sliding_window_view(ids, T + 1, axis=1)[:, : count * S : S], B, known, T - S)
             ids, known = ids[:, count * S :], T - S
     if ids.shape[1] > 1 + known:
         rest = np.full((2, 1, T + 1), IGNORED, np.int64)
         rest[:, 0, : ids.shape[1]] = ids
-        yield from _batches(rest, known, known)
+        yield from _batches(rest, B, known, known)
 
 
-def _batches(rows: np.ndarray, known: int, known_later: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """rows (2, n, T + 1) -> batches. The first `known` targets of row 0 and `known_later` of the others are masked."""
-    per_batch = max(1, IDS_PER_BATCH // (rows.shape[2] - 1))
-    for start in range(0, rows.shape[1], per_batch):
-        batch = rows[:, start : start + per_batch]
+def _batches(rows: np.ndarray, size: int, known: int, later: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """rows (2, n, T + 1) -> batches of `size` rows; masks the first `known` targets of row 0, `later` of the others."""
+    for start in range(0, rows.shape[1], size):
+        batch = rows[:, start : start + size]
         inputs, targets = batch[0, :, :-1].clip(min=0), batch[1, :, 1:].copy()
-        targets[0, : known_later if start else known] = IGNORED
-        targets[1:, :known_later] = IGNORED
+        targets[0, : later if start else known] = IGNORED
+        targets[1:, :later] = IGNORED
         yield inputs, targets
 
 

@@ -2,13 +2,19 @@
 
 import os
 import platform
+from datetime import timedelta
 from importlib.metadata import version
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    parse_flag_from_env,
+)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,6 +23,11 @@ from smallm.errors import UserError
 from smallm.training.config import TrainConfig
 from smallm.training.model.kernels import loader as kernels
 from smallm.training.precision import best_precision
+
+# How long processes wait for the one that encodes the text, writes a checkpoint or measures baselines. The defaults, 10
+# minutes under NCCL and 30 under gloo, end runs on texts of many gigabytes. If a process dies, its launcher ends the
+# others at once.
+COLLECTIVE_TIMEOUT = timedelta(hours=12)
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -36,7 +47,9 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         cpu=not torch.accelerator.is_available(),  # or Accelerate expects GPUs under a launcher of several processes
         mixed_precision=precision,
         dynamo_backend="no",  # model/compilation.py decides, when the length of the run is known
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
     )
+    allow_tf32(accelerator.device)
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise UserError(
             f"the launcher started {os.environ['WORLD_SIZE']} processes, but they do not find each other; "
@@ -59,6 +72,20 @@ def prepare(
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)
     # device_placement False: the optimiser has no state to move yet, and moving it would import PyTorch's compiler.
     return accelerator.prepare(model, optimizer, device_placement=[True, False])
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device is a CUDA GPU with bf16 and TF32 tensor cores: compute capability 8.0 (Ampere) or higher."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def allow_tf32(device: torch.device) -> None:
+    """Lets Ampere and later GPUs multiply float32 matrices in TF32, unless the caller has changed PyTorch's setting.
+
+    Only matters with mixed_precision "no". NVIDIA_TF32_OVERRIDE=0 in the environment forbids TF32 again.
+    """
+    if multiplies_bf16(device) and torch.get_float32_matmul_precision() == "highest":
+        torch.set_float32_matmul_precision("high")
 
 
 def free_bytes(device: torch.device) -> int:

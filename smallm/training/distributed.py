@@ -16,6 +16,13 @@ def broadcast_from_main(accelerator: Accelerator, *values: float) -> tuple[float
     return tuple(broadcast(numbers).tolist())
 
 
+def sum_over_processes(accelerator: Accelerator, value: float) -> float:
+    """The sum of the values of all processes, in float64; all processes must call this."""
+    if accelerator.num_processes == 1:
+        return value
+    return float(accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=accelerator.device), "sum"))
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor. If the tensor is sharded (FSDP2), all processes must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -190,9 +190,10 @@ class Trainer:
             self.budget.update(self.state.step, *clock)
 
     def _clip_gradient(self) -> Tensor:
-        """Clips the gradient to optim.grad_clip, if that is set; returns its norm before."""
+        """Clips the gradient to optim.grad_clip, if that is set; returns its norm before, without fp16's loss scale."""
         if max_norm := self.config.optim.grad_clip:
             return full_tensor(self.accelerator.clip_grad_norm_(self.parameters, max_norm))
+        self.accelerator.unscale_gradients()
         return full_tensor(get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
 
     def _log(self, loss: Tensor, norm: Tensor, factor: float) -> None:

@@ -82,10 +82,13 @@ class TrainingTensors:
 
     @classmethod
     def gather(cls, model: TransformerLanguageModel, optimizer: torch.optim.Optimizer) -> "TrainingTensors":
-        """Collects the tensors of model and optimiser. All processes must call this if the model is sharded."""
-        weights = to_qwen3({name: full_tensor(tensor) for name, tensor in model.state_dict().items()}, model.config)
+        """Collects the tensors of model and optimiser. All processes must call this if the model is sharded.
+
+        A GPU holds only one whole tensor at a time.
+        """
+        weights = to_qwen3({name: _whole(tensor) for name, tensor in model.state_dict().items()}, model.config)
         moments = {
-            f"{name}.{key}": full_tensor(tensor).detach().cpu().contiguous()
+            f"{name}.{key}": _whole(tensor).contiguous()
             for name, parameter in model.named_parameters()
             for key, tensor in optimizer.state.get(parameter, {}).items()
         }
@@ -219,6 +222,11 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
             optimizer.state[parameter][key] = tensor if key == "step" else shard_like(parameter, tensor)
     if tensors:
         raise UserError(f"{file} does not match the optimiser of this run: unexpected {next(iter(tensors))}")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, on the CPU."""
+    return full_tensor(tensor).detach().cpu()
 
 
 def _sha256(file: Path) -> str:

@@ -3,11 +3,12 @@
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from smallm.training.model.operations import cross_entropy
@@ -44,14 +45,17 @@ def compile_model(
 
     Args:
         model: the prepared model.
-        accelerator: used to keep the passes local, so that no process waits for one that failed.
+        accelerator: keeps the passes local, so that no process waits for one that failed; under FSDP every pass needs
+            all processes.
         batches: one batch (ids, targets) of each shape that training will use.
         say: prints a line for the user.
     """
     say("compiling the model, which can take a minute")
     try:
         fast = torch.compile(model, dynamic=False)
-        with _silence(), accelerator.no_sync(model):
+        # FSDP2 without synchronisation would keep the gradients of the warm-up for the first step.
+        sharded = accelerator.distributed_type == DistributedType.FSDP
+        with _silence(), nullcontext() if sharded else accelerator.no_sync(model):
             for ids, targets in batches:
                 cross_entropy(fast(ids), targets).backward()
         return fast

@@ -65,9 +65,27 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
     return nats.sum() if reduction == "sum" else nats.sum() / (targets != IGNORED).sum()
 
 
+class KeyValueCache:
+    """Keys and values of one layer for all positions so far, each (B, nkv, T, hd); empty at first."""
+
+    def __init__(self) -> None:
+        self._stored: tuple[Tensor, Tensor] | None = None
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds later positions; returns keys and values of all positions."""
+        if self._stored is not None:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(self._stored, (k, v), strict=True))
+        self._stored = k, v
+        return k, v
+
+    def __len__(self) -> int:
+        return 0 if self._stored is None else self._stored[0].size(2)
+
+
 def attention(
-    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, n_head: int, window: int = 0
-) -> Tensor:
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, n_head: int, window: int = 0,
+    cache: KeyValueCache | None = None,
+) -> Tensor:  # fmt: skip
     """Causal self-attention on packed heads -> (B, T, nh, hd).
 
     Queries and keys are RMS-normed, then rotated (RoFormer, Su et al. 2021, in the half-split layout).
@@ -78,16 +96,23 @@ def attention(
         cos, sin: tables from `Rotary`, (T, hd); the first half of the sine is negated.
         n_head: number of query heads nh.
         window: number of positions that each position attends to, including itself; 0 = all earlier ones.
+        cache: keys and values of the positions before, to which those of qkv are added. Unless the cache is empty, T
+            must be 1.
     """
     n_kv_head = (qkv.size(2) - n_head) // 2
     q, k, v = qkv.split((n_head, n_kv_head, n_kv_head), dim=2)
     q, k = _norm_and_rotate(q, q_gain, cos, sin), _norm_and_rotate(k, k_gain, cos, sin)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, hd)
     T, mask = q.size(2), None
-    if 0 < window < T:
-        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)  # (T, T)
+    if cache is not None:
+        k, v = cache.extend(k, v)  # (B, nkv, positions, hd)
+    causal = k.size(2) == T
+    if causal and 0 < window < T:
+        mask, causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window), False  # (T, T)
+    elif not causal:  # the last position attends to the cached ones
+        k, v = k[:, :, -window:], v[:, :, -window:]
     gqa = n_kv_head != n_head
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
     return y.transpose(1, 2)  # (B, nh, T, hd) -> (B, T, nh, hd)
 
 

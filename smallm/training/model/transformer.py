@@ -7,12 +7,14 @@ Shapes: B batch, T time (positions), C channels (n_embd), V vocabulary, nh query
 width, I inner width of the feed-forward.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smallm.training.config import ModelConfig
-from smallm.training.model.operations import KERNEL_MULTIPLE, attention, block, cpu_kernels, rms_norm
+from smallm.training.model.operations import KERNEL_MULTIPLE, KeyValueCache, attention, block, cpu_kernels, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -39,9 +41,9 @@ class Rotary(nn.Module):
         self.register_buffer("cos", torch.cat((cos, cos), -1), persistent=False)  # (block_size, hd)
         self.register_buffer("sin", torch.cat((-sin, sin), -1), persistent=False)  # (block_size, hd)
 
-    def forward(self, T: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine for positions 0 .. T - 1, each (T, hd); the first half of the sine is negated."""
-        return self.cos[:T], self.sin[:T]
+    def forward(self, T: int, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Cosine and sine for T positions from `start`, each (T, hd); the first half of the sine is negated."""
+        return self.cos[start : start + T], self.sin[start : start + T]
 
 
 def rotary_tables(head_dim: int, block_size: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -63,11 +65,11 @@ class MultiHeadSelfAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim)
         self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """x (B, T, C), cos and sin (T, hd) -> (B, T, C). Position t attends to positions up to t within the window."""
         B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim)  # (B, T, nh + 2 nkv, hd)
-        y = attention(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin, self.n_head, self.window)
+        y = attention(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin, self.n_head, self.window, cache)
         return self.c_proj(y.reshape(B, T, -1))  # (B, T, nh, hd) -> (B, T, nh hd) -> (B, T, C)
 
 
@@ -98,12 +100,12 @@ class TransformerBlock(nn.Module):
         widths = (config.n_embd, config.inner, sum(config.packed_rows["attn.c_attn.weight"]))
         self.fits_kernels = all(width % KERNEL_MULTIPLE == 0 for width in widths)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """x (B, T, C), cos and sin (T, hd) -> (B, T, C)."""
-        if self.fits_kernels and cpu_kernels(x):
+        if cache is None and self.fits_kernels and cpu_kernels(x):
             dropout = self.dropout.p if self.training else 0.0
             return block(x, tuple(self.parameters()), cos, sin, self.attn.n_head, self.attn.window, dropout)
-        x = x + self.dropout(self.attn(self.ln_1(x), cos, sin))
+        x = x + self.dropout(self.attn(self.ln_1(x), cos, sin, cache))
         x = x + self.dropout(self.mlp(self.ln_2(x)))
         return x
 
@@ -122,12 +124,17 @@ class TransformerLanguageModel(nn.Module):
         self.rotary = Rotary(config.head_dim, config.block_size, config.rope_theta)
         self.init_weights(None if seed is None else torch.Generator().manual_seed(seed))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, T) with T <= block_size -> logits (B, T, V). The output matrix is the embedding (tied weights)."""
-        cos, sin = self.rotary(ids.size(1))  # (T, hd) each
+    def forward(self, ids: Tensor, caches: Sequence[KeyValueCache] = ()) -> Tensor:
+        """ids (B, T) -> logits (B, T, V). The output matrix is the embedding (tied weights).
+
+        caches: none, or one of each layer, with the positions before those of ids, to which the latter are added;
+        unless the caches are empty, T must be 1. In all there are at most block_size positions.
+        """
+        cos, sin = self.rotary(ids.size(1), len(caches[0]) if caches else 0)  # (T, hd) each
         x = self.dropout(self.wte(ids))  # (B, T, C)
-        for layer in self.h:
-            x = layer(x, cos, sin)  # (B, T, C)
+        each: Sequence[KeyValueCache | None] = caches or [None] * len(self.h)
+        for layer, cache in zip(self.h, each, strict=True):
+            x = layer(x, cos, sin, cache)  # (B, T, C)
         return F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
 
     @torch.no_grad()

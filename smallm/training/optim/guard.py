@@ -19,16 +19,17 @@ class StepGuard:
     def __init__(self, accelerator: Accelerator, optimizer: AcceleratedOptimizer):
         self._optimizer, self._device = optimizer, accelerator.device
         self._scaled = accelerator.scaler is not None
-        # Reading the norm makes the host wait for the device. On a GPU the optimisers check `found_inf` themselves.
-        self._on_host = accelerator.device.type == "cpu" or accelerator.distributed_type == DistributedType.FSDP
+        # Reading the norm makes the host wait for the device. On CUDA and XPU devices PyTorch's fused optimisers check
+        # `found_inf` themselves; on MPS they ignore it.
+        on_device = accelerator.device.type in ("cuda", "xpu") and accelerator.distributed_type != DistributedType.FSDP
+        self._on_host = not on_device
         self._counts = torch.zeros(2, dtype=torch.int64, device=self._device)
 
     def step(self, norm: Tensor) -> None:
         """Makes an optimiser step unless `norm`, the norm of the whole gradient, is not finite."""
         skip = ~norm.isfinite()
         if self._scaled:  # fp16: the loss scaler skips the step and lowers the scale
-            self._optimizer.step()
-            skip = torch.tensor(self._optimizer.step_was_skipped, device=self._device)
+            self._optimizer.step()  # `step_was_skipped` is always False for fused optimisers (accelerate#4242)
         elif not self._on_host:
             self._optimizer.optimizer.found_inf = skip.float()  # read by PyTorch's fused optimisers
             self._optimizer.step()

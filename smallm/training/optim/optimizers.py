@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from smallm.training.config import OptimConfig
+from smallm.training.devices import multiplies_bf16
 from smallm.training.distributed import divide_rows, full_tensor, shard_like
 from smallm.training.model.operations import polynomial_iteration
 from smallm.training.model.transformer import TransformerLanguageModel
@@ -26,6 +27,7 @@ POLAR_EXPRESS = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
+MAX_GATHERED = 1 << 26  # elements of sharded matrices that are whole at the same time
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -95,8 +97,11 @@ class MuonAdamW(torch.optim.Optimizer):
         """Updates every parameter that has a gradient."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                (self._muon_step if group["muon"] else self._adamw_step)(group, parameters)
+            if parameters and group["muon"]:
+                for some in _chunks(parameters):
+                    self._muon_step(group, some)
+            elif parameters:
+                self._adamw_step(group, parameters)
 
     def _adamw_step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for p in parameters:
@@ -121,7 +126,8 @@ class MuonAdamW(torch.optim.Optimizer):
         # Orthogonalisation needs whole matrices. For a sharded parameter the update is collected in zeros of the full
         # shape, then sharded and added.
         weights = [_full_zeros(p) if _is_sharded(p) else p for p in parameters]
-        packed_rows = [each for p, each in zip(group["params"], group["rows"], strict=True) if p.grad is not None]
+        rows_of = dict(zip(group["params"], group["rows"], strict=True))
+        packed_rows = [rows_of[p] for p in parameters]
         for matrices in _by_shape(_matrices(weights, nesterov, packed_rows)):
             updates = divide_rows(self._orthogonalise, torch.stack([_wide(update) for _, update in matrices]))
             if self.found_inf is not None:
@@ -147,12 +153,23 @@ class MuonAdamW(torch.optim.Optimizer):
 def orthogonalise(matrices: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
     """matrices (n, rows, columns) -> the same singular vectors with all singular values near 1.
 
-    Runs one quintic Newton-Schulz iteration per (a, b, c) of the coefficients; fastest with rows <= columns. GPUs
-    compute in bf16, which is precise enough and twice as fast.
+    Runs one quintic Newton-Schulz iteration per (a, b, c) of the coefficients; fastest with rows <= columns. GPUs that
+    multiply bf16 in hardware compute in bf16, which is precise enough and twice as fast.
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = matrices.bfloat16() if multiplies_bf16(matrices.device) else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01).clamp(min=1e-7)
     return polynomial_iteration(x, coefficients).to(matrices.dtype)
+
+
+def _chunks(parameters: list[Tensor]) -> Iterable[list[Tensor]]:
+    """All parameters at once; sharded ones in lists of about MAX_GATHERED elements, to bound the memory of a step."""
+    chunk: list[Tensor] = []
+    for parameter in parameters:
+        if chunk and _is_sharded(parameter) and sum(p.numel() for p in [*chunk, parameter]) > MAX_GATHERED:
+            yield chunk
+            chunk = []
+        chunk.append(parameter)
+    yield chunk
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:

@@ -1,10 +1,13 @@
 """smallm.training.model.compilation: when to compile, one graph per shape, one warning where compilation fails."""
 
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch._dynamo.testing import CompileCounter
 from toys import random_model
 
@@ -77,6 +80,20 @@ def test_each_shape_gets_one_graph(monkeypatch, batches, said):
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
+
+
+@pytest.mark.parametrize(("kind", "local"), [(DistributedType.FSDP, 0), (DistributedType.MULTI_GPU, 1)])
+def test_the_warm_up_of_sharded_models_synchronises_gradients(monkeypatch, batches, said, kind, local):
+    """Without synchronisation FSDP2 keeps the gradients of the warm-up and adds them to those of the first step."""
+    calls = []
+
+    def no_sync(model):
+        calls.append(model)
+        return nullcontext()
+
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    compile_model(random_model(), SimpleNamespace(distributed_type=kind, no_sync=no_sync), batches, said.append)
+    assert len(calls) == local
 
 
 class FailsBackward(torch.autograd.Function):

@@ -7,12 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
 
 from smallm.cli.main import run, train
 from smallm.training import cli
 from smallm.training.checkpoint.format import read_state
 from smallm.training.checkpoint.manager import checkpoints
-from smallm.training.config import ModelConfig, OptimConfig
+from smallm.training.config import Config, ModelConfig, OptimConfig
 from smallm.training.model.operations import cross_entropy
 from smallm.training.model.transformer import TransformerLanguageModel
 from smallm.training.optim.guard import MAX_IN_A_ROW, StepGuard
@@ -54,25 +57,63 @@ def test_the_optimisers_skip_a_step_when_found_inf_is_set(name):
         assert torch.equal(others, theirs)
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("device", ["cpu", "mps", "cuda"])
 def test_counts(device):
+    """Fused optimisers read `found_inf` on CUDA devices only; elsewhere the host skips the step."""
     made = []
     optimizer = SimpleNamespace(step=lambda: made.append(True), optimizer=SimpleNamespace())
     accelerator = SimpleNamespace(scaler=None, device=torch.device("cpu"), distributed_type="NO")
-    guard = StepGuard(accelerator, optimizer)
-    if device != "cpu":
-        guard._on_host = False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "zeros", lambda *shape, device, dtype: torch.empty(*shape, dtype=dtype).fill_(0))
+        guard = StepGuard(SimpleNamespace(**vars(accelerator) | {"device": torch.device(device)}), optimizer)
+    guard._device = accelerator.device
     for norm in (1.0, math.nan, math.inf, 2.0, -math.inf):
         guard.step(torch.tensor(norm))
     assert guard.counts == (3, 1)
-    assert len(made) == (2 if device == "cpu" else 5)
-    if device != "cpu":
+    assert len(made) == (5 if device == "cuda" else 2)
+    if device == "cuda":
         assert optimizer.optimizer.found_inf == 1
     guard.restore(7, 2)
     guard.step(torch.tensor(math.nan))
     assert guard.counts == (8, 3)
     guard.step(torch.tensor(1.0))
     assert guard.counts == (8, 0)
+
+
+def fp16_step(name, clip, poison, scale):
+    """One step of a model under loss scaling, on the CPU. Returns the norm, the counts and the next scale."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=scale), True
+    accelerator.state._mixed_precision = "fp16"
+    try:
+        model = TransformerLanguageModel(64, SHAPE, seed=1)
+        optimizer = AcceleratedOptimizer(build_optimizer(model, OptimConfig(name=name)), scaler=accelerator.scaler)
+        accelerator._optimizers.append(optimizer)
+        set_learning_rate(optimizer, 1.0)
+        guard = StepGuard(accelerator, optimizer)
+        ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
+        accelerator.scaler.scale(cross_entropy(model(ids[:, :-1]), ids[:, 1:]) + poison).backward()
+        if poison:
+            model.wte.weight.grad[0, 0] = poison
+        trainer = SimpleNamespace(
+            config=Config(optim=OptimConfig(grad_clip=clip)), accelerator=accelerator,
+            parameters=list(model.parameters()),
+        )  # fmt: skip
+        norm = Trainer._clip_gradient(trainer)
+        guard.step(norm)
+        return float(norm), guard.counts, accelerator.scaler.get_scale()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["muon", "adamw", "adam"])
+def test_fp16_counts_skipped_steps_and_reports_the_norm_without_the_loss_scale(name, clip):
+    """Accelerate's `step_was_skipped` is always False for the fused Adam and AdamW (accelerate#4242)."""
+    plain, scaled = (fp16_step(name, clip, 0.0, scale) for scale in (1.0, 1024.0))
+    assert scaled[0] == pytest.approx(plain[0], rel=1e-4)
+    assert scaled[1:] == ((0, 0), 1024.0)
+    assert fp16_step(name, clip, math.inf, 1024.0)[1:] == ((1, 1), 512.0)
 
 
 @pytest.fixture

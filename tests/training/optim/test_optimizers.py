@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from smallm.training.config import Config, ModelConfig, OptimConfig, TrainConfig
+from smallm.training.devices import multiplies_bf16
 from smallm.training.model.transformer import TransformerLanguageModel
 from smallm.training.optim import optimizers as optim
 from smallm.training.optim.optimizers import POLAR_EXPRESS, MuonAdamW, build_optimizer, orthogonalise, set_learning_rate
@@ -234,6 +235,43 @@ def test_orthogonalise_brings_singular_values_near_one(shape, steps, lowest, hig
     assert values.min() > lowest
     assert values.max() < highest
     assert (rotated - torch.diag_embed(values)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_muon_computes_in_bf16_only_on_gpus_with_bf16_tensor_cores(monkeypatch, capability, dtype):
+    """The device is faked: the matrices are on the CPU, but report a CUDA device."""
+    seen = []
+    monkeypatch.setattr(optim, "multiplies_bf16", lambda device: multiplies_bf16(torch.device("cuda")))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(optim, "polynomial_iteration", lambda x, coefficients: (seen.append(x.dtype), x)[1])
+    assert orthogonalise(torch.ones(1, 4, 4), POLAR_EXPRESS).dtype == torch.float32
+    assert seen == [dtype]
+
+
+def test_sharded_matrices_are_whole_only_a_few_at_a_time(monkeypatch):
+    """A step in parts gives the result of a step with all matrices at once."""
+    whole, parted, sizes = start(), start(), []
+    plain = MuonAdamW._muon_step
+
+    def counted(self, group, parameters):
+        sizes.append(sum(p.numel() for p in parameters))
+        plain(self, group, parameters)
+
+    for model, limit in ((whole, 1 << 26), (parted, 6200)):
+        with monkeypatch.context() as patch:
+            patch.setattr(optim, "MAX_GATHERED", limit)
+            patch.setattr(optim, "_is_sharded", lambda parameter: True)
+            patch.setattr(optim, "shard_like", lambda parameter, tensor: tensor)
+            patch.setattr(MuonAdamW, "_muon_step", counted)
+            optimizer = build_optimizer(model, muon_config())
+            set_learning_rate(optimizer, 1.0)
+            for step in range(2):
+                give_gradients(model, step)
+                optimizer.step()
+    assert len(sizes) > 6
+    assert max(sizes[2:]) <= 6200
+    for ours, theirs in zip(parted.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_matrices_of_one_shape_do_not_mix():

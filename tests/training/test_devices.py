@@ -1,0 +1,56 @@
+"""smallm.training.devices: TF32, the time-out of collectives, and what a GPU can multiply; devices are faked."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from smallm.training import devices
+from smallm.training.config import TrainConfig
+from smallm.training.devices import allow_tf32, build_accelerator, multiplies_bf16
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def precision():
+    """Restores PyTorch's setting of float32 matrix products."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "before", "after"),
+    [
+        (CUDA, (8, 0), "highest", "high"),
+        (CUDA, (9, 0), "medium", "medium"),  # set by the caller
+        (CUDA, (7, 5), "highest", "highest"),
+        (torch.device("cpu"), (0, 0), "highest", "highest"),
+    ],
+)
+def test_tf32_is_on_where_the_gpu_has_it(precision, monkeypatch, device, capability, before, after):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    torch.set_float32_matmul_precision(before)
+    allow_tf32(device)
+    assert torch.get_float32_matmul_precision() == after
+
+
+def test_devices_without_bf16_tensor_cores():
+    assert not multiplies_bf16(torch.device("cpu"))
+    assert not multiplies_bf16(torch.device("mps"))
+
+
+def test_processes_wait_for_hours_for_the_one_that_encodes(monkeypatch):
+    """The defaults of NCCL (10 minutes) and gloo (30 minutes) end runs on very large texts."""
+    given = {}
+
+    def recorded(*args, **options):
+        given.update(options)
+        return Accelerator(*args, **options)
+
+    monkeypatch.setattr(devices, "Accelerator", recorded)
+    accelerator = build_accelerator(TrainConfig())
+    assert given["kwargs_handlers"][0].timeout >= timedelta(hours=6)
+    assert accelerator.init_handler.timeout >= timedelta(hours=6)

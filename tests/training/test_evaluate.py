@@ -1,0 +1,91 @@
+"""smallm.training.evaluate: passes of any size give the same loss, and the KV cache gives the text without one."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from toys import TOY_VOCABULARY, random_model
+
+from smallm.generation.rng import Rng
+from smallm.generation.sampler import sample
+from smallm.model_file.sampling import Sampling
+from smallm.training import evaluate as evaluation
+from smallm.training.evaluate import evaluate, ids_per_gpu_pass, sample_text
+
+IDS = np.random.default_rng(1).integers(0, 128, 5000).astype(np.uint16)
+
+
+class FakeGPU:
+    """A process of a run on GPUs, whose tensors are nevertheless on the CPU."""
+
+    device = SimpleNamespace(type="cuda")
+
+    def __init__(self, process_index=0, num_processes=1):
+        self.process_index, self.num_processes = process_index, num_processes
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Fakes the transfer and the reduction; returns the sums that the processes hand to the reduction."""
+    reductions = []
+    monkeypatch.setattr(evaluation, "to_device", lambda array, device: torch.from_numpy(array))
+    monkeypatch.setattr(evaluation, "sum_over_processes", lambda accelerator, value: reductions.append(value) or value)
+    return reductions
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_gpu_takes_large_passes_and_one_reduction(gpu, monkeypatch, processes):
+    model, passes = random_model(), []
+    cpu = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1)
+    expected = evaluate(cpu, model, IDS, len(IDS), 16)
+    gpu.clear()
+    model.register_forward_pre_hook(lambda module, args: passes.append(args[0].numel()))
+    parts = [evaluate(FakeGPU(rank, processes), model, IDS, len(IDS), 16) for rank in range(processes)]
+    assert sum(parts) == pytest.approx(expected, abs=1e-5)
+    assert len(gpu) == processes
+    assert len(passes) <= 2 * processes  # whole windows, and the rest
+    passes.clear()
+    monkeypatch.setattr(evaluation, "IDS_PER_READ", 1 << 10)
+    monkeypatch.setattr(evaluation, "ids_per_gpu_pass", lambda vocab_size: 64)
+    assert evaluate(FakeGPU(), model, IDS, len(IDS), 16) == pytest.approx(expected, abs=1e-5)
+    assert max(passes) == 64
+
+
+def test_signals_are_polled_between_some_passes_of_a_gpu(gpu, monkeypatch):
+    monkeypatch.setattr(evaluation, "ids_per_gpu_pass", lambda vocab_size: 16)
+    polls = []
+    evaluate(FakeGPU(), random_model(), IDS, len(IDS), 16, lambda: polls.append(0) or 0)
+    assert len(polls) == -(-(5000 // 16 + 1) // evaluation.GPU_PASSES_PER_POLL)
+    assert evaluate(FakeGPU(), random_model(), IDS, len(IDS), 16, lambda: 2) is None
+
+
+def test_the_logits_of_a_pass_are_bounded():
+    assert ids_per_gpu_pass(300) == 1 << 16
+    assert ids_per_gpu_pass(16384) == 1 << 14
+    assert ids_per_gpu_pass(1 << 20) == 8192
+
+
+def without_cache(model, vocabulary, ids, length, sampling):
+    """The definition of `sample_text`: the last block_size ids through the model for each new id."""
+    rng, decoder, text, block_size = Rng(0), vocabulary.decoder(), "", model.config.block_size
+    for _ in range(length):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[-block_size:]]))[0, -1]
+        ids = [*ids, sample(logits.numpy(), rng.uniform(), sampling)]
+        text += decoder.push(ids[-1])
+    return text
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 3}, {"n_kv_head": 0}, {"n_embd": 48, "n_head": 3, "n_kv_head": 1}])
+@pytest.mark.parametrize("seed", ["a", "owls", "more than sixteen characters"])
+def test_samples_with_a_cache_are_those_without(seed, changes):
+    """Also past the context of 16 ids, and with widths that the CPU kernels take or refuse."""
+    model = random_model(**changes)
+    ids, passes = TOY_VOCABULARY.encode(seed).tolist(), []
+    expected = without_cache(model, TOY_VOCABULARY, ids, 30, Sampling(0.8, 40))
+    hook = model.register_forward_pre_hook(lambda module, args: passes.append(args[0].numel()))
+    assert sample_text(model, TOY_VOCABULARY, ids, 30, 16, Sampling(0.8, 40)) == expected
+    hook.remove()
+    single = max(0, 16 - len(ids))
+    assert passes == [min(len(ids), 16)] + [1] * single + [16] * (29 - single)
