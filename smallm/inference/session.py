@@ -2,23 +2,33 @@
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
+from typing import NoReturn
 
 import numpy as np
-import onnxruntime as ort
 
 from smallm.errors import UserError
+from smallm.inference.processors import usable_processors
 from smallm.model_file.manifest import Manifest
 from smallm.model_file.onnx_reader import FLOAT, INT64, read_onnx
+
+# ONNX Runtime reads these variables when it is imported and when a session is made. They are set once, here, since a
+# change of the environment while other threads read it can crash a process. A value that the user has set is kept.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # otherwise 1.32 writes a device id and looks up a host
+os.environ.setdefault("ORT_GQA_DISABLE_FLASH_ATTENTION", "1")  # flash attention is slower here by a fifth or more
+
+import onnxruntime as ort
 
 MAX_THREADS = 1024
 BIG_LAYER_BYTES = 1_000_000  # weights of a layer; in smaller layers a second thread slows down single ids
 
 
 class Session:
-    """A loaded model. Shapes: B batch, T time, V vocabulary."""
+    """A loaded model, which threads may share. Shapes: B batch, T time, V vocabulary.
+
+    A copy (pickle, deepcopy) opens the file again.
+    """
 
     def __init__(self, path: str | Path, threads: int | None = None):
         """Opens an .onnx file that `export.py` wrote.
@@ -42,12 +52,14 @@ class Session:
         promised |= {name: (FLOAT, [m.n_kv_head, m.head_dim]) for name in self.past + self.present}
         if file.values != promised | {"logits": (FLOAT, [m.vocab_size])}:
             raise UserError(f"{path}: inputs and outputs do not match its metadata; export the model again")
-        self.layer_bytes = file.size // m.n_layer
+        self.layer_bytes = layer_bytes(file.size, m)
+        self._given_threads = threads
         self.threads = threads or default_threads(self.layer_bytes)
         """Threads for passes of a single id."""
         self._session: ort.InferenceSession | None = self._open(self.threads)
         self._many_threads = threads or default_threads()
         self._many: ort.InferenceSession | None = None  # for passes of many ids; opened when first needed
+        self._opening = Lock()
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Logits (B, T, V) of ids (B, T), without a KV cache; T is at most block_size. Raises `UserError`."""
@@ -63,6 +75,9 @@ class Session:
         """
         logits, *past = self._forward(self._session_for(1), ["logits", *self.present], ids, past)
         return logits, past
+
+    def __reduce__(self) -> tuple[type["Session"], tuple[Path, int | None]]:
+        return Session, (self.path.absolute(), self._given_threads)
 
     def close(self) -> None:
         """Frees ONNX Runtime's sessions; bindings that exist keep theirs."""
@@ -83,8 +98,7 @@ class Session:
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # errors are raised; the log would only repeat them
         try:
-            with _environment("ORT_GQA_DISABLE_FLASH_ATTENTION", "1"):  # flash attention is slower by a fifth or more
-                return ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors share no base class
             needed = str(self.manifest.quality.get("onnxruntime", ""))
             if _version(ort.__version__) < _version(needed):
@@ -111,13 +125,14 @@ class Session:
 
     def _session_for(self, ids: int) -> ort.InferenceSession:
         """The session whose number of threads suits this number of ids per pass."""
-        if self._session is None:
+        session = self._session  # another thread may close the model
+        if session is None:
             raise UserError(f"{self.path} was closed; load the model again")
         if ids == 1 or self._many_threads == self.threads:
-            return self._session
-        if self._many is None:
-            self._many = self._open(self._many_threads)
-        return self._many
+            return session
+        with self._opening:
+            many = self._many = self._many or self._open(self._many_threads)
+        return many
 
 
 class Binding:
@@ -125,6 +140,9 @@ class Binding:
 
     def __init__(self, owner: Session, session: ort.InferenceSession):
         self._owner, self._binding, self._run = owner, session.io_binding(), session.run_with_iobinding
+
+    def __reduce__(self) -> NoReturn:
+        raise UserError("a text that is being written cannot be copied or pickled; use its method branch")
 
     def input(self, name: str, array: np.ndarray) -> None:
         """Binds an input to a contiguous array. Raises `UserError` if the graph does not use this input."""
@@ -149,22 +167,20 @@ class Binding:
 
 
 def default_threads(layer_bytes: int = BIG_LAYER_BYTES) -> int:
-    """1 for small layers; otherwise half of the logical processors, at least 2 and at most 4."""
-    return 1 if layer_bytes < BIG_LAYER_BYTES else min(4, max(2, (os.cpu_count() or 1) // 2))
+    """1 for small layers; otherwise half of the usable processors, at least 2 (if there are 2) and at most 4."""
+    if layer_bytes < BIG_LAYER_BYTES:
+        return 1
+    processors = usable_processors()
+    return min(4, processors, max(2, processors // 2))
 
 
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """Sets an environment variable while ONNX Runtime makes a session, then restores it."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+def layer_bytes(file_bytes: int, model: Manifest) -> int:
+    """Bytes of the weights of a layer: those of the file without the arrays with one row per id or position."""
+    per_id = model.n_embd  # the embedding
+    if model.vocab_size <= 4 * model.n_embd:  # then the first layer's projection is such a table as well
+        per_id += (model.n_head + 2 * model.n_kv_head) * model.head_dim
+    rows = model.vocab_size * per_id + model.block_size * model.head_dim  # the second: cos and sin
+    return max(0, file_bytes - 4 * rows) // model.n_layer
 
 
 def _version(text: str) -> tuple[int, ...]:

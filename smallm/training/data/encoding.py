@@ -1,7 +1,6 @@
 """Turns a text into ids in two readings, in bounded memory and on several cores: `survey` it, then `encode` it."""
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from smallm.errors import UserError
+from smallm.inference.processors import usable_processors
 from smallm.tokenizer.vocabulary import CODE_POINTS, Vocabulary, count_characters
 from smallm.training.data.source import Source
 from smallm.training.data.store import IDS
@@ -100,7 +100,7 @@ def _with_each(function: Callable[[Item], Result], items: Iterable[Item]) -> Ite
 
     numpy, hashlib and file operations release Python's lock, so these threads and the caller run at the same time.
     """
-    threads, items = min(MAX_THREADS, os.cpu_count() or 1), iter(items)
+    threads, items = min(MAX_THREADS, usable_processors()), iter(items)
     ahead: deque[tuple[Item, Future[Result]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         fetched = pool.submit(next, items, None)

@@ -4,7 +4,6 @@ With this file the report can be written at any time without the weights and the
 """
 
 import json
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from smallm.atomic_write import atomic_write
 from smallm.errors import UserError
+from smallm.inference.processors import usable_processors
 from smallm.training.config import MAX_NUMBER, check_types
 
 FILE = "report.json"
@@ -114,8 +114,8 @@ def read_record(run: Path) -> RunRecord:
 
 def machine_facts() -> dict[str, str | int]:
     """Name of the processor, number of cores that this process may use, and operating system."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"processor": _processor(), "cores": cores or 0, "system": f"{platform.system()} {platform.release()}"}
+    system = f"{platform.system()} {platform.release()}"
+    return {"processor": _processor(), "cores": usable_processors(), "system": system}
 
 
 def _processor() -> str:
