@@ -1,5 +1,7 @@
 """Fixtures that the whole suite shares: a text, and one run that was really trained on it."""
 
+import errno
+import os
 import random
 import signal
 from pathlib import Path
@@ -47,6 +49,28 @@ def corpus_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMALLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """Lets `os.open` and `os.fsync` refuse what Windows refuses: folders, and descriptors that cannot write."""
+    opened, real_open, real_sync = {}, os.open, os.fsync
+
+    def open_file(path, flags, *rest, **options):
+        if Path(path).is_dir():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        descriptor = real_open(path, flags, *rest, **options)
+        opened[descriptor] = flags
+        return descriptor
+
+    def synced(descriptor):
+        if not opened.get(descriptor, os.O_RDWR) & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real_sync(descriptor)
+
+    monkeypatch.setattr("smallm.atomic_write.WINDOWS", True)
+    monkeypatch.setattr(os, "open", open_file)
+    monkeypatch.setattr(os, "fsync", synced)
 
 
 @pytest.fixture(scope="session")

@@ -55,6 +55,27 @@ except ModuleNotFoundError as error:
     assert done.stdout == "Zoë LanguageModel\nno torch\n"
 
 
+def test_all_modules_import_on_a_system_without_posix():
+    """Windows has none of these modules, functions and signals; PyTorch is imported before they are taken away."""
+    names = [module_of(file) for file in PACKAGE.rglob("*.py") if file.name != "__main__.py"]
+    code = f"""
+import importlib, os, signal, time
+for name in ["torch", "accelerate", "onnx", "onnxruntime", "matplotlib.pyplot", "pooch", "filelock", "numpy"]:
+    importlib.import_module(name)
+for name in ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "readline"):
+    sys.modules[name] = None
+for module, names in ((os, ("fork", "sysconf", "getuid", "mkfifo", "openpty", "sched_getaffinity", "O_DIRECTORY")),
+                      (signal, ("SIGKILL", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGALRM", "pthread_sigmask"))):
+    for name in names:
+        delattr(module, name)
+for name in {names!r}:
+    importlib.import_module(name)
+print("all")
+"""
+    done = python(code)
+    assert (done.stdout, done.stderr) == ("all\n", "")
+
+
 @pytest.mark.parametrize("argv", [["infer.py", "--help"], ["smallm", "infer", "--help"]])
 def test_infer_helps_without_the_train_extra(argv):
     code = """

@@ -1,6 +1,7 @@
 """The `smallm` command, and the one place where a user's mistake becomes a line on stderr."""
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -48,6 +49,8 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
 
     argv: the arguments; default: those of the process.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack characters of names and texts
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return command(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
@@ -70,6 +73,8 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
         return 0
     except OSError as error:  # for instance a full disk behind our stdout
         _discard_stdout()
+        if sys.platform == "win32" and error.errno == errno.EINVAL and error.filename is None:  # a closed pipe, there
+            return 0
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         _print_error(f"{error}; make room or write elsewhere" if full else str(error))
         return 2

@@ -1,6 +1,8 @@
 """The commands that use a run, train it further or reproduce it, quoted for a shell."""
 
 import shlex
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,12 @@ def export_command(run: Path) -> str:
 
 
 def command_line(*words: str) -> str:
-    """A command line for sh, bash and zsh; words with control characters as $'…', which sh does not know."""
+    """A command line for sh, bash and zsh; words with control characters as $'…', which sh does not know.
+
+    On Windows a command line for cmd.exe and PowerShell.
+    """
+    if sys.platform == "win32":
+        return subprocess.list2cmdline(words)
     return " ".join(shlex.quote(word) if word.isprintable() else _dollar_quoted(word) for word in words)
 
 

@@ -5,6 +5,7 @@ Run folders may come from strangers and from killed runs: a value that is missin
 
 import math
 import re
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,17 +129,30 @@ def read_run(run: Path, max_bytes: int | None = TAIL_BYTES) -> Run:
 
 
 def is_running(run: Path) -> bool:
-    """Whether a trainer holds the lock of this run; always False on systems without `fcntl`."""
-    try:
+    """Whether a trainer holds the lock of this run; False where the file system has no locks."""
+    with suppress(OSError), (run / LOCK).open("rb") as file:
+        return not _can_lock(file.fileno())
+    return False
+
+
+def _can_lock(descriptor: int) -> bool:
+    """Whether no other process has locked the file. Takes the lock as `filelock` does, and releases it at once."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+    else:
         import fcntl
 
-        with (run / LOCK).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released when the file is closed
-    except BlockingIOError:
-        return True
-    except (ImportError, OSError):
-        return False
-    return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released when the file is closed
+        except BlockingIOError:
+            return False
+    return True
 
 
 def step_of(checkpoint: Path) -> int:

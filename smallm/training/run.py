@@ -147,7 +147,7 @@ def _locked(accelerator: Accelerator, run: Path) -> Iterator[None]:
         with lock:
             yield
     finally:
-        if [file.name for file in run.iterdir()] == [LOCK]:
-            (run / LOCK).unlink()
+        if {file.name for file in run.iterdir()} <= {LOCK}:  # on Windows the released lock is deleted already
+            (run / LOCK).unlink(missing_ok=True)
             for folder in created:
                 folder.rmdir()

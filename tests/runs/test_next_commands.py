@@ -46,6 +46,13 @@ def test_settings_with_their_defaults_need_no_flags():
     assert changed_settings(flatten(Config().to_dict())) == {}
 
 
+def test_quoting_on_windows(monkeypatch):
+    """cmd.exe knows no single quotes."""
+    monkeypatch.setattr("sys.platform", "win32")
+    command = command_line("python", "train.py", "--resume", "C:\\Users\\Zoë Q\\runs\\a", "--out", "runs\\b")
+    assert command == 'python train.py --resume "C:\\Users\\Zoë Q\\runs\\a" --out runs\\b'
+
+
 def test_quoting():
     assert command_line("a", "b c", "", "x\ny'") == "a 'b c' '' $'x\\ny\\''"
     assert next_commands(Path("-run"), {}, "")["resume"] == "python train.py --resume ./-run"

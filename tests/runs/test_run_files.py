@@ -1,14 +1,17 @@
 """The readers of a run's small files, and the writer that never leaves half a file."""
 
 import errno
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from smallm import UserError
-from smallm.atomic_write import atomic_write
+from smallm.atomic_write import WINDOWS_WAITS, atomic_write, rename, sync
 from smallm.runs.config_file import flatten, read_config, read_toml
 from smallm.runs.metrics import read_metrics
+from smallm.runs.summary import is_running
 
 LINES = '{"kind": "train", "step": 1}\n{"kind": "eval", "step": 2}\n'
 
@@ -40,6 +43,53 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path, mon
         atomic_write(file, "new content")
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_windows_syncs_files_that_are_open_for_writing_and_no_folders(tmp_path, windows):
+    (tmp_path / "a").write_text("a")
+    sync(tmp_path / "a")
+    sync(tmp_path)
+
+
+@pytest.mark.parametrize("attempts", [1, 2, 9])
+def test_windows_renames_a_file_as_soon_as_no_other_program_has_it_open(tmp_path, windows, monkeypatch, attempts):
+    refused, replace = [], Path.replace
+
+    def refuse(path, target):
+        refused.append(path)
+        if len(refused) <= attempts:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        return replace(path, target)
+
+    (tmp_path / "a").write_text("new")
+    (tmp_path / "b").write_text("old")
+    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    if attempts > len(WINDOWS_WAITS):
+        with pytest.raises(PermissionError):
+            rename(tmp_path / "a", tmp_path / "b")
+        return
+    rename(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "new"
+
+
+def test_a_locked_run_is_running_on_windows_too(tmp_path, monkeypatch):
+    asked = []
+
+    def locking(descriptor, mode, size):
+        asked.append(mode)
+        if held and mode == "lock":
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK="lock", LK_UNLCK="unlock"))
+    monkeypatch.setattr(sys, "platform", "win32")
+    held = True
+    assert not is_running(tmp_path)  # there is no lock file
+    (tmp_path / ".lock").touch()
+    assert is_running(tmp_path)
+    held = False
+    assert not is_running(tmp_path)
+    assert asked == ["lock", "lock", "unlock"]
 
 
 def test_metrics_are_read_in_order(tmp_path):

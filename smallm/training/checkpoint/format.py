@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from smallm.atomic_write import rename, sync
 from smallm.errors import UserError
 from smallm.runs.layout import CHECKPOINTS
 from smallm.runs.state_file import CHANGED, CHECKSUM, FORMAT_VERSION, STATE_FILE, checksum, read_json, read_state_file
@@ -124,17 +125,17 @@ def save_checkpoint(
         mode = (unfinished / STATE_FILE).stat().st_mode
         for file in unfinished.iterdir():
             file.chmod(mode)  # safetensors creates files that only their owner may read
-            _sync(file)
-        _sync(unfinished)
+            sync(file)
+        sync(unfinished)
         if folder.exists():
-            folder.rename(old)
-        unfinished.rename(folder)
-        _sync(folder.parent)
+            rename(folder, old)
+        rename(unfinished, folder)
+        sync(folder.parent)
     except SafetensorError as error:
         raise OSError(f"{folder}: {error}") from None
     finally:
         if old.exists() and not folder.exists():  # interrupted between the two renames
-            old.rename(folder)
+            rename(old, folder)
         for leftover in (unfinished, old):
             shutil.rmtree(leftover, ignore_errors=True)
     return folder
@@ -168,7 +169,7 @@ def verify(folder: Path) -> str:
             if _sha256(file) != checksums[name]:
                 return f"{name} does not match its checksum"
     except UserError as error:
-        return str(error).removeprefix(f"{folder}/")
+        return str(error).removeprefix(f"{folder}{os.sep}")
     except (OSError, TypeError, AttributeError, KeyError) as error:
         return f"unreadable: {error}"
     return ""
@@ -245,11 +246,3 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

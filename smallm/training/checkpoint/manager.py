@@ -4,11 +4,12 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import tomli_w
 
-from smallm.atomic_write import atomic_write
+from smallm.atomic_write import atomic_write, rename
 from smallm.errors import UserError
 from smallm.runs.config_file import read_toml
 from smallm.runs.layout import CHECKPOINTS, CONFIG, VALIDATION, is_run
@@ -56,10 +57,10 @@ def newest_checkpoint(run: Path, on_damaged: Callable[[Path, str], None]) -> Pat
 
 
 def quarantine(folder: Path) -> None:
-    """Renames a damaged checkpoint, so that it no longer counts; `prune` deletes it after the next save."""
+    """Renames a checkpoint, so that it no longer counts; `prune` deletes it after the next save."""
     target = folder.with_name(folder.name + _DAMAGED)
     shutil.rmtree(target, ignore_errors=True)
-    folder.rename(target)
+    rename(folder, target)
 
 
 def best_checkpoint(run: Path) -> Path:
@@ -93,13 +94,17 @@ def saved_config(run: Path) -> Config:
 
 
 def prune(run: Path, best_step: int, keep_last: int) -> None:
-    """Deletes all checkpoints except the newest `keep_last` and the best; also unfinished and quarantined ones."""
+    """Deletes all checkpoints except the newest `keep_last` and the best; also unfinished and quarantined ones.
+
+    What cannot be deleted now, as files that another program has open on Windows, is deleted after the next save.
+    """
     for folder in checkpoints(run)[:-keep_last]:
         if folder != checkpoint_folder(run, best_step):
-            shutil.rmtree(folder)
+            with suppress(PermissionError):
+                quarantine(folder)
     for pattern in (".step-*", f"step-*{_DAMAGED}"):
         for leftover in (run / CHECKPOINTS).glob(pattern):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _all_damaged(run: Path, folder: Path, problem: str) -> UserError:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 
-from smallm.atomic_write import atomic_write
+from smallm.atomic_write import atomic_write, sync
 from smallm.training.data.source import Source
 
 INDEX_FORMAT = 3  # raise when surveys change their meaning
@@ -182,8 +182,7 @@ def build(folder: Path, encode: Callable[[Path], dict[str, Any]], progress: bool
             facts["checksum"] = _checksum(unfinished / IDS)
             (unfinished / FACTS).write_text(_sealed(facts), encoding="utf-8")
             for path in unfinished.iterdir():
-                with path.open("r+b") as file:
-                    os.fsync(file.fileno())
+                sync(path)
             _move(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)

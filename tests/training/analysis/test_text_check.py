@@ -1,5 +1,6 @@
 """The text check: problems planted in a good text are found and measured, and no others; `Tidy` mends some of them."""
 
+import io
 import random
 import unicodedata
 from dataclasses import replace
@@ -324,3 +325,13 @@ def test_a_longer_text_than_is_characters_read(statistics_of, monkeypatch):
     found = statistics_of(prose(100_000))
     assert 29_000 < found.characters_read <= 30_000
     assert warnings(replace(found, train_characters=90_000)) == []
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])  # of a Windows console, and of LC_ALL=C
+def test_characters_that_the_console_lacks_are_escaped(tmp_path, monkeypatch, encoding):
+    file, console = tmp_path / "a.txt", io.TextIOWrapper(io.BytesIO(), encoding)
+    file.write_text(prose(3000) + "吾輩は猫である。\n" * 200, encoding="utf-8")
+    monkeypatch.setattr("sys.stdout", console)
+    assert run(train, ["--check", str(file)]) == 0
+    console.flush()
+    assert b"\\u732b" in console.buffer.getvalue()

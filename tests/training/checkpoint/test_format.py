@@ -229,7 +229,7 @@ def test_replacing_a_checkpoint_of_the_same_step_keeps_the_old_one_if_the_rename
     model, optimizer = trained(Config(model=GROUPED))
     folder = save(tmp_path, 5, model=model, optimizer=optimizer)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    rename, failed = Path.rename, []
+    rename, failed = Path.replace, []
 
     def fail_once(self, target):
         if target == folder and not failed:
@@ -237,7 +237,7 @@ def test_replacing_a_checkpoint_of_the_same_step_keeps_the_old_one_if_the_rename
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", fail_once)
+    monkeypatch.setattr(Path, "replace", fail_once)
     with pytest.raises(OSError, match="Input/output error"):
         save(tmp_path, 5, val_loss=1.5, model=model, optimizer=optimizer)
     assert failed
@@ -253,6 +253,10 @@ def test_files_are_synced_before_the_folder_is_renamed(tmp_path, monkeypatch):
     folder = save(tmp_path, 1)
     assert folder.is_dir()
     assert sum(1 for finished in synced if not finished) >= len(SAVED)
+
+
+def test_windows_saves_a_checkpoint(tmp_path, windows):
+    assert verify(save(tmp_path, 1)) == ""
 
 
 # Damaged and foreign checkpoints.

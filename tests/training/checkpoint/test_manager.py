@@ -69,6 +69,24 @@ def test_best_checkpoint(tmp_path, save):
     assert best_checkpoint(tmp_path).name == "step-000003"
 
 
+def test_prune_leaves_for_later_what_another_program_has_open_on_windows(tmp_path, save, monkeypatch):
+    for step in (1, 2, 3):
+        save(step)
+    replace = Path.replace
+
+    def refuse(path, target):
+        if path.name == "step-000001":
+            raise PermissionError(13, "Access is denied")
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refuse)
+        prune(tmp_path, best_step=3, keep_last=1)
+    assert names(tmp_path) == ["step-000001", "step-000003"]
+    prune(tmp_path, best_step=3, keep_last=1)
+    assert names(tmp_path) == ["step-000003"]
+
+
 def test_prune_deletes_what_a_kill_left_behind(tmp_path, save):
     half = tmp_path / "checkpoints" / ".step-000005.123"
     half.mkdir(parents=True)
