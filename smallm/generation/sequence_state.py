@@ -14,6 +14,8 @@ from smallm.tokenizer.vocabulary import Vocabulary
 
 Prediction = tuple[np.ndarray, np.ndarray | None]
 """The logits (V,) after a text, and their row of `SequenceState.weights`, if that was computed."""
+Mark = tuple[int, int, bytes, str, str, int, bool, float, list[float]]
+"""What `SequenceState.mark` returns and `SequenceState.rewind` takes."""
 
 
 class SequenceState:
@@ -57,9 +59,22 @@ class SequenceState:
     def copy(self) -> "SequenceState":
         """An independent sequence that continues from here."""
         other = copy(self)
-        other.history, other.rng, other._decoder = self.history.copy(), copy(self.rng), self._decoder.copy()
-        other._logprobs = self._logprobs.copy()
+        other.history, other.rng, other._decoder = self.history.copy(), copy(self.rng), copy(self._decoder)
         return other
+
+    def mark(self) -> Mark:
+        """The point that the sequence has reached, for `rewind`; at most one id may be chosen in between."""
+        self._forget()  # before the ids are counted, so that `choose` removes none of them
+        return (
+            self.rng.draws, len(self.history), self._decoder.pending, self.ready, self._held,
+            self._length, self.done, self._logprob, self._logprobs,
+        )  # fmt: skip
+
+    def rewind(self, mark: Mark) -> None:
+        """Undoes what was done since `mark` returned this, completely or in part. May be repeated."""
+        (self.rng.draws, kept, self._decoder.pending, self.ready, self._held,
+         self._length, self.done, self._logprob, self._logprobs) = mark  # fmt: skip
+        del self.history[kept:]
 
     def choose(self, logits: np.ndarray, weights: np.ndarray | None = None) -> int:
         """Chooses the next id from the model's logits (V,) after the text so far. Raises `UserError`.
@@ -76,9 +91,8 @@ class SequenceState:
                 id = sample(logits, u, self.sampling)
         if self.keeps_logprobs:
             self._logprob += log_probability(logits, id)
+        self._forget()
         self.history.append(id)
-        if len(self.history) > 2 * self._block_size:
-            del self.history[: -self._block_size]
         text = self._decoder.push(id)
         if text:
             self._add(text)
@@ -107,12 +121,16 @@ class SequenceState:
         taken, self._logprobs = self._logprobs[:n], self._logprobs[n:]
         return taken
 
+    def _forget(self) -> None:
+        if len(self.history) >= 2 * self._block_size:
+            del self.history[: -self._block_size]
+
     def _add(self, text: str) -> None:
         left = self._max_length - self._length
         text = text[:left] if len(text) > left else text
         self._length += len(text)
         if self.keeps_logprobs:
-            self._logprobs += [0.0] * (len(text) - 1) + [self._logprob]
+            self._logprobs = [*self._logprobs, *[0.0] * (len(text) - 1), self._logprob]  # `mark` keeps the old list
             self._logprob = 0.0
         if self._stops is None:
             self.ready = self.ready + text if self.ready else text

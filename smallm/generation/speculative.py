@@ -9,6 +9,8 @@ from smallm.inference.session import BIG_LAYER_BYTES
 
 MIN_ACCEPTANCE = 0.6  # accepted drafts per pass; below this moving average, decoding goes on one id at a time
 COOLDOWN = 64  # ids that are decoded one at a time before drafts are tried again
+Mark = tuple[list[int], list[Prediction], int, float, int]
+"""What `SpeculativeDecoder.mark` returns and `SpeculativeDecoder.rewind` takes."""
 
 
 def drafts_per_pass(precision: str, layer_bytes: int) -> int:
@@ -31,14 +33,18 @@ class SpeculativeDecoder:
         self._cache, self._table, self._count = cache, table if count else None, count
         self._temperature = temperature
         self._drafter: Drafter | None = None
-        self._drafts: list[int] = []  # ids in the cache that are not in the sequence yet, the next one last
-        self._predictions: list[Prediction] = []  # after the last id and after each draft, the next one last
-        self._accepted, self.acceptance_rate, self._cooldown = 0, 2 * MIN_ACCEPTANCE, 0
+        self._drafts: list[int] = []  # of the last pass; the cache holds them
+        self._predictions: list[Prediction] = []  # after the last id and after each draft
+        self._accepted = 0  # number of drafts that the sequence has taken
+        self.acceptance_rate, self._cooldown = 2 * MIN_ACCEPTANCE, 0
 
-    @property
-    def pending(self) -> bool:
-        """Whether the cache holds drafts that are neither accepted nor rolled back."""
-        return bool(self._predictions or self._accepted)
+    def mark(self) -> Mark:
+        """The state of the drafts, for `rewind`."""
+        return self._drafts, self._predictions, self._accepted, self.acceptance_rate, self._cooldown
+
+    def rewind(self, mark: Mark) -> None:
+        """Undoes what was done since `mark` returned this, completely or in part, except to the cache."""
+        self._drafts, self._predictions, self._accepted, self.acceptance_rate, self._cooldown = mark
 
     def with_cache(self, cache: KVCache) -> "SpeculativeDecoder":
         """A copy that works on another cache with the same content."""
@@ -48,10 +54,10 @@ class SpeculativeDecoder:
 
     def accept(self, state: SequenceState) -> Prediction | None:
         """The prediction after the last id if that id was drafted; otherwise rolls back and returns None."""
-        if self._drafts and self._drafts[-1] == state.history[-1]:
-            self._drafts.pop()
-            self._accepted += 1
-            return self._predictions.pop()
+        drafts, n = self._drafts, self._accepted
+        if n < len(drafts) and drafts[n] == state.history[-1]:
+            self._accepted = n + 1
+            return self._predictions[n + 1]
         self.roll_back()
         return None
 
@@ -65,15 +71,15 @@ class SpeculativeDecoder:
             self._drafter = self._table.drafter(self._temperature)
         drafts = self._drafter.propose(state.history, state.rng.peek(count))
         logits = cache.verify([id, *drafts])
-        self._drafts, self._accepted = drafts[::-1], 0
-        self._predictions = list(zip(logits, state.weights(logits), strict=True))[::-1]
-        return self._predictions.pop()
+        self._predictions = list(zip(logits, state.weights(logits), strict=True))
+        self._drafts, self._accepted = drafts, 0
+        return self._predictions[0]
 
     def roll_back(self) -> None:
         """Removes the drafts that were not accepted from the cache."""
-        if not self._predictions and not self._accepted:
+        if not self._drafts:
             return
-        self._cache.truncate(len(self._drafts))
+        self._cache.truncate(len(self._drafts) - self._accepted)
         self._drafts, self._predictions = [], []
         self.acceptance_rate += (self._accepted - self.acceptance_rate) / 32
         self._accepted = 0

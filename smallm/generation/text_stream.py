@@ -1,9 +1,10 @@
 """`TextStream`: one text as it is generated, which can be left, continued and branched."""
 
 from copy import copy
+from threading import Lock
 from typing import NamedTuple
 
-from smallm.errors import UserError
+from smallm.generation import sequence_state, speculative
 from smallm.generation.draft_table import DraftTable
 from smallm.generation.rng import Rng
 from smallm.generation.sequence_state import Prediction, SequenceState
@@ -27,8 +28,9 @@ class TextChunk(NamedTuple):
 class TextStream:
     """An iterator over the new text, in pieces of one or more whole characters.
 
-    Nothing is computed ahead of what the caller asks for, except drafts. A loop over the stream may end at any time;
-    the next loop continues there. The memory does not grow with the text. A stream belongs to one thread at a time.
+    Nothing is computed ahead of what the caller asks for, except drafts. A loop over the stream may end at any time,
+    also by an exception within a step (Ctrl-C, for instance); the next loop continues with the same text. The memory
+    does not grow with the text. Threads that share a stream take turns.
     """
 
     def __init__(self, session: Session, state: SequenceState, table: DraftTable | None = None):
@@ -37,8 +39,8 @@ class TextStream:
         count = drafts_per_pass(session.manifest.precision, session.layer_bytes)
         self._speculative = SpeculativeDecoder(self._cache, table, count, state.sampling.temperature)
         self._kept: Prediction | None = None  # after the text so far, if `branch` has computed it already
-        self._interrupted = False
-        self._length = 0  # of the cache before the last pass
+        self._undo: _Mark | None = None  # where a step began that an exception has ended
+        self._lock = Lock()
         self.logprobs: list[float] = []
         """With `logprobs=True`, for each character of the last piece: ln of its probability at temperature 1 with all
         characters allowed, the sum over its ids."""
@@ -52,25 +54,27 @@ class TextStream:
         return self
 
     def __next__(self) -> str:
-        """The next piece. Raises `UserError` if an earlier exception (for instance Ctrl-C) left a step half done."""
-        if self._interrupted:
-            raise UserError("this text was interrupted within a step and cannot continue; start a new stream")
+        """The next piece. After an exception, the same piece is computed again."""
         state = self._state
-        while not state.ready:
-            if state.done:
-                raise StopIteration
-            draws = state.rng.draws
-            try:
-                prediction = self._prediction()
-                state.choose(*prediction)
-                self._kept = None
-            except BaseException:
-                self._interrupted = not self._can_repeat(draws)
-                raise
-        text = state.take()
-        if state.keeps_logprobs:
-            self.logprobs = state.take_logprobs(len(text))
-        return text
+        mark: _Mark | None = None  # where the present step began
+        try:
+            with self._lock:
+                self._recover()
+                while not (state.ready or state.done):
+                    mark = None  # the step before is complete
+                    mark = self._mark()
+                    state.choose(*self._prediction())
+                    self._kept = None
+                text = state.take()
+                if state.keeps_logprobs:
+                    self.logprobs = state.take_logprobs(len(text))
+            if text:
+                return text
+        except BaseException:
+            if mark:
+                self._undo = mark
+            raise
+        raise StopIteration
 
     def branch(self, rng_seed: int | None = None, stream_number: int = 0) -> "TextStream":
         """A new stream that continues from here independently, without computing the text so far again.
@@ -79,23 +83,34 @@ class TextStream:
         this stream. Raises `UserError` for a value out of range.
         """
         rng = None if rng_seed is None else Rng(rng_seed, stream_number)
-        other = copy(self)
-        if not self._state.done:
-            logits, _ = self._prediction()
-            self._kept = other._kept = logits.copy(), None
-            self._speculative.roll_back()
-            other._cache = KVCache(self._session)
-            other._cache.restore(self._cache.snapshot())
-            other._speculative = self._speculative.with_cache(other._cache)
-        other._state = self._state.copy()
-        other._state.rng = rng or other._state.rng
-        return other
+        with self._lock:
+            self._recover()
+            other = copy(self)
+            other._lock, other._state = Lock(), self._state.copy()
+            if not self._state.done:
+                self._undo = self._mark()
+                logits, _ = self._prediction()
+                self._kept = other._kept = logits.copy(), None
+                self._speculative.roll_back()
+                self._undo = None
+                other._cache = KVCache(self._session)
+                other._cache.restore(self._cache.snapshot())
+                other._speculative = self._speculative.with_cache(other._cache)
+            other._state.rng = rng or other._state.rng
+            return other
 
-    def _can_repeat(self, draws: int) -> bool:
-        """Whether a step that raised an exception has changed nothing that matters."""
-        longest, config = self._cache.longest, self._state.config
-        unchanged = longest == self._length or (longest == 0 and config.overflow == "crop")
-        return unchanged and self._state.rng.draws == draws and not self._speculative.pending
+    def _mark(self) -> "_Mark":
+        """The point that the stream has reached: everything that `_recover` takes back."""
+        return self._state.mark(), self._speculative.mark(), self._cache.end, self._kept
+
+    def _recover(self) -> None:
+        """After an exception, goes back to the beginning of the step, which then gives the same ids again."""
+        if self._undo:
+            state, speculative, end, self._kept = self._undo
+            self._state.rewind(state)
+            self._speculative.rewind(speculative)
+            self._cache.rewind(end)
+            self._undo = None
 
     def _prediction(self) -> Prediction:
         """The prediction after all of the text so far."""
@@ -105,7 +120,6 @@ class TextStream:
         accepted = self._speculative.accept(state)
         if accepted is not None:
             return accepted
-        self._length = cache.longest
         if cache.longest == cache.block_size and state.config.overflow == "slide":
             cache.slide()
         if 0 < cache.longest < cache.block_size:
@@ -113,3 +127,6 @@ class TextStream:
         window = state.window(fresh=cache.longest == 0)
         cache.reset()
         return cache.prefill(window), None
+
+
+_Mark = tuple[sequence_state.Mark, speculative.Mark, int, Prediction | None]

@@ -23,8 +23,8 @@ class Snapshot(NamedTuple):
 class KVCache:
     """Keys and values of `streams` independent texts, up to `block_size` ids each.
 
-    The returned logits are views of a buffer and valid until the next call. Each method stores the new length after the
-    model has run, so a call that was interrupted can be repeated. Shapes: B streams, T time, V vocabulary.
+    The returned logits are views of a buffer and valid until the next call. After an exception within a method, also
+    Ctrl-C, `rewind` restores the cache. Shapes: B streams, T time, V vocabulary.
     """
 
     def __init__(self, session: Session, streams: int = 1):
@@ -35,6 +35,8 @@ class KVCache:
         """Number of ids in each stream (B,)."""
         self.longest = 0
         """The largest of `lengths`."""
+        self._slid = np.zeros(streams, np.int64)  # ids of each stream that `slide` has removed
+        self._unfinished: _Slide | None = None  # a slide that is complete but for the changes of the cache
         self._session = session
         self._keys_values = np.zeros((2 * m.n_layer, streams, m.n_kv_head, m.block_size, m.head_dim), np.float32)
         self._mask = np.zeros((streams, m.block_size), np.int64)  # 1 where the cache holds an id
@@ -49,11 +51,7 @@ class KVCache:
         if self._row.first != stream:
             self._row = _Rows(self._session, self._keys_values, self._mask, stream, 1)
         self._mask[stream, start : start + T] = 1
-        try:
-            logits: np.ndarray = self._row.prefill(np.asarray(ids)[None])[0]
-        except BaseException:
-            self._mask[stream, start:] = 0
-            raise
+        logits: np.ndarray = self._row.prefill(np.asarray(ids)[None])[0]
         self.lengths[stream] = start + T
         self.longest = max(self.longest, start + T)
         return logits
@@ -87,11 +85,7 @@ class KVCache:
         self._first_mask[start : start + T] = 1
         if self._verifier is None:
             self._verifier = _Rows(self._session, self._keys_values, self._mask, 0, 1, T)
-        try:
-            logits = self._verifier.verify(ids)
-        except BaseException:
-            self._first_mask[start:] = 0
-            raise
+        logits = self._verifier.verify(ids)
         self.lengths[0] = self.longest = start + T
         return logits
 
@@ -101,10 +95,28 @@ class KVCache:
         self._first_mask[self.longest : self.longest + n] = 0
         self.lengths[0] = self.longest
 
+    @property
+    def end(self) -> int:
+        """Number of ids of a single stream, with those that `slide` has removed; for `rewind`."""
+        return self.longest + int(self._slid[0])
+
+    def rewind(self, end: int) -> None:
+        """Takes a single stream back to where `end` had this value, after calls that were completed or interrupted.
+
+        Since then the stream may have been extended by one call; where it was full, `slide` or `reset` may come before,
+        and after `reset` the contents are lost, but not the length. May be repeated.
+        """
+        if self._unfinished:
+            self._complete(self._unfinished)
+        self.longest = end - int(self._slid[0])
+        self._first_mask[: self.longest], self._first_mask[self.longest :] = 1, 0
+        self.lengths[0] = self.longest
+        self._bind()  # the input of an interrupted `prefill` may still be bound
+
     def reset(self, stream: int | None = None) -> None:
         """Empties one stream, or all streams."""
         at = slice(None) if stream is None else stream
-        self._mask[at], self.lengths[at] = 0, 0
+        self._mask[at], self.lengths[at], self._slid[at] = 0, 0, 0
         self.longest = int(self.lengths.max())
 
     def slide(self, stream: int = 0) -> None:
@@ -114,16 +126,24 @@ class KVCache:
         positions (Su et al. 2021), so the logits equal those of an endless cache.
         """
         m = self._session.manifest
-        cache, length = self._keys_values[:, stream], self.lengths[stream]  # (2 n_layer, n_kv_head, block_size, d)
-        kept, half = m.window - 1, m.head_dim // 2
-        cache[:, :, :kept] = cache[:, :, length - kept : length]
+        length, kept, half = int(self.lengths[stream]), m.window - 1, m.head_dim // 2
+        moved = self._keys_values[:, stream, :, length - kept : length].copy()  # (2 n_layer, n_kv_head, kept, head_dim)
         angles = (length - kept) * m.rope_theta ** (-np.arange(half) / half)
         cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-        keys = cache[0::2, :, :kept]
+        keys = moved[0::2]
         low, high = keys[..., :half].copy(), keys[..., half:].copy()
         keys[..., :half], keys[..., half:] = low * cos + high * sin, high * cos - low * sin
-        self._mask[stream, kept:], self.lengths[stream] = 0, kept
+        self._unfinished = slide = _Slide(stream, moved, int(self._slid[stream]) + length - kept)
+        self._complete(slide)
+
+    def _complete(self, slide: "_Slide") -> None:
+        """Stores the result of a slide; may be repeated if it is interrupted."""
+        stream, moved, slid = slide
+        kept = moved.shape[2]
+        self._keys_values[:, stream, :, :kept] = moved
+        self._mask[stream, kept:], self.lengths[stream], self._slid[stream] = 0, kept, slid
         self.longest = int(self.lengths.max())
+        self._unfinished = None
 
     def snapshot(self, stream: int = 0) -> Snapshot:
         """A copy of one stream, for `restore`."""
@@ -143,6 +163,7 @@ class KVCache:
         self._mask[:n] = self._mask[streams]
         self._keys_values, self._mask = self._keys_values[:, :n], self._mask[:n]
         self.streams, self.lengths, self.longest = n, self.lengths[streams], int(longest)
+        self._slid = self._slid[streams]
         self._bind()
 
     def _bind(self) -> None:
@@ -150,6 +171,16 @@ class KVCache:
         self._rows = _Rows(self._session, self._keys_values, self._mask, 0, self.streams)
         self._row = self._rows if self.streams == 1 else _Rows(self._session, self._keys_values, self._mask, 0, 1)
         self._verifier = None
+
+
+class _Slide(NamedTuple):
+    """What `KVCache.slide` leaves of a stream."""
+
+    stream: int
+    moved: np.ndarray
+    """Keys and values (2 n_layer, n_kv_head, kept, head_dim) at their new positions."""
+    slid: int
+    """Number of ids that the stream has lost since it was last empty."""
 
 
 class _Rows:

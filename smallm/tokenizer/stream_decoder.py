@@ -1,6 +1,6 @@
 """Decodes ids that arrive one at a time into whole characters."""
 
-import codecs
+from codecs import utf_8_decode
 from collections.abc import Sequence
 
 from smallm.errors import UserError
@@ -12,27 +12,22 @@ class StreamDecoder:
     def __init__(self, spelled: Sequence[bytes]):
         """spelled: the bytes of each id of the vocabulary."""
         self._spelled = spelled
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.pending = b""
+        """The bytes held back: the beginning of a character, or empty."""
 
     def push(self, id: int) -> str:
         """The characters that this id completes; may be empty. Invalid bytes become U+FFFD. Raises `UserError`."""
         check_id(id, len(self._spelled))
-        return self._utf8.decode(self._spelled[id])
-
-    @property
-    def pending(self) -> bytes:
-        """The bytes held back: the beginning of a character, or empty."""
-        return self._utf8.getstate()[0]
-
-    def copy(self) -> "StreamDecoder":
-        """Another decoder in the same state."""
-        other = StreamDecoder(self._spelled)
-        other._utf8.setstate(self._utf8.getstate())
-        return other
+        data = self.pending + self._spelled[id]
+        text, used = utf_8_decode(data, "replace", False)
+        self.pending = data[used:]
+        return text
 
     def flush(self) -> str:
         """Ends the text and resets the decoder. Returns U+FFFD if an incomplete character is left, else ""."""
-        return self._utf8.decode(b"", final=True)
+        text, _ = utf_8_decode(self.pending, "replace", True)
+        self.pending = b""
+        return text
 
 
 def check_id(id: int, size: int) -> None:

@@ -119,7 +119,7 @@ def test_more_texts_than_the_cache_can_hold(session, ids):
 
 @pytest.mark.parametrize("call", ["prefill", "decode_one", "decode_batch", "verify"])
 def test_a_pass_that_was_interrupted_can_be_repeated(session, ids, monkeypatch, call):
-    """The cache counts the ids of a pass only when the model has computed them."""
+    """`rewind` restores the cache, also after the model has run."""
     argument = {"decode_one": ids[0, 4], "decode_batch": ids[0, 4:5]}.get(call, ids[0, 4:7])
     cache = KVCache(session)
     cache.prefill(ids[0, :4])
@@ -134,8 +134,8 @@ def test_a_pass_that_was_interrupted_can_be_repeated(session, ids, monkeypatch, 
         cache._bind()
         with pytest.raises(KeyboardInterrupt):
             getattr(cache, call)(argument)
-    cache._bind()
-    assert (cache.lengths.tolist(), cache.longest) == ([4], 4)
+    cache.rewind(4)
+    assert (cache.lengths.tolist(), cache.longest, cache.end) == ([4], 4, 4)
     assert close(session, cache.decode_one(ids[0, 4]), ids[0, :5])  # shorter than what was interrupted
     cache.truncate(1)
     getattr(cache, call)(argument)

@@ -617,13 +617,13 @@ def test_options_come_from_a_config_or_from_the_call(lm):
 
 @pytest.mark.parametrize("overflow", ["crop", "shift"])
 @pytest.mark.parametrize("table", [True, False])
-def test_an_interrupt_changes_nothing_or_ends_the_stream(exported, monkeypatch, overflow, table):
-    """Ctrl-C while ONNX Runtime computes: the text continues as if nothing had happened, or the stream refuses."""
+def test_an_interrupt_while_onnx_runtime_computes(exported, monkeypatch, overflow, table):
+    """The text continues as if nothing had happened."""
     lm = LanguageModel.load(exported)
     if not table:
         lm = LanguageModel(lm._session)
     options = {"max_length": 100, "rng_seed": 5, "overflow": overflow}
-    expected, run, passes, continued = "".join(lm.stream("a", **options)), Binding.run, 0, 0
+    expected, run, passes = "".join(lm.stream("a", **options)), Binding.run, 0
 
     def interrupted(self):
         nonlocal passes
@@ -641,23 +641,19 @@ def test_an_interrupt_changes_nothing_or_ends_the_stream(exported, monkeypatch, 
                 text += piece
         except KeyboardInterrupt:
             assert text in expected
-        try:
-            assert text + "".join(stream) == expected
-            continued += 1
-        except UserError as error:
-            assert "was interrupted within a step and cannot continue" in str(error)  # noqa: PT017
-    assert continued > 9
+        assert text + "".join(stream) == expected
 
 
-def test_an_interrupt_between_the_pass_and_the_choice_ends_the_stream(toy, monkeypatch):
+def test_an_interrupt_between_the_pass_and_the_choice(toy, monkeypatch):
+    expected = list(toy.stream("a", 50, rng_seed=1))
     stream = toy.stream("a", 50, rng_seed=1)
-    next(stream)
+    begun = [next(stream), next(stream)]
     with monkeypatch.context() as patch:
         patch.setattr(sequence_state.SequenceState, "choose", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            next(stream)
-    with pytest.raises(UserError, match="was interrupted within a step and cannot continue; start a new stream"):
-        next(stream)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                next(stream)
+    assert begun + list(stream) == expected
 
 
 def test_a_model_is_closed_at_the_end_of_its_block(exported):
