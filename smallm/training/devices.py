@@ -22,6 +22,7 @@ from smallm import __version__
 from smallm.errors import UserError
 from smallm.training.config import TrainConfig
 from smallm.training.model.kernels import loader as kernels
+from smallm.training.model.kernels.compiler import INSTALL
 from smallm.training.precision import best_precision
 
 # How long processes wait for the one that encodes the text, writes a checkpoint or measures baselines. The defaults, 10
@@ -122,8 +123,9 @@ def warnings(accelerator: Accelerator) -> list[str]:
     if accelerator.num_processes == 1 and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         lines.append("several processes were asked for, but one was started; for two on a CPU use "
                      "accelerate launch --config_file configs/accelerate/cpu-2.yaml")  # fmt: skip
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "no" and kernels.load() is None:
-        lines.append("no C compiler with OpenMP was found; with one (apt install gcc) training is up to twice as fast")
+    install = INSTALL.get(platform.system())
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "no" and install and kernels.load() is None:
+        lines.append(f"no C compiler with OpenMP was found; with one ({install}) training is up to twice as fast")
     return lines
 
 

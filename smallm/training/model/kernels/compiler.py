@@ -9,13 +9,20 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from smallm.training.cache import cache_folder
 
+SYSTEM, MACHINE = platform.system(), platform.machine()
 # Without -ffast-math, which assumes that no value is NaN or infinite.
-FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-fopenmp", "-std=gnu11", "-shared", "-fPIC")
+FLAGS = ("-O2", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC")
+# Clang of macOS has OpenMP, but no library for it: the kernels take the functions from the library that PyTorch loads.
+OPENMP = {"Linux": ("-fopenmp",), "Darwin": ("-Xclang", "-fopenmp", "-undefined", "dynamic_lookup")}
+INSTALL = {"Linux": "apt install gcc", "Darwin": "xcode-select --install"}
+"""System -> the command that installs a C compiler; on other systems there are no kernels."""
 
 
 def compile_kernels(bf16: bool = False) -> Path | None:
@@ -23,11 +30,11 @@ def compile_kernels(bf16: bool = False) -> Path | None:
 
     bf16: whether matrix products with weights round their operands to bf16.
     """
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if platform.system() != "Linux" or compiler is None:  # compilers elsewhere come without OpenMP
+    compiler = _compiler()
+    if compiler is None:
         return None
     source = Path(__file__).with_name("kernels.c")
-    flags = [*FLAGS, "-DBF16"] if bf16 else FLAGS
+    flags = [*FLAGS, *OPENMP[SYSTEM], *_for_this_processor(), *(["-DBF16"] if bf16 else [])]
     key = hashlib.sha256(repr((source.read_bytes(), flags, compiler, _processor())).encode()).hexdigest()[:16]
     path = cache_folder() / f"kernels-{key}.so"
     try:
@@ -38,9 +45,19 @@ def compile_kernels(bf16: bool = False) -> Path | None:
         return None
 
 
+def openmp_library() -> Path | None:
+    """On macOS PyTorch's OpenMP library, to be loaded before the kernels; elsewhere they load the compiler's."""
+    if SYSTEM != "Darwin":
+        return None
+    torch = find_spec("torch")
+    folders = [Path(torch.origin).parent / "lib"] if torch and torch.origin else []
+    found = (folder / "libomp.dylib" for folder in (*folders, Path(sys.prefix) / "lib"))  # the second one: conda
+    return next((path for path in found if path.is_file()), None)
+
+
 def has_bf16() -> bool:
     """Whether the processor has bf16 matrix instructions (AVX512_BF16)."""
-    return platform.system() == "Linux" and "avx512_bf16" in _processor().split()
+    return SYSTEM == "Linux" and "avx512_bf16" in _processor().split()
 
 
 def _compile(command: list[str], source: Path, path: Path) -> None:
@@ -52,7 +69,30 @@ def _compile(command: list[str], source: Path, path: Path) -> None:
         built.replace(path)
 
 
+def _compiler() -> str | None:
+    """The C compiler; None if there is none whose OpenMP the kernels can use."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if SYSTEM == "Darwin" and compiler and (openmp_library() is None or not _has_developer_tools()):
+        return None
+    return compiler if SYSTEM in OPENMP else None
+
+
+def _has_developer_tools() -> bool:
+    """Whether the command line tools are installed; without them cc of macOS opens a window that offers them."""
+    try:
+        return subprocess.run(["xcode-select", "-p"], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def _for_this_processor() -> tuple[str, ...]:
+    """The flag that lets the compiler use all instructions of this processor. Apple's Clang needs none on Apple's."""
+    if SYSTEM != "Linux":
+        return ()
+    return ("-mcpu=native",) if MACHINE == "aarch64" else ("-march=native",)
+
+
 def _processor() -> str:
-    """Architecture and feature flags, on which -march=native depends: machines may share a cache folder."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return platform.machine() + next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    """Architecture and, on Linux, feature flags, on which the compiled code depends: machines may share a cache folder."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if SYSTEM == "Linux" else []
+    return MACHINE + next((line for line in lines if line.startswith(("flags", "Features"))), "")

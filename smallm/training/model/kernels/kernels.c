@@ -19,10 +19,13 @@
  * the packed projection, I inner width of the feed-forward, V vocabulary.
  */
 #include <math.h>
-#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+/* Declared here, because macOS comes without omp.h. */
+int omp_get_num_threads(void);
+int omp_get_thread_num(void);
 
 #define INLINE static inline __attribute__((always_inline))
 

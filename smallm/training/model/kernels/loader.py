@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from smallm.training.model.kernels.compiler import compile_kernels
+from smallm.training.model.kernels.compiler import compile_kernels, openmp_library
 
 
 class Kernels:
@@ -33,6 +33,8 @@ def load(bf16: bool = False) -> Kernels | None:
     """
     try:
         path = compile_kernels(bf16)
+        if openmp := openmp_library():  # a process must not load two of them
+            ctypes.CDLL(str(openmp), ctypes.RTLD_GLOBAL)
         return Kernels(ctypes.CDLL(str(path))) if path else None
     except OSError:
         return None
