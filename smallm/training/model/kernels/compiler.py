@@ -93,6 +93,6 @@ def _for_this_processor() -> tuple[str, ...]:
 
 
 def _processor() -> str:
-    """Architecture and, on Linux, feature flags, on which the compiled code depends: machines may share a cache folder."""
+    """Architecture and feature flags, on which the compiled code depends: machines may share a cache folder."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if SYSTEM == "Linux" else []
     return MACHINE + next((line for line in lines if line.startswith(("flags", "Features"))), "")
