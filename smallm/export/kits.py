@@ -194,7 +194,9 @@ def _npm_pack(package: str, folder: Path) -> Path:
         raise UserError(f"npm is needed once to download {package}, but is not installed; get Node.js from nodejs.org")
     command = [npm, "pack", package, "--json", "--ignore-scripts", "--pack-destination", str(folder)]
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=NPM_TIMEOUT, check=True)
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, encoding="utf-8", timeout=NPM_TIMEOUT, check=True
+        )
         return folder / json.loads(done.stdout)[0]["filename"]
     except (subprocess.SubprocessError, ValueError, LookupError):
         raise UserError(f"npm cannot download {package}; check the network: npm pack {package}") from None

@@ -21,7 +21,7 @@ def usable_processors() -> int:
 def _quotas() -> Iterator[float]:
     """The quotas, in processors, of this process's cgroups (version 1 or 2) and of the groups above."""
     try:
-        lines = MEMBERSHIP.read_text().splitlines()
+        lines = MEMBERSHIP.read_text(encoding="utf-8", errors="replace").splitlines()
     except (OSError, ValueError):  # not Linux, or hidden
         lines = []
     for line in ["0::/", "0:cpu:/", *lines]:  # in a container the group's path may be that of the host
@@ -36,7 +36,7 @@ def _quotas() -> Iterator[float]:
                 break
             names = ["cpu.max"] if version_2 else ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
             try:
-                quota, period = " ".join((folder / name).read_text().strip() for name in names).split()
+                quota, period = " ".join((folder / name).read_text(encoding="ascii").strip() for name in names).split()
                 if quota not in ("max", "-1") and float(period) > 0:
                     yield float(quota) / float(period)
             except (OSError, ValueError):  # no quota here, or a file of another form

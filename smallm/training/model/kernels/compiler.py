@@ -94,5 +94,7 @@ def _for_this_processor() -> tuple[str, ...]:
 
 def _processor() -> str:
     """Architecture and feature flags, on which the compiled code depends: machines may share a cache folder."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if SYSTEM == "Linux" else []
+    if SYSTEM != "Linux":
+        return MACHINE
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     return MACHINE + next((line for line in lines if line.startswith(("flags", "Features"))), "")
