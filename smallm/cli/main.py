@@ -4,9 +4,11 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 
 from smallm.errors import ProcessError, UserError
 from smallm.html.escape import printable
@@ -47,16 +49,22 @@ def main() -> int:
 def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; a `UserError` is one line on stderr and code 2.
 
-    argv: the arguments; default: those of the process.
+    argv: the arguments; default: those of the process. A standard stream that is missing is an empty one meanwhile.
     """
+    with _no_missing_streams():
+        return _run(command, sys.argv[1:] if argv is None else argv)
+
+
+def _run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack characters of names and texts
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return command(sys.argv[1:] if argv is None else argv) or 0
+        code = command(argv) or 0
+        _flush_stdout()
+        return code
     except UserError as error:
         if isinstance(error, ProcessError):
-            print(file=sys.stderr)  # below the progress bar of the main process
-            _print_error(str(error))
+            _print_error(str(error), before="\n")  # below the progress bar of the main process
         elif os.environ.get("RANK", "0") == "0":  # all processes make the same mistake; one of them prints the error
             _print_error(str(error))
         return 2
@@ -66,7 +74,7 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
         _print_error("there is not enough memory for this; use a smaller model, batch or text")
         return 2
     except KeyboardInterrupt:
-        print("smallm: interrupted", file=sys.stderr)
+        _print_error("interrupted")
         return 130
     except BrokenPipeError:  # the reader of our stdout, such as `head`, has closed it
         _discard_stdout()
@@ -80,14 +88,38 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
         return 2
 
 
-def _print_error(message: str) -> None:
+def _print_error(message: str, before: str = "") -> None:
     """One line, because names and values from strangers may hold newlines and control characters."""
-    print(f"smallm: {printable(message[:MAX_MESSAGE])}", file=sys.stderr)
+    with suppress(OSError, ValueError):  # nobody reads stderr
+        print(f"{before}smallm: {printable(message[:MAX_MESSAGE])}", file=sys.stderr)
+
+
+def _flush_stdout() -> None:
+    """Raises `OSError` unless the reader of stdout, such as `head`, has just closed it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_stdout()
 
 
 def _discard_stdout() -> None:
-    """Discards what is still buffered; otherwise Python would report an error when it exits."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Discards what stdout cannot take; otherwise Python would report an error when it exits."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):  # a stream of a host program may have no file descriptor
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _no_missing_streams() -> Iterator[None]:
+    """A standard stream that was closed (`2>&-`), or that a program without a console lacks, is the null device."""
+    with ExitStack() as stack:
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:
+                setattr(sys, name, stack.enter_context(Path(os.devnull).open(mode, encoding="utf-8")))
+                stack.callback(setattr, sys, name, None)
+        yield
 
 
 def _call(command: str, argv: Sequence[str]) -> int | None:

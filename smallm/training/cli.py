@@ -3,7 +3,6 @@
 import argparse
 import gc
 import os
-import sys
 import time
 import tomllib
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from smallm.cli.arguments import ArgumentParser
 from smallm.errors import UserError
 from smallm.training.config import SECTIONS, check_keys
 from smallm.training.model.kernels.compiler import compile_kernels, has_bf16
+from smallm.training.output import Output
 from smallm.training.request import Request, load_config, resolve
 
 DESCRIPTION = """\
@@ -148,6 +148,6 @@ def _exit_at_once(code: int) -> NoReturn:
     Gloo's threads outlive their process group; a thread that still needs Python's lock, to release a tensor, would
     abort a run that has succeeded (pytorch/pytorch#179291).
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    Output("stdout").flush()
+    Output("stderr").flush()
     os._exit(code)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm  # a widget in notebooks, text elsewhere
 from smallm.atomic_write import atomic_write
 from smallm.runs.layout import METRICS
 from smallm.runs.metrics import Record, read_metrics
+from smallm.training.output import Output
 from smallm.training.trackers import log_record
 
 
@@ -85,6 +85,7 @@ class Logger:
         """
         self._enabled, self._trackers = enabled, trackers
         self._step, self._total_steps = step, total_steps
+        self._stderr = Output("stderr")
         if enabled:
             records = read_metrics(folder) if step else []
             lines = [_json_line(record) for record in records if _step_of(record) <= step]
@@ -94,7 +95,7 @@ class Logger:
     def __enter__(self) -> "Logger":
         """Shows the bar."""
         self._bar = tqdm(total=self._total_steps, initial=self._step, unit="step", disable=not self._enabled,
-                         dynamic_ncols=True, mininterval=0.5)  # fmt: skip
+                         file=self._stderr, dynamic_ncols=True, mininterval=0.5)  # fmt: skip
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -105,7 +106,7 @@ class Logger:
     def info(self, message: str) -> None:
         """Prints a message on stderr, above the bar."""
         if self._enabled:
-            tqdm.write(message, file=sys.stderr)
+            tqdm.write(message, file=self._stderr)
 
     def warning(self, message: str) -> None:
         """Prints a warning on stderr, above the bar."""
@@ -114,7 +115,7 @@ class Logger:
     def result(self, message: str) -> None:
         """Prints a line on stdout; the bar must be closed."""
         if self._enabled:
-            print(message, flush=True)
+            print(message, file=Output("stdout"), flush=True)
 
     def advance(self, step: int, total_steps: int) -> None:
         """Moves the bar to `step` of `total_steps`."""

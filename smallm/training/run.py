@@ -1,7 +1,6 @@
 """A run from its request to its exit code: the lock, the text, the plan, the loop, and errors on the way."""
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +25,7 @@ from smallm.training.data.corpus import Corpus
 from smallm.training.devices import build_accelerator
 from smallm.training.distributed import broadcast_from_main
 from smallm.training.finetune import Origin, base_vocabulary, load_origin
+from smallm.training.output import Output
 from smallm.training.request import Request
 from smallm.training.trainer import Trainer
 
@@ -116,7 +116,7 @@ def _newest_checkpoint(accelerator: Accelerator, run: Path) -> Path | None:
         damaged: list[tuple[Path, str]] = []
         newest = newest_checkpoint(run, lambda folder, problem: damaged.append((folder, problem)))
         for folder, problem in damaged:
-            print(f"warning: {folder} is damaged ({problem}); an earlier checkpoint is used", file=sys.stderr)
+            print(f"warning: {folder} is damaged ({problem}); an earlier checkpoint is used", file=Output("stderr"))
             quarantine(folder)
         step = step if newest is None else float(newest.name.removeprefix("step-"))
     (step,) = broadcast_from_main(accelerator, step)

@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from accelerate.utils import LoggerType
 from smallm.errors import UserError
 from smallm.runs.config_file import flatten
 from smallm.training.config import Config
+from smallm.training.output import Output
 
 LOGS = "logs"  # folder within the run that trackers write to
 PROJECT = "smallm"
@@ -73,7 +73,7 @@ def started(accelerator: Accelerator, config: Config, run: Path, step: int) -> I
             yield
     finally:
         for tracker in accelerator.trackers:
-            _guarded(tracker, tracker.finish, lambda line: print(line, file=sys.stderr))
+            _guarded(tracker, tracker.finish, lambda line: print(line, file=Output("stderr")))
         accelerator.trackers.clear()  # otherwise Accelerate would end them a second time
 
 

@@ -92,7 +92,7 @@ class Trainer:
                     self.state.step, self.state.val_loss, self.saved = step + 1, None, False
                     self._log(loss, norm, factor)
                     self._evaluate_and_save()
-                    self.signals.poll(step + 1)
+                    self.signals.poll()
                 self._save()
                 self.logger.close_bar()
                 if self.signals.signum:
@@ -231,8 +231,10 @@ class Trainer:
         """Measures the loss on the whole validation text; a signal interrupts that and leaves `val_loss` None."""
         s, c = self.state, self.corpus
         with self.meter.paused():
+            self.signals.restart()
             loss = evaluate(self.accelerator, self.model, c.val_ids, c.val_characters, self.config.model.block_size,
                             interrupted=self.signals.poll)  # fmt: skip
+            self.signals.restart()
             if loss is None:
                 return
             if not math.isfinite(loss):

@@ -1,5 +1,6 @@
 """smallm.training.signals: the first signal and its echo from a launcher are recorded, a later one interrupts."""
 
+import itertools
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -50,7 +51,7 @@ def test_a_later_signal_interrupts_at_once(clock):
 def test_outside_the_main_thread_no_handlers_are_installed():
     def handlers():
         with SignalGuard(ALONE) as guard:
-            return [signal.getsignal(signum) for signum in signals.SIGNALS], guard.poll(1)
+            return [signal.getsignal(signum) for signum in signals.SIGNALS], guard.poll()
 
     before = [signal.getsignal(signum) for signum in signals.SIGNALS]
     with ThreadPoolExecutor(1) as pool:
@@ -69,32 +70,56 @@ def test_a_handler_that_python_did_not_install_becomes_the_default(monkeypatch):
         install(signum, signal.default_int_handler if signum == signal.SIGINT else before)
 
 
-@pytest.mark.parametrize(
-    ("device", "polled", "answers"),
-    [("cpu", range(1, 6), range(5, 22)), ("meta", (10,), range(10, 22))],  # meta: a device other than the CPU
-)
-def test_several_processes_agree(device, polled, answers):
-    """Another process gets the signal before the end of step 5."""
-    steps = []
+@pytest.mark.parametrize("seconds", [0.001, 0.03, 0.4, 3.0])
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # meta: a device other than the CPU
+def test_several_processes_exchange_signals_every_second(clock, device, seconds):
+    """Whatever a step costs; another process, which is slower by half, gets the signal after 20 seconds."""
+    exchanges = []
 
     def gather(tensor):
-        assert (tensor.device.type, tensor.shape) == (device, (1,))
-        steps.append(step)
-        return torch.tensor([0, signal.SIGTERM if step >= 5 else 0])
+        assert (tensor.device.type, tensor.shape) == (device, (1, 2))
+        exchanges.append(clock[0])
+        signum = signal.SIGTERM if clock[0] > 120 else 0
+        return torch.tensor([[0, seconds * guard._every / 1.5], [signum, seconds * guard._every]])
 
     accelerator = SimpleNamespace(num_processes=2, device=torch.device(device), gather=gather)
-    stopped = []
     with SignalGuard(accelerator) as guard:
-        for step in range(1, 22):
-            if signum := guard.poll(step):
-                assert signum == signal.SIGTERM
-                stopped.append(step)
-    assert steps == list(polled)
-    assert stopped == list(answers)
+        while not guard.poll():
+            clock[0] += seconds
+        assert guard.poll() == signal.SIGTERM
+    assert clock[0] < 120 + max(1, seconds) + 2 * seconds
+    gaps = [later - before for before, later in itertools.pairwise(exchanges)]
+    assert max(gaps) <= max(1, seconds) + 1e-6
+    assert len(exchanges) < 20 * 2.5 + 12
+
+
+def test_signals_are_exchanged_at_once_after_a_restart(clock):
+    calls = []
+    gather = lambda tensor: (calls.append(1), torch.tensor([[0, 1e-3]]))[1]  # noqa: E731
+    with SignalGuard(SimpleNamespace(num_processes=2, device=torch.device("cpu"), gather=gather)) as guard:
+        for _ in range(100):
+            guard.poll()
+        exchanges = len(calls)
+        assert exchanges < 10
+        guard.restart()
+        guard.poll()
+        assert len(calls) == exchanges + 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_nohup_keeps_hangups_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalGuard(ALONE) as guard:
+            signal.raise_signal(signal.SIGHUP)
+            assert guard.poll() == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_single_process_answers_without_the_others():
     with SignalGuard(ALONE) as guard:
-        assert not guard.poll(1)
+        assert not guard.poll()
         signal.raise_signal(signal.SIGINT)
-        assert guard.poll(1) == signal.SIGINT
+        assert guard.poll() == signal.SIGINT

@@ -2,7 +2,6 @@
 
 import bz2
 import math
-import sys
 from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from smallm.training.config import Config, DataConfig, ModelConfig
 from smallm.training.data.corpus import BYTES, Corpus, corpus_of
 from smallm.training.distributed import broadcast_from_main
 from smallm.training.optim.schedule import divide_batch
+from smallm.training.output import Output
 
 # Shape and sequences per process of the first probe; ids per process below which a step becomes no faster.
 CPU_PROBE, CPU_MIN_BATCH_IDS = (ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=128), 12), 512
@@ -84,7 +84,7 @@ def plan_run(
     final = choose(speed, kept | shape)  # keeps the shape, adapts the other settings to the speed
     config = final.config(first_config)
     if accelerator.is_main_process:
-        print(*_summary(final, config, corpus, text_bytes, speed), sep="\n", file=sys.stderr)
+        print(*_summary(final, config, corpus, text_bytes, speed), sep="\n", file=Output("stderr"))
     return config, corpus, final.steps
 
 

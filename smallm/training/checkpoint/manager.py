@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from smallm.runs.config_file import read_toml
 from smallm.runs.layout import CHECKPOINTS, CONFIG, VALIDATION, is_run
 from smallm.training.checkpoint.format import checkpoint_folder, read_state, verify
 from smallm.training.config import Config
+from smallm.training.output import Output
 
 _NAME = re.compile(r"step-\d{6,}")
 _DAMAGED = ".damaged"  # suffix of quarantined checkpoints
@@ -77,7 +77,7 @@ def best_checkpoint(run: Path) -> Path:
         raise _all_damaged(run, found[-1], problems[found[-1]])
     for folder, problem in problems.items():
         if problem:
-            print(f"warning: {folder} is damaged ({problem}); using another checkpoint", file=sys.stderr)
+            print(f"warning: {folder} is damaged ({problem}); using another checkpoint", file=Output("stderr"))
     scored = [(loss, folder) for folder in intact if (loss := read_state(folder)[0].val_loss) is not None]
     return min(scored)[1] if scored else intact[-1]
 

@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from smallm.errors import UserError
+from smallm.training.output import Output
 
 PIECE_BYTES = 1 << 18  # small enough that a piece and its ids stay in the processor's cache
 PROGRESS_FROM_BYTES = 20_000_000
@@ -102,7 +103,8 @@ class Source:
         try:
             size = sum(part.stat().st_size if isinstance(part, Path) else len(part) for part in self.parts)
             silent = not progress or size < PROGRESS_FROM_BYTES
-            with tqdm(total=size, desc=label, unit="B", unit_scale=True, leave=False, disable=silent) as bar:
+            with tqdm(total=size, desc=label, unit="B", unit_scale=True, leave=False, disable=silent,
+                      file=Output("stderr")) as bar:  # fmt: skip
                 for part in self.parts:
                     separator = "" if last == "\n" else "\n"
                     for text in self._read(part, bar):

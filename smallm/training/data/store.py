@@ -10,7 +10,6 @@ import mmap
 import os
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from smallm.atomic_write import atomic_write, sync
 from smallm.training.data.source import Source
+from smallm.training.output import Output
 
 INDEX_FORMAT = 3  # raise when surveys change their meaning
 IDS_FORMAT = 2  # raise when the stored files, or the ids that a `Vocabulary` gives, change their meaning
@@ -239,7 +239,7 @@ def _exclusive(folder: Path, progress: bool) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             if progress:
-                print("text   another process is encoding this text; waiting for it", file=sys.stderr)
+                print("text   another process is encoding this text; waiting for it", file=Output("stderr"))
             lock.acquire(timeout=PATIENCE_SECONDS)
     try:
         yield
