@@ -81,7 +81,7 @@ def test_an_interrupted_evaluation_is_repeated(text_file, tmp_path, monkeypatch)
             signal.raise_signal(signal.SIGTERM)
         return plain(*args)
 
-    monkeypatch.setattr("smallm.inference.scoring.IDS_PER_BATCH", 256)
+    monkeypatch.setattr(evaluate, "IDS_PER_BATCH", 256)
     monkeypatch.setattr(evaluate, "_sum_of_nats", one_pass)
     run = tmp_path / "run"
     assert cli.main([*argv, "--out", str(run)]) == 143
