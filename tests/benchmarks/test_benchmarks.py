@@ -170,6 +170,56 @@ def test_train_speed_scores_like_the_trainer(benchmarks, tiny_run, text_file):
     assert loss == pytest.approx(state["val_loss"], abs=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_gpu_in_miniature(benchmarks, text_file, monkeypatch, capsys):
+    """Every measurement for a GPU runs on the CPU: autocast, inductor, gloo, FSDP2, SIGKILL, NaN, the loops."""
+    import gpu
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    code = run(gpu.main, ["--miniature", "--data", str(text_file), "--seeds", "1"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    rows = {row["name"]: row for row in json.loads(last)["rows"]}
+    assert code == 0, lines
+    assert len(lines) == len(rows) + 1
+    gpus = torch.cuda.device_count()
+    for name, row in rows.items():
+        assert not row["failed"]
+        if "not run" in row["verdict"]:
+            assert "fp16" in name
+            assert not gpus
+        else:
+            assert row["characters_per_second"] > 0
+            assert row["share"] > 0
+            assert row["memory_mb"] > 0
+            assert (row["loss"] is None) == name.endswith("loop")
+    assert {"two processes, gloo", "bf16, muon, compiled", "124 M, nanogpt loop"} <= rows.keys()
+    assert "equal bits" in rows["SIGKILL and resume, bf16, muon"]["verdict"]
+
+
+def test_gpu_reports_failures_and_keeps_its_time(benchmarks, tmp_path):
+    """A failed measurement is a line of the table, and the next one still runs, unless the time is over."""
+    import gpu
+
+    bench = gpu.Bench(gpu.MINIATURE, "nowhere.txt", minutes=1, home=tmp_path)
+    bench.measure("no text", lambda row: gpu.void(bench.train(row, bench.short())))
+    bench.end = 0
+    bench.measure("late", lambda row: gpu.void(bench.train(row, bench.short())))
+    failed, late = bench.rows
+    assert failed.failed
+    assert "nowhere.txt" in failed.verdict
+    assert (late.failed, late.verdict) == (False, "not run: the time was over")
+    assert "nowhere.txt" in gpu.format_table(bench.rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpu_without_a_gpu_is_one_line(benchmarks, capsys):
+    import gpu
+
+    assert run(gpu.main, []) == 2
+    assert "--miniature" in capsys.readouterr().err
+
+
 def test_peak(benchmarks):
     peak = benchmarks[1].gemm_peak(rounds=1)
     assert peak["flops_per_second"] > 1e8
