@@ -59,7 +59,9 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate allows FSDP on GPUs only. PyTorch also has it on CPUs, where it can be tried and tested.
         accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        accelerator.state.fsdp_plugin = plugin = FullyShardedDataParallelPlugin()
+        if precision != "no":
+            plugin.set_mixed_precision(precision)  # as Accelerate does on GPUs
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UserError("FSDP version 1 is not supported; use version 2, as in configs/accelerate/fsdp.yaml")
     return accelerator

@@ -14,7 +14,7 @@ from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.data.store import MappedIds
 from smallm.training.devices import to_device
 from smallm.training.distributed import sum_over_processes
-from smallm.training.model.operations import KeyValueCache, cross_entropy
+from smallm.training.model.operations import LayerKVCache, cross_entropy
 from smallm.training.model.transformer import TransformerLanguageModel
 
 IDS_PER_READ = 1 << 20  # from the memory map
@@ -75,7 +75,7 @@ def sample_text(
     device = next(model.parameters()).device
     rng, decoder, text = Rng(0), vocabulary.decoder(), ""
     ids = ids[-block_size:]
-    caches, new = [KeyValueCache() for _ in range(model.config.n_layer)], ids
+    caches, new = [LayerKVCache() for _ in range(model.config.n_layer)], ids
     model.eval()
     for _ in range(length):
         if len(ids) > block_size:

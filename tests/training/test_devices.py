@@ -1,10 +1,12 @@
 """smallm.training.devices: TF32, the time-out of collectives, and what a GPU can multiply; devices are faked."""
 
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from smallm.training import devices
 from smallm.training.config import TrainConfig
@@ -54,3 +56,17 @@ def test_processes_wait_for_hours_for_the_one_that_encodes(monkeypatch):
     accelerator = build_accelerator(TrainConfig())
     assert given["kwargs_handlers"][0].timeout >= timedelta(hours=6)
     assert accelerator.init_handler.timeout >= timedelta(hours=6)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("no", None)])
+def test_fsdp_on_cpus_computes_in_the_precision_of_the_run(monkeypatch, precision, dtype):
+    state = SimpleNamespace()
+    fake = SimpleNamespace(num_processes=1, device=torch.device("cpu"), state=state, is_fsdp2=True,
+                           distributed_type=DistributedType.MULTI_CPU)  # fmt: skip
+    monkeypatch.setattr(devices, "Accelerator", lambda **options: fake)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    build_accelerator(TrainConfig(mixed_precision=precision))
+    assert state.distributed_type == DistributedType.FSDP
+    policy = state.fsdp_plugin.mixed_precision_policy
+    assert (policy and policy.param_dtype) == dtype

@@ -65,7 +65,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
     return nats.sum() if reduction == "sum" else nats.sum() / (targets != IGNORED).sum()
 
 
-class KeyValueCache:
+class LayerKVCache:
     """Keys and values of one layer for all positions so far, each (B, nkv, T, hd); empty at first."""
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class KeyValueCache:
 
 def attention(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, n_head: int, window: int = 0,
-    cache: KeyValueCache | None = None,
+    cache: LayerKVCache | None = None,
 ) -> Tensor:  # fmt: skip
     """Causal self-attention on packed heads -> (B, T, nh, hd).
 

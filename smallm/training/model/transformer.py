@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smallm.training.config import ModelConfig
-from smallm.training.model.operations import KERNEL_MULTIPLE, KeyValueCache, attention, block, cpu_kernels, rms_norm
+from smallm.training.model.operations import KERNEL_MULTIPLE, LayerKVCache, attention, block, cpu_kernels, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -65,7 +65,7 @@ class MultiHeadSelfAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim)
         self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerKVCache | None = None) -> Tensor:
         """x (B, T, C), cos and sin (T, hd) -> (B, T, C). Position t attends to positions up to t within the window."""
         B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim)  # (B, T, nh + 2 nkv, hd)
@@ -100,7 +100,7 @@ class TransformerBlock(nn.Module):
         widths = (config.n_embd, config.inner, sum(config.packed_rows["attn.c_attn.weight"]))
         self.fits_kernels = all(width % KERNEL_MULTIPLE == 0 for width in widths)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerKVCache | None = None) -> Tensor:
         """x (B, T, C), cos and sin (T, hd) -> (B, T, C)."""
         if cache is None and self.fits_kernels and cpu_kernels(x):
             dropout = self.dropout.p if self.training else 0.0
@@ -124,7 +124,7 @@ class TransformerLanguageModel(nn.Module):
         self.rotary = Rotary(config.head_dim, config.block_size, config.rope_theta)
         self.init_weights(None if seed is None else torch.Generator().manual_seed(seed))
 
-    def forward(self, ids: Tensor, caches: Sequence[KeyValueCache] = ()) -> Tensor:
+    def forward(self, ids: Tensor, caches: Sequence[LayerKVCache] = ()) -> Tensor:
         """ids (B, T) -> logits (B, T, V). The output matrix is the embedding (tied weights).
 
         caches: none, or one of each layer, with the positions before those of ids, to which the latter are added;
@@ -132,7 +132,7 @@ class TransformerLanguageModel(nn.Module):
         """
         cos, sin = self.rotary(ids.size(1), len(caches[0]) if caches else 0)  # (T, hd) each
         x = self.dropout(self.wte(ids))  # (B, T, C)
-        each: Sequence[KeyValueCache | None] = caches or [None] * len(self.h)
+        each: Sequence[LayerKVCache | None] = caches or [None] * len(self.h)
         for layer, cache in zip(self.h, each, strict=True):
             x = layer(x, cos, sin, cache)  # (B, T, C)
         return F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
