@@ -53,8 +53,8 @@ def train(
 
     Progress and samples are printed as by `train.py`. Ctrl-C (or "interrupt" in a notebook) saves a checkpoint and then
     raises KeyboardInterrupt; SIGTERM, SIGHUP and SIGUSR1 save a checkpoint and then take their usual effect. The
-    function may be called from any thread, for one training at a time; outside the main thread it handles no signals. It
-    needs the extra packages of `pip install 'smallm[train]'`.
+    function may be called from any thread, for one training at a time; outside the main thread it handles no
+    signals. It needs the extra packages of `pip install 'smallm[train]'`.
 
     Raises `UserError`, with a message of one line, for every mistake in the arguments, the text or the run folder.
     """
