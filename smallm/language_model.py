@@ -179,17 +179,17 @@ class LanguageModel:
         return found
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
-        """The logits (B, T, V) of what follows each of ids (B, T) int; T is at most `block_size`.
+        """The logits (B, T, V) of what follows each of ids (B, T) int; B is at least 1, T is from 1 to `block_size`.
 
         Raises `UserError` for another shape and for ids that are not in the vocabulary.
         """
         ids = np.asarray(ids)
-        if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.block_size or ids.dtype.kind not in "iu":
+        if ids.ndim != 2 or not (ids.size and ids.shape[1] <= self.block_size) or ids.dtype.kind not in "iu":
             raise UserError(
                 f"ids of shape {ids.shape} and type {ids.dtype} do not fit; they must be integers of shape (B, T), "
-                f"T from 1 to block_size = {self.block_size}"
+                f"B from 1, T from 1 to block_size = {self.block_size}"
             )
-        if ids.size and not (ids.min() >= 0 and ids.max() < self.vocab_size):
+        if not (ids.min() >= 0 and ids.max() < self.vocab_size):
             raise UserError(f"ids must be from 0 to {self.vocab_size - 1}, the size of this model's vocabulary")
         return self._session.logits(ids)
 

@@ -597,6 +597,7 @@ def test_greedy_sampling_of_the_toy_model():
         (lambda lm: lm.generate("a", config={}), "config = {} is not a GenerationConfig"),
         (lambda lm: lm.logits(np.array([[9999]])), "ids must be from 0 to "),
         (lambda lm: lm.logits(np.array([[-1]])), "ids must be from 0 to "),
+        (lambda lm: lm.logits(np.zeros((0, 3), int)), "ids of shape (0, 3) and type int64 do not fit"),
         (lambda lm: lm.logits(np.array([1, 2])), "ids of shape (2,) and type int64 do not fit"),
         (lambda lm: lm.logits(np.zeros((1, BLOCK_SIZE + 1), int)), "ids of shape (1, 33) and type int64 do not fit"),
         (lambda lm: lm.logits(np.array([[1.5]])), "ids of shape (1, 1) and type float64 do not fit"),
