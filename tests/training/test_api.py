@@ -172,7 +172,7 @@ def test_an_interrupt_saves_and_is_raised(train):
         deadline = time.monotonic() + 60
         while not (Path("run/metrics.jsonl").is_file() and len(losses("run")) >= 3) and time.monotonic() < deadline:
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()

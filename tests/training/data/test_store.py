@@ -129,7 +129,10 @@ def by_a_link(file):
     new = file.with_name("new")
     new.write_bytes(b"X" + file.read_bytes()[1:])
     file.unlink()
-    file.symlink_to(new)
+    try:
+        file.symlink_to(new)
+    except OSError:
+        pytest.skip("Windows allows links to administrators only")
 
 
 @pytest.mark.parametrize("change", [in_place, by_a_new_file, by_a_link])
