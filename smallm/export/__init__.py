@@ -48,7 +48,7 @@ def export(
     """
     from smallm.export.exporter import export_run  # imports torch and onnx
 
-    path = run if run is None or isinstance(run, str | os.PathLike) else run.path
+    path: Any = getattr(run, "path", run)  # any type: `export_run` checks it
     return export_run(
         path, precision=precision, kit=kit, out=out, allow_loss=allow_loss, gguf=gguf, portable=portable
     ).path

@@ -37,6 +37,9 @@ def export_run(
     portable: bool = False,
 ) -> Exported:
     """Writes the export folder or the kit of a run; for the options and errors see `smallm.export`."""
+    for name, value in (("run", run), ("out", out)):
+        if value is not None and not isinstance(value, str | os.PathLike):
+            raise UserError(f"{name} is {value!r}; pass the path of a folder, as a string or a Path")
     check_options(precision, kit, gguf, portable)
     run = newest_run() if run is None else Path(run)
     checkpoint = _checkpoint_of(run)
@@ -52,9 +55,9 @@ def export_run(
 
 def check_options(precision: str, kit: str | None, gguf: bool, portable: bool) -> None:
     """Raises `UserError` for options that do not exist or exclude each other."""
-    if precision not in PRECISIONS:
+    if not isinstance(precision, str) or precision not in PRECISIONS:
         raise UserError(f"unknown precision {precision!r}; use one of: {', '.join(PRECISIONS)}")
-    if kit is not None and kit not in WRITERS:
+    if kit is not None and (not isinstance(kit, str) or kit not in WRITERS):
         raise UserError(f"unknown kit {kit!r}; use one of: {', '.join(WRITERS)}")
     if kit and (gguf or portable):
         raise UserError("a kit holds neither a GGUF file nor the portable model; leave out one or the other")
