@@ -22,6 +22,7 @@ from smallm.inference.scoring import IGNORED, Perplexity, begins_character, nats
 from smallm.inference.session import Session
 from smallm.model_file.manifest import Manifest
 from smallm.model_file.sampling import Sampling
+from smallm.options import as_path, check_int
 from smallm.runs.layout import EXPORT, is_run
 from smallm.tokenizer.vocabulary import Vocabulary
 
@@ -56,7 +57,7 @@ class LanguageModel:
         `draft_table.npy` beside the model, generation is up to twice as fast. Raises `UserError` for a path without a
         model, or a file that is damaged.
         """
-        file = find_model(Path(path))
+        file = find_model(as_path("path", path))
         session = Session(file, threads)
         tables = (file.with_name(name) for name in (DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE))
         table = next((path for path in tables if path.is_file()), None)
@@ -161,7 +162,8 @@ class LanguageModel:
         less likely than 1e-6. The probabilities sum to less than 1: the remainder belongs to the characters not listed
         and to bytes that do not form a character.
         """
-        after = self._continuations(self._encode_seed(text)[-self.block_size :])
+        check_int("n", n, at_least=0)
+        after = self._continuations(self._encode_seed(text, "text")[-self.block_size :])
         found: list[tuple[str, float]] = []
         paths: list[tuple[float, tuple[int, ...]]] = [(-1.0, ())]  # beginnings of a character, the most likely first
         while paths and len(found) < n:
@@ -198,6 +200,7 @@ class LanguageModel:
 
         The first is NaN, since nothing comes before it. Raises `UserError` for lone surrogates.
         """
+        _check_text("text", text)
         ids = self.vocabulary.encode(text)
         starts = np.flatnonzero(begins_character(ids))
         if not len(starts):
@@ -214,13 +217,16 @@ class LanguageModel:
         at least block_size - stride ids of context. Raises `UserError` for a text of fewer than two characters or a
         stride out of range.
         """
-        if stride is not None and not 1 <= stride <= self.block_size:
-            raise UserError(f"stride = {stride} is out of range; it must be from 1 to block_size = {self.block_size}")
+        if stride is not None:
+            check_int("stride", stride, 1, self.block_size, note="block_size")
+        if isinstance(text, bytes) or not isinstance(text, Iterable):
+            raise UserError(f"text = {text!r:.40} is not a text; pass a string, or an iterable of strings")
         characters = 0
 
         def pieces() -> Iterator[np.ndarray]:
             nonlocal characters
             for piece in [text] if isinstance(text, str) else text:
+                _check_text("a piece of the text", piece)
                 characters += len(piece)
                 yield self.vocabulary.encode(piece)
 
@@ -277,9 +283,8 @@ class LanguageModel:
 
         return after
 
-    def _encode_seed(self, seed: str) -> np.ndarray:
-        if not isinstance(seed, str):
-            raise UserError(f"seed = {seed!r:.40} is not a string; pass the text to continue")
+    def _encode_seed(self, seed: str, name: str = "seed") -> np.ndarray:
+        _check_text(name, seed)
         seen = (seed or self.metadata.start_text)[-self.block_size :]  # a character has at least one id
         return self.vocabulary.encode(seen).astype(np.int64)
 
@@ -322,6 +327,13 @@ def _config(
 
 
 def _seeds(seeds: Sequence[str]) -> Sequence[str]:
-    if isinstance(seeds, str):
-        raise UserError(f"seeds = {seeds!r:.40} is a single string; pass a list of seed texts")
+    if isinstance(seeds, str | bytes) or not isinstance(seeds, Iterable):
+        what = "a single string" if isinstance(seeds, str) else "not a list"
+        raise UserError(f"seeds = {seeds!r:.40} is {what}; pass a list of seed texts")
     return list(seeds)
+
+
+def _check_text(name: str, text: object) -> None:
+    if not isinstance(text, str):
+        what = "the text to continue" if name == "seed" else "a text"
+        raise UserError(f"{name} = {text!r:.40} is not a string; pass {what}")

@@ -1,11 +1,13 @@
 """Options with one definition each: a dataclass field holds the default, the help text and the valid values."""
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from smallm.errors import UserError
@@ -103,6 +105,18 @@ def check_options(values: Any) -> None:
     """Checks each option of a dataclass instance. Raises `UserError`."""
     for each in options_of(type(values)):
         each.check(getattr(values, each.name))
+
+
+def check_int(name: str, value: Any, at_least: int, at_most: float = math.inf, note: str = "") -> None:
+    """Raises `UserError` unless the argument of this name is a whole number in the range."""
+    Option(int, "", name=name, at_least=at_least, at_most=at_most, note=note).check(value)
+
+
+def as_path(name: str, value: Any) -> Path:
+    """The argument of this name as a path. Raises `UserError` unless it is a string or a path."""
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(f"{name} = {value!r:.40} is not a path; pass a string or a Path")
+    return Path(value)
 
 
 def check_names(given: Iterable[str], known: Iterable[str]) -> None:

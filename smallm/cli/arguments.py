@@ -1,6 +1,8 @@
 """The parser of the small commands: a wrong argument is a `UserError`, thus one line and exit code 2."""
 
 import argparse
+from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from smallm.errors import UserError
@@ -14,3 +16,19 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parses the arguments; the message on an unknown flag names the nearest one."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise UserError(f"unrecognized arguments: {' '.join(unknown)}; {self._hint(unknown[0])}")
+        return found
+
+    def _hint(self, word: str) -> str:
+        if not word.startswith("-"):
+            return "quote a value that holds spaces or *; see --help"
+        known = list(self._option_string_actions)
+        flags = {f"--{flag.split('.')[-1].lstrip('-')}": flag for flag in known} | {flag: flag for flag in known}
+        flags = {name.replace("_", "-"): flag for name, flag in reversed(flags.items())}
+        near = get_close_matches(word.split("=")[0].lower().replace("_", "-"), flags, n=1, cutoff=0.7)
+        return f"did you mean {flags[near[0]]}?" if near else "see --help"

@@ -6,6 +6,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+from smallm.options import check_names
+
 
 class _HasPath(Protocol):
     @property
@@ -58,6 +60,7 @@ class _CallableModule(ModuleType):
     """Lets `smallm.export(run)` work: Python binds the name `smallm.export` to this package once it is imported."""
 
     def __call__(self, run: str | os.PathLike[str] | _HasPath | None = None, **options: Any) -> Path:
+        check_names(options, export.__kwdefaults__ or ())
         return export(run, **options)
 
 

@@ -9,6 +9,7 @@ from smallm.errors import UserError
 from smallm.export.folder import Export, export_checkpoint
 from smallm.export.kits import WRITERS, write_kit
 from smallm.export.precision import PRECISIONS
+from smallm.options import as_path
 from smallm.runs.layout import CHECKPOINTS, EXPORT, newest_run
 from smallm.runs.state_file import STATE_FILE
 from smallm.training.checkpoint.format import verify
@@ -37,13 +38,12 @@ def export_run(
     portable: bool = False,
 ) -> Exported:
     """Writes the export folder or the kit of a run; for the options and errors see `smallm.export`."""
-    for name, value in (("run", run), ("out", out)):
-        if value is not None and not isinstance(value, str | os.PathLike):
-            raise UserError(f"{name} is {value!r}; pass the path of a folder, as a string or a Path")
+    run = None if run is None else as_path("run", run)
+    out = None if out is None else as_path("out", out)
     check_options(precision, kit, gguf, portable)
-    run = newest_run() if run is None else Path(run)
+    run = newest_run() if run is None else run
     checkpoint = _checkpoint_of(run)
-    path = Path(out) if out is not None else _default_folder(run, checkpoint, kit)
+    path = out or _default_folder(run, checkpoint, kit)
     if kit is None:
         export = export_checkpoint(checkpoint, path, precision, allow_loss, gguf, portable)
     else:

@@ -12,6 +12,7 @@ from smallm.errors import UserError
 from smallm.inference.processors import usable_processors
 from smallm.model_file.manifest import Manifest
 from smallm.model_file.onnx_reader import FLOAT, INT64, read_onnx
+from smallm.options import check_int
 
 # ONNX Runtime reads these variables when it is imported and when a session is made. They are set once, here, since a
 # change of the environment while other threads read it can crash a process. A value that the user has set is kept.
@@ -37,8 +38,8 @@ class Session:
         Raises `UserError` for a file that is missing, damaged or not a smallm model.
         """
         self.path = path = Path(path)
-        if threads is not None and not 1 <= threads <= MAX_THREADS:
-            raise UserError(f"threads = {threads} is out of range; it must be 1 or more, at most {MAX_THREADS}")
+        if threads is not None:
+            check_int("threads", threads, 1, MAX_THREADS)
         if not path.is_file():
             raise UserError(f"there is no model file {path}; write one with `python export.py`")
         file = read_onnx(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smallm.errors import UserError
+from smallm.options import as_path
 from smallm.runs.config_file import flatten
 from smallm.runs.summary import Run, read_run
 
@@ -67,6 +68,9 @@ def train(
         raise UserError(f"{missing}; install it with: pip install 'smallm[train]'") from None
     shortcuts = {"source": source, "encoding": encoding, "minutes": minutes, "init_from": init_from}
     given = _settings(settings, shortcuts)
+    for name, path in (("config", config), ("out", out), ("resume", resume), ("init_from", init_from)):
+        if path is not None:
+            as_path(name, path)
     request = resolve(given, configs=() if config is None else (config,), out=out, resume=resume)
     if not _TRAINING.acquire(blocking=False):
         raise UserError("another training is running in this process; wait for it, or start a second process")
@@ -84,6 +88,8 @@ def _settings(sections: Mapping[str, Any], shortcuts: Mapping[str, Any]) -> dict
     source = shortcuts["source"]
     if isinstance(source, str) and ("\n" in source or len(source) > MAX_SOURCE):
         raise UserError("source is the path or the name of a text, not the text itself; write the text to a file first")
+    if source is not None:
+        as_path("source", source)
     settings = flatten(sections)
     for name, value in shortcuts.items():
         if value is not None:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from smallm.cli.arguments import ArgumentParser
 from smallm.errors import UserError
-from smallm.training.config import SECTIONS, check_keys
+from smallm.training.config import SECTIONS
 from smallm.training.model.kernels.compiler import compile_kernels, has_bf16
 from smallm.training.output import Output
 from smallm.training.request import Request, load_config, resolve
@@ -93,9 +93,7 @@ def build_parser() -> ArgumentParser:
 
 def _parse_flags(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings that are given, by `section.field`, and the other options."""
-    namespace, unknown = build_parser().parse_known_args(argv)
-    check_keys({argument.removeprefix("--").split("=")[0]: None for argument in unknown})
-    given = vars(namespace)
+    given = vars(build_parser().parse_args(argv))
     options = {name: given.pop(name) for name in ("config", "out", "resume", "check")}
     types = {f"{name}.{f.name}": f.type for name, section in SECTIONS.items() for f in fields(section)}
     return {key: _read(text, types[key]) for key, text in given.items()}, options

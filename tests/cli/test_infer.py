@@ -219,8 +219,8 @@ def test_perplexity_of_a_file_in_pieces(infer, lm, tmp_path, monkeypatch):
         (b"616263", ["--encoding", "hex"], "there is no encoding 'hex'"),
         (b"abc", ["--encoding", "undefined"], "there is no encoding 'undefined'"),
         (None, [], "cannot read FILE: No such file or directory"),
-        (b"abc", ["--stride", "0"], "stride = 0 is out of range; it must be from 1 to block_size = 32"),
-        (b"abc", ["--stride", "33"], "stride = 33 is out of range; it must be from 1 to block_size = 32"),
+        (b"abc", ["--stride", "0"], "stride = 0 is out of range; it must be from 1 to 32 (block_size)"),
+        (b"abc", ["--stride", "33"], "stride = 33 is out of range; it must be from 1 to 32 (block_size)"),
         (b"abc", ["--stride", "x"], "argument --stride: invalid int value: 'x'; see --help"),
     ],
 )  # fmt: skip
@@ -274,6 +274,8 @@ def test_a_folder_instead_of_a_file(infer, tmp_path):
         (["--seed"], "argument --seed/--seed_string: expected one argument"),
         (["--nonsense"], "unrecognized arguments: --nonsense; see --help"),
         (["--max", "5"], "unrecognized arguments: --max 5"),
+        (["--topk", "3"], "unrecognized arguments: --topk 3; did you mean --top-k?"),
+        (["--seeds=a"], "unrecognized arguments: --seeds=a; did you mean --seed?"),
         (["text"], "unrecognized arguments: text"),
     ],
 )

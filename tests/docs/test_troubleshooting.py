@@ -19,7 +19,7 @@ MISTAKES = {  # the beginning of the message -> program, arguments
     "there is no file or folder": (cli.train, "--data shakspeare"),
     "my.txt is not valid": (cli.train, "--data my.txt"),
     "the training part": (cli.train, "--data my.txt"),
-    "unknown setting": (cli.train, "--data my.txt --model.n_layers 4"),
+    "unrecognized": (cli.train, "--data my.txt --model.n_layers 4"),
     "model.n_embd": (cli.train, "--data my.txt --model.n_embd 100 --model.n_head 3"),
     "runs/mine already": (cli.train, "--data my.txt --out runs/mine"),
     "runs/mine is finished": (cli.train, "--resume runs/mine"),

@@ -223,7 +223,7 @@ def test_stride_gives_each_id_a_longer_context(lm, model, val_text, stride):
 
 @pytest.mark.parametrize("stride", [0, -1, BLOCK_SIZE + 1])
 def test_stride_out_of_range(lm, stride):
-    with pytest.raises(UserError, match=f"stride = {stride} is out of range; it must be from 1 to block_size = 32"):
+    with pytest.raises(UserError, match=f"stride = {stride} is out of range; it must be from 1 to 32"):
         lm.perplexity("some text", stride=stride)
 
 
@@ -520,7 +520,7 @@ def test_a_path_too_long_to_exist():
 
 @pytest.mark.parametrize("threads", [0, -1])
 def test_threads_out_of_range(exported, threads):
-    with pytest.raises(UserError, match=f"threads = {threads} is out of range; it must be 1 or more"):
+    with pytest.raises(UserError, match=f"threads = {threads} is out of range; it must be from 1 to 1024"):
         LanguageModel.load(exported, threads=threads)
 
 
@@ -594,6 +594,22 @@ def test_greedy_sampling_of_the_toy_model():
         (lambda lm: lm.stream("a", topk=3), "there is no option topk; did you mean top_k?"),
         (lambda lm: lm.generate("a", "b"), "max_length = 'b' is not a whole number"),
         (lambda lm: lm.generate_many("abc"), "seeds = 'abc' is a single string; pass a list of seed texts"),
+        (lambda lm: lm.generate(None), "seed = None is not a string; pass the text to continue"),
+        (lambda lm: lm.generate(b"x"), "seed = b'x' is not a string; pass the text to continue"),
+        (lambda lm: lm.generate("a", stop=None), "stop = None is not a string; it must be a string or a list of"),
+        (lambda lm: lm.generate("a", stop=[1]), "stop = 1 is not a string; it must be a string or a list of strings"),
+        (lambda lm: lm.generate("a", max_lenght=5), "there is no option max_lenght; did you mean max_length?"),
+        (lambda lm: lm.generate("a", max_length="5"), "max_length = '5' is not a whole number; it must be 0 or more"),
+        (lambda lm: lm.generate_many(5), "seeds = 5 is not a list; pass a list of seed texts"),
+        (lambda lm: lm.next_characters("a", "2"), "n = '2' is not a whole number; it must be 0 or more"),
+        (lambda lm: lm.next_characters("a", -3), "n = -3 is out of range; it must be 0 or more"),
+        (lambda lm: lm.next_characters(None), "text = None is not a string; pass a text"),
+        (lambda lm: lm.score(b"ab"), "text = b'ab' is not a string; pass a text"),
+        (lambda lm: lm.perplexity("abc", stride="3"), "stride = '3' is not a whole number; it must be from 1 to 32"),
+        (lambda lm: lm.perplexity(None), "text = None is not a text; pass a string, or an iterable of strings"),
+        (lambda lm: lm.perplexity(b"abc"), "text = b'abc' is not a text; pass a string, or an iterable of strings"),
+        (lambda lm: lm.perplexity([5]), "a piece of the text = 5 is not a string; pass a text"),
+        (lambda lm: LanguageModel.load(5), "path = 5 is not a path; pass a string or a Path"),
         (lambda lm: lm.generate("a", config={}), "config = {} is not a GenerationConfig"),
         (lambda lm: lm.logits(np.array([[9999]])), "ids must be from 0 to "),
         (lambda lm: lm.logits(np.array([[-1]])), "ids must be from 0 to "),
