@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from smallm.errors import UserError
-from smallm.tokenizer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from smallm.export import export
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from smallm.inference.scoring import Perplexity
     from smallm.language_model import LanguageModel
     from smallm.runs.summary import Run
+    from smallm.tokenizer.vocabulary import Vocabulary
     from smallm.training.api import train
 
 __version__ = "0.1.0"
@@ -26,7 +26,8 @@ __all__ = [
     "__version__", "export", "train",
 ]  # fmt: skip
 
-# Imported at first use: `smallm --help` and the trainer need not wait for onnxruntime.
+# Imported at first use: `smallm --help` and the trainer need not wait for onnxruntime, and a missing
+# package is reported in one line.
 _LAZY = {
     "GenerationConfig": "smallm.generation.config",
     "LanguageModel": "smallm.language_model",
@@ -34,6 +35,7 @@ _LAZY = {
     "Run": "smallm.runs.summary",
     "TextChunk": "smallm.generation.text_stream",
     "TextStream": "smallm.generation.text_stream",
+    "Vocabulary": "smallm.tokenizer.vocabulary",
     "train": "smallm.training.api",
 }
 

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,15 @@ def python(code, *argv, blocked=(), cwd=None):
 
 def module_of(file):
     return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("script", ["train", "export", "infer"])
+def test_without_numpy_each_script_prints_one_line(script, tmp_path):
+    """This happens when the environment is not activated."""
+    code = f"from smallm.cli.main import run, {script}; raise SystemExit(run({script}, []))"
+    done = python(code, blocked=("numpy", "onnxruntime", *HEAVY), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(rf"smallm: {script} needs the package '\w+'; install it with: pip install .*\n", done.stderr)
 
 
 def test_the_root_imports_without_the_train_extra():

@@ -4,12 +4,13 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from smallm.cli.arguments import ArgumentParser
 from smallm.cli.table import MISSING, columns_of, duration, short_count, shortened, table
+from smallm.errors import UserError
 from smallm.html.escape import printable
 from smallm.runs.layout import EXPORT, RUNS
 from smallm.runs.summary import Run, find_runs, read_run
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     folder = RUNS if options.folder is None else options.folder
     found = find_runs(folder) if options.folder or folder.is_dir() else []
-    runs = sorted(map(read_run, found), key=lambda run: run.written, reverse=True)
+    runs = sorted(_readable(found), key=lambda run: run.written, reverse=True)
     if options.json:
         print(json.dumps([as_json(run) for run in runs], ensure_ascii=True, indent=1))
     elif runs:
@@ -34,6 +35,15 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(f"no runs in {printable(str(folder))}; train one with: python train.py", file=sys.stderr)
     return 0
+
+
+def _readable(paths: Sequence[Path]) -> Iterator[Run]:
+    """The runs; those that cannot be read are named on stderr."""
+    for path in paths:
+        try:
+            yield read_run(path)
+        except UserError as error:
+            print(f"smallm: {printable(str(error))}", file=sys.stderr)
 
 
 def lines(runs: Sequence[Run], columns: int, now: float) -> list[str]:

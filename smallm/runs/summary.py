@@ -95,7 +95,12 @@ def read_run(run: Path, max_bytes: int | None = TAIL_BYTES) -> Run:
     """Reads the folder of a run.
 
     max_bytes: how many bytes at the end of metrics.jsonl to read; None for the whole file.
+    Raises `UserError` if the folder cannot be read.
     """
+    try:
+        next(run.iterdir(), None)
+    except OSError as error:
+        raise UserError(f"cannot read {run}: {error.strerror}") from None
     checkpoints = _checkpoints(run)
     state, problem = _newest_state(checkpoints)
     config = state.get("config") or read_config(run)
@@ -170,7 +175,10 @@ def bytes_in(folder: Path) -> int:
 
 
 def _is_begun(run: Path) -> bool:
-    return any((run / name).exists() for name in (METRICS, CHECKPOINTS, CONFIG, LOCK))
+    try:
+        return any((run / name).exists() for name in (METRICS, CHECKPOINTS, CONFIG, LOCK))
+    except OSError:  # `read_run` says why
+        return True
 
 
 def _checkpoints(run: Path) -> tuple[Path, ...]:

@@ -8,15 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from smallm.atomic_write import atomic_write
+from smallm.errors import UserError
 
 
 def cache_folder() -> Path:
-    """The folder named by the environment variable SMALLM_CACHE; without it, `smallm` in the user's cache folder."""
+    """The folder named by the environment variable SMALLM_CACHE; without it, `smallm` in the user's cache folder.
+
+    Raises `UserError` if there is no such folder.
+    """
     if folder := os.environ.get("SMALLM_CACHE"):
-        return Path(folder)
+        return _expanded(folder)
     import pooch
 
-    return Path(pooch.os_cache("smallm"))
+    try:
+        return Path(pooch.os_cache("smallm"))
+    except (RuntimeError, KeyError):  # neither HOME nor an entry in the list of users
+        raise UserError("this user has no home folder for the cache; set SMALLM_CACHE to a folder") from None
+
+
+def _expanded(folder: str) -> Path:
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        raise UserError(f"SMALLM_CACHE={folder}: there is no such home folder; set it to another folder") from None
 
 
 def cached_json(file: Path, version: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

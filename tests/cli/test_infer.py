@@ -1,5 +1,6 @@
 """infer.py: text and figures on stdout and nothing else there, every mistake one line, and no PyTorch anywhere."""
 
+import gzip
 import json
 import os
 import shutil
@@ -234,6 +235,30 @@ def test_files_that_cannot_be_measured(infer, tmp_path, monkeypatch, content, fl
     assert (code, out) == (2, "")
     assert err.startswith("smallm: " + message.replace("FILE", str(path)))
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--perplexity", "--surprise"])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("ab".encode("utf-16"), "looks like UTF-16, not utf-8; pass --encoding utf-16"),
+        (gzip.compress(b"a text"), "is compressed with gzip; unpack the text first, for instance with gunzip"),
+        (b"%PDF-1.4 in ASCII", "is a PDF; convert it to plain text first, for instance with pdftotext"),
+    ],
+)
+def test_files_that_are_not_plain_text_cannot_be_measured(infer, tmp_path, content, problem, flag):
+    path = tmp_path / "file.txt"
+    path.write_bytes(content)
+    assert infer(flag, path) == (2, "", f"smallm: {path} {problem}\n")
+
+
+@pytest.mark.parametrize("piece_bytes", [1 << 20, 1])
+def test_a_byte_order_mark_counts_nowhere(infer, tmp_path, monkeypatch, piece_bytes):
+    monkeypatch.setattr("smallm.cli.text_file.PIECE_BYTES", piece_bytes)
+    path = tmp_path / "file.txt"
+    path.write_bytes("\ufeffab".encode())
+    counts = [json.loads(infer(flag, path, "--json")[1])["characters"] for flag in ("--perplexity", "--surprise")]
+    assert counts == [1, 1]
 
 
 def test_a_folder_instead_of_a_file(infer, tmp_path):

@@ -1,5 +1,6 @@
 """`smallm runs` and `smallm show` describe run folders of any origin and change nothing."""
 
+import errno
 import json
 import math
 import os
@@ -196,6 +197,26 @@ sys.exit(code)
 
 
 # Wrong arguments and damaged folders.
+
+
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(runs, capsys, monkeypatch):
+    (runs / "closed").mkdir()
+    iterdir, exists = Path.iterdir, Path.exists
+
+    def refusing(call):
+        def checked(path, *more, **options):
+            if "closed" in (path.name, path.parent.name):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return call(path, *more, **options)
+
+        return checked
+
+    monkeypatch.setattr(Path, "iterdir", refusing(iterdir))
+    monkeypatch.setattr(Path, "exists", refusing(exists))
+    assert cli.run(cli.runs, [str(runs)]) == 0
+    out, err = capsys.readouterr()
+    assert "finished" in out
+    assert err == f"smallm: cannot read {runs / 'closed'}: Permission denied\n"
 
 
 def test_no_runs(tmp_path, monkeypatch, capsys):

@@ -88,8 +88,8 @@ def _reading_problems(s: TextStatistics) -> Iterator[str]:
         )
     if s.byte_order_marks:
         yield (
-            f"{s.byte_order_marks:,} byte order mark(s), which the model would learn as characters; "
-            "--encoding utf-8-sig drops the one at the beginning of each file"
+            f"{s.byte_order_marks:,} byte-order mark(s) (U+FEFF) within the text, which the model would learn as "
+            "characters; delete them"
         )
 
 

@@ -1,11 +1,13 @@
 """Where a training text comes from: a file, a folder of files or a built-in text, read in pieces of bounded size.
 
-The text is used as it is: byte order marks stay, and newlines and Unicode forms stay unless `Tidy` asks for a change.
+A byte-order mark at the beginning of a file is not part of the text. Newlines and Unicode forms stay as they are unless
+`Tidy` asks for a change.
 """
 
 import codecs
 import difflib
 import io
+import os
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from smallm.errors import UserError
+from smallm.tokenizer.text_formats import BYTE_ORDER_MARK, HEAD_BYTES, format_problem
 from smallm.training.output import Output
 
 PIECE_BYTES = 1 << 18  # small enough that a piece and its ids stay in the processor's cache
@@ -26,11 +29,7 @@ MAX_HELD = 1 << 12  # characters; a letter with more combining marks than this i
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_HASH = "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with the mark of UTF-16
-    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
-    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
-}
-BINARY_BEGINNINGS = (b"%PDF", b"PK\x03\x04", b"\x1f\x8b", b"\x89PNG", b"\xff\xd8\xff", b"\x7fELF", b"GIF8")
+JSON_LINES = (".jsonl", ".ndjson")
 BINARY_HEAD = 4096  # a NUL among so many first bytes marks a binary file; other 8-bit encodings have none
 
 
@@ -115,8 +114,12 @@ class Source:
 
     def _read(self, part: Path | bytes, bar: tqdm) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder(self.encoding)("strict")
-        offset, held, data = 0, "", b"?"
+        name = part if isinstance(part, Path) else self.name
+        offset, held, data, begun = 0, "", b"?", False
         with part.open("rb") if isinstance(part, Path) else io.BytesIO(part) as stream:
+            if problem := format_problem(stream.read(HEAD_BYTES), self.encoding):
+                raise UserError(f"{name} {problem}")
+            stream.seek(0)
             while data:
                 data = stream.read(PIECE_BYTES)
                 offset += len(data)
@@ -124,7 +127,9 @@ class Source:
                     text = decoder.decode(data, final=not data)
                 except UnicodeError as error:
                     problem = _decoding_problem(error, self.encoding, stream, offset)
-                    raise UserError(f"{part if isinstance(part, Path) else self.name} {problem}") from None
+                    raise UserError(f"{name} {problem}") from None
+                if text and not begun:
+                    text, begun = text.removeprefix(BYTE_ORDER_MARK), True
                 text, held = self.tidy(held + text, final=not data)
                 if text:
                     yield text
@@ -132,27 +137,47 @@ class Source:
 
 
 def find_source(name: str, encoding: str, cache: Path) -> Source:
-    """Finds a file, a folder (all *.txt files below it) or a built-in text, in this order; downloads go to `cache`.
+    """Finds a file, a folder (all .txt files below it) or a built-in text, in this order; downloads go to `cache`.
 
     Raises `UserError`, naming the nearest file or text, if nothing has this name.
     """
     path = Path(name)
     try:
         if path.is_file():
+            if path.suffix.lower() in JSON_LINES:
+                raise UserError(f"{name} holds JSON lines, not plain text; write its texts to a .txt file first, or "
+                                "rename the file to .txt to train on the JSON itself")  # fmt: skip
             return Source(path.name, [path], encoding)
         if name and path.is_dir():
-            files = {file.relative_to(path).as_posix(): file for file in path.rglob("*.txt") if file.is_file()}
+            files = {file.relative_to(path).as_posix(): file for file in _text_files(path)}
             if not files:
                 raise UserError(f"folder {name} contains no *.txt file; pass the text itself with --data FILE")
             return Source(path.resolve().name, [files[name] for name in sorted(files)], encoding)
         if name and path.exists():
             raise UserError(f"{name} is neither a file nor a folder; save the text to a file, then pass --data FILE")
     except OSError as error:
-        raise UserError(f"cannot read {name[:80]!r}: {error.strerror}; check --data") from None
+        raise UserError(f"cannot read {str(error.filename or name)[:80]!r}: {error.strerror}; check --data") from None
     if name in BUILT_IN:
         return BUILT_IN[name](cache)
     hint = f"pass --data FILE, FOLDER, {' or '.join(BUILT_IN)}"
+    if name == "-":
+        raise UserError(f"the text cannot be read from standard input; save it to a file, then {hint}")
+    if "://" in name:
+        raise UserError(f"{name[:80]!r} is a web address; download the text, then {hint}")
+    if set(name) & set("*?["):
+        raise UserError(f"no file has the name {name[:80]!r}, and patterns are not expanded; {hint}")
     raise UserError(f"there is no file or folder {name[:80]!r}{_nearest(path)}; {hint}")
+
+
+def _text_files(folder: Path) -> Iterator[Path]:
+    """The .txt files below a folder. Raises `OSError` for a folder that cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        files = (Path(parent, name) for name in names if name.lower().endswith(".txt"))
+        yield from (file for file in files if file.is_file())
 
 
 def _nearest(path: Path) -> str:
@@ -203,12 +228,7 @@ def _decoding_problem(error: UnicodeError, encoding: str, stream: BinaryIO, read
     """Says what is wrong with a file; `read`: bytes that had been read when the error was raised."""
     codec = codecs.lookup(encoding).name
     stream.seek(0)
-    head = stream.read(4)
-    for name, marks in BYTE_ORDER_MARKS.items():
-        if head.startswith(marks) and not codec.startswith(name):
-            return f"looks like {name.upper()}, not {encoding}; pass --encoding {name}"
-    wide = codec.startswith(("utf-16", "utf-32"))
-    if not wide and (head.startswith(BINARY_BEGINNINGS) or b"\0" in stream.read(BINARY_HEAD)):
+    if not codec.startswith(("utf-16", "utf-32")) and b"\0" in stream.read(BINARY_HEAD):
         return "is a binary file, or UTF-16 (--encoding utf-16-le); pass plain text with --data FILE"
     what = str(error)
     if isinstance(error, UnicodeDecodeError):

@@ -23,7 +23,7 @@ from smallm.atomic_write import atomic_write, sync
 from smallm.training.data.source import Source
 from smallm.training.output import Output
 
-INDEX_FORMAT = 3  # raise when surveys change their meaning
+INDEX_FORMAT = 4  # raise when surveys change their meaning
 IDS_FORMAT = 2  # raise when the stored files, or the ids that a `Vocabulary` gives, change their meaning
 IDS, FACTS = "ids.bin", "corpus.json"
 UNFINISHED = ".unfinished"

@@ -158,7 +158,7 @@ def test_texts_without_composed_forms_get_no_warning(statistics_of):
 @pytest.mark.parametrize(
     ("planted", "words"),
     [
-        ("\ufeff", ["1 byte order mark", "--encoding utf-8-sig"]),
+        ("a\ufeff", ["1 byte-order mark", "delete them"]),
         ("\x07\x1b", ["2 control characters", "U+0007", "U+001B"]),
         ("\ufffd\ufffd\ufffd", ["3 replacement characters"]),
         ("Ã©Ã¨Ã¤Ã¶â€™â€œ", ["6 pairs", "Latin-1"]),
@@ -195,7 +195,7 @@ def test_one_very_long_line(statistics_of):
     only(statistics_of(prose(1_000_000).replace("\n", " ")), "no line ends", "1,000,000 characters")
 
 
-@pytest.mark.parametrize("text", ["abcd", "\r\n\r\n", "a" * 50_000, "\n" * 1000, "ééé\r\n中中" * 3, "\ufeff\ufeff\0\0"])
+@pytest.mark.parametrize("text", ["abcd", "\r\n\r\n", "a" * 50_000, "\n" * 1000, "ééé\r\n中中" * 3, "a\ufeff\0\0"])
 def test_texts_that_are_tiny_or_uniform(statistics_of, text):
     found = statistics_of(text, val_fraction=0.5)
     assert found.characters == len(text)
@@ -241,8 +241,9 @@ def test_check_reports_everything_and_trains_nothing(tmp_path, monkeypatch, caps
         (b"", ["is empty"]),
         (b"a", ["too short"]),
         (prose(5000).encode("utf-16"), ["--encoding utf-16"]),
-        (b"\x7fELF\x02\x01\x01\xff\x00" * 50, ["binary file"]),
-        (b"%PDF-1.7\n\xe2\xe3\xcf\xd3\n", ["binary file"]),
+        (b"\x7fELF\x02\x01\x01\xff\x00" * 50, ["is a program"]),
+        (b"%PDF-1.7\n\xe2\xe3\xcf\xd3\n", ["is a PDF"]),
+        (b"\1\2\xff\0" * 50, ["binary file"]),
         ("Größe\n".encode("latin-1") * 50, ["--encoding latin-1"]),
     ],
 )

@@ -1,7 +1,11 @@
 """Corpora: the split, the cache, the sources, and every mistake that a user can make with them."""
 
+import bz2
 import codecs
+import errno
+import gzip
 import hashlib
+import lzma
 import os
 import re
 import subprocess
@@ -78,6 +82,7 @@ def left_over(cache):
 def test_split_is_contiguous_and_exact(tmp_path, monkeypatch, text, piece_bytes):
     monkeypatch.setattr(source, "PIECE_BYTES", piece_bytes)
     corpus = opened(write(tmp_path / "a.txt", text), min_count=2)
+    text = text.removeprefix("\ufeff")
     cut = len(text) * 3 // 4
     assert both_texts(corpus) == (text[:cut], text[cut:])
     assert (corpus.train_characters, corpus.val_characters) == (cut, len(text) - cut)
@@ -94,6 +99,7 @@ def test_split_is_contiguous_and_exact(tmp_path, monkeypatch, text, piece_bytes)
     encoding=st.sampled_from(["utf-8", "utf-16", "utf-16-le", "utf-32"]),
 )
 def test_any_text_round_trips(text, piece_bytes, min_count, encoding):
+    assume(not text.startswith("\ufeff"))
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(source, "PIECE_BYTES", piece_bytes)
         file = write(Path(folder) / "a.txt", text, encoding)
@@ -503,6 +509,65 @@ def test_utf16_is_recognised(tmp_path, monkeypatch, mark, codec, name, piece_byt
     file = write(tmp_path / "a.txt", mark + MIXED.encode(codec))
     assert message(file) == f"{file} looks like {name.upper()}, not utf-8; pass --encoding {name}"
     assert "".join(both_texts(opened(file, encoding=name))) == MIXED
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "problem"),
+    [
+        (gzip.compress(b"a text"), "a.txt.gz", "is compressed with gzip; unpack the text first"),
+        (b"\x28\xb5\x2f\xfd\x04\x00", "a.zst", "is compressed with Zstandard; unpack the text first"),
+        (bz2.compress(b"a text"), "a.bz2", "is compressed with bzip2; unpack the text first"),
+        (lzma.compress(b"a text"), "a.xz", "is compressed with xz; unpack the text first"),
+        (b"PK\x03\x04" + b"x" * 99, "a.docx", "is a ZIP archive, as .docx, .odt and .epub files are"),
+        (b"%PDF-1.4 in ASCII " * 99, "a.pdf", "is a PDF; convert it to plain text first"),
+        (b"{\\rtf1 text}" * 9, "a.rtf", "is an RTF document; save it as plain text first"),
+        (b"\x89PNG" + b"x" * 99, "a.png", "is a picture; pass a plain text"),
+        (b'{"text": "a"}\n' * 9, "a.JSONL", "holds JSON lines, not plain text; write its texts to a .txt file first"),
+    ],
+)
+def test_files_that_are_not_plain_text(tmp_path, cache, content, name, problem):
+    file = write(tmp_path / name, content)
+    assert message(file).startswith(f"{file} {problem}")
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("-", "the text cannot be read from standard input; save it to a file"),
+        ("texts/*.md", "no file has the name 'texts/*.md', and patterns are not expanded; pass --data FILE, FOLDER"),
+        ("https://example.org/a.txt", "'https://example.org/a.txt' is a web address; download the text"),
+    ],
+)
+def test_sources_that_are_not_read(source, problem):
+    assert message(source).startswith(problem)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 1 << 20])
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path, monkeypatch, piece_bytes):
+    monkeypatch.setattr(source, "PIECE_BYTES", piece_bytes)
+    for name in "ab":
+        write(tmp_path / "texts" / f"{name}.txt", "\ufeffa text\n")
+    assert "".join(both_texts(opened(tmp_path / "texts"))) == "a text\n" * 2
+
+
+def test_endings_in_capitals_are_text_files(tmp_path):
+    write(tmp_path / "A.TXT", "a text\n")
+    assert "".join(both_texts(opened(tmp_path))) == "a text\n"
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt", "a text\n")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert message(tmp_path).endswith("closed': Permission denied; check --data")
 
 
 def test_lone_surrogates(tmp_path):
