@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smallm.errors import UserError
-from smallm.inference import scoring
 from smallm.inference.scoring import IGNORED, Perplexity, begins_character, nats, windows
 from smallm.tokenizer.vocabulary import Vocabulary
 
@@ -68,9 +67,7 @@ def test_every_target_once_from_the_right_context(text, block_size, data, cuts):
 def test_batches_are_as_big_as_allowed_and_no_bigger(n, block_size, stride, ids_per_batch):
     stride = min(stride, block_size)
     ids = np.arange(n, dtype=np.uint16) % 100
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "IDS_PER_BATCH", ids_per_batch)
-        batches = list(windows([ids], block_size, stride))
+    batches = list(windows([ids], block_size, stride, ids_per_batch))
     sizes = [len(inputs) for inputs, _ in batches]
     assert max(sizes, default=1) <= max(1, ids_per_batch // block_size)
     assert all(inputs.shape[1] == block_size for inputs, _ in batches)

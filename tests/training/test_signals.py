@@ -22,8 +22,17 @@ def clock(monkeypatch):
     return now
 
 
+@pytest.fixture
+def handlers():
+    """Default handlers, also where the suite runs under nohup or in the background; the guard keeps ignored signals."""
+    before = {signum: signal.signal(signum, signal.SIG_DFL) for signum in signals.SIGNALS}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
 @pytest.mark.parametrize("signum", signals.SIGNALS)
-def test_the_first_signal_and_its_echo_are_one_request(clock, signum):
+def test_the_first_signal_and_its_echo_are_one_request(clock, handlers, signum):
     before = signal.getsignal(signum)
     with SignalGuard(ALONE) as guard:
         assert not guard.poll()
