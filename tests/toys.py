@@ -71,7 +71,7 @@ def torch_text(
     length: int,
     sampling: Sampling = GREEDY,
     rng: Rng | None = None,
-    overflow: str = "crop",
+    overflow: str = "shift",
 ) -> str:
     """What `LanguageModel.generate` has to give, the naive way: the whole window through PyTorch for each id."""
     block_size, decoder, new = model.config.block_size, vocabulary.decoder(), ""

@@ -37,6 +37,11 @@ MODES = {  # mode -> the options that it uses; "" = generate text. All modes use
     "perplexity": {"stride", "encoding", "json"},
     "surprise": {"html", "spans", "encoding", "json"},
 }
+OVERFLOW_NOTE = (
+    "note: past its context of {size} ids the model saw the newest half of them (--overflow shift, fast); "
+    "--overflow crop always shows it all {size}, but computes them again for each character"
+)
+MAX_SAMPLES = 10_000  # texts of one call
 DEFAULTS = {"seed": "", "num_samples": 1, "stream": True, "json": False, "encoding": "utf-8", "spans": 10}
 
 
@@ -95,11 +100,14 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _generate(model: "LanguageModel", options: argparse.Namespace) -> None:
-    if options.num_samples < 1:
-        raise UserError(f"--num-samples {options.num_samples} is out of range; it must be 1 or more")
+    if not 1 <= options.num_samples <= MAX_SAMPLES:
+        raise UserError(f"--num-samples {options.num_samples} is out of range; it must be from 1 to {MAX_SAMPLES:,}")
     rng_seed = secrets.randbits(32) if options.rng_seed is None else options.rng_seed
     given = _given(options) | {"rng_seed": rng_seed}
-    chunks = model.stream_many([options.seed] * options.num_samples, logprobs=options.json, **given)
+    lengths = [0] * options.num_samples
+    chunks = _counted(
+        model.stream_many([options.seed] * options.num_samples, logprobs=options.json, **given), lengths
+    )
     if options.json:
         samples: list[dict[str, Any]] = [{"new_text": "", "logprobs": []} for _ in range(options.num_samples)]
         for chunk in chunks:
@@ -107,7 +115,16 @@ def _generate(model: "LanguageModel", options: argparse.Namespace) -> None:
             samples[chunk.number]["logprobs"] += [round(value, 6) for value in chunk.logprobs]
         samples = [{"text": options.seed + sample["new_text"], **sample} for sample in samples]
         print(json.dumps({"seed": options.seed, **given, "samples": samples}, ensure_ascii=False))
-        return
+    else:
+        _print_samples(chunks, options)
+        if options.rng_seed is None:
+            print(f"again with: --rng-seed {rng_seed}", file=sys.stderr)
+    size = model.block_size
+    if options.overflow is None and not model.metadata.window and len(options.seed) + max(lengths) > size:
+        print(OVERFLOW_NOTE.format(size=size), file=sys.stderr)
+
+
+def _print_samples(chunks: "Iterator[TextChunk]", options: argparse.Namespace) -> None:
     print(options.seed, end="", flush=options.stream)
     current = 0
     for number, text in _in_order(chunks):
@@ -116,8 +133,13 @@ def _generate(model: "LanguageModel", options: argparse.Namespace) -> None:
             current = number
         print(text, end="", flush=options.stream)
     print()
-    if options.rng_seed is None:
-        print(f"again with: --rng-seed {rng_seed}", file=sys.stderr)
+
+
+def _counted(chunks: "Iterator[TextChunk]", lengths: list[int]) -> "Iterator[TextChunk]":
+    """The chunks; adds the number of characters of each to its text's entry in `lengths`."""
+    for chunk in chunks:
+        lengths[chunk.number] += len(chunk.text)
+        yield chunk
 
 
 def _in_order(chunks: "Iterator[TextChunk]") -> Iterator[tuple[int, str]]:

@@ -11,6 +11,7 @@ from smallm.inference.session import Session
 from smallm.model_file.manifest import Manifest
 
 MAX_STREAMS = 64
+MIN_STREAMS = 4  # fewer texts are not faster together than one after the other with drafts, see benchmarks/batches.py
 MAX_CACHE_BYTES = 1 << 28  # of keys and values, unless a single text needs more
 MIN_USED = 0.75  # with a smaller fraction of streams in use the others are dropped, which copies the caches in use
 
@@ -23,6 +24,14 @@ def generate_batch(session: Session, states: Iterable[SequenceState]) -> Iterato
     states = iter(states)
     first = list(islice(states, max_streams(session.manifest)))
     return _Batch(session, first, states).run() if first else iter(())
+
+
+def suits_batch(model: Manifest, texts: int, drafts: int) -> bool:
+    """Whether this number of texts is faster in a batch than one after the other with `drafts` drafts per pass.
+
+    Depends on the model and the number alone, so that the same call gives the same text.
+    """
+    return min(texts, max_streams(model)) >= (MIN_STREAMS if drafts else 2)
 
 
 def max_streams(model: Manifest) -> int:

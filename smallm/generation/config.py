@@ -60,10 +60,10 @@ class GenerationConfig:
         repeated=True,
     )  # fmt: skip
     overflow: Overflow | None = option(
-        None, str, "What the model sees after block_size ids: crop = the last block_size ids, computed again for each "
-        "id (exact, slow); shift = the newest half of them, and from there on (fast); slide = exact and fast, for "
+        None, str, "What the model sees after block_size ids: shift = the newest half of them, and from there on "
+        "(fast); crop = the last block_size ids, computed again for each id (exact, slow); slide = exact and fast, for "
         "models trained with a window.", choices=("crop", "shift", "slide"),
-        unset="slide for a model with a window, otherwise crop",
+        unset="slide for a model with a window, otherwise shift",
     )  # fmt: skip
     rng_seed: int | None = option(
         None, int, "Random seed: the same N gives the same text.", metavar="N", at_least=0, at_most=MAX_SEED,
@@ -114,7 +114,7 @@ class GenerationConfig:
             self,
             **asdict(Sampling.resolve(vars(self), model.sampling)),
             repetition_window=self.repetition_window or size,
-            overflow=self.overflow or ("slide" if model.window else "crop"),
+            overflow=self.overflow or ("slide" if model.window else "shift"),
             rng_seed=secrets.randbits(32) if self.rng_seed is None else self.rng_seed,
         )
 

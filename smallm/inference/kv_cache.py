@@ -194,7 +194,7 @@ class _Rows:
     ):
         """length: number of ids per row in a pass of `verify`; the other methods need 1."""
         self.first = first
-        self._binding = session.bind(count)
+        self._binding = session.bind()
         self._run = self._binding.run
         logits = np.zeros((count, length, session.manifest.vocab_size), np.float32)
         self._logits, self._ids = logits[:, 0], np.zeros((count, length), np.int64)

@@ -22,7 +22,7 @@ os.environ.setdefault("ORT_GQA_DISABLE_FLASH_ATTENTION", "1")  # flash attention
 import onnxruntime as ort
 
 MAX_THREADS = 1024
-BIG_LAYER_BYTES = 1_000_000  # weights of a layer; in smaller layers a second thread slows down single ids
+BIG_LAYER_BYTES = 800_000  # weights of a layer; in smaller layers a second thread slows down single ids
 
 
 class Session:
@@ -84,9 +84,9 @@ class Session:
         """Frees ONNX Runtime's sessions; bindings that exist keep theirs."""
         self._session = self._many = None
 
-    def bind(self, rows: int) -> "Binding":
-        """A new binding for passes over this number of rows."""
-        return Binding(self, self._session_for(rows))
+    def bind(self) -> "Binding":
+        """A new binding, with the threads that suit single ids: more threads slow down batches of small models too."""
+        return Binding(self, self._session_for(1))
 
     def failure(self, error: Exception) -> UserError:
         """The message for an error that ONNX Runtime raised while it ran the model."""

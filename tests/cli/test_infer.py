@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from smallm import LanguageModel
+from smallm.cli import infer as infer_module
 from smallm.cli import main as cli
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "infer.py"
+NOTE = infer_module.OVERFLOW_NOTE.format(size=32) + "\n"  # most texts here are longer than the context
 TRY = "pass --encoding NAME, for example --encoding"
 
 
@@ -25,7 +27,8 @@ def infer(exported, capsys):
     def run(*argv, model=exported):
         words = ["--model", model, *argv] if model else argv
         code = cli.run(cli.infer, [str(word) for word in words])
-        return code, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        return code, out, err.replace(NOTE, "")
 
     return run
 
@@ -79,6 +82,27 @@ def test_options_reach_the_model(infer, lm, spelling):
     assert infer("--seed", "the ", "--max-length", 80, "--rng-seed", 3, *flags) == (0, expected + "\n", "")
     assert infer("--seed", "the ", "--max-length", 80, "--rng-seed", 3, "--threads", 2, *flags)[1] == expected + "\n"
     assert expected != lm.generate("the ", 80, rng_seed=3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "noted"),
+    [
+        (["--max-length", 100], True), (["--max-length", 100, "--num-samples", 2, "--json"], True),
+        (["--max-length", 30], False), (["--max-length", 100, "--overflow", "shift"], False),
+        (["--max-length", 100, "--stop", "e"], False),
+    ],
+)  # fmt: skip
+def test_one_line_says_what_happened_past_the_context(exported, capsys, flags, noted):
+    words = ["--model", exported, "--seed", "a", "--rng-seed", 5, *flags]
+    assert cli.run(cli.infer, [str(word) for word in words]) == 0
+    assert capsys.readouterr().err == (NOTE if noted else "")
+
+
+@pytest.mark.parametrize("number", [0, -1, 10_001, 10**9, 10**22])
+def test_the_number_of_samples_has_a_limit(infer, number):
+    code, out, err = infer("--num-samples", number)
+    assert (code, out) == (2, "")
+    assert err == f"smallm: --num-samples {number} is out of range; it must be from 1 to 10,000\n"
 
 
 def test_the_default_length_is_500(infer):
@@ -284,7 +308,7 @@ def test_a_folder_instead_of_a_file(infer, tmp_path):
         (["--max-length", "1e3"], "argument --max-length/--max_length: invalid int value: '1e3'"),
         (["--rng-seed", "-1"], "rng_seed = -1 is out of range"),
         (["--rng-seed", "4294967296"], "rng_seed = 4294967296 is out of range"),
-        (["--num-samples", "0"], "--num-samples 0 is out of range; it must be 1 or more"),
+        (["--num-samples", "0"], "--num-samples 0 is out of range; it must be from 1 to 10,000"),
         (["--threads", "0"], "threads = 0 is out of range"),
         (["--next", "0"], "--next 0 is out of range; it must be 1 or more"),
         (["--min-length", "501"], "min_length = 501 is more than max_length = 500"),
@@ -383,7 +407,7 @@ def test_the_base_install_is_enough(exported, tiny_run, environment, lm, tmp_pat
     done = script(
         "--model", exported, "--seed", seed, "--max-length", 50, "--rng-seed", 1, env=environment, cwd=tmp_path
     )
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.returncode, done.stderr.decode()) == (0, NOTE)
     assert done.stdout.decode() == lm.generate(seed, 50, rng_seed=1) + "\n"
     path = tiny_run / "validation.txt"
     done = script("--model", exported, "--perplexity", path, "--json", env=environment, cwd=tmp_path)

@@ -66,6 +66,6 @@ def test_wrong_names_and_types(options, message):
 def test_resolved_for_a_model():
     config = GenerationConfig(top_k=5, stop=["a", ""]).resolve(manifest_of(random_model()))
     assert (config.temperature, config.top_k, config.top_p, config.min_p) == (0.7, 5, 0.95, 0.01)
-    assert (config.repetition_window, config.overflow, config.stop, config.allowed) == (16, "crop", ("a",), None)
+    assert (config.repetition_window, config.overflow, config.stop, config.allowed) == (16, "shift", ("a",), None)
     assert 0 <= config.rng_seed < 1 << 32
     assert GenerationConfig().resolve(manifest_of(random_model(window=6))).overflow == "slide"

@@ -197,14 +197,31 @@ def test_finished_texts_are_not_computed(lm, monkeypatch):
 
 
 def test_more_texts_than_fit_in_a_batch(lm, monkeypatch):
-    monkeypatch.setattr(batch, "MAX_STREAMS", 3)
+    monkeypatch.setattr(batch, "MAX_STREAMS", 4)
     widths, step = [], KVCache.decode_batch
     monkeypatch.setattr(KVCache, "decode_batch", lambda self, ids: (widths.append(len(ids)), step(self, ids))[1])
     seeds = [chr(97 + n) for n in range(10)]
     assert lm.generate_many(seeds, 9, rng_seed=1) == [
         lm.generate(seed, 9, rng_seed=1, stream_number=n) for n, seed in enumerate(seeds)
     ]
-    assert max(widths) == 3
+    assert max(widths) == 4
+
+
+def test_few_texts_are_computed_with_drafts_one_after_the_other(lm):
+    """Below MIN_STREAMS; without drafts, a batch is faster from two texts up."""
+    suits = [[n for n in range(8) if batch.suits_batch(lm.metadata, n, drafts)] for drafts in (5, 0)]
+    assert suits == [[4, 5, 6, 7], [2, 3, 4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 6])
+def test_seeds_may_come_from_an_iterator(models, n):
+    lm, seeds = models["slide"], ["a", "é", "", "zz", "b", "c"][:n]  # with drafts
+    expected = [lm.generate(seed, 20, rng_seed=1, stream_number=i) for i, seed in enumerate(seeds)]
+    assert lm.generate_many((seed for seed in seeds), max_length=20, rng_seed=1) == expected
+    texts = dict(enumerate(seeds))
+    for chunk in lm.stream_many(iter(seeds), 20, rng_seed=1):
+        texts[chunk.number] += chunk.text
+    assert list(texts.values()) == expected
 
 
 def test_memory_of_a_batch_is_bounded(lm, monkeypatch):

@@ -121,7 +121,7 @@ def test_crop_sees_exactly_the_last_block_size_ids(lm, model, val_text, monkeypa
     past = len(lm.vocabulary.encode(seed))
     history, ids = ids[:past], ids[past:]
     monkeypatch.setattr(sequence_state, "sample", spy)
-    list(itertools.islice(lm.stream(seed, len(ids)), len(ids)))
+    list(itertools.islice(lm.stream(seed, len(ids), overflow="crop"), len(ids)))
     assert len(seen) == len(ids) >= 3 * BLOCK_SIZE
     for logits, id in zip(seen, ids, strict=True):
         with torch.no_grad():

@@ -1790,7 +1790,7 @@ void smallm_default_options(const smallm *model, smallm_options *options, size_t
     all.top_p = model != NULL && model->open ? model->top_p : 1;
     all.min_p = model != NULL && model->open ? model->min_p : 0;
     all.repetition_penalty = 1;
-    all.overflow = model != NULL && model->open && model->window > 0 ? SMALLM_SLIDE : SMALLM_CROP;
+    all.overflow = model != NULL && model->open && model->window > 0 ? SMALLM_SLIDE : SMALLM_SHIFT;
     if (options == NULL) return;
     memset(options, 0, size);
     memcpy(options, &all, size < sizeof all ? size : sizeof all);

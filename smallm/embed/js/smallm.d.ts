@@ -42,7 +42,7 @@ export interface GenerateOptions {
   /**
    * What happens beyond blockSize ids. "crop" recomputes the last blockSize ids for each new id, which is exact and slow.
    * "shift" keeps the newest half whenever the context is full, which is fast. "slide", only for models trained with
-   * model.window, is exact and fast. Default: "slide" for models with a window, otherwise "crop".
+   * model.window, is exact and fast. Default: "slide" for models with a window, otherwise "shift".
    */
   overflow?: "crop" | "shift" | "slide";
 }

@@ -32,7 +32,7 @@ const OPTIONS = {
   streamNumber: 0,
   stop: [],
   minLength: 0,
-  overflow: undefined, // "slide" if the model has a window, else "crop"
+  overflow: undefined, // "slide" if the model has a window, else "shift"
 };
 
 export class LanguageModel {
@@ -830,7 +830,7 @@ function resolve(manifest, options) {
   if (o.minLength > o.maxLength) {
     throw new Error(`minLength = ${o.minLength} is more than maxLength = ${o.maxLength}; lower minLength`);
   }
-  const overflow = o.overflow ?? (manifest.window ? "slide" : "crop");
+  const overflow = o.overflow ?? (manifest.window ? "slide" : "shift");
   check(["crop", "shift", "slide"].includes(overflow), "overflow", overflow, '"crop", "shift" or "slide"');
   if (overflow === "slide" && !manifest.window) {
     throw new Error('overflow = slide needs a model that was trained with model.window; use "crop" or "shift"');
