@@ -110,8 +110,8 @@ class LanguageModel:
         >>> lm.generate_many(["ROMEO:", "JULIET:"], max_length=200, rng_seed=1)
 
         seeds: any iterable of texts. They are computed in a batch where that is faster: from 2 texts up, or from 4 if
-        the model decodes with drafts. Text i equals that of `generate` with stream_number + i (with int8 and int4, rounding
-        may change it). Arguments and errors as for `generate`.
+        the model decodes with drafts. Text i equals that of `generate` with stream_number + i (with
+        int8 and int4, rounding may change it). Arguments and errors as for `generate`.
         """
         seeds = _seeds(seeds)
         texts = [[seed] for seed in seeds]
