@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=KITS,
         help="write a kit instead: the model as part of a C program, a Node program or a web page",
     )
-    add("--out", type=Path, metavar="DIR", help="folder to write (default: RUN/export, or RUN/kit-KIT)")
+    add("--out", metavar="DIR", help="folder to write (default: RUN/export, or RUN/kit-KIT)")
     add("--precision", choices=PRECISIONS, default="fp32",
         help="precision of the weight matrices; fewer bits are smaller and faster (default: fp32)")  # fmt: skip
     add("--allow-loss", action="store_true", help="write the model however many bits per character its precision costs")

@@ -10,7 +10,7 @@ from smallm.export.folder import Export, export_checkpoint
 from smallm.export.kits import WRITERS, write_kit
 from smallm.export.precision import PRECISIONS
 from smallm.options import as_path
-from smallm.runs.layout import CHECKPOINTS, EXPORT, newest_run
+from smallm.runs.layout import CHECKPOINTS, EXPORT, check_path, newest_run, out_folder
 from smallm.runs.state_file import STATE_FILE
 from smallm.training.checkpoint.format import verify
 from smallm.training.checkpoint.manager import best_checkpoint
@@ -42,8 +42,9 @@ def export_run(
     out = None if out is None else as_path("out", out)
     check_options(precision, kit, gguf, portable)
     run = newest_run() if run is None else run
+    check_path(run)
     checkpoint = _checkpoint_of(run)
-    path = out or _default_folder(run, checkpoint, kit)
+    path = out_folder(out) if out is not None else _default_folder(run, checkpoint, kit)
     if kit is None:
         export = export_checkpoint(checkpoint, path, precision, allow_loss, gguf, portable)
     else:

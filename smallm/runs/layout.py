@@ -1,5 +1,6 @@
 """The layout of a run folder, and how commands find a run."""
 
+import os
 from pathlib import Path
 
 from smallm.errors import UserError
@@ -17,10 +18,10 @@ OLD_VALIDATION = "old_validation.txt"  # of the run whose weights this run start
 def new_run(out: str | Path | None, name: str) -> Path:
     """The folder of a new run: `out`, or the first of `runs/name`, `runs/name-2`, … that does not exist.
 
-    Raises `UserError` if `out` already holds a run or is a file.
+    Raises `UserError` if `out` already holds a run, is a file, is empty or is not valid UTF-8.
     """
     if out is not None:
-        path = Path(out)
+        path = out_folder(out)
         if is_run(path):
             raise UserError(f"{path} already holds a run; go on with --resume {path}, or choose another --out")
         if path.exists() and not path.is_dir():
@@ -31,6 +32,22 @@ def new_run(out: str | Path | None, name: str) -> Path:
         number += 1
         path = RUNS / f"{name}-{number}"
     return path
+
+
+def out_folder(out: str | os.PathLike[str]) -> Path:
+    """The folder that --out names. Raises `UserError` if the name is empty or not valid UTF-8."""
+    if not os.fspath(out):
+        raise UserError("--out is empty; name a folder, or leave out --out")
+    check_path(Path(out))
+    return Path(out)
+
+
+def check_path(path: Path) -> None:
+    """Raises `UserError` if a path is not valid UTF-8: the libraries that read and write weights cannot open it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the path {path} is not valid UTF-8; rename the folder, or choose another one") from None
 
 
 def is_run(path: Path) -> bool:

@@ -283,6 +283,18 @@ SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in fields(Config)}
 KEYS = tuple(f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section))
 
 
+MAY_CHANGE = frozenset({
+    "data.source", "data.encoding",  # where the text is; the run compares the text itself
+    "optim.learning_rate", "optim.adam_learning_rate", "optim.schedule", "optim.gamma", "optim.warmup_steps",
+    "optim.decay_fraction", "optim.min_lr",
+    "train.max_steps", "train.epochs", "train.minutes", "train.patience",
+    "train.eval_every", "train.save_every", "train.keep_last", "train.log_every", "train.log_with",
+    "train.sample_length", "sample.seed", "sample.temperature", "sample.top_k", "sample.top_p", "sample.min_p",
+    "train.micro_batch_size", "train.compile",
+})  # fmt: skip
+"""The settings that a resumed run may change: length, learning rate, logging, saving, samples, use of the device."""
+
+
 def nested(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """`{"model.n_layer": 6}` -> `{"data": {}, "model": {"n_layer": 6}, …}`; the keys must be known."""
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}

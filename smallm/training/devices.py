@@ -7,12 +7,11 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
-    InitProcessGroupKwargs,
     parse_flag_from_env,
 )
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from smallm import __version__
 from smallm.errors import UserError
 from smallm.training.config import TrainConfig
+from smallm.training.distributed import broadcast_from_main
 from smallm.training.model.kernels import loader as kernels
 from smallm.training.model.kernels.compiler import INSTALL
 from smallm.training.precision import best_precision
@@ -29,27 +29,28 @@ from smallm.training.precision import best_precision
 # minutes under NCCL and 30 under gloo, end runs on texts of many gigabytes. If a process dies, its launcher ends the
 # others at once.
 COLLECTIVE_TIMEOUT = timedelta(hours=12)
+PRECISIONS = ("no", "bf16", "fp16")
 
 
-def build_accelerator(config: TrainConfig) -> Accelerator:
-    """The Accelerator for this config; precision `auto` is that of the launcher, or else `best_precision()`.
+def build_accelerator(config: TrainConfig, resumed: str = "") -> Accelerator:
+    """The Accelerator for this config.
 
+    Precision `auto` is that of the resumed run, or else that of the launcher, or else `best_precision()` of the main
+    process. All processes use the same one.
+
+    resumed: the precision that the run has used so far; empty for a new run.
     Raises `UserError` for a precision or a launcher setting that cannot work here.
     """
-    precision: str = config.mixed_precision
-    if precision == "auto":
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-        precision = launched if launched in ("bf16", "fp16") else best_precision()
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("train.mixed_precision = fp16 needs a GPU; use auto, no or bf16")
+    cpu = not torch.accelerator.is_available()  # or Accelerate expects GPUs under a launcher of several processes
     # Accelerate keeps its settings in a singleton and refuses others; a process may train twice, with two precisions.
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # or Accelerate expects GPUs under a launcher of several processes
-        mixed_precision=precision,
-        dynamo_backend="no",  # model/compilation.py decides, when the length of the run is known
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
-    )
+    processes = PartialState(cpu, timeout=COLLECTIVE_TIMEOUT)
+    precision = _common_precision(processes, config.mixed_precision, resumed)
+    if precision == "fp16" and not torch.cuda.is_available():
+        advice = "resume the run on one, or start a new run" if resumed else "use auto, no or bf16"
+        raise UserError(f"train.mixed_precision = fp16 needs a GPU; {advice}")
+    # dynamo_backend: model/compilation.py decides, when the length of the run is known
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, dynamo_backend="no")
     allow_tf32(accelerator.device)
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise UserError(
@@ -65,6 +66,20 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UserError("FSDP version 1 is not supported; use version 2, as in configs/accelerate/fsdp.yaml")
     return accelerator
+
+
+def _common_precision(processes: PartialState, configured: str, resumed: str) -> str:
+    """The precision of all processes: `no`, `bf16` or `fp16`; a measurement by each could end differently."""
+    if configured != "auto":
+        return configured
+    if resumed:
+        return resumed
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched in ("bf16", "fp16"):
+        return launched
+    main = best_precision() if processes.is_main_process else PRECISIONS[0]
+    (index,) = broadcast_from_main(processes, PRECISIONS.index(main))
+    return PRECISIONS[int(index)]
 
 
 def prepare(

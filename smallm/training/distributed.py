@@ -3,12 +3,12 @@
 from collections.abc import Callable
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast
 from torch import Tensor
 
 
-def broadcast_from_main(accelerator: Accelerator, *values: float) -> tuple[float, ...]:
+def broadcast_from_main(accelerator: Accelerator | PartialState, *values: float) -> tuple[float, ...]:
     """The values of the main process, so that all processes decide alike; all processes must call this."""
     if accelerator.num_processes == 1:
         return values

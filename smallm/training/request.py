@@ -10,9 +10,9 @@ from typing import Any
 
 from smallm.errors import UserError
 from smallm.runs.config_file import flatten, read_toml
-from smallm.runs.layout import new_run
+from smallm.runs.layout import check_path, new_run
 from smallm.training.checkpoint.safe_load import check_memory
-from smallm.training.config import KEYS, Config, check_keys, nested
+from smallm.training.config import KEYS, MAY_CHANGE, Config, check_keys, nested
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Request:
     resume: bool
     explicit: frozenset[str] = frozenset()
     """The settings that a config file or the caller gives, as `section.field`; `train.minutes` leaves them alone."""
+    precision: str = ""
+    """The precision that the resumed run uses where train.mixed_precision is `auto`; empty = not chosen yet."""
 
 
 def resolve(
@@ -90,8 +92,19 @@ def _resumed(settings: Mapping[str, Any], run: Path, more: bool) -> Request:
         raise UserError("resume continues a run and init_from starts a new one; leave out one of them")
     from smallm.training.checkpoint.manager import saved_config
 
-    values = nested(flatten(saved_config(run).to_dict()) | dict(settings))
-    return Request(Config.from_dict(_one_length(values, settings)), run, True, frozenset(KEYS))
+    check_path(run)
+    saved, precision = saved_config(run)
+    old = flatten(saved.to_dict())
+    if settings.get("train.mixed_precision") == precision != "":
+        settings = {**settings, "train.mixed_precision": saved.train.mixed_precision}
+    config = Config.from_dict(_one_length(nested(old | dict(settings)), settings))
+    for key, value in flatten(config.to_dict()).items():
+        if value != old[key] and key not in MAY_CHANGE:
+            if key == "train.mixed_precision" and precision:
+                old[key] = precision
+            raise UserError(f"{run} was trained with {key} = {old[key]!r}, not {value!r}; leave out {key}, or start "
+                            "a new run")  # fmt: skip
+    return Request(config, run, True, frozenset(KEYS), precision)
 
 
 def _merge(settings: Mapping[str, Any], files: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], frozenset[str]]:

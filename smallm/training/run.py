@@ -1,14 +1,15 @@
 """A run from its request to its exit code: the lock, the text, the plan, the loop, and errors on the way."""
 
+import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not re-exported for checkers
 
 from smallm.errors import ProcessError, UserError
@@ -18,17 +19,19 @@ from smallm.training.analysis.baselines import seconds_to_reserve
 from smallm.training.budget.clock import Clock
 from smallm.training.budget.configure import open_text, plan_run
 from smallm.training.checkpoint.format import checkpoint_folder
-from smallm.training.checkpoint.manager import newest_checkpoint, quarantine
+from smallm.training.checkpoint.manager import newest_checkpoint, quarantine, restore_interrupted
 from smallm.training.checkpoint.safe_load import check_fits
 from smallm.training.config import Config
 from smallm.training.data.corpus import Corpus
 from smallm.training.devices import build_accelerator
 from smallm.training.distributed import broadcast_from_main
 from smallm.training.finetune import Origin, base_vocabulary, load_origin
+from smallm.training.locks import file_lock
 from smallm.training.output import Output
 from smallm.training.request import Request
 from smallm.training.trainer import Trainer
 
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}  # of file systems without locks, such as NFS
 STORE_SECONDS = 5  # to wait for the launcher's store when a process has failed
 
 
@@ -41,7 +44,7 @@ def run_training(request: Request, started: float, last: bool = True) -> int:
     clock = Clock.after_imports(started)
     config, out = request.config, request.out
     trackers.check(config.train.trackers)
-    accelerator = build_accelerator(config.train)
+    accelerator = build_accelerator(config.train, request.precision)
     with report_first_failure(accelerator), _locked(accelerator, out):
         folder = _newest_checkpoint(accelerator, out) if request.resume else None
         origin = load_origin(accelerator, config, out) if config.train.init_from and folder is None else None
@@ -114,6 +117,7 @@ def _newest_checkpoint(accelerator: Accelerator, run: Path) -> Path | None:
     step = -1.0
     if accelerator.is_main_process:
         damaged: list[tuple[Path, str]] = []
+        restore_interrupted(run)
         newest = newest_checkpoint(run, lambda folder, problem: damaged.append((folder, problem)))
         for folder, problem in damaged:
             print(f"warning: {folder} is damaged ({problem}); an earlier checkpoint is used", file=Output("stderr"))
@@ -127,6 +131,7 @@ def _newest_checkpoint(accelerator: Accelerator, run: Path) -> Path | None:
 def _locked(accelerator: Accelerator, run: Path) -> Iterator[None]:
     """Holds the lock of the run folder; the system releases the lock of a process that is killed.
 
+    A run on a file system without locks is not locked.
     A folder that is still empty afterwards, because the training failed before it wrote anything, is removed.
     """
     if not accelerator.is_main_process:
@@ -135,18 +140,18 @@ def _locked(accelerator: Accelerator, run: Path) -> Iterator[None]:
     created = [folder for folder in (run, *run.parents) if not folder.exists()]
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run / LOCK).acquire(timeout=0)
+        lock = file_lock(run / LOCK)
+        with suppress(NotImplementedError):
+            lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"{run} is being trained by another process; wait for it, or choose another --out") from None
-    except NotImplementedError:  # a file system without locks
-        yield
-        return
     except OSError as error:
-        raise UserError(f"cannot write to {run}: {error.strerror}; choose another --out") from None
+        if error.errno not in NO_LOCKS:
+            raise UserError(f"cannot write to {run}: {error.strerror}; choose another --out") from None
     try:
-        with lock:
-            yield
+        yield
     finally:
+        lock.release()
         if {file.name for file in run.iterdir()} <= {LOCK}:  # on Windows the released lock is deleted already
             (run / LOCK).unlink(missing_ok=True)
             for folder in created:

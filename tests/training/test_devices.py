@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 from smallm.training import devices
@@ -50,12 +50,11 @@ def test_processes_wait_for_hours_for_the_one_that_encodes(monkeypatch):
 
     def recorded(*args, **options):
         given.update(options)
-        return Accelerator(*args, **options)
+        return PartialState(*args, **options)
 
-    monkeypatch.setattr(devices, "Accelerator", recorded)
-    accelerator = build_accelerator(TrainConfig())
-    assert given["kwargs_handlers"][0].timeout >= timedelta(hours=6)
-    assert accelerator.init_handler.timeout >= timedelta(hours=6)
+    monkeypatch.setattr(devices, "PartialState", recorded)
+    build_accelerator(TrainConfig())
+    assert given["timeout"] >= timedelta(hours=6)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("no", None)])
@@ -70,3 +69,19 @@ def test_fsdp_on_cpus_computes_in_the_precision_of_the_run(monkeypatch, precisio
     assert state.distributed_type == DistributedType.FSDP
     policy = state.fsdp_plugin.mixed_precision_policy
     assert (policy and policy.param_dtype) == dtype
+
+
+def test_a_resumed_run_keeps_its_precision_without_a_measurement(monkeypatch):
+    """Where bf16 pays only sometimes, two starts could measure different answers."""
+    monkeypatch.setattr(devices, "best_precision", lambda: pytest.fail("measured again"))
+    assert build_accelerator(TrainConfig(), "no").mixed_precision == "no"
+    assert build_accelerator(TrainConfig(), "bf16").mixed_precision == "bf16"
+    assert build_accelerator(TrainConfig(mixed_precision="no"), "no").mixed_precision == "no"
+
+
+def test_only_the_main_process_measures_the_precision(monkeypatch):
+    """The other processes take its answer from the broadcast."""
+    monkeypatch.setattr(devices, "best_precision", lambda: pytest.fail("measured"))
+    monkeypatch.setattr(devices, "broadcast_from_main", lambda processes, index: (1.0,))
+    other = SimpleNamespace(is_main_process=False, num_processes=2)
+    assert devices._common_precision(other, "auto", "") == "bf16"

@@ -1,5 +1,6 @@
 """smallm.training.run: locks, signals, runs killed before their first checkpoint, failing processes."""
 
+import errno
 import os
 import shutil
 import signal
@@ -64,6 +65,47 @@ def test_a_second_process_may_not_train_the_same_run(refused, text_file, tmp_pat
         line = refused("--data", str(text_file), "--out", str(tmp_path / "run"), *SMALL)
     assert "is being trained by another process" in line
     assert "--out" in line
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_trains_without_a_lock(text_file, tmp_path, refused, monkeypatch, code):
+    """As NFS mounts answer flock."""
+
+    def flock(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    run = tmp_path / "run"
+    assert cli.main(["--data", str(text_file), "--out", str(run), *SMALL, "--train.max_steps=2"]) == 0
+    assert [folder.name for folder in manager.checkpoints(run)] == ["step-000002"]
+    refused("--data", str(text_file), "--out", str(tmp_path / "new" / "run"), *SMALL, "--model.block_size=1000000")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+def test_another_error_of_the_lock_is_one_line(text_file, tmp_path, refused, monkeypatch, code):
+    def flock(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert "choose another --out" in refused("--data", str(text_file), "--out", str(tmp_path / "run"), *SMALL)
+
+
+# Paths.
+
+
+def test_a_run_folder_with_an_empty_name_is_refused(text_file, tmp_path, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = list(tmp_path.iterdir())
+    assert "--out is empty" in refused("--data", str(text_file), "--out", "", *SMALL)
+    assert list(tmp_path.iterdir()) == before
+
+
+def test_a_run_folder_that_is_not_utf8_is_refused(text_file, tmp_path, refused):
+    path = tmp_path / os.fsdecode(b"r\xf6m")
+    assert "not valid UTF-8" in refused("--data", str(text_file), "--out", str(path), *SMALL)
+    assert not path.exists()
+    assert "not valid UTF-8" in refused("--resume", str(path))
 
 
 def test_an_interrupted_evaluation_is_repeated(text_file, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from smallm.training import callbacks, cli, trainer
 from smallm.training.checkpoint import format as checkpoint
 from smallm.training.checkpoint.format import load_model, load_vocabulary, read_state
 from smallm.training.checkpoint.manager import best_checkpoint, checkpoints
-from smallm.training.config import Config
+from smallm.training.config import KEYS, MAY_CHANGE, Config
 from smallm.training.data.corpus import open_corpus
 from smallm.training.data.dataset import CharDataset
 from smallm.training.model.operations import cross_entropy
@@ -464,7 +464,6 @@ def test_resume_with_another_text_is_refused(refused, run, text_file):
     Path("other.txt").write_bytes(text_file.read_bytes() + b"!")
     before = Path(run[0], "metrics.jsonl").read_bytes()
     assert "not the text" in refused("--resume", *run, "--data", "other.txt")
-    refused("--resume", *run, "--data.min_count", "100000")  # which gives other ids
     assert Path(run[0], "metrics.jsonl").read_bytes() == before
 
 
@@ -476,12 +475,41 @@ def test_resume_when_the_text_is_gone_is_one_line(refused, run, text_file, monke
 @pytest.mark.parametrize(
     ("flag", "value"),
     [("--model.n_layer", "3"), ("--model.n_layer", "1"), ("--model.n_embd", "64"), ("--model.n_kv_head", "2"),
-     ("--model.n_inner", "64"), ("--optim.name", "adamw")],
+     ("--model.n_inner", "64"), ("--optim.name", "adamw"), ("--data.val_fraction", "0.2"),
+     ("--data.min_count", "5000"), ("--data.normalise", "nfc"), ("--data.newlines", "lf"),
+     ("--model.rope_theta", "500"), ("--model.window", "8"), ("--model.dropout", "0.5"), ("--model.block_size", "16"),
+     ("--train.batch_size", "4"), ("--train.seed", "77"), ("--train.mixed_precision", "bf16"),
+     ("--optim.weight_decay", "0.25"), ("--optim.momentum", "0.5"), ("--optim.grad_clip", "7")],
 )  # fmt: skip
-def test_resume_with_another_model_or_optimiser_is_refused(refused, run, flag, value):
+def test_resume_with_another_function_order_or_optimiser_is_refused(refused, run, flag, value):
+    """In one line that names the field, its old and its new value."""
     before = Path(run[0], "metrics.jsonl").read_bytes()
-    assert str(Path(run[0])) in refused("--resume", *run, flag, value)
+    line = refused("--resume", *run, flag, value)
+    assert f"{run[0]} was trained with {flag.removeprefix('--')} = " in line
+    assert value in line
     assert Path(run[0], "metrics.jsonl").read_bytes() == before
+
+
+def test_the_settings_that_may_change_exist_and_are_none_of_the_model():
+    assert set(KEYS) > MAY_CHANGE
+    assert not any(key.startswith("model.") for key in MAY_CHANGE)
+
+
+def test_resume_takes_other_lengths_rates_logging_and_saving(run):
+    changed = ["--optim.learning_rate=0.001", "--train.eval_every=1", "--train.save_every=1", "--train.keep_last=5",
+               "--train.log_every=1", "--train.patience=9", "--train.micro_batch_size=4", "--train.compile=no",
+               "--sample.temperature=0.5", "--train.sample_length=0"]  # fmt: skip
+    assert cli.main(["--resume", *run, *changed]) == 0
+    assert names(Path(run[0]))[-2:] == ["step-000061", "step-000062"]
+
+
+def test_resume_uses_the_precision_of_the_checkpoint(run):
+    """Also for a run of an earlier version, whose config says auto and whose facts name the precision."""
+    for folder in checkpoints(Path(run[0])):
+        edit_state(folder, lambda state: state["facts"].update(precision="bf16"))
+    assert cli.main(["--resume", *run, "--train.mixed_precision=bf16"]) == 0  # the same, named
+    state, config = read_state(checkpoints(Path(run[0]))[-1])
+    assert (state.step, state.facts["precision"], config.train.mixed_precision) == (62, "bf16", "auto")
 
 
 # Mistakes: one line on stderr, and no files.

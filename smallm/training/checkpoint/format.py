@@ -35,6 +35,8 @@ from smallm.training.distributed import full_tensor, shard_like
 from smallm.training.model.transformer import TransformerLanguageModel
 from smallm.training.optim.optimizers import moment_names
 
+REPLACED = ".old"  # suffix of a checkpoint while another one of the same step takes its place
+
 
 @dataclass
 class TrainingState:
@@ -110,7 +112,7 @@ def save_checkpoint(
     behind. Raises `OSError`.
     """
     folder = checkpoint_folder(run, state.step)
-    unfinished, old = (folder.with_name(f".{folder.name}.{os.getpid()}{ending}") for ending in ("", ".old"))
+    unfinished, old = (folder.with_name(f".{folder.name}.{os.getpid()}{ending}") for ending in ("", REPLACED))
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:

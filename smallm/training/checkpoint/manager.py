@@ -12,7 +12,7 @@ from smallm.atomic_write import atomic_write, rename
 from smallm.errors import UserError
 from smallm.runs.config_file import read_toml
 from smallm.runs.layout import CHECKPOINTS, CONFIG, VALIDATION, is_run
-from smallm.training.checkpoint.format import checkpoint_folder, read_state, verify
+from smallm.training.checkpoint.format import REPLACED, checkpoint_folder, read_state, verify
 from smallm.training.config import Config
 from smallm.training.output import Output
 
@@ -56,6 +56,17 @@ def newest_checkpoint(run: Path, on_damaged: Callable[[Path, str], None]) -> Pat
     return None
 
 
+def restore_interrupted(run: Path) -> None:
+    """Renames a checkpoint back whose process was killed while it replaced the checkpoint by one of the same step.
+
+    The caller must hold the lock of the run.
+    """
+    for old in (run / CHECKPOINTS).glob(f".step-*{REPLACED}"):
+        folder = old.with_name(old.name.split(".")[1])
+        if not folder.exists():
+            old.rename(folder)
+
+
 def quarantine(folder: Path) -> None:
     """Renames a checkpoint, so that it no longer counts; `prune` deletes it after the next save."""
     target = folder.with_name(folder.name + _DAMAGED)
@@ -82,13 +93,19 @@ def best_checkpoint(run: Path) -> Path:
     return min(scored)[1] if scored else intact[-1]
 
 
-def saved_config(run: Path) -> Config:
-    """The resolved config of a run, from its newest intact checkpoint, or from config.toml before the first one."""
+def saved_config(run: Path) -> tuple[Config, str]:
+    """The resolved config of a run, and the precision that its steps used: `no`, `bf16` or `fp16`.
+
+    Both come from the newest intact checkpoint. Before the first one, the config comes from config.toml, and the
+    precision is "".
+    """
     folder = newest_checkpoint(run, on_damaged=lambda folder, problem: None)
     if folder is not None:
-        return read_state(folder)[1]
+        state, config = read_state(folder)
+        precision = str(state.facts.get("precision", ""))
+        return config, {"fp32": "no"}.get(precision, precision if precision in ("bf16", "fp16") else "")
     try:
-        return Config.from_dict(read_toml(run / CONFIG))
+        return Config.from_dict(read_toml(run / CONFIG)), ""
     except (TypeError, UserError):
         raise UserError(f"{run} has neither a checkpoint nor a readable {CONFIG}; delete it and train again") from None
 

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from smallm.atomic_write import atomic_write, sync
 from smallm.training.data.source import Source
+from smallm.training.locks import file_lock
 from smallm.training.output import Output
 
 INDEX_FORMAT = 4  # raise when surveys change their meaning
@@ -227,7 +228,7 @@ def _lock(folder: Path) -> FileLock:
     """The lock of the process that writes this folder; the system releases the lock of a process that is killed."""
     path = folder.parent.with_name("locks") / f"{folder.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path)
+    return file_lock(path)
 
 
 @contextmanager

@@ -131,7 +131,7 @@ def test_transformers_tokenizer_gives_the_same_ids(folder, tiny_run):
 def test_transformers_generates_with_the_saved_defaults(tiny_run):
     from transformers import GenerationConfig
 
-    sample = saved_config(tiny_run).sample
+    sample = saved_config(tiny_run)[0].sample
     theirs = GenerationConfig.from_pretrained(best_checkpoint(tiny_run))
     assert (theirs.do_sample, theirs.temperature, theirs.top_k) == (True, sample.temperature, sample.top_k)
 

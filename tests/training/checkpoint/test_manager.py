@@ -1,5 +1,6 @@
 """smallm.training.checkpoint.manager: which checkpoints a run has, and which one is used."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,14 @@ from toys import message
 from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training import cli
 from smallm.training.checkpoint.format import TrainingState, TrainingTensors, read_state, save_checkpoint
-from smallm.training.checkpoint.manager import best_checkpoint, checkpoints, newest_checkpoint, prune, saved_config
+from smallm.training.checkpoint.manager import (
+    best_checkpoint,
+    checkpoints,
+    newest_checkpoint,
+    prune,
+    restore_interrupted,
+    saved_config,
+)
 from smallm.training.config import Config, ModelConfig
 from smallm.training.model.transformer import TransformerLanguageModel
 from smallm.training.optim.optimizers import build_optimizer
@@ -177,6 +185,25 @@ def test_a_folder_that_is_not_a_run_gives_one_line(tmp_path):
     assert "no checkpoint yet" in message(best_checkpoint, tmp_path)
     assert "neither a checkpoint nor a readable config.toml" in message(saved_config, tmp_path)
     (tmp_path / "config.toml").write_text("[model]\nn_layer = 7\n")
-    assert saved_config(tmp_path).model.n_layer == 7
+    assert saved_config(tmp_path)[0].model.n_layer == 7
     (tmp_path / "config.toml").write_text("[model]\nn_lay")
     assert "neither a checkpoint nor a readable config.toml" in message(saved_config, tmp_path)
+
+
+def test_a_kill_between_the_renames_of_a_checkpoint_saved_twice_loses_nothing(run):
+    """A resumed run repeats an evaluation that a signal interrupted, and saves the same step again."""
+    (run / "checkpoints/step-000060").rename(run / "checkpoints/.step-000060.123.old")
+    before = (run / "checkpoints/.step-000060.123.old/model.safetensors").read_bytes()
+    assert names(run) == ["step-000040"]
+    assert cli.main(["--resume", str(run), "--train.max_steps=61"]) == 0
+    assert names(run) == ["step-000060", "step-000061"]
+    assert (run / "checkpoints/step-000060/model.safetensors").read_bytes() == before
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 61
+
+
+def test_an_old_copy_does_not_replace_a_complete_checkpoint(run):
+    old = shutil.copytree(run / "checkpoints/step-000060", run / "checkpoints/.step-000060.123.old")
+    (old / "model.safetensors").unlink()
+    restore_interrupted(run)
+    assert (run / "checkpoints/step-000060/model.safetensors").is_file()
