@@ -194,7 +194,7 @@ if __name__ == "__main__":
     text, *settings = {arguments!r}
     for out in ("a", "b"):
         run = smallm.train(text, out=out, model=settings[0], train=settings[1])
-        print(f"{run.state} {run.val_loss}\\n", end="")  # one write, so that the lines of two processes do not mix
+        print("%s %s\\n" % (run.state, run.val_loss), end="")  # one write, so that the lines of two processes do not mix
 """
 
 
