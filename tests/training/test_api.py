@@ -73,6 +73,7 @@ def test_one_training_at_a_time(train, monkeypatch):
     begin, end = threading.Event(), threading.Event()
 
     def run_training(request, started, last):
+        request.out.mkdir()
         begin.set()
         end.wait(60)
         return 0
@@ -194,7 +195,7 @@ if __name__ == "__main__":
     text, *settings = {arguments!r}
     for out in ("a", "b"):
         run = smallm.train(text, out=out, model=settings[0], train=settings[1])
-        print("%s %s\\n" % (run.state, run.val_loss), end="")  # one write, so that the lines of two processes do not mix
+        print("%s %s\\n" % (run.state, run.val_loss), end="")  # one write: lines of two processes do not mix
 """
 
 
