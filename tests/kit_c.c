@@ -35,25 +35,27 @@ static int print_draws(char **argv)
 static int print_ids(char **argv)
 {
     enum { V = 256, WINDOW = 8 };
-    smallm model;
+    smallm_model model;
+    smallm_context context;
     smallm_options options;
     static float logits[V], processed[V];
     static uint64_t keys[V], order[V], spare[V];
     static double weights[V];
-    int64_t ids[12];
+    int32_t ids[12];
     memset(&model, 0, sizeof model);
-    model.vocab_size = V, model.processed = processed, model.weights = weights;
-    model.keys = keys, model.order = order, model.spare = spare;
+    memset(&context, 0, sizeof context);
+    model.vocab_size = V, context.model = &model, context.processed = processed, context.weights = weights;
+    context.sort_keys = keys, context.order = order, context.spare = spare;
     smallm_default_options(NULL, &options, sizeof options);
     options.temperature = strtod(argv[0], NULL), options.top_k = strtol(argv[1], NULL, 10);
     options.top_p = strtod(argv[2], NULL), options.min_p = strtod(argv[3], NULL);
-    model.state.key = rng_key(7, 0);
+    context.state.key = rng_key(7, 0);
     for (size_t step = 0; step < 12; step++) {
         size_t seen = step < WINDOW ? step : WINDOW;
         for (uint32_t id = 0; id < V; id++)
             logits[id] = (float)((mix(256 * (uint32_t)(step % 3) + id) >> 8) / 2097152.0 - 4);
-        apply_repetition_penalty(&model, logits, ids + step - seen, seen, strtod(argv[4], NULL));
-        ids[step] = sample(&model, uniform(&model.state), &options);
+        apply_repetition_penalty(&context, logits, ids + step - seen, seen, strtod(argv[4], NULL));
+        ids[step] = sample(&context, uniform(&context.state), &options);
         printf("%ld\n", (long)ids[step]);
     }
     return 0;
@@ -63,22 +65,24 @@ static int print_ids(char **argv)
 static int print_samples(void)
 {
     enum { MAX_IDS = 64 };
-    smallm model;
+    smallm_model model;
+    smallm_context context;
     smallm_options options;
     float processed[MAX_IDS];
     uint64_t keys[MAX_IDS], order[MAX_IDS], spare[MAX_IDS];
     double weights[MAX_IDS], u;
     long long top_k;
     memset(&model, 0, sizeof model);
-    model.processed = processed, model.weights = weights;
-    model.keys = keys, model.order = order, model.spare = spare;
+    memset(&context, 0, sizeof context);
+    context.model = &model, context.processed = processed, context.weights = weights;
+    context.sort_keys = keys, context.order = order, context.spare = spare;
     smallm_default_options(NULL, &options, sizeof options);
     while (scanf("%d %lf %lld %lf %lf %lf", &model.vocab_size, &options.temperature, &top_k, &options.top_p,
                  &options.min_p, &u) == 6) {
         options.top_k = top_k;
         for (int i = 0; i < model.vocab_size && i < MAX_IDS; i++)
             if (scanf("%f", &processed[i]) != 1) return 1;
-        printf("%ld\n", (long)sample(&model, u, &options));
+        printf("%ld\n", (long)sample(&context, u, &options));
     }
     return 0;
 }
@@ -101,23 +105,25 @@ static int print_allowed(char **argv)
 {
     static token tokens[64];
     static bool allowed[256 + 64];
-    smallm model;
+    smallm_model model;
+    smallm_context context;
+    sequence_state *d = &context.state;
     memset(&model, 0, sizeof model);
-    model.tokens = tokens;
+    memset(&context, 0, sizeof context);
+    model.tokens = tokens, context.model = &model;
     if (!read_tokens(span_of(argv[0], strlen(argv[0])), tokens, &model.token_count)) return 1;
     model.vocab_size = 256 + (int32_t)model.token_count;
-    model.state.options.allowed = strcmp(argv[1], "-") == 0 ? NULL : argv[1];
-    model.state.options.banned = argv[2];
-    if (prepare_allowed(&model, &model.state) != SMALLM_OK) return 1;
-    free(model.state.allowed);
-    model.state.allowed = allowed;
+    d->options.allowed = strcmp(argv[1], "-") == 0 ? NULL : argv[1];
+    d->options.banned = argv[2];
+    if (prepare_allowed(&context, d) != SMALLM_OK) return 1;
+    free(d->allowed);
+    d->allowed = allowed;
     for (const char *hex = argv[3]; *hex; hex += 2)
-        model.state.decoder.bytes[model.state.decoder.length++] =
-            (uint8_t)(hex_digit((uint8_t)hex[0]) << 4 | hex_digit((uint8_t)hex[1]));
-    find_allowed(&model, &model.state);
+        d->decoder.bytes[d->decoder.length++] = (uint8_t)(hex_digit((uint8_t)hex[0]) << 4 | hex_digit((uint8_t)hex[1]));
+    find_allowed(&model, d);
     for (int id = 0; id < model.vocab_size; id++)
         if (allowed[id]) printf("%d\n", id);
-    free(model.state.characters);
+    free(d->characters);
     return 0;
 }
 
@@ -130,108 +136,276 @@ static int print_decoded(void)
     return 0;
 }
 
-/* The chunks of a text in hexadecimal, one per line, then what they cost in allocations. */
+/* Opens a model and a context, or ends the program with the message. */
+static smallm_context *open_context(const char *path, const char *kernels)
+{
+    smallm_open_options options = {sizeof options, kernels};
+    smallm_model *model;
+    smallm_context *context;
+    if (smallm_open(path, &options, &model) != SMALLM_OK || smallm_context_new(model, &context) != SMALLM_OK) {
+        fprintf(stderr, "%s\n", smallm_model_error(model));
+        exit(1);
+    }
+    return context;
+}
+
+static void close_context(smallm_context *context)
+{
+    smallm_model *model = (smallm_model *)context->model;
+    smallm_context_free(context);
+    smallm_close(model);
+}
+
+static void print_hex(const char *text, size_t bytes)
+{
+    for (size_t i = 0; i < bytes; i++) printf("%02x", (unsigned char)text[i]);
+}
+
+/* The chunks of a text in hexadecimal and their logprobs, one per line, then what they cost in allocations. */
 static int print_chunks(char **argv)
 {
-    smallm *model;
+    smallm_context *context = open_context(argv[0], NULL);
     smallm_options options;
     const char *stops[] = {argv[3], argv[4]}, *text;
     size_t bytes, before;
-    smallm_status status = smallm_open(argv[0], NULL, &model);
-    smallm_default_options(model, &options, sizeof options);
+    smallm_default_options(context->model, &options, sizeof options);
     options.max_length = atoi(argv[2]), options.rng_seed = 3, options.temperature = 1, options.top_k = 0;
     options.min_length = atoi(argv[5]), options.overflow = atoi(argv[8]);
-    options.banned = argv[9];
+    options.banned = argv[9], options.logprobs = 1;
     options.stops = stops, options.stop_count = 2;
     options.repetition_penalty = strtod(argv[6], NULL), options.repetition_window = atoi(argv[7]);
-    if (status == SMALLM_OK) status = smallm_generate_start(model, argv[1], strlen(argv[1]), &options);
+    smallm_status status = smallm_generate_start(context, argv[1], strlen(argv[1]), &options);
     before = allocations;
-    while (status == SMALLM_OK && (status = smallm_next(model, &text, &bytes)) == SMALLM_OK) {
-        for (size_t i = 0; i < bytes; i++) printf("%02x", (unsigned char)text[i]);
-        printf("\n");
+    while (status == SMALLM_OK && (status = smallm_next(context, &text, &bytes)) == SMALLM_OK) {
+        print_hex(text, bytes);
+        printf(" %.9g\n", smallm_logprob(context));
     }
-    printf("%d %lu %s\n", (int)status, (unsigned long)(allocations - before), smallm_error(model));
-    smallm_close(model);
+    printf("%d %lu %s\n", (int)status, (unsigned long)(allocations - before), smallm_error(context));
+    close_context(context);
     return 0;
 }
 
-/* The nats of each character of stdin, in the middle of another text, which must not mind. */
+/* The nats of each character of stdin, in the middle of another text, which must not change. */
 static int print_score(char **argv)
 {
     static char text[1 << 16];
     static double found[1 << 16];
-    smallm *model;
+    smallm_context *context = open_context(argv[0], NULL);
+    smallm_character next[4];
     const char *chunk;
     size_t bytes = fread(text, 1, sizeof text, stdin), count = 0, length;
-    if (smallm_open(argv[0], NULL, &model) != SMALLM_OK) return 1;
-    if (smallm_generate_start(model, "the ", 4, NULL) != SMALLM_OK) return 1;
+    if (smallm_generate_start(context, "the ", 4, NULL) != SMALLM_OK) return 1;
     for (int i = 0; i < 20; i++) {
-        if (smallm_next(model, &chunk, &length) != SMALLM_OK) return 1;
+        if (smallm_next(context, &chunk, &length) != SMALLM_OK) return 1;
         fwrite(chunk, 1, length, stdout);
-        if (i == 5 && smallm_score(model, text, bytes, found, 1 << 16, &count) != SMALLM_OK) return 1;
+        if (i == 5 && smallm_score(context, text, bytes, found, 1 << 16, &count) != SMALLM_OK) return 1;
+        if (i == 7 && smallm_next_characters(context, text, 9, next, 4, &length) != SMALLM_OK) return 1;
     }
     printf("\x1e");
     for (size_t i = 0; i < count; i++) printf("%.9g\n", found[i]);
-    smallm_close(model);
+    close_context(context);
+    return 0;
+}
+
+/* The logits of the ids on stdin as hexadecimal bits, computed with the given kernels and so many ids in a pass. */
+static int print_logits(char **argv)
+{
+    static int32_t ids[4096];
+    smallm_context *context = open_context(argv[0], argv[1]);
+    size_t count = 0, per_pass = (size_t)atoi(argv[2]), V = (size_t)context->model->vocab_size;
+    for (int id; count < 4096 && scanf("%d", &id) == 1;) ids[count++] = id;
+    for (size_t at = 0; at < count; at += per_pass) {
+        segment s = {context, ids + at, count - at < per_pass ? count - at : per_pass, at};
+        forward(context, &s, 1, true, true);
+        for (size_t r = 0; r < s.count; r++) {
+            for (size_t i = 0; i < V; i++) {
+                uint32_t bits;
+                memcpy(&bits, context->logits + r * context->model->padded_vocab + i, sizeof bits);
+                printf("%08lx ", (unsigned long)bits);
+            }
+            printf("\n");
+        }
+    }
+    close_context(context);
+    return 0;
+}
+
+/* The next characters after a text and their probabilities. */
+static int print_next(char **argv)
+{
+    smallm_context *context = open_context(argv[0], NULL);
+    smallm_character found[300];
+    size_t count;
+    if (smallm_next_characters(context, argv[1], strlen(argv[1]), found, (size_t)atoi(argv[2]), &count) != SMALLM_OK) return 1;
+    for (size_t i = 0; i < count; i++) {
+        print_hex(found[i].text, strlen(found[i].text));
+        printf(" %.9g\n", found[i].probability);
+    }
+    close_context(context);
+    return 0;
+}
+
+static void print_rest(smallm_context *context)
+{
+    const char *text;
+    size_t bytes;
+    while (smallm_next(context, &text, &bytes) == SMALLM_OK) print_hex(text, bytes);
+    printf("\n");
+}
+
+/* A text; the same text after a cancelled call before each chunk; a copy made after each chunk, at its end; and the same
+   text in steps with others of other lengths. All lines must be equal. */
+static int print_variants(char **argv)
+{
+    smallm_context *context = open_context(argv[0], NULL), *copy, *many[60];
+    const smallm_model *model = context->model;
+    smallm_options options;
+    const char *text, *stops[] = {argv[2]};
+    size_t bytes, length = strlen(argv[1]);
+    smallm_default_options(model, &options, sizeof options);
+    options.max_length = 40, options.rng_seed = 5, options.stops = stops, options.stop_count = 1;
+    options.banned = "q", options.overflow = SMALLM_SHIFT;
+    if (smallm_generate_start(context, argv[1], length, &options) != SMALLM_OK) return 1;
+    print_rest(context);
+    smallm_generate_start(context, argv[1], length, &options);
+    for (smallm_status status = SMALLM_OK; status != SMALLM_DONE;) {
+        smallm_cancel(context);
+        status = smallm_next(context, &text, &bytes);
+        if (status == SMALLM_CANCELLED) status = smallm_next(context, &text, &bytes);
+        if (status == SMALLM_OK) print_hex(text, bytes);
+    }
+    printf("\n");
+    smallm_generate_start(context, argv[1], length, &options);
+    for (int i = 0; i < 4; i++) {
+        if (smallm_context_copy(context, &copy) != SMALLM_OK) return 1;
+        smallm_context *swap = context;
+        context = copy, copy = swap;
+        print_hex("", 0);
+        if (smallm_next(copy, &text, &bytes) != SMALLM_OK) return 1; /* the original goes another way */
+        smallm_context_free(copy);
+        if (smallm_next(context, &text, &bytes) == SMALLM_OK) print_hex(text, bytes);
+    }
+    print_rest(context);
+    for (int i = 0; i < 60; i++) {
+        if (smallm_context_new(model, &many[i]) != SMALLM_OK) return 1;
+        options.max_length = i % 3 == 0 ? 40 : i;
+        options.stream_number = i % 3 == 0 ? 0 : (uint32_t)i;
+        if (smallm_generate_start(many[i], argv[1], i % 3 == 0 ? length : (size_t)i % 2, &options) != SMALLM_OK) return 1;
+    }
+    char *texts = calloc(20, 1024);
+    for (smallm_status status = SMALLM_OK; status == SMALLM_OK;) {
+        status = smallm_step(many, 60);
+        for (int i = 0; i < 60; i++)
+            while (smallm_take(many[i], &text, &bytes) == SMALLM_OK && bytes > 0)
+                if (i % 3 == 0) strncat(texts + 1024 * (i / 3), text, bytes);
+        if (status > SMALLM_DONE) printf("failed\n");
+    }
+    for (int i = 0; i < 20; i++) {
+        print_hex(texts + 1024 * i, strlen(texts + 1024 * i));
+        printf("\n");
+    }
+    for (int i = 0; i < 60; i++) smallm_context_free(many[i]);
+    free(texts);
+    close_context(context);
+    return 0;
+}
+
+/* The metadata value of each key; then the ids of a text, and the text of these ids. */
+static int print_getters(char **argv)
+{
+    smallm_context *context = open_context(argv[0], NULL);
+    const smallm_model *model = context->model;
+    size_t bytes, count;
+    int32_t ids[100];
+    char text[100 * MAX_PUSHED + 1];
+    printf("%d %zu %zu %zu\n", smallm_version(), smallm_block_size(model), smallm_vocab_size(model), smallm_window(model));
+    const char *json = smallm_metadata(model, argv[1], &bytes);
+    printf("%.*s\n", (int)bytes, json);
+    printf("%d\n", smallm_metadata(model, "smallm.nothing", &bytes) == NULL && bytes == 0);
+    if (smallm_encode(model, argv[2], strlen(argv[2]), ids, 100, &count) != SMALLM_OK) return 1;
+    for (size_t i = 0; i < count; i++) printf("%ld ", (long)ids[i]);
+    printf("\n");
+    if (smallm_decode(model, ids, count, text, sizeof text, &bytes) != SMALLM_OK) return 1;
+    print_hex(text, bytes);
+    printf("\n%d", (int)smallm_encode(model, argv[2], strlen(argv[2]), ids, count - 1, &count));
+    printf(" %d", (int)smallm_encode(model, "\xff", 1, ids, 100, &count));
+    ids[0] = model->vocab_size;
+    printf(" %d", (int)smallm_decode(model, ids, 1, text, sizeof text, &bytes));
+    ids[0] = 65;
+    printf(" %d\n", (int)smallm_decode(model, ids, 1, text, 2, &bytes));
+    close_context(context);
     return 0;
 }
 
 /* The call comes first: it may set the handle. */
-#define SAY(what, call, model)                                                      \
+#define SAY_MODEL(what, call, model)                                                \
     do {                                                                            \
         smallm_status status_ = (call);                                             \
-        printf("%s: %d %s\n", what, (int)status_, smallm_error(model));             \
+        printf("%s: %d %s\n", what, (int)status_, smallm_model_error(model));       \
+    } while (0)
+#define SAY(what, call, context)                                                    \
+    do {                                                                            \
+        smallm_status status_ = (call);                                             \
+        printf("%s: %d %s\n", what, (int)status_, smallm_error(context));           \
     } while (0)
 
-static smallm_status start_with(smallm *model, smallm_options options)
+static smallm_status start_with(smallm_context *context, smallm_options options)
 {
-    return smallm_generate_start(model, "a", 1, &options);
+    return smallm_generate_start(context, "a", 1, &options);
 }
 
 /* Every mistake that the interface allows. */
 static int make_mistakes(char **argv)
 {
-    smallm *model = NULL;
+    smallm_model *model = NULL;
+    smallm_context *context = NULL;
     smallm_options options;
-    smallm_open_options opening = {sizeof opening, -1};
+    smallm_open_options opening = {sizeof opening, "mmx"};
+    smallm_character next[2];
     const char *text, *stops[] = {"\xff", NULL};
     size_t bytes, count;
     double nats[4];
-    SAY("no place for the handle", smallm_open(argv[0], NULL, NULL), NULL);
-    SAY("no path", smallm_open(NULL, NULL, &model), model);
-    SAY("next of a model that is not open", smallm_next(model, &text, &bytes), model);
+    SAY_MODEL("no place for the model", smallm_open(argv[0], NULL, NULL), NULL);
+    SAY_MODEL("no path", smallm_open(NULL, NULL, &model), model);
+    SAY("context of a model that is not open", smallm_context_new(model, &context), context);
     smallm_close(model);
-    SAY("no data", smallm_open_memory(NULL, 10, NULL, &model), model);
+    SAY_MODEL("no data", smallm_open_memory(NULL, 10, NULL, &model), model);
     smallm_close(model);
-    SAY("empty data", smallm_open_memory("", 0, NULL, &model), model);
+    SAY_MODEL("empty data", smallm_open_memory("", 0, NULL, &model), model);
     smallm_close(model);
-    SAY("threads", smallm_open(argv[0], &opening, &model), model);
+    SAY_MODEL("kernels", smallm_open(argv[0], &opening, &model), model);
     smallm_close(model);
     opening.size = 1;
-    SAY("open options without size", smallm_open(argv[0], &opening, &model), model);
+    SAY_MODEL("open options without size", smallm_open(argv[0], &opening, &model), model);
     smallm_close(model);
     opening.size = sizeof opening.size;
-    SAY("open options of the past", smallm_open(argv[0], &opening, &model), model);
+    SAY_MODEL("open options of the past", smallm_open(argv[0], &opening, &model), model);
     smallm_close(model);
-    struct { smallm_open_options known; int64_t unknown; } later = {{sizeof later, 1}, 0};
-    SAY("open options of the future", smallm_open(argv[0], &later.known, &model), model);
+    struct { smallm_open_options known; int64_t unknown; } later = {{sizeof later, NULL}, 0};
+    SAY_MODEL("open options of the future", smallm_open(argv[0], &later.known, &model), model);
     smallm_close(model);
     later.unknown = 1;
-    SAY("an open option of the future", smallm_open(argv[0], &later.known, &model), model);
+    SAY_MODEL("an open option of the future", smallm_open(argv[0], &later.known, &model), model);
     smallm_close(model);
     smallm_close(NULL);
-    SAY("no handle", smallm_next(NULL, &text, &bytes), NULL);
+    smallm_context_free(NULL);
+    smallm_cancel(NULL);
+    SAY("no context", smallm_next(NULL, &text, &bytes), NULL);
     if (smallm_open(argv[0], NULL, &model) != SMALLM_OK) return 1;
-    SAY("next before start", smallm_next(model, &text, &bytes), model);
-    SAY("a seed that is NULL", smallm_generate_start(model, NULL, 3, NULL), model);
-    SAY("a seed that is not UTF-8", smallm_generate_start(model, "ab\xc3", 3, NULL), model);
-    SAY("a surrogate", smallm_generate_start(model, "\xed\xa0\x80", 3, NULL), model);
+    SAY("no place for the context", smallm_context_new(model, NULL), NULL);
+    if (smallm_context_new(model, &context) != SMALLM_OK) return 1;
+    SAY("next before start", smallm_next(context, &text, &bytes), context);
+    SAY("step before start", smallm_step(&context, 1), context);
+    SAY("take before start", smallm_take(context, &text, &bytes), context);
+    SAY("a seed that is NULL", smallm_generate_start(context, NULL, 3, NULL), context);
+    SAY("a seed that is not UTF-8", smallm_generate_start(context, "ab\xc3", 3, NULL), context);
+    SAY("a surrogate", smallm_generate_start(context, "\xed\xa0\x80", 3, NULL), context);
     memset(&options, 0, sizeof options);
-    SAY("options without size", start_with(model, options), model);
+    SAY("options without size", start_with(context, options), context);
 #define WITH(change)                                           \
     smallm_default_options(model, &options, sizeof options);   \
     options.change;                                            \
-    SAY(#change, start_with(model, options), model)
+    SAY(#change, start_with(context, options), context)
     WITH(temperature = -1);
     WITH(temperature = NAN);
     WITH(temperature = INFINITY);
@@ -250,40 +424,50 @@ static int make_mistakes(char **argv)
     WITH(allowed = "\xff");
     WITH(banned = "a\xc3");
     options.allowed = "aé", options.banned = "éa";
-    SAY("allowed and banned alike", start_with(model, options), model);
+    SAY("allowed and banned alike", start_with(context, options), context);
     WITH(stop_count = 1);
     options.stops = stops + 1;
-    SAY("a stop that is NULL", start_with(model, options), model);
+    SAY("a stop that is NULL", start_with(context, options), context);
     options.stops = stops;
-    SAY("a stop that is not UTF-8", start_with(model, options), model);
-    SAY("next after a start that failed", smallm_next(model, &text, &bytes), model);
+    SAY("a stop that is not UTF-8", start_with(context, options), context);
+    SAY("next after a start that failed", smallm_next(context, &text, &bytes), context);
     struct { smallm_options known; int64_t unknown; } newer;
     memset(&newer, 0, sizeof newer);
     smallm_default_options(model, &newer.known, sizeof newer);
-    SAY("options of the future", smallm_generate_start(model, "a", 1, &newer.known), model);
+    SAY("options of the future", smallm_generate_start(context, "a", 1, &newer.known), context);
     newer.unknown = 1;
-    SAY("an option of the future", smallm_generate_start(model, "a", 1, &newer.known), model);
+    SAY("an option of the future", smallm_generate_start(context, "a", 1, &newer.known), context);
     WITH(max_length = INT64_MAX);
     options.size = offsetof(smallm_options, top_k);
     options.top_k = -5;
-    SAY("options of the past", start_with(model, options), model);
+    SAY("options of the past", start_with(context, options), context);
     for (int i = 0; i < 100; i++)
-        if (smallm_next(model, &text, &bytes) != SMALLM_OK) return 1;
-    SAY("next without a place", smallm_next(model, NULL, NULL), model);
-    SAY("next again", smallm_next(model, &text, &bytes), model);
-    SAY("start with the last chunk", smallm_generate_start(model, text, bytes, NULL), model);
-    if (smallm_next(model, &text, &bytes) != SMALLM_OK) return 1;
+        if (smallm_next(context, &text, &bytes) != SMALLM_OK) return 1;
+    SAY("next without a place", smallm_next(context, NULL, NULL), context);
+    SAY("next again", smallm_next(context, &text, &bytes), context);
+    SAY("start with the last chunk", smallm_generate_start(context, text, bytes, NULL), context);
+    if (smallm_next(context, &text, &bytes) != SMALLM_OK) return 1;
     WITH(allowed = text);
-    SAY("next of one character", smallm_next(model, &text, &bytes), model);
+    SAY("next of one character", smallm_next(context, &text, &bytes), context);
+    count = 0;
+    while (count < 100 && smallm_step(&context, 1) == SMALLM_OK) count++;
+    SAY("steps without take", smallm_step(&context, 1), context);
     WITH(max_length = 0);
-    SAY("next of nothing", smallm_next(model, &text, &bytes), model);
-    SAY("next of nothing, again", smallm_next(model, &text, &bytes), model);
-    SAY("score without a place", smallm_score(model, "abc", 3, NULL, 0, &count), model);
+    SAY("next of nothing", smallm_next(context, &text, &bytes), context);
+    SAY("next of nothing, again", smallm_next(context, &text, &bytes), context);
+    SAY("next of nothing in a step", smallm_step(&context, 1), context);
+    SAY("no contexts", smallm_step(NULL, 1), NULL);
+    SAY("score without a place", smallm_score(context, "abc", 3, NULL, 0, &count), context);
     printf("%lu\n", (unsigned long)count);
-    SAY("score with too little room", smallm_score(model, "abc", 3, nats, 2, &count), model);
-    SAY("score of no UTF-8", smallm_score(model, "\x80", 1, nats, 4, &count), model);
-    SAY("score of nothing", smallm_score(model, NULL, 0, nats, 4, &count), model);
-    SAY("score without a count", smallm_score(model, "abc", 3, nats, 4, NULL), model);
+    SAY("score with too little room", smallm_score(context, "abc", 3, nats, 2, &count), context);
+    SAY("score of no UTF-8", smallm_score(context, "\x80", 1, nats, 4, &count), context);
+    SAY("score of nothing", smallm_score(context, NULL, 0, nats, 4, &count), context);
+    SAY("score without a count", smallm_score(context, "abc", 3, nats, 4, NULL), context);
+    SAY("next characters without a place", smallm_next_characters(context, "a", 1, NULL, 2, &count), context);
+    SAY("next characters without a count", smallm_next_characters(context, "a", 1, next, 2, NULL), context);
+    SAY("next characters of no UTF-8", smallm_next_characters(context, "\x80", 1, next, 2, &count), context);
+    SAY("no next characters", smallm_next_characters(context, "a", 1, NULL, 0, &count), context);
+    smallm_context_free(context);
     smallm_close(model);
     return 0;
 }
@@ -296,30 +480,33 @@ static int print_tensor_bytes(void)
     return 0;
 }
 
-static void *write_text(void *path)
+static void *write_text(void *shared)
 {
-    smallm *model;
+    smallm_context *context;
     const char *chunk;
     size_t bytes;
     char *text = calloc(1, 4096);
-    if (smallm_open(path, NULL, &model) == SMALLM_OK && smallm_generate_start(model, "the ", 4, NULL) == SMALLM_OK)
-        while (smallm_next(model, &chunk, &bytes) == SMALLM_OK) strcat(text, chunk);
-    smallm_close(model);
+    if (smallm_context_new(shared, &context) != SMALLM_OK) return text;
+    if (smallm_generate_start(context, "the ", 4, NULL) == SMALLM_OK)
+        while (smallm_next(context, &chunk, &bytes) == SMALLM_OK) strcat(text, chunk);
+    smallm_context_free(context);
     return text;
 }
 
-/* The same text from several threads, each with its own handle. */
+/* The same text from several threads that share a model. */
 static int print_threads(char **argv)
 {
+    smallm_context *context = open_context(argv[0], NULL);
     pthread_t threads[3];
     void *text;
     for (int i = 0; i < 3; i++)
-        if (pthread_create(&threads[i], NULL, write_text, argv[0]) != 0) return 1;
+        if (pthread_create(&threads[i], NULL, write_text, (void *)context->model) != 0) return 1;
     for (int i = 0; i < 3; i++) {
         pthread_join(threads[i], &text);
         printf("%s\x1e", (char *)text);
         free(text);
     }
+    close_context(context);
     return 0;
 }
 
@@ -336,6 +523,10 @@ int main(int argc, char **argv)
     if (strcmp(what, "score") == 0) return print_score(argv + 2);
     if (strcmp(what, "mistakes") == 0) return make_mistakes(argv + 2);
     if (strcmp(what, "tensor-bytes") == 0) return print_tensor_bytes();
+    if (strcmp(what, "logits") == 0) return print_logits(argv + 2);
+    if (strcmp(what, "next") == 0) return print_next(argv + 2);
+    if (strcmp(what, "variants") == 0) return print_variants(argv + 2);
+    if (strcmp(what, "getters") == 0) return print_getters(argv + 2);
     if (strcmp(what, "threads") == 0) return print_threads(argv + 2);
     return 2;
 }

@@ -97,7 +97,7 @@ WRITERS: Mapping[str, Callable[[Path, Path], None]] = {"c": write_c, "node": wri
 """Kit -> the function that fills its folder, given the model."""
 
 BUILT: Mapping[str, tuple[str, ...]] = {
-    "c": ("generate", "build"),
+    "c": ("smallm_generate", "build"),
     "node": ("node_modules", "package-lock.json"),
     "web": (),
 }

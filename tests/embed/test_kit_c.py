@@ -4,6 +4,7 @@ import codecs
 import json
 import math
 import os
+import platform
 import random
 import re
 import shlex
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import helper
 from toys import LATER_VOCABULARY, random_model, save_onnx
@@ -34,7 +34,7 @@ C = SOURCES / "c"
 STRICT = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
 SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 NON_ASCII = Vocabulary.from_characters("éñ€中")
-FILES = {"smallm.h", "smallm.c", "main.c", "Makefile", "CMakeLists.txt", "README.md", "SAMPLING.md",
+FILES = {"smallm.h", "smallm.c", "smallm_kernels.h", "main.c", "Makefile", "CMakeLists.txt", "README.md", "SAMPLING.md",
          "model.onnx", "smallm.json"}  # fmt: skip
 
 
@@ -51,34 +51,10 @@ def succeed(*argv, **options) -> str:
     return done.stdout.decode()
 
 
-def pkg_config(what: str) -> list[str]:
-    """The compiler flags of an installed ONNX Runtime; empty if it is not installed."""
-    if not shutil.which("pkg-config"):
-        return []
-    done = run("pkg-config", what, "libonnxruntime")
-    return [] if done.returncode else done.stdout.decode().split()
-
-
-@pytest.fixture(scope="session")
-def release(tmp_path_factory) -> Path:
-    """A folder like that of a release of ONNX Runtime: include/ and lib/. The library is the one that Python uses."""
-    installed = [Path(flag[2:]) for flag in pkg_config("--cflags-only-I")]
-    given = [Path(os.environ["SMALLM_ORT_HEADERS"])] if os.environ.get("SMALLM_ORT_HEADERS") else []
-    headers = [folder for folder in given + installed if (folder / "onnxruntime_c_api.h").is_file()]
-    if not headers:
-        pytest.skip("no headers of ONNX Runtime: install libonnxruntime-dev, or set SMALLM_ORT_HEADERS to a folder "
-                    "with them: SMALLM_ORT_HEADERS=$(.ci/onnxruntime-headers)")  # fmt: skip
+@pytest.fixture(scope="session", autouse=True)
+def compiler():
     if not shutil.which("cc"):
         pytest.skip("no C compiler")
-    libraries = sorted((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so*"))
-    if not libraries:
-        pytest.skip("this onnxruntime package has no libonnxruntime.so to link with")
-    folder = tmp_path_factory.mktemp("onnxruntime")
-    (folder / "include").symlink_to(headers[0].resolve())
-    (folder / "lib").mkdir()
-    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
-        (folder / "lib" / name).symlink_to(libraries[0])
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -90,19 +66,19 @@ def kit(exported, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def generate(kit, release, tmp_path_factory) -> Path:
+def generate(kit, tmp_path_factory) -> Path:
     """The example, built by the Makefile with all warnings as errors."""
     folder = shutil.copytree(kit, tmp_path_factory.mktemp("built") / "kit")
-    succeed("make", f"ORT={release}", f"CFLAGS=-O2 {shlex.join(STRICT)}", cwd=folder)
-    return folder / "generate"
+    succeed("make", f"CFLAGS=-O2 {shlex.join(STRICT)}", cwd=folder)
+    return folder / "smallm_generate"
 
 
 @pytest.fixture(scope="session")
-def sanitized(kit, release, tmp_path_factory) -> Path:
+def sanitized(kit, tmp_path_factory) -> Path:
     """The example, which ends with a report at the first fault of memory or arithmetic, and for a leak."""
     folder = shutil.copytree(kit, tmp_path_factory.mktemp("sanitized") / "kit")
-    succeed("make", f"ORT={release}", f"CFLAGS={shlex.join(SANITIZED)}", cwd=folder)
-    return folder / "generate"
+    succeed("make", f"CFLAGS={shlex.join(SANITIZED)}", cwd=folder)
+    return folder / "smallm_generate"
 
 
 @pytest.fixture(scope="session")
@@ -112,11 +88,10 @@ def lm(exported) -> LanguageModel:
 
 
 @pytest.fixture(scope="session")
-def inner(release, tmp_path_factory):
+def inner(tmp_path_factory):
     """Calls tests/kit_c.c, built with sanitizers, and returns what it prints."""
     program = tmp_path_factory.mktemp("inner") / "inner"
-    succeed("cc", *STRICT, *SANITIZED, f"-I{C}", f"-I{release / 'include'}", ROOT / "tests" / "kit_c.c", "-o", program,
-            f"-L{release / 'lib'}", "-lonnxruntime", f"-Wl,-rpath,{release / 'lib'}", "-lm", "-pthread")  # fmt: skip
+    succeed("cc", *STRICT, *SANITIZED, f"-I{C}", ROOT / "tests" / "kit_c.c", "-o", program, "-lm", "-pthread")
 
     def inner(*argv, stdin: bytes = b"") -> str:
         return succeed(program, *argv, stdin=stdin)
@@ -144,7 +119,7 @@ def test_a_kit_is_whole(kit):
 
 def test_a_kit_replaces_an_earlier_kit_and_its_build_output(exported, tmp_path):
     write_kit("c", exported, tmp_path / "kit")
-    (tmp_path / "kit" / "generate").touch()
+    (tmp_path / "kit" / "smallm_generate").touch()
     (tmp_path / "kit" / "smallm.c").write_text("old")
     write_kit("c", exported, tmp_path / "kit")
     assert {file.name for file in (tmp_path / "kit").iterdir()} == FILES
@@ -180,50 +155,68 @@ def test_export_writes_a_kit(tiny_run, tmp_path, capsys):
 # -- building
 
 
-def test_the_readme_says_how_to_build(kit, release, tmp_path):
-    """Its second command as it stands, with the package that the first would install played by a folder."""
-    blocks = re.findall(r"```sh\n(.*?)```", (kit / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks[0] == "sudo apt install gcc make pkg-config libonnxruntime-dev\n"
-    if not shutil.which("pkg-config"):
-        pytest.skip("no pkg-config")
+def test_the_readme_says_how_to_build(kit, tmp_path):
+    """Its commands as they stand."""
     folder = shutil.copytree(kit, tmp_path / "kit")
-    (tmp_path / "libonnxruntime.pc").write_text(
-        f"Name: onnxruntime\nDescription: of the test\nVersion: 1.21\nCflags: -I{release / 'include'}\n"
-        f"Libs: -L{release / 'lib'} -lonnxruntime\n"
-    )
-    env = {"PKG_CONFIG_PATH": str(tmp_path), "LD_LIBRARY_PATH": str(release / "lib")}
-    assert "\nOnce" in succeed("sh", "-ec", blocks[1], cwd=folder, env=env)  # below what make says
+    (block,) = re.findall(r"```sh\n(.*?)```", (kit / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert block.count("\n") == 2
+    assert succeed("sh", "-ec", block, cwd=folder).startswith("Once")
 
 
-def test_cmake_builds_it_too(kit, release, tmp_path):
+@pytest.mark.parametrize("shared", ["OFF", "ON"])
+def test_cmake_builds_and_installs_it(kit, tmp_path, shared):
+    """The example; then an installed library in another project, by CMake and by pkg-config; then a subdirectory."""
     if not shutil.which("cmake"):
         pytest.skip("no cmake")
     folder = shutil.copytree(kit, tmp_path / "kit")
-    settings = [f"-DCMAKE_PREFIX_PATH={release}", f"-DCMAKE_C_FLAGS={shlex.join(STRICT)}"]
-    succeed("cmake", "-S", folder, "-B", folder / "build", *settings)
+    settings = [f"-DBUILD_SHARED_LIBS={shared}", f"-DCMAKE_C_FLAGS={shlex.join(STRICT)}"]
+    succeed("cmake", "-S", folder, "-B", folder / "build", *settings, f"-DCMAKE_INSTALL_PREFIX={tmp_path / 'usr'}")
     succeed("cmake", "--build", folder / "build")
-    assert succeed(folder / "build" / "generate", cwd=folder).count("\n") > 1
+    assert succeed(folder / "build" / "smallm_generate", cwd=folder).count("\n") > 1
+    succeed("cmake", "--install", folder / "build")
+    app = tmp_path / "app"
+    app.mkdir()
+    (source,) = re.findall(r"```c\n(.*?)```", (kit / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (app / "app.c").write_text(source)
+    shutil.copy(kit / "model.onnx", app)
+    expected = succeed(folder / "build" / "smallm_generate", "--seed", "Once", "--max-length", 200, "--rng-seed", 1,
+                       cwd=folder).removesuffix("\n").removeprefix("Once")  # fmt: skip
+    for number, how in enumerate(("find_package(smallm REQUIRED)", f"add_subdirectory({folder} smallm)")):
+        (app / "CMakeLists.txt").write_text(
+            f"cmake_minimum_required(VERSION 3.15)\nproject(app LANGUAGES C)\n{how}\nadd_executable(generate app.c)\n"
+            "target_link_libraries(generate PRIVATE smallm::smallm)\n"
+        )
+        built = app / f"build{number}"
+        succeed("cmake", "-S", app, "-B", built, f"-DCMAKE_PREFIX_PATH={tmp_path / 'usr'}", *settings)
+        succeed("cmake", "--build", built)
+        assert succeed(built / "generate", cwd=app) == expected
+        assert not (built / "smallm" / "smallm_generate").exists()
+    if shutil.which("pkg-config"):
+        env = {"PKG_CONFIG_PATH": str(next((tmp_path / "usr").glob("lib*/**/pkgconfig")))}
+        flags = succeed("pkg-config", "--cflags", "--libs", "smallm", env=env).split()
+        library = next((tmp_path / "usr").glob("lib*/**/libsmallm.*")).parent
+        succeed("cc", app / "app.c", *flags, "-o", app / "app", f"-Wl,-rpath,{library}")
+        assert succeed(app / "app", cwd=app) == expected
 
 
-def test_the_program_in_the_readme_and_cpp(kit, release, tmp_path):
+def test_the_program_in_the_readme_and_cpp(kit, tmp_path):
     """The same source as C and, with the header included from it, as C++."""
     (source,) = re.findall(r"```c\n(.*?)```", (kit / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "app.c").write_text(source)
     (tmp_path / "app.cpp").write_text(source)
     shutil.copy(kit / "model.onnx", tmp_path)
-    succeed("cc", *STRICT, f"-I{release / 'include'}", "-c", kit / "smallm.c", "-o", tmp_path / "smallm.o")
-    libraries = [tmp_path / "smallm.o", f"-L{release / 'lib'}", "-lonnxruntime", f"-Wl,-rpath,{release / 'lib'}", "-lm"]
+    succeed("cc", *STRICT, "-c", kit / "smallm.c", "-o", tmp_path / "smallm.o")
     compilers = {"app.c": ["cc", *STRICT]}
     if shutil.which("c++"):
         compilers["app.cpp"] = ["c++", "-std=c++11", "-Wall", "-Wextra", "-Werror", "-pedantic"]
     expected = "".join(LanguageModel.load(kit).stream("Once", 200, rng_seed=1))
     for name, compiler in compilers.items():
-        succeed(*compiler, f"-I{kit}", tmp_path / name, *libraries, "-o", tmp_path / "app")  # no header of ONNX Runtime
+        succeed(*compiler, f"-I{kit}", tmp_path / name, tmp_path / "smallm.o", "-lm", "-o", tmp_path / "app")
         assert succeed(tmp_path / "app", cwd=tmp_path) == expected
 
 
-def test_fast_arithmetic_is_refused(release):
-    done = run("cc", "-ffast-math", f"-I{release / 'include'}", "-fsyntax-only", C / "smallm.c")
+def test_fast_arithmetic_is_refused():
+    done = run("cc", "-ffast-math", "-fsyntax-only", C / "smallm.c")
     assert done.returncode != 0
     assert b"must not be compiled with -ffast-math" in done.stderr
 
@@ -292,6 +285,96 @@ def test_numbers_of_the_metadata(inner):
     assert set(inner("numbers", ".5", "1e", "x", "1e999", "--1", "9" * 500).split()) == {"none"}
 
 
+# -- the forward pass
+
+
+def kernel_names() -> list[str]:
+    """The instruction sets of this processor, as smallm.c calls them."""
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        needed = {"avx512": "avx512_vnni", "avx2": " avx2 ", "sse2": ""}
+        return [name for name, flag in needed.items() if flag in flags] + ["plain"]
+    return ["neon", "plain"] if machine in ("arm64", "aarch64") else ["plain"]
+
+
+SHAPES = [
+    {}, {"window": 9, "block_size": 50}, {"n_head": 4, "n_kv_head": 1, "n_embd": 96, "block_size": 70},
+    {"n_head": 3, "n_kv_head": 3, "n_embd": 30, "n_inner": 50, "n_layer": 3}, {"n_head": 1, "n_kv_head": 1, "n_embd": 72},
+    {"n_embd": 300, "n_head": 2, "n_kv_head": 1, "n_layer": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=str)
+def test_logits(inner, tmp_path, config):
+    """Close to those of ONNX Runtime; equal bits for every instruction set and every number of ids in a pass."""
+    path = save_onnx(random_model(NON_ASCII, **config), tmp_path / "model.onnx", NON_ASCII)
+    lm = LanguageModel.load(path)
+    ids = np.random.default_rng(1).integers(0, lm.vocab_size, lm.block_size)
+    stdin = " ".join(map(str, ids)).encode()
+    found = {(k, n): inner("logits", path, k, n, stdin=stdin) for k in kernel_names() for n in (48, 1, 7)}
+    assert len(set(found.values())) == 1
+    bits = [[int(word, 16) for word in line.split()] for line in found["plain", 1].splitlines()]
+    np.testing.assert_allclose(np.array(bits, np.uint32).view(np.float32), lm.logits(ids[None])[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_quantised_logits(inner, tiny_run, tmp_path, text_file, precision):
+    """Equal bits for every instruction set; the loss of ONNX Runtime."""
+    argv = [str(tiny_run), "--precision", precision, "--allow-loss", "--out", str(tmp_path / "export")]
+    assert cli.run(cli.export, argv) == 0
+    lm = LanguageModel.load(tmp_path / "export")
+    text = text_file.read_text(encoding="utf-8")[:3000]
+    ids = lm.vocabulary.encode(text)[: lm.block_size]
+    stdin = " ".join(map(str, ids)).encode()
+    path = tmp_path / "export" / "model.onnx"
+    assert len({inner("logits", path, k, n, stdin=stdin) for k in kernel_names() for n in (48, 1)}) == 1
+    nats = np.array(inner("score", path, stdin=text.encode()).split("\x1e")[1].split(), float)
+    bits = np.nansum(nats) / (len(text) - 1) / math.log(2)
+    assert bits == pytest.approx(lm.perplexity(text).bits_per_char, abs=0.002)  # an untrained toy on 3,000 characters
+
+
+def test_ways_to_one_text(inner, exported):
+    """Uninterrupted; cancelled before each chunk; copied after each; and stepped with 59 other texts."""
+    for seed, stop in (("the ", "never"), ("naïve " * 30, "moon")):
+        lines = inner("variants", exported / "model.onnx", seed, stop).split("\n")[:-1]
+        assert len(lines) == 23
+        assert len(set(lines)) == 1
+        assert lines[0]
+
+
+@pytest.mark.parametrize("text", ["the ", "na", "", "é" * 50])
+def test_next_characters_are_those_of_python(inner, lm, exported, text):
+    found = [line.split() for line in inner("next", exported / "model.onnx", text, 12).splitlines()]
+    expected = lm.next_characters(text, 12)
+    assert [bytes.fromhex(word).decode() for word, _ in found] == [character for character, _ in expected]
+    np.testing.assert_allclose([float(p) for _, p in found], [p for _, p in expected], rtol=1e-3)
+
+
+def test_getters_and_ids(inner, lm, exported):
+    text = "aé€ 𝄞"
+    sizes, metadata, missing, ids, decoded, mistakes = inner(
+        "getters", exported / "model.onnx", "smallm.start_text", text
+    ).splitlines()
+    assert sizes.split() == ["200", str(lm.block_size), str(lm.vocab_size), "0"]
+    assert json.loads(metadata) == lm.metadata.start_text
+    assert missing == "1"
+    assert [int(id) for id in ids.split()] == lm.vocabulary.encode(text).tolist()
+    assert bytes.fromhex(decoded).decode() == text
+    assert mistakes == "2 2 2 2"
+
+
+@pytest.mark.parametrize("compiler", ["cc", "gcc", "clang"])
+@pytest.mark.parametrize("flags", ["-std=gnu99 -O0", "-std=c99 -O3", "-std=gnu17 -O2 -march=native"])
+def test_every_build_writes_the_same_text(kit, generate, exported, tmp_path, compiler, flags):
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler}")
+    succeed(compiler, *flags.split(), kit / "smallm.c", kit / "main.c", "-lm", "-o", tmp_path / "generate")
+    argv = [exported / "model.onnx", "--seed", "the ", "--rng-seed", 3, "--max-length", 400, "--overflow", "shift"]
+    texts = {succeed(tmp_path / "generate", *argv, "--kernels", name) for name in kernel_names()}
+    assert texts == {succeed(generate, *argv)}
+
+
 # -- texts
 
 
@@ -326,7 +409,7 @@ def test_sliding_and_banning_take_no_memory(inner, tmp_path):
     stream = LanguageModel.load(path).stream("the ", 300, rng_seed=3, temperature=1, top_k=0, banned="€ab")
     text = "".join(stream)
     assert not set(text) & set("€ab")
-    assert b"".join(map(bytes.fromhex, found)).decode() == text
+    assert b"".join(bytes.fromhex(line.split()[0]) for line in found).decode() == text
     assert end.split() == ["1", "0"]
 
 
@@ -371,16 +454,17 @@ def test_ids_added_by_fine_tuning(generate, tmp_path):
 )
 @pytest.mark.parametrize(("min_length", "penalty", "window"), [(0, 1.0, 0), (30, 1.3, 8)])
 def test_chunks_are_those_of_python(inner, lm, exported, stops, min_length, penalty, window):
-    pieces = list(
-        lm.stream(
-            "the ", 150, rng_seed=3, temperature=1, top_k=0, overflow="shift", stop=stops, min_length=min_length,
-            repetition_penalty=penalty, repetition_window=window,
-        )
+    stream = lm.stream(
+        "the ", 150, rng_seed=3, temperature=1, top_k=0, overflow="shift", stop=stops, min_length=min_length,
+        repetition_penalty=penalty, repetition_window=window, logprobs=True,
     )  # fmt: skip
+    pieces = [(piece, sum(stream.logprobs)) for piece in stream]
     *found, end = inner(
         "chunks", exported / "model.onnx", "the ", 150, *stops, min_length, penalty, window, 1, ""
     ).splitlines()
-    assert [bytes.fromhex(piece).decode() for piece in found] == pieces
+    assert [bytes.fromhex(line.split()[0]).decode() for line in found] == [piece for piece, _ in pieces]
+    logprobs = [float(line.split()[1]) for line in found]
+    np.testing.assert_allclose(logprobs, [logprob for _, logprob in pieces], atol=1e-3)
     status, allocations, *error = end.split()
     assert (status, allocations, error) == ("1", "0", [])
 
@@ -414,7 +498,7 @@ def test_mistakes_in_calls(inner, exported):
     found = dict(line.split(": ", 1) for line in lines if ": " in line)
     good = {"options of the future", "max_length = INT64_MAX", "options of the past", "next again", "max_length = 0",
             "score of nothing", "open options of the past", "open options of the future", "start with the last chunk",
-            "allowed = text", "next of one character"}  # fmt: skip
+            "allowed = text", "next of one character", "no next characters"}  # fmt: skip
     for what, answer in found.items():
         status, _, words = answer.partition(" ")
         if what in good:
@@ -573,7 +657,7 @@ def test_weights_that_are_not_finite(sanitized, exported, tmp_path):
     [["--temperature", "hot"], ["--temperature", "-1"], ["--top-p", "0"], ["--max-length", "-1"], ["--max-length", "x"],
      ["--max-length", "9" * 30], ["--rng-seed", "-1"], ["--rng-seed", "4294967296"], ["--overflow", "wrap"],
      ["--overflow", "slide"], ["--allowed", ""], ["--allowed", "ab", "--banned", "ba"],
-     ["--threads", "0"], ["--threads", "2000"], ["--seed"], ["--unknown", "1"], ["two", "models"],
+     ["--kernels", "mmx"], ["--kernels", ""], ["--seed"], ["--unknown", "1"], ["two", "models"],
      ["--seed-file", "/no/such/file"], ["--score", "/no/such/file"], ["--min-length", "501"],
      ["--repetition-window", "33"]],
     ids=" ".join,

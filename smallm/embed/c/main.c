@@ -1,13 +1,9 @@
 /* A useful example of smallm.h: generates text, or scores a text.
 
-       ./generate [MODEL] --seed "Once" --rng-seed 1
-       ./generate [MODEL] --score FILE
+       ./smallm_generate [MODEL] --seed "Once" --rng-seed 1
+       ./smallm_generate [MODEL] --score FILE
 
    Results go to stdout, everything else to stderr; an error is one line and exit code 2. */
-
-#ifndef _WIN32
-#define _POSIX_C_SOURCE 200112L /* setenv */
-#endif
 
 #include "smallm.h"
 
@@ -19,7 +15,7 @@
 #include <time.h>
 
 static const char USAGE[] =
-    "usage: generate [MODEL] [options]          MODEL: default model.onnx\n"
+    "usage: smallm_generate [MODEL] [options]          MODEL: default model.onnx\n"
     "\n"
     "  --seed TEXT, --seed-file FILE            the text to continue; FILE - is stdin\n"
     "  --max-length N                           maximum number of new characters; default 500\n"
@@ -29,8 +25,8 @@ static const char USAGE[] =
     "  --stop TEXT                              ends the text before TEXT; may be repeated\n"
     "  --min-length N                           ignores stop strings within the first N characters\n"
     "  --allowed CHARACTERS --banned CHARACTERS the only characters to generate; characters never to generate\n"
-    "  --overflow crop|shift|slide              past the context: exact; fast (default); both (with a window)\n"
-    "  --threads N                              default: chosen by the size of the model\n"
+    "  --overflow crop|shift|slide              beyond the context: exact; fast; both, if the model has a window\n"
+    "  --kernels avx512|avx2|sse2|neon|plain    instruction set; default: the fastest\n"
     "  --score FILE                             prints the mean nats per character of FILE instead\n";
 
 enum { MAX_STOPS = 64 };
@@ -92,7 +88,7 @@ static int read_option(arguments *a, const char *name, const char *value, int *k
         good = whole(value, 0, UINT32_MAX, &n), o->rng_seed = (uint32_t)n, a->set |= SET_RNG_SEED;
     else if (strcmp(name, "--stream-number") == 0)
         good = whole(value, 0, UINT32_MAX, &n), o->stream_number = (uint32_t)n;
-    else if (strcmp(name, "--threads") == 0) good = whole(value, 1, 1024, &n), a->open.threads = (int32_t)n;
+    else if (strcmp(name, "--kernels") == 0) a->open.kernels = value;
     else if (strcmp(name, "--overflow") == 0) {
         static const char *const ways[] = {"crop", "shift", "slide"}; /* in the order of smallm.h */
         for (o->overflow = 0; o->overflow < 3 && strcmp(value, ways[o->overflow]) != 0;) o->overflow++;
@@ -154,15 +150,15 @@ static char *read_file(const char *path, size_t *bytes)
     return NULL;
 }
 
-static int print_score(smallm *model, const char *text, size_t bytes)
+static int print_score(smallm_context *context, const char *text, size_t bytes)
 {
     double *nats = bytes < SIZE_MAX / sizeof *nats ? malloc((bytes + 1) * sizeof *nats) : NULL, sum = 0;
     size_t count = 0;
     if (nats == NULL) return complain("there is not enough memory for this text", "");
-    smallm_status status = smallm_score(model, text, bytes, nats, bytes, &count);
+    smallm_status status = smallm_score(context, text, bytes, nats, bytes, &count);
     for (size_t i = 1; status == SMALLM_OK && i < count; i++) sum += nats[i];
     free(nats);
-    if (status != SMALLM_OK) return complain(smallm_error(model), "");
+    if (status != SMALLM_OK) return complain(smallm_error(context), "");
     if (count < 2) return complain("a text needs at least 2 characters to be scored", "");
     double mean = sum / (double)(count - 1);
     printf("%.6f nats per character, %.6f bits, perplexity %.6f, %zu characters\n", mean, mean / log(2.0), exp(mean),
@@ -170,24 +166,24 @@ static int print_score(smallm *model, const char *text, size_t bytes)
     return 0;
 }
 
-static int print_text(smallm *model, const char *seed, size_t bytes, const smallm_options *options)
+static int print_text(smallm_context *context, const char *seed, size_t bytes, const smallm_options *options)
 {
     const char *text;
     size_t length;
-    smallm_status status = smallm_generate_start(model, seed, bytes, options);
+    smallm_status status = smallm_generate_start(context, seed, bytes, options);
     if (status == SMALLM_OK) fwrite(seed, 1, bytes, stdout);
-    while (status == SMALLM_OK && (status = smallm_next(model, &text, &length)) == SMALLM_OK) {
+    while (status == SMALLM_OK && (status = smallm_next(context, &text, &length)) == SMALLM_OK) {
         fwrite(text, 1, length, stdout);
         fflush(stdout);
         if (ferror(stdout)) return complain("cannot write the text", "");
     }
-    if (status != SMALLM_DONE) return complain(smallm_error(model), "");
+    if (status != SMALLM_DONE) return complain(smallm_error(context), "");
     putchar('\n');
     return 0;
 }
 
 /* The options of the command line, and the defaults of the model for all others. */
-static smallm_options options_for(const smallm *model, const arguments *a)
+static smallm_options options_for(const smallm_model *model, const arguments *a)
 {
     smallm_options defaults, options = a->given;
     smallm_default_options(model, &defaults, sizeof defaults);
@@ -203,15 +199,13 @@ static smallm_options options_for(const smallm *model, const arguments *a)
 int main(int argc, char **argv)
 {
     arguments a;
-    smallm *model = NULL;
+    smallm_model *model = NULL;
+    smallm_context *context = NULL;
     size_t bytes = 0;
     int code = read_arguments(argc, argv, &a);
     if (code != 0) return code - 1;
-#ifndef _WIN32
-    setenv("ORT_GQA_DISABLE_FLASH_ATTENTION", "1", 0); /* as in smallm's Python package; faster */
-#endif
     if (smallm_open(a.model, &a.open, &model) != SMALLM_OK) {
-        code = complain(smallm_error(model), "");
+        code = complain(smallm_model_error(model), "");
         smallm_close(model);
         return code;
     }
@@ -219,14 +213,17 @@ int main(int argc, char **argv)
     char *file = path != NULL ? read_file(path, &bytes) : NULL;
     if (path != NULL && file == NULL) {
         code = complain("cannot read ", path);
+    } else if (smallm_context_new(model, &context) != SMALLM_OK) {
+        code = complain("there is not enough memory for this; use a smaller model", "");
     } else if (a.score != NULL) {
-        code = print_score(model, file, bytes);
+        code = print_score(context, file, bytes);
     } else {
         smallm_options options = options_for(model, &a);
         const char *seed = file != NULL ? file : a.seed != NULL ? a.seed : "";
-        code = print_text(model, seed, file != NULL ? bytes : strlen(seed), &options);
+        code = print_text(context, seed, file != NULL ? bytes : strlen(seed), &options);
     }
     free(file);
+    smallm_context_free(context);
     smallm_close(model);
     return code;
 }

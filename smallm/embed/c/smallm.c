@@ -1,12 +1,17 @@
-/* The implementation of smallm.h in C99, over the C API of ONNX Runtime.
+/* The implementation of smallm.h in C99.
 
-   In this order: bytes and text; the vocabulary; JSON; the check of the ONNX file; the manifest; ONNX Runtime and the KV
-   cache; the sampler; allowed characters; the state of a text; scoring; the public functions. SAMPLING.md specifies the
-   text that results. The Python package has the same parts in model_file/onnx_reader.py, model_file/manifest.py,
-   inference/kv_cache.py, generation/sampler.py, generation/allowed_characters.py and generation/sequence_state.py. */
+   In this order: bytes and text; the vocabulary; JSON; the check of the ONNX file; the manifest; the weights; the forward
+   pass; the sampler; allowed characters; the state of a text; measuring; the public functions. smallm_kernels.h has the
+   arithmetic for each instruction set. SAMPLING.md specifies the text that results. The Python package has the same parts
+   in model_file/onnx_reader.py, model_file/manifest.py, export/graph.py, generation/sampler.py,
+   generation/logits_processors.py and generation/sequence_state.py. */
 
+#ifdef SMALLM_SHARED
+#define SMALLM_BUILD
+#endif
 #include "smallm.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -16,35 +21,49 @@
 
 #ifdef _WIN32
 #include <windows.h>
-#else
-#include <unistd.h>
 #endif
 
-#include <onnxruntime_c_api.h>
-
+/* Equal bits everywhere: no fused or reordered arithmetic, and no wider intermediate results. */
 #ifdef __FAST_MATH__
 #error "smallm.c must not be compiled with -ffast-math: the same seed would not give the same text"
 #endif
+#if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD != 0
+#error "smallm.c needs arithmetic in single precision; for 32-bit x86 add -msse2 -mfpmath=sse"
+#endif
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#elif defined(_MSC_VER)
+#pragma fp_contract(off)
+#endif
+
+#if defined(__GNUC__)
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#else
+#define INLINE inline
+#define UNROLL
+#endif
 
 enum {
-    ORT_API_WANTED = 21, /* in ONNX Runtime 1.21 and later */
     FORMAT_VERSION = 1,
     MAX_LAYERS = 999,
     MAX_START_IDS = 999,
-    MAX_NODES = 20000,
+    MAX_NODES = 20000,       /* of the graph; also its initialisers */
     MAX_DIMENSIONS = 8,
-    PLAIN_INPUTS = 3,  /* besides the cache */
-    MAX_THREADS = 1024,
-    MAX_NAME = 40,    /* bytes of an input's name, with its NUL */
-    MAX_PUSHED = 24,  /* bytes of text that an id can complete: each of its 4 bytes can give two U+FFFD */
+    MAX_ROWS = 48,           /* ids that a pass computes together */
+    MAX_PUSHED = 24,         /* bytes of text that an id can complete: each of its 4 bytes can give two U+FFFD */
     CODE_POINTS = 0x110000,
-    BIG_LAYER = 1000000 /* bytes; in smaller layers a second thread slows down single ids */
+    ERROR_BYTES = 600
 };
 #define MAX_SIZE (1 << 24)
 #define MAX_SAMPLING 9007199254740992.0 /* 2^53 */
 #define MAX_FILE 0x7fffffffu            /* bytes: the limit of protobuf */
-#define MAX_SMALL_CACHE (64u << 20)           /* bytes of KV cache that a file of any size may ask for */
-#define MIN_TEMPERATURE 1e-200 /* a lower temperature changes nothing, but a division could overflow */
+#define MAX_SMALL_CACHE (64u << 20)     /* bytes of KV cache that a file of any size may ask for */
+#define MIN_TEMPERATURE 1e-200          /* a lower temperature changes nothing, but a division could overflow */
+#define MIN_PROBABILITY 1e-6            /* of the characters of several ids that smallm_next_characters finds */
+#define ROUNDER 12582912.0f             /* 1.5 * 2^23: x + ROUNDER - ROUNDER is x rounded to an integer */
 
 /* A range of memory that is owned elsewhere. */
 typedef struct {
@@ -63,6 +82,64 @@ typedef struct {
     int length;
 } pending;
 
+/* A weight matrix in panels of 16 outputs, the last one padded with zeros: fp32, or 8 bits with a scale and a correction
+   (-128 times the sum of the codes) for each output and block of inputs. */
+typedef struct {
+    size_t inputs, outputs, panels;
+    const float *values; /* (panels, inputs, 16); NULL if quantised */
+    size_t blocks, block;
+    const int8_t *codes; /* (panels, blocks * block / 4, 16, 4) */
+    const float *scales; /* (panels, blocks, 16) */
+    const int32_t *corrections;
+} matrix;
+
+typedef struct {
+    void (*product)(const float *x, size_t x_stride, size_t rows, const float *w, size_t panel_stride, size_t inputs,
+                    size_t panels, float *y, size_t y_stride);
+    void (*product8)(const int8_t *x, const float *x_scales, size_t x_stride, size_t rows, const matrix *w, float *y,
+                     size_t y_stride);
+    void (*norm)(const float *x, const float *gain, float *y, size_t length, size_t padded);
+    void (*swiglu)(const float *gate, const float *up, float *y, size_t padded);
+    float (*softmax)(float *scores, size_t from, size_t first, size_t end, size_t padded);
+    void (*quantise)(const float *x, size_t inputs, size_t blocks, size_t block, int8_t *codes, float *scales);
+} kernels;
+
+/* Names as in export/graph.py. */
+typedef struct {
+    matrix qkv, attention_out, gate_up, down;
+    const float *ln_1, *ln_2, *qk_gain;
+} layer;
+
+struct smallm_model {
+    char error[ERROR_BYTES];
+    char name[256]; /* the name of the model in messages */
+    bool open;
+    const char *kernel_name;
+    const kernels *kernels;
+    void **allocations;
+    size_t allocation_count, allocation_room;
+
+    /* The manifest. */
+    int32_t block_size, n_layer, n_head, n_kv_head, n_embd, head_dim, vocab_size, window;
+    double rope_theta, temperature, top_p, min_p;
+    int64_t top_k;
+    token *tokens, *sorted; /* by id; by bytes */
+    size_t token_count;
+    uint8_t *start_text, *metadata; /* metadata: the entries as in the file */
+    size_t start_bytes, metadata_bytes;
+
+    /* The weights. Padded sizes are multiples of 16. */
+    size_t inner, padded_embd, padded_head, padded_inner, padded_vocab, positions, heads; /* heads: queries, keys, values */
+    layer *layers;         /* (n_layer) */
+    const float *embedding; /* (vocab_size, padded_embd) */
+    const float *table;    /* (vocab_size, heads * head_dim): the first layer's queries, keys and values; NULL if none */
+    const float *ln_f;
+    matrix head;           /* logits */
+    const float *cos, *sin; /* (block_size, head_dim / 2) */
+    float *rotation;       /* (head_dim): cosines, then sines, that rotate keys back when the cache slides */
+    size_t max_codes, max_blocks; /* of the inputs of quantised matrices */
+};
+
 /* A stop string, and the length in bytes of its longest prefix that the text ends with (Knuth, Morris, Pratt 1977). */
 typedef struct {
     const uint8_t *word;
@@ -72,96 +149,87 @@ typedef struct {
 
 /* The state of the text that is being generated. */
 typedef struct {
-    smallm_options options;
+    smallm_options options;    /* its strings are copies */
     bool begun, done;
     uint32_t key, draws;
     int64_t length;            /* number of new characters */
-    size_t known, cached;      /* ids in history; ids in the KV cache */
+    size_t known;              /* ids in history */
+    size_t cached, wanted;     /* ids in the KV cache, now and when the pass that was begun is complete */
     pending decoder;
     stop *stops;
-    uint8_t *words;            /* memory of the stop strings */
+    size_t stop_count;
+    char *words, *characters_given; /* memory of the stop strings; of allowed and banned */
+    size_t *borders;
     uint64_t *characters;      /* (CODE_POINTS / 64): a bit per character, 1 = allowed; NULL = all are allowed */
     bool *allowed;             /* (vocab_size): whether an id may follow the bytes in `allowed_after` */
     pending allowed_after;
-    size_t *borders;
     char *text;                /* characters that are certain, then the possible beginning of a stop string */
-    char *chunk;               /* the text that smallm_next returned last */
+    double *logprobs;          /* at the first byte of each character of `text` */
+    char *chunk;               /* the text that was returned last */
+    double chunk_logprob, logprob; /* of `chunk`; of the ids of an incomplete character */
     size_t ready, held, room;  /* bytes of `text` that are certain; that are held back; that it has room for */
 } sequence_state;
 
-struct smallm {
-    char error[600];
-    char name[256]; /* the name of the model in messages */
-    bool open;
-
-    /* The manifest. */
-    int32_t block_size, n_layer, n_head, n_kv_head, n_embd, head_dim, vocab_size, window;
-    double rope_theta, temperature, top_p, min_p;
-    int64_t top_k;
-    token *tokens, *sorted; /* by id; by bytes */
-    size_t token_count;
-    uint8_t *start_text;
-    size_t start_bytes;
-
-    /* ONNX Runtime and its inputs and outputs. Shapes: L n_layer, V vocab_size, T block_size. */
-    const OrtApi *ort;
-    OrtEnv *env;
-    OrtSession *session;
-    OrtMemoryInfo *memory;
-    OrtIoBinding *binding;
-    OrtValue **past;       /* (2 L): keys and values of each layer; past and present share the memory */
-    OrtValue *no_past;     /* an empty tensor */
-    char (*past_names)[MAX_NAME]; /* (2 L) */
-    const char **names;    /* (3 + 2 L): names of all inputs */
-    const OrtValue **values; /* (3 + 2 L): their values for a pass without a cache */
-    OrtValue *ids_value;   /* the bound ids, and their number: */
-    size_t ids_bound;
-    OrtValue *mask_value, *keep_value, *logits_value;
-    float *cache;          /* (2 L, n_kv_head, T, head_dim) */
-    float *rotation;       /* (head_dim): cosines, then sines, that rotate keys back when the cache slides */
-    int64_t *mask, *ids;   /* (T) */
-    int64_t keep;
-    float *logits;         /* (V): the logits of the next id */
-
-    /* The text, and buffers for choosing its next id. */
-    int64_t *history;      /* (2 T): the last T ids or more, if there are so many */
-    float *processed;      /* (V): logits after repetition penalty and allowed characters */
-    uint64_t *keys, *order, *spare; /* (V): sort keys of the ids; sorted keys; buffer for sorting */
-    double *weights;       /* (V) */
+struct smallm_context {
+    char error[ERROR_BYTES];
+    const smallm_model *model;
+    volatile int cancelled;
+    size_t cache_floats;
+    float *keys, *values;  /* (n_layer, n_kv_head) times (positions / 16, head_dim, 16); (padded_head / 16, positions, 16) */
+    float *stream, *normed, *packed, *scores, *mixed, *hidden, *logits; /* rows of a pass */
+    int8_t *codes;         /* rows of a pass in 8 bits */
+    float *code_scales;
+    int32_t *history;      /* (2 block_size): the last block_size ids or more, if there are so many */
+    float *processed;      /* (vocab_size): logits after repetition penalty and allowed characters */
+    uint64_t *sort_keys, *order, *spare; /* (vocab_size): sort keys of the ids; sorted keys; buffer for sorting */
+    double *weights;       /* (vocab_size) */
     sequence_state state;
 };
 
+/* Returns from the function if the call fails. */
+#define TRY(call)                                  \
+    do {                                           \
+        smallm_status status_ = (call);            \
+        if (status_ != SMALLM_OK) return status_;  \
+    } while (0)
+
 /* Stores the error message, without control characters, and returns the status. */
-static smallm_status fail(smallm *model, smallm_status status, const char *format, ...)
+static smallm_status fail(char *error, smallm_status status, const char *format, ...)
 {
     va_list arguments;
     va_start(arguments, format);
-    vsnprintf(model->error, sizeof model->error, format, arguments);
+    vsnprintf(error, ERROR_BYTES, format, arguments);
     va_end(arguments);
-    for (char *c = model->error; *c; c++)
+    for (char *c = error; *c; c++)
         if ((unsigned char)*c < 0x20 || *c == 0x7f) *c = ' ';
     return status;
 }
 
-static smallm_status no_memory(smallm *model)
+static smallm_status no_memory(char *error)
 {
-    return fail(model, SMALLM_NO_MEMORY, "there is not enough memory for this; use a smaller model");
+    return fail(error, SMALLM_NO_MEMORY, "there is not enough memory for this; use a smaller model");
 }
 
-static smallm_status bad_model(smallm *model, const char *reason)
+static smallm_status bad_model(smallm_model *model, const char *reason)
 {
-    return fail(model, SMALLM_BAD_MODEL, "%s is not a smallm model: %s; write one with export.py", model->name,
+    return fail(model->error, SMALLM_BAD_MODEL, "%s is not a smallm model: %s; write one with export.py", model->name,
                 reason);
 }
 
-static smallm_status broken_metadata(smallm *model)
+static smallm_status broken_metadata(smallm_model *model)
 {
-    return fail(model, SMALLM_BAD_MODEL, "%s has broken metadata; export the model again", model->name);
+    return fail(model->error, SMALLM_BAD_MODEL, "%s has broken metadata; export the model again", model->name);
 }
 
-static smallm_status not_finite(smallm *model)
+static smallm_status other_graph(smallm_model *model, const char *what)
 {
-    return fail(model, SMALLM_BAD_MODEL, "the model's logits are not finite: its weights are broken; train it again");
+    return fail(model->error, SMALLM_BAD_MODEL, "%s: this smallm.c does not know the %s of its graph; export the model "
+                "again", model->name, what);
+}
+
+static smallm_status not_finite(char *error)
+{
+    return fail(error, SMALLM_BAD_MODEL, "the model's logits are not finite: its weights are broken; train it again");
 }
 
 /* -- bytes and text -- */
@@ -266,7 +334,7 @@ static token token_of(const uint8_t *bytes, int length)
 }
 
 /* The id of these bytes; -1 if they have no id. */
-static int64_t find_id(const smallm *model, const uint8_t *bytes, int length)
+static int32_t find_id(const smallm_model *model, const uint8_t *bytes, int length)
 {
     if (length == 1) return bytes[0];
     token wanted = token_of(bytes, length);
@@ -282,7 +350,7 @@ static int64_t find_id(const smallm *model, const uint8_t *bytes, int length)
 }
 
 /* Writes the ids of one character: the longest prefix that has an id, then single bytes. Returns their number. */
-static int spell(const smallm *model, const uint8_t *bytes, int length, int64_t ids[4])
+static int spell(const smallm_model *model, const uint8_t *bytes, int length, int32_t ids[4])
 {
     int count = 0, first = length;
     while ((ids[0] = find_id(model, bytes, first)) < 0) first--;
@@ -290,7 +358,7 @@ static int spell(const smallm *model, const uint8_t *bytes, int length, int64_t 
     return count;
 }
 
-static bool begins_character(int64_t id) { return id < 0x80 || id >= 0xC0; }
+static bool begins_character(int32_t id) { return id < 0x80 || id >= 0xC0; }
 
 static int hex_digit(uint8_t c)
 {
@@ -318,13 +386,13 @@ static bool read_tokens(span text, token *tokens, size_t *count)
 
 /* Whether each token occurs once, is a non-ASCII character or a prefix of the next token, and comes after its own prefix
    of two or more bytes. */
-static bool is_vocabulary(const smallm *model)
+static bool is_vocabulary(const smallm_model *model)
 {
     for (size_t i = 0; i < model->token_count; i++) {
         const token *t = &model->tokens[i], *next = t + 1;
         if (i > 0 && compare_tokens(&model->sorted[i - 1], &model->sorted[i]) == 0) return false;
         if (t->length > 2) {
-            int64_t prefix = find_id(model, t->bytes, t->length - 1);
+            int32_t prefix = find_id(model, t->bytes, t->length - 1);
             if (prefix < 0 || prefix > t->id) return false;
         }
         if (character_length(span_of(t->bytes, t->length)) != t->length &&
@@ -336,7 +404,7 @@ static bool is_vocabulary(const smallm *model)
 }
 
 /* Copies the tokens in the order of their bytes, for the binary search. */
-static bool sort_tokens(smallm *model)
+static bool sort_tokens(smallm_model *model)
 {
     size_t size = (model->token_count + 1) * sizeof *model->sorted;
     model->sorted = malloc(size);
@@ -497,7 +565,7 @@ static bool at_end(span *json)
     return json->at == json->end;
 }
 
-/* -- the ONNX file, checked before ONNX Runtime parses it, since files may come from untrusted sources --
+/* -- the ONNX file, checked before it is used, since files may come from untrusted sources --
 
    A protobuf message is a sequence of fields: a key (number << 3 | wire type), then the value. The tables list, for each
    message, the fields that a smallm model may have, as smallm/model_file/onnx_reader.py does; other fields are refused. */
@@ -552,7 +620,7 @@ static const char OPERATORS[] =
     " Or QuickGelu Range ReduceMean Reshape ScatterElements Shape Sigmoid SimplifiedLayerNormalization"
     " SkipSimplifiedLayerNormalization Slice Softmax Split Sqrt Squeeze Sub Tile Transpose Unsqueeze Where Neg ReduceSum ";
 
-enum { ONNX_FLOAT = 1, ONNX_INT64 = 7, ONNX_TYPES = 23 };
+enum { ONNX_FLOAT = 1, ONNX_UINT8 = 2, ONNX_INT64 = 7, ONNX_TYPES = 23 };
 /* Bits of an element for each data type; 0 = unknown type. */
 static const uint8_t BITS[ONNX_TYPES] = {0, 32, 8, 8, 16, 16, 32, 64, 0, 8, 16, 64, 32, 64, 0, 0, 16, 0, 0, 0, 0, 4, 4};
 
@@ -754,7 +822,7 @@ static bool read_text(span file, const char *key, uint8_t **text, size_t *bytes)
 }
 
 /* Default temperature, top_k, top_p and min_p. */
-static bool read_sampling(smallm *model, span file)
+static bool read_sampling(smallm_model *model, span file)
 {
     span json;
     double values[4] = {0.8, 0, 1, 0};
@@ -789,7 +857,7 @@ static bool read_sampling(smallm *model, span file)
 }
 
 /* The window and the base of RoPE; older files do not have these keys. */
-static bool read_window(smallm *model, span file)
+static bool read_window(smallm_model *model, span file)
 {
     span json;
     bool whole;
@@ -802,7 +870,7 @@ static bool read_window(smallm *model, span file)
            model->head_dim % 2 == 0;
 }
 
-static smallm_status read_vocabulary(smallm *model, span file)
+static smallm_status read_vocabulary(smallm_model *model, span file)
 {
     uint8_t *text = NULL;
     size_t bytes = 0;
@@ -815,26 +883,26 @@ static smallm_status read_vocabulary(smallm *model, span file)
     sane = sane && (!enough || is_vocabulary(model));
     free(text);
     if (!sane || (enough && model->token_count + 256 != (size_t)model->vocab_size)) return broken_metadata(model);
-    return enough ? SMALLM_OK : no_memory(model);
+    return enough ? SMALLM_OK : no_memory(model->error);
 }
 
 /* The number of ids of a text. */
-static size_t count_ids(const smallm *model, span text)
+static size_t count_ids(const smallm_model *model, span text)
 {
     size_t count = 0;
-    int64_t ids[4];
+    int32_t ids[4];
     for (int length; (length = character_length(text)) > 0; text.at += length)
         count += (size_t)spell(model, text.at, length, ids);
     return count;
 }
 
-static smallm_status read_manifest(smallm *model, span file)
+static smallm_status read_manifest(smallm_model *model, span file)
 {
     span json;
     int32_t version = 0;
     if (!has_metadata(file)) return bad_model(model, "it has no smallm metadata");
     if (!metadata(file, "smallm.format_version", &json) || !json_size(json, &version) || version != FORMAT_VERSION)
-        return fail(model, SMALLM_BAD_MODEL, "%s has another format version; this smallm.c reads %d: export the model "
+        return fail(model->error, SMALLM_BAD_MODEL, "%s has another format version; this smallm.c reads %d: export the model "
                     "again, or use the smallm.c of the smallm version that wrote it", model->name, FORMAT_VERSION);
     bool sane = read_size(file, "smallm.block_size", &model->block_size) &&
                 read_size(file, "smallm.n_layer", &model->n_layer) &&
@@ -849,7 +917,7 @@ static smallm_status read_manifest(smallm *model, span file)
     smallm_status status = read_vocabulary(model, file);
     if (status != SMALLM_OK) return status;
     if (!read_text(file, "smallm.start_text", &model->start_text, &model->start_bytes)) return broken_metadata(model);
-    if (model->start_text == NULL) return no_memory(model);
+    if (model->start_text == NULL) return no_memory(model->error);
     span start = span_of(model->start_text, model->start_bytes);
     size_t ids = is_text(start) ? count_ids(model, start) : 0;
     return ids >= 1 && ids <= MAX_START_IDS ? SMALLM_OK : broken_metadata(model);
@@ -857,14 +925,14 @@ static smallm_status read_manifest(smallm *model, span file)
 
 /* Refuses a model that would need far more memory than the size of its file justifies: an element of the embedding takes
    at least half a byte in the file, a position of the RoPE tables one byte per channel. */
-static smallm_status check_size(smallm *model, size_t file_bytes)
+static smallm_status check_size(smallm_model *model, size_t file_bytes)
 {
     uint64_t file = file_bytes, block_size = (uint64_t)model->block_size, head_dim = (uint64_t)model->head_dim;
     double cache = 8.0 * model->n_layer * model->n_kv_head * model->head_dim * model->block_size; /* bytes */
     if ((uint64_t)model->vocab_size * (uint64_t)model->n_embd / 2 <= file && block_size * head_dim <= file &&
         cache <= MAX_SMALL_CACHE + 64.0 * (double)file && cache <= (double)(SIZE_MAX / 2))
         return SMALLM_OK;
-    return fail(model, SMALLM_BAD_MODEL, "%s is too small for the sizes in its metadata; export the model again",
+    return fail(model->error, SMALLM_BAD_MODEL, "%s is too small for the sizes in its metadata; export the model again",
                 model->name);
 }
 
@@ -891,7 +959,7 @@ static int value_number(span name, int n_layer)
 }
 
 /* Whether an input or output has the type and the fixed dimensions that its number requires. */
-static bool is_expected(const smallm *model, span value, int number)
+static bool is_expected(const smallm_model *model, span value, int number)
 {
     span type = only(only(value, 2).bytes, 1).bytes, shape = only(type, 2).bytes;
     int32_t wanted[2] = {model->vocab_size, 0};
@@ -904,7 +972,7 @@ static bool is_expected(const smallm *model, span value, int number)
     return found == count && only(type, 1).value == (number < 3 ? ONNX_INT64 : ONNX_FLOAT);
 }
 
-static smallm_status check_values(smallm *model, span graph)
+static smallm_status check_values(smallm_model *model, span graph)
 {
     uint8_t seen[4 + 4 * MAX_LAYERS] = {0};
     int count = 0;
@@ -918,236 +986,658 @@ static smallm_status check_values(smallm *model, span graph)
         }
     }
     if (sane && count == 4 + 4 * model->n_layer) return SMALLM_OK;
-    return fail(model, SMALLM_BAD_MODEL, "%s: inputs and outputs do not match its metadata; export the model again",
+    return fail(model->error, SMALLM_BAD_MODEL, "%s: inputs and outputs do not match its metadata; export the model again",
                 model->name);
 }
 
+/* Copies the metadata entries of the file. */
+static smallm_status copy_metadata(smallm_model *model, span file)
+{
+    field f;
+    size_t room = 0;
+    for (span rest = file; next_field(&rest, &f) == 1;) room += f.number == 14 ? size_of(f.bytes) + 12 : 0;
+    model->metadata = malloc(room + 1);
+    if (model->metadata == NULL) return no_memory(model->error);
+    for (span rest = file, before = rest; next_field(&rest, &f) == 1; before = rest) {
+        if (f.number != 14) continue;
+        span entry = {before.at, rest.at}; /* with its key and length */
+        memcpy(model->metadata + model->metadata_bytes, entry.at, size_of(entry));
+        model->metadata_bytes += size_of(entry);
+    }
+    return SMALLM_OK;
+}
+
 /* Checks the content of the file and reads its manifest. */
-static smallm_status read_model(smallm *model, span file)
+static smallm_status read_model(smallm_model *model, span file)
 {
     if (size_of(file) == 0 || !conforms(file, MODEL))
-        return fail(model, SMALLM_BAD_MODEL, "%s is truncated or not an ONNX model; export the model again",
+        return fail(model->error, SMALLM_BAD_MODEL, "%s is truncated or not an ONNX model; export the model again",
                     model->name);
     span graph = only(file, 7).bytes;
     const char *problem = size_of(graph) == 0 ? "it has no graph" : graph_problem(graph);
     if (problem != NULL) return bad_model(model, problem);
     smallm_status status = read_manifest(model, file);
     if (status == SMALLM_OK) status = check_size(model, size_of(file));
-    return status == SMALLM_OK ? check_values(model, graph) : status;
+    if (status == SMALLM_OK) status = check_values(model, graph);
+    return status == SMALLM_OK ? copy_metadata(model, file) : status;
 }
 
-/* -- ONNX Runtime and the KV cache -- */
 
-/* Converts and releases a status of ONNX Runtime; NULL is SMALLM_OK. */
-static smallm_status done(smallm *model, OrtStatus *status)
+/* -- the weights: initialisers of the graph, found by their names -- */
+
+typedef struct {
+    span name, tensor;
+} initializer;
+
+typedef struct {
+    smallm_model *model;
+    span graph;
+    initializer *items; /* sorted by name */
+    size_t count;
+} weight_file;
+
+/* Zeroed memory that the model owns; NULL if there is not enough. */
+static void *reserve(smallm_model *model, size_t count, size_t size)
 {
-    if (status == NULL) return SMALLM_OK;
-    const char *message = model->ort->GetErrorMessage(status);
-    smallm_status kind = fail(
-        model, SMALLM_FAILED, "%s is broken, export the model again, or it needs a newer ONNX Runtime than this (%s), "
-        "which says: %.*s", model->name, OrtGetApiBase()->GetVersionString(), (int)strcspn(message, "\n"), message);
-    model->ort->ReleaseStatus(status);
-    return kind;
+    if (model->allocation_count == model->allocation_room) {
+        size_t room = 2 * model->allocation_room + 16;
+        void **more = realloc(model->allocations, room * sizeof *more);
+        if (more == NULL) return NULL;
+        model->allocations = more, model->allocation_room = room;
+    }
+    void *memory = calloc(count > 0 ? count : 1, size);
+    if (memory != NULL) model->allocations[model->allocation_count++] = memory;
+    return memory;
 }
 
-/* Returns from the function if ONNX Runtime fails. */
-#define TRY(call)                                     \
-    do {                                              \
-        smallm_status status_ = done(model, (call));  \
-        if (status_ != SMALLM_OK) return status_;     \
-    } while (0)
-
-static int32_t default_threads(size_t layer_bytes)
+static int compare_names(const void *a, const void *b)
 {
-    long processors = 1;
-    if (layer_bytes < BIG_LAYER) return 1;
-#ifdef _WIN32
-    SYSTEM_INFO information;
-    GetSystemInfo(&information);
-    processors = (long)information.dwNumberOfProcessors;
-#elif defined(_SC_NPROCESSORS_ONLN)
-    processors = sysconf(_SC_NPROCESSORS_ONLN);
-#endif
-    return processors / 2 > 4 ? 4 : processors / 2 < 2 ? 2 : (int32_t)(processors / 2);
+    span x = ((const initializer *)a)->name, y = ((const initializer *)b)->name;
+    size_t length = size_of(x) < size_of(y) ? size_of(x) : size_of(y);
+    int order = length > 0 ? memcmp(x.at, y.at, length) : 0;
+    return order != 0 ? order : (size_of(x) > size_of(y)) - (size_of(x) < size_of(y));
 }
 
-static smallm_status create_session(smallm *model, OrtSessionOptions *options, span file, int32_t threads)
+static smallm_status list_initializers(weight_file *w)
 {
-    const OrtApi *ort = model->ort;
-    TRY(ort->AddSessionConfigEntry(options, "session.load_model_format", "ONNX")); /* the format that was checked */
-    TRY(ort->SetIntraOpNumThreads(options, threads));
-    TRY(ort->SetInterOpNumThreads(options, 1));
-    TRY(ort->SetSessionLogSeverityLevel(options, ORT_LOGGING_LEVEL_FATAL)); /* errors are returned as a status */
-    TRY(ort->CreateSessionFromArray(model->env, file.at, size_of(file), options, &model->session));
+    field f;
+    for (span rest = w->graph; next_of(&rest, 5, &f);) w->count++;
+    if (w->count > MAX_NODES) return bad_model(w->model, "its graph is too large");
+    w->items = calloc(w->count + 1, sizeof *w->items);
+    if (w->items == NULL) return no_memory(w->model->error);
+    size_t i = 0;
+    for (span rest = w->graph; next_of(&rest, 5, &f); i++)
+        w->items[i] = (initializer){only(f.bytes, 8).bytes, f.bytes};
+    qsort(w->items, w->count, sizeof *w->items, compare_names);
+    for (i = 1; i < w->count; i++)
+        if (compare_names(&w->items[i - 1], &w->items[i]) == 0) return other_graph(w->model, "weights");
     return SMALLM_OK;
 }
 
-static smallm_status open_session(smallm *model, span file, int32_t threads)
+/* The data of an initialiser "h.<layer>.<name>", or "<name>" if layer is -1, and its shape, to which ones are added up to
+   three dimensions. An empty span with a shape of zeros if it is missing or has another type. */
+static span find_weight(const weight_file *w, int layer, const char *name, uint64_t type, uint64_t shape[3])
 {
-    model->ort = OrtGetApiBase()->GetApi(ORT_API_WANTED);
-    if (model->ort == NULL)
-        return fail(model, SMALLM_FAILED, "this is ONNX Runtime %s, but smallm needs 1.%d or newer; install a newer one",
-                    OrtGetApiBase()->GetVersionString(), ORT_API_WANTED);
-    OrtSessionOptions *options = NULL;
-    TRY(model->ort->CreateEnv(ORT_LOGGING_LEVEL_FATAL, "smallm", &model->env));
-    TRY(model->ort->CreateSessionOptions(&options));
-    smallm_status status = create_session(model, options, file, threads);
-    model->ort->ReleaseSessionOptions(options);
-    return status;
+    char full[64];
+    span none = {w->graph.end, w->graph.end};
+    int length = layer < 0 ? snprintf(full, sizeof full, "%s", name) : snprintf(full, sizeof full, "h.%d.%s", layer, name);
+    initializer wanted = {span_of(full, (size_t)length), none};
+    const initializer *found = bsearch(&wanted, w->items, w->count, sizeof *w->items, compare_names);
+    shape[0] = shape[1] = shape[2] = 0;
+    if (found == NULL || only(found->tensor, 2).value != type) return none;
+    uint64_t dimensions[3] = {1, 1, 1};
+    int count = 0;
+    field f;
+    for (span rest = found->tensor; next_of(&rest, 1, &f);) {
+        do {
+            uint64_t n = f.value;
+            if (f.wire_type == 2 && (f.bytes.at == f.bytes.end || !varint(&f.bytes, &n))) break;
+            if (count == 3) return none;
+            dimensions[count++] = n;
+        } while (f.wire_type == 2);
+    }
+    memcpy(shape, dimensions, sizeof dimensions);
+    return only(found->tensor, 9).bytes; /* graph_problem has checked that its size is that of the shape */
 }
 
-/* A tensor over memory that smallm owns. */
-static smallm_status tensor(
-    smallm *model, void *data, size_t bytes, const int64_t *shape, size_t dimensions, bool whole, OrtValue **value)
+static float float_at(span data, size_t index)
 {
-    TRY(model->ort->CreateTensorWithDataAsOrtValue(
-        model->memory, data, bytes, shape, dimensions,
-        whole ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, value));
+    float value;
+    memcpy(&value, data.at + index * sizeof value, sizeof value);
+    return value;
+}
+
+static bool are_finite(span data)
+{
+    for (size_t i = 0; i < size_of(data) / sizeof(float); i++)
+        if (!isfinite(float_at(data, i))) return false;
+    return true;
+}
+
+/* Rows of floats (rows, columns), copied into rows of `padded` floats. */
+static smallm_status read_rows(const weight_file *w, int layer, const char *name, size_t rows, size_t columns,
+                               size_t padded, const float **to)
+{
+    uint64_t shape[3];
+    span data = find_weight(w, layer, name, ONNX_FLOAT, shape);
+    bool flat = rows == 1 && shape[0] == columns && shape[1] == 1;
+    if (!flat && !(shape[0] == rows && shape[1] == columns)) return other_graph(w->model, name);
+    if (shape[2] != 1) return other_graph(w->model, name);
+    if (!are_finite(data)) return not_finite(w->model->error);
+    float *copy = reserve(w->model, rows * padded, sizeof *copy);
+    if (copy == NULL) return no_memory(w->model->error);
+    for (size_t i = 0; i < rows; i++) memcpy(copy + i * padded, data.at + i * columns * sizeof *copy, columns * sizeof *copy);
+    *to = copy;
     return SMALLM_OK;
 }
 
-#define TRY_OWN(call)                              \
-    do {                                           \
-        smallm_status status_ = (call);            \
-        if (status_ != SMALLM_OK) return status_;  \
-    } while (0)
-
-static const char *cache_name(char name[MAX_NAME], const char *side, int number)
+/* How the outputs of a matrix are spread: groups of `group` outputs, each padded to `padded_group`. */
+static size_t padded_output(size_t output, size_t group, size_t padded_group)
 {
-    snprintf(name, MAX_NAME, "%s.%d.%s", side, number / 2, number % 2 == 0 ? "key" : "value");
-    return name;
+    return output / group * padded_group + output % group;
 }
 
-static smallm_status allocate(smallm *model)
+/* A matrix in fp32 from (inputs, outputs), or from (outputs, inputs) if `rows_are_outputs`. */
+static smallm_status pack_floats(const weight_file *w, span data, bool rows_are_outputs, size_t group,
+                                 size_t padded_group, matrix *m)
 {
-    size_t T = (size_t)model->block_size, V = (size_t)model->vocab_size, parts = 2 * (size_t)model->n_layer;
-    size_t layer = T * (size_t)model->n_kv_head * (size_t)model->head_dim; /* check_size keeps the product small */
-    model->past = calloc(parts, sizeof *model->past);
-    model->past_names = calloc(parts, sizeof *model->past_names);
-    model->names = calloc(PLAIN_INPUTS + parts, sizeof *model->names);
-    model->values = calloc(PLAIN_INPUTS + parts, sizeof *model->values);
-    model->cache = calloc(parts * layer, sizeof *model->cache);
-    model->rotation = calloc((size_t)model->head_dim, sizeof *model->rotation);
-    model->mask = calloc(T, sizeof *model->mask);
-    model->ids = calloc(T, sizeof *model->ids);
-    model->history = calloc(2 * T, sizeof *model->history);
-    model->logits = calloc(V, sizeof *model->logits);
-    model->processed = calloc(V, sizeof *model->processed);
-    model->keys = calloc(V, sizeof *model->keys);
-    model->order = calloc(V, sizeof *model->order);
-    model->spare = calloc(V, sizeof *model->spare);
-    model->weights = calloc(V, sizeof *model->weights);
-    bool enough = model->past && model->past_names && model->names && model->values && model->cache && model->rotation &&
-                  model->mask && model->ids && model->history && model->logits && model->processed &&
-                  model->keys && model->order && model->spare && model->weights;
-    return enough ? SMALLM_OK : no_memory(model);
+    if (!are_finite(data)) return not_finite(w->model->error);
+    m->panels = padded_output(m->outputs - 1, group, padded_group) / 16 + 1;
+    float *values = reserve(w->model, m->panels * m->inputs * 16, sizeof *values);
+    if (values == NULL) return no_memory(w->model->error);
+    for (size_t n = 0; n < m->outputs; n++) {
+        size_t to = padded_output(n, group, padded_group);
+        float *panel = values + to / 16 * m->inputs * 16 + to % 16;
+        for (size_t k = 0; k < m->inputs; k++)
+            panel[16 * k] = float_at(data, rows_are_outputs ? n * m->inputs + k : k * m->outputs + n);
+    }
+    m->values = values;
+    return SMALLM_OK;
+}
+
+/* The bits and the block of the MatMulNBits node that reads these codes; false if there is none or it has other inputs. */
+static bool find_quantisation(const weight_file *w, int layer, const char *name, uint64_t *bits, uint64_t *block,
+                              const matrix *m)
+{
+    char full[64];
+    field node, input, attribute;
+    if (layer < 0) snprintf(full, sizeof full, "%s.codes", name);
+    else snprintf(full, sizeof full, "h.%d.%s.codes", layer, name);
+    for (span rest = w->graph; next_of(&rest, 1, &node);) {
+        span inputs = node.bytes, attributes = node.bytes;
+        if (!is(only(node.bytes, 4).bytes, "MatMulNBits")) continue;
+        if (!next_of(&inputs, 1, &input) || !next_of(&inputs, 1, &input) || !is(input.bytes, full)) continue;
+        uint64_t K = 0, N = 0;
+        *bits = *block = 0;
+        while (next_of(&attributes, 5, &attribute)) {
+            span key = only(attribute.bytes, 1).bytes;
+            uint64_t value = only(attribute.bytes, 3).value;
+            if (is(key, "bits")) *bits = value;
+            if (is(key, "block_size")) *block = value;
+            if (is(key, "K")) K = value;
+            if (is(key, "N")) N = value;
+        }
+        return K == m->inputs && N == m->outputs;
+    }
+    return false;
+}
+
+/* A quantised matrix; codes of 4 bits become codes of 8. */
+static smallm_status pack_codes(const weight_file *w, int layer, const char *name, size_t group, size_t padded_group,
+                                matrix *m)
+{
+    char part[48];
+    uint64_t shape[3], scale_shape[3], bits, block;
+    smallm_model *model = w->model;
+    snprintf(part, sizeof part, "%s.codes", name);
+    span codes = find_weight(w, layer, part, ONNX_UINT8, shape);
+    snprintf(part, sizeof part, "%s.scales", name);
+    span scales = find_weight(w, layer, part, ONNX_FLOAT, scale_shape);
+    if (!find_quantisation(w, layer, name, &bits, &block, m) || !(bits == 8 || bits == 4) || block < 16 ||
+        block > 4096 || block % 16 != 0 || shape[0] != m->outputs || shape[2] != block * bits / 8)
+        return other_graph(model, name);
+    m->block = (size_t)block, m->blocks = (m->inputs + m->block - 1) / m->block;
+    if (shape[1] != m->blocks || size_of(scales) != m->outputs * m->blocks * sizeof(float)) return other_graph(model, name);
+    if (!are_finite(scales)) return not_finite(model->error);
+    m->panels = padded_output(m->outputs - 1, group, padded_group) / 16 + 1;
+    size_t row = m->blocks * m->block;
+    int8_t *to_codes = reserve(model, m->panels * row * 16, 1);
+    float *to_scales = reserve(model, m->panels * m->blocks * 16, sizeof *to_scales);
+    int32_t *corrections = reserve(model, m->panels * m->blocks * 16, sizeof *corrections);
+    if (to_codes == NULL || to_scales == NULL || corrections == NULL) return no_memory(model->error);
+    for (size_t n = 0; n < m->outputs; n++) {
+        size_t to = padded_output(n, group, padded_group), panel = to / 16, lane = to % 16;
+        for (size_t k = 0; k < row; k++) {
+            size_t index = n * row + k;
+            int code = bits == 8 ? codes.at[index] - 128 : (codes.at[index / 2] >> (index % 2 * 4) & 15) - 8;
+            if (k >= m->inputs) code = 0;
+            to_codes[((panel * row + k / 4 * 4) * 16 + lane * 4) + k % 4] = (int8_t)code;
+            corrections[(panel * m->blocks + k / m->block) * 16 + lane] -= 128 * code;
+        }
+        for (size_t b = 0; b < m->blocks; b++)
+            to_scales[(panel * m->blocks + b) * 16 + lane] = float_at(scales, n * m->blocks + b);
+    }
+    m->codes = to_codes, m->scales = to_scales, m->corrections = corrections;
+    if (row > model->max_codes) model->max_codes = row;
+    if (m->blocks > model->max_blocks) model->max_blocks = m->blocks;
+    return SMALLM_OK;
+}
+
+/* A matrix of this many inputs and outputs; outputs 0 = as many as the file has. */
+static smallm_status read_matrix(const weight_file *w, int layer, const char *name, size_t inputs, size_t outputs,
+                                 size_t group, size_t padded_group, matrix *m)
+{
+    char part[48];
+    uint64_t shape[3];
+    m->inputs = inputs, m->outputs = outputs;
+    snprintf(part, sizeof part, "%s.weight_t", name);
+    span data = find_weight(w, layer, part, ONNX_FLOAT, shape);
+    if (shape[0] != 0)
+        return shape[0] == inputs && shape[1] == outputs && shape[2] == 1
+                   ? pack_floats(w, data, false, group, padded_group, m) : other_graph(w->model, name);
+    return pack_codes(w, layer, name, group, padded_group, m);
+}
+
+/* The number of inner units of the feed-forward part, from the shape of its last matrix; 0 if that is missing. */
+static size_t inner_units(const weight_file *w)
+{
+    uint64_t shape[3];
+    find_weight(w, 0, "mlp.c_proj.weight_t", ONNX_FLOAT, shape);
+    if (shape[0] != 0) return shape[0] < MAX_SIZE ? (size_t)shape[0] : 0;
+    find_weight(w, 0, "mlp.c_fc.codes", ONNX_UINT8, shape);
+    return shape[0] < 2 * MAX_SIZE ? (size_t)shape[0] / 2 : 0;
+}
+
+/* Whether the nodes are those of export/graph.py in the attributes that the forward pass takes for granted. */
+static bool is_known_graph(const smallm_model *model, span graph)
+{
+    field node, attribute;
+    int attentions = 0, norms = 0, gates = 0;
+    while (next_of(&graph, 1, &node)) {
+        span kind = only(node.bytes, 4).bytes, attributes = node.bytes;
+        bool attention = is(kind, "GroupQueryAttention"), gate = is(kind, "QuickGelu");
+        bool norm = is(kind, "SimplifiedLayerNormalization") || is(kind, "SkipSimplifiedLayerNormalization");
+        attentions += attention, gates += gate, norms += norm;
+        while (next_of(&attributes, 5, &attribute)) {
+            span key = only(attribute.bytes, 1).bytes, number = only(attribute.bytes, 2).bytes;
+            int64_t value = (int64_t)only(attribute.bytes, 3).value;
+            float real = size_of(number) == sizeof real ? float_at(number, 0) : 0;
+            if (norm && is(key, "epsilon") && real != 1e-6f) return false;
+            if (gate && is(key, "alpha") && real != 1.0f) return false;
+            if (!attention) continue;
+            if (is(key, "scale") && real != 1.0f) return false;
+            if (is(key, "num_heads") && value != model->n_head) return false;
+            if (is(key, "kv_num_heads") && value != model->n_kv_head) return false;
+            if (is(key, "local_window_size") && value != (model->window > 0 ? model->window : -1)) return false;
+            if ((is(key, "rotary_interleaved") || is(key, "softcap") || is(key, "smooth_softmax")) &&
+                (value != 0 || real != 0))
+                return false;
+        }
+    }
+    return attentions == model->n_layer && gates == model->n_layer && norms >= 2 * model->n_layer;
+}
+
+static smallm_status read_layer(weight_file *w, int i)
+{
+    smallm_model *m = w->model;
+    layer *l = &m->layers[i];
+    size_t C = (size_t)m->n_embd, width = (size_t)m->head_dim, padded = m->padded_head;
+    if (i > 0 || m->table == NULL) {
+        TRY(read_rows(w, i, "ln_1.weight", 1, C, m->padded_embd, &l->ln_1));
+        TRY(read_rows(w, i, "attn.qk_gain", (size_t)(m->n_head + m->n_kv_head), width, padded, &l->qk_gain));
+        TRY(read_matrix(w, i, "attn.c_attn", C, m->heads * width, width, padded, &l->qkv));
+    }
+    TRY(read_matrix(w, i, "attn.c_proj", (size_t)m->n_head * width, C, 16, 16, &l->attention_out));
+    TRY(read_rows(w, i, "ln_2.weight", 1, C, m->padded_embd, &l->ln_2));
+    TRY(read_matrix(w, i, "mlp.c_fc", C, 2 * m->inner, m->inner, m->padded_inner, &l->gate_up));
+    return read_matrix(w, i, "mlp.c_proj", m->inner, C, 16, 16, &l->down);
+}
+
+static smallm_status read_all(weight_file *w)
+{
+    smallm_model *m = w->model;
+    uint64_t shape[3];
+    size_t V = (size_t)m->vocab_size, C = (size_t)m->n_embd, half = (size_t)m->head_dim / 2, T = (size_t)m->block_size;
+    if (!is_known_graph(m, w->graph)) return other_graph(m, "nodes");
+    TRY(list_initializers(w));
+    if ((m->inner = inner_units(w)) == 0) return other_graph(m, "feed-forward part");
+    m->heads = (size_t)(m->n_head + 2 * m->n_kv_head);
+    m->padded_embd = (C + 15) / 16 * 16, m->padded_head = ((size_t)m->head_dim + 15) / 16 * 16;
+    m->padded_inner = (m->inner + 15) / 16 * 16, m->padded_vocab = (V + 15) / 16 * 16, m->positions = (T + 15) / 16 * 16;
+    m->layers = reserve(m, (size_t)m->n_layer, sizeof *m->layers);
+    if (m->layers == NULL) return no_memory(m->error);
+    TRY(read_rows(w, -1, "wte.weight", V, C, m->padded_embd, &m->embedding));
+    TRY(read_rows(w, -1, "cos_cache", T, half, half, &m->cos));
+    TRY(read_rows(w, -1, "sin_cache", T, half, half, &m->sin));
+    TRY(read_rows(w, -1, "ln_f.weight", 1, C, m->padded_embd, &m->ln_f));
+    find_weight(w, -1, "qkv_table", ONNX_FLOAT, shape);
+    if (shape[0] != 0)
+        TRY(read_rows(w, -1, "qkv_table", V, m->heads * (size_t)m->head_dim, m->heads * (size_t)m->head_dim, &m->table));
+    for (int i = 0; i < m->n_layer; i++) TRY(read_layer(w, i));
+    m->head.inputs = C, m->head.outputs = V;
+    find_weight(w, -1, "wte.codes", ONNX_UINT8, shape);
+    if (shape[0] != 0) return pack_codes(w, -1, "wte", 16, 16, &m->head);
+    return pack_floats(w, find_weight(w, -1, "wte.weight", ONNX_FLOAT, shape), true, 16, 16, &m->head);
 }
 
 /* Computes the rotation of keys that move from the end of a full cache to its beginning. */
-static void prepare_rotation(smallm *model)
+static smallm_status prepare_rotation(smallm_model *model)
 {
     int32_t half = model->head_dim / 2, moved = model->block_size - (model->window - 1);
+    model->rotation = reserve(model, (size_t)model->head_dim, sizeof *model->rotation);
+    if (model->rotation == NULL) return no_memory(model->error);
     for (int32_t i = 0; i < half; i++) {
         double angle = moved * pow(model->rope_theta, -(double)i / half);
         model->rotation[i] = (float)cos(angle);
         model->rotation[half + i] = (float)sin(angle);
     }
-}
-
-/* Binds all inputs and outputs once. Past and present share one buffer, so a pass copies nothing, and the mask has the
-   length of the cache, with zeros at its end: from one id to the next only its elements change. */
-static smallm_status bind(smallm *model)
-{
-    const OrtApi *ort = model->ort;
-    int64_t T = model->block_size, V = model->vocab_size;
-    int64_t cache[4] = {1, model->n_kv_head, T, model->head_dim}, row[2] = {1, T}, logits[3] = {1, 1, V};
-    size_t layer = (size_t)(cache[1] * cache[2] * cache[3]);
-    char present[MAX_NAME];
-    TRY_OWN(allocate(model));
-    if (model->window > 0) prepare_rotation(model);
-    TRY(ort->CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &model->memory));
-    TRY(ort->CreateIoBinding(model->session, &model->binding));
-    for (int i = 0; i < 2 * model->n_layer; i++) {
-        float *part = model->cache + (size_t)i * layer;
-        TRY_OWN(tensor(model, part, layer * sizeof *part, cache, 4, false, &model->past[i]));
-        model->names[PLAIN_INPUTS + i] = cache_name(model->past_names[i], "past_key_values", i);
-        TRY(ort->BindInput(model->binding, model->past_names[i], model->past[i]));
-        TRY(ort->BindOutput(model->binding, cache_name(present, "present", i), model->past[i]));
-    }
-    cache[2] = 0;
-    TRY_OWN(tensor(model, model->cache, 0, cache, 4, false, &model->no_past));
-    TRY_OWN(tensor(model, model->mask, (size_t)T * sizeof *model->mask, row, 2, true, &model->mask_value));
-    TRY_OWN(tensor(model, &model->keep, sizeof model->keep, NULL, 0, true, &model->keep_value));
-    TRY_OWN(tensor(model, model->logits, (size_t)V * sizeof *model->logits, logits, 3, false, &model->logits_value));
-    model->keep = 1;
-    model->names[0] = "input_ids", model->names[1] = "attention_mask", model->names[2] = "num_logits_to_keep";
-    TRY(ort->BindInput(model->binding, model->names[1], model->mask_value));
-    TRY(ort->BindInput(model->binding, model->names[2], model->keep_value));
-    TRY(ort->BindOutput(model->binding, "logits", model->logits_value));
     return SMALLM_OK;
 }
 
-/* Computes the logits after `count` ids in `model->ids`; the cache holds the ids before. */
-static smallm_status run(smallm *model, size_t count)
+static smallm_status read_weights(smallm_model *model, span file)
 {
-    const OrtApi *ort = model->ort;
-    if (model->ids_bound != count) {
-        int64_t shape[2] = {1, (int64_t)count};
-        if (model->ids_value != NULL) ort->ReleaseValue(model->ids_value);
-        model->ids_value = NULL, model->ids_bound = 0;
-        TRY_OWN(tensor(model, model->ids, count * sizeof *model->ids, shape, 2, true, &model->ids_value));
-        TRY(ort->BindInput(model->binding, model->names[0], model->ids_value));
-        model->ids_bound = count;
-    }
-    TRY(ort->RunWithBinding(model->session, NULL, model->binding));
-    return SMALLM_OK;
+    weight_file w = {model, only(file, 7).bytes, NULL, 0};
+    smallm_status status = read_all(&w);
+    free(w.items);
+    return status != SMALLM_OK || model->window == 0 ? status : prepare_rotation(model);
 }
 
-/* Rotates one key back, in single precision. Separate statements keep compilers from fusing products and sums. */
-static void rotate_back(float *key, const float *rotation, size_t half)
+/* -- instruction sets -- */
+
+#if defined(__x86_64__) || defined(__i386__) || defined(_M_X64)
+#include <immintrin.h>
+#if defined(__GNUC__)
+#define SUFFIX avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#define SMALLM_AVX512 1
+#include "smallm_kernels.h"
+#undef SMALLM_AVX512
+#undef TARGET
+#undef SUFFIX
+#define SUFFIX avx2
+#define TARGET __attribute__((target("avx2")))
+#define SMALLM_AVX2 1
+#include "smallm_kernels.h"
+#undef SMALLM_AVX2
+#undef TARGET
+#undef SUFFIX
+#endif
+#define SUFFIX sse2
+#define TARGET
+#define SMALLM_SSE2 1
+#include "smallm_kernels.h"
+#undef SMALLM_SSE2
+#undef TARGET
+#undef SUFFIX
+#elif defined(__aarch64__) || defined(_M_ARM64)
+#include <arm_neon.h>
+#define SUFFIX neon
+#define TARGET
+#define SMALLM_NEON 1
+#include "smallm_kernels.h"
+#undef SMALLM_NEON
+#undef TARGET
+#undef SUFFIX
+#elif defined(__wasm_simd128__)
+#include <wasm_simd128.h>
+#define SUFFIX wasm
+#define TARGET
+#define SMALLM_WASM 1
+#include "smallm_kernels.h"
+#undef SMALLM_WASM
+#undef TARGET
+#undef SUFFIX
+#endif
+#define SUFFIX plain
+#define TARGET
+#include "smallm_kernels.h"
+#undef TARGET
+#undef SUFFIX
+
+/* Chooses the fastest kernels of this processor, or those with the given name; false if it does not have them. */
+static bool choose_kernels(smallm_model *model, const char *name)
 {
+    struct { const char *name; const kernels *kernels; bool there; } known[] = {
+#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+        {"avx512", &KERNELS_avx512, __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+                                    __builtin_cpu_supports("avx512vl")},
+        {"avx2", &KERNELS_avx2, __builtin_cpu_supports("avx2") != 0},
+#endif
+#if defined(__x86_64__) || defined(__i386__) || defined(_M_X64)
+        {"sse2", &KERNELS_sse2, true},
+#elif defined(__aarch64__) || defined(_M_ARM64)
+        {"neon", &KERNELS_neon, true},
+#elif defined(__wasm_simd128__)
+        {"wasm", &KERNELS_wasm, true},
+#endif
+        {"plain", &KERNELS_plain, true}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (known[i].there && (name == NULL || strcmp(name, known[i].name) == 0)) {
+            model->kernels = known[i].kernels, model->kernel_name = known[i].name;
+            return true;
+        }
+    return false;
+}
+
+/* -- the forward pass -- */
+
+/* Some ids that follow those in the cache of a context. */
+typedef struct {
+    smallm_context *context;
+    const int32_t *ids;
+    size_t count, position; /* position of the first id */
+} segment;
+
+static void multiply(const smallm_model *m, smallm_context *c, const matrix *w, const float *x, size_t x_stride,
+                     size_t rows, float *y, size_t y_stride)
+{
+    if (w->values != NULL) {
+        m->kernels->product(x, x_stride, rows, w->values, w->inputs * 16, w->inputs, w->panels, y, y_stride);
+        return;
+    }
+    size_t stride = w->blocks * w->block;
+    for (size_t r = 0; r < rows; r++)
+        m->kernels->quantise(x + r * x_stride, w->inputs, w->blocks, w->block, c->codes + r * stride,
+                             c->code_scales + r * w->blocks);
+    m->kernels->product8(c->codes, c->code_scales, stride, rows, w, y, y_stride);
+}
+
+/* Rotates a query or key to its position (RoPE, Su et al. 2021): channel i with channel i + half. */
+static void rotate(const smallm_model *m, float *x, size_t position)
+{
+    size_t half = (size_t)m->head_dim / 2;
+    const float *cosine = m->cos + position * half, *sine = m->sin + position * half;
     for (size_t i = 0; i < half; i++) {
-        float low_cos = key[i] * rotation[i], high_sin = key[half + i] * rotation[half + i];
-        float high_cos = key[half + i] * rotation[i], low_sin = key[i] * rotation[half + i];
-        key[i] = low_cos + high_sin;
-        key[half + i] = high_cos - low_sin;
+        float low_cos = x[i] * cosine[i], high_sin = x[half + i] * sine[i];
+        float high_cos = x[half + i] * cosine[i], low_sin = x[i] * sine[i];
+        x[i] = low_cos - high_sin;
+        x[half + i] = high_cos + low_sin;
     }
+}
+
+/* The keys and values of a layer and a key/value head. */
+static float *keys_of(const smallm_model *m, smallm_context *c, size_t layer, size_t head)
+{
+    return c->keys + (layer * (size_t)m->n_kv_head + head) * m->positions * (size_t)m->head_dim;
+}
+
+static float *values_of(const smallm_model *m, smallm_context *c, size_t layer, size_t head)
+{
+    return c->values + (layer * (size_t)m->n_kv_head + head) * m->positions * m->padded_head;
+}
+
+/* Rotates queries and keys, and writes keys and values into the cache. */
+static void store(const smallm_model *m, smallm_context *c, size_t layer, float *packed, size_t position)
+{
+    size_t width = (size_t)m->head_dim, padded = m->padded_head;
+    for (size_t h = 0; h < (size_t)(m->n_head + m->n_kv_head); h++) rotate(m, packed + h * padded, position);
+    for (size_t h = 0; h < (size_t)m->n_kv_head; h++) {
+        const float *key = packed + ((size_t)m->n_head + h) * padded, *value = key + (size_t)m->n_kv_head * padded;
+        float *keys = keys_of(m, c, layer, h) + position / 16 * width * 16 + position % 16;
+        float *values = values_of(m, c, layer, h) + position * 16;
+        for (size_t i = 0; i < width; i++) keys[16 * i] = key[i];
+        for (size_t i = 0; i < width; i += 16) memcpy(values + i * m->positions, value + i, 16 * sizeof *values);
+    }
+}
+
+/* Attention of `rows` queries to the keys of one head. Row r is at `position` + r * step and sees the last `window`
+   positions up to its own. y gets rows of head_dim floats. */
+static void attend(const smallm_model *m, smallm_context *owner, float *scores, float *mixed, size_t layer, size_t head,
+                   const float *queries, size_t stride, size_t rows, size_t position, size_t step, float *y,
+                   size_t y_stride)
+{
+    size_t width = (size_t)m->head_dim, window = m->window > 0 ? (size_t)m->window : m->positions;
+    size_t T = m->positions, E = m->padded_head;
+    size_t start = position + 1 > window ? position + 1 - window : 0, end = position + (rows - 1) * step + 1;
+    size_t from = start / 16 * 16, padded = (end + 15) / 16 * 16;
+    const float *keys = keys_of(m, owner, layer, head) + from * width, *values = values_of(m, owner, layer, head);
+    float sums[MAX_ROWS];
+    m->kernels->product(queries, stride, rows, keys, width * 16, width, (padded - from) / 16, scores + from, T);
+    for (size_t r = 0; r < rows; r++) {
+        size_t last = position + r * step + 1, first = last > window ? last - window : 0;
+        sums[r] = m->kernels->softmax(scores + r * T, from, first, last, padded);
+    }
+    m->kernels->product(scores + from, T, rows, values + from * 16, T * 16, end - from, E / 16, mixed, E);
+    for (size_t r = 0; r < rows; r++)
+        for (size_t i = 0; i < width; i++) y[r * y_stride + i] = mixed[r * E + i] / sums[r];
+}
+
+static void add_rows(float *x, const float *y, size_t count)
+{
+    for (size_t i = 0; i < count; i++) x[i] += y[i];
+}
+
+/* Queries, keys and values of all rows, before their rotation, into c->packed. */
+static void project(const smallm_model *m, smallm_context *c, size_t i, const segment *segments, size_t count,
+                    size_t rows)
+{
+    const layer *l = &m->layers[i];
+    size_t width = (size_t)m->head_dim, padded = m->padded_head, stride = m->heads * padded, E = m->padded_embd;
+    if (i == 0 && m->table != NULL) {
+        size_t r = 0;
+        for (size_t s = 0; s < count; s++)
+            for (size_t j = 0; j < segments[s].count; j++, r++)
+                for (size_t h = 0; h < m->heads; h++)
+                    memcpy(c->packed + r * stride + h * padded,
+                           m->table + ((size_t)segments[s].ids[j] * m->heads + h) * width, width * sizeof(float));
+        return;
+    }
+    for (size_t r = 0; r < rows; r++)
+        m->kernels->norm(c->stream + r * E, l->ln_1, c->normed + r * E, (size_t)m->n_embd, E);
+    multiply(m, c, &l->qkv, c->normed, E, rows, c->packed, stride);
+    for (size_t r = 0; r < rows; r++)
+        for (size_t h = 0; h < (size_t)(m->n_head + m->n_kv_head); h++) {
+            float *x = c->packed + r * stride + h * padded;
+            m->kernels->norm(x, l->qk_gain + h * padded, x, width, padded);
+        }
+}
+
+static void attend_all(const smallm_model *m, smallm_context *c, size_t i, const segment *segments, size_t count)
+{
+    size_t padded = m->padded_head, stride = m->heads * padded, width = (size_t)m->head_dim;
+    size_t group = (size_t)(m->n_head / m->n_kv_head), out = m->layers[i].attention_out.inputs, row = 0;
+    for (size_t s = 0; s < count; s++) {
+        const segment *g = &segments[s];
+        float *packed = c->packed + row * stride, *y = c->hidden + row * out;
+        for (size_t j = 0; j < g->count; j++) store(m, g->context, i, packed + j * stride, g->position + j);
+        if (g->count == 1) /* the queries that share a key/value head are the rows */
+            for (size_t h = 0; h < (size_t)m->n_kv_head; h++)
+                attend(m, g->context, c->scores, c->mixed, i, h, packed + h * group * padded, padded, group, g->position, 0,
+                       y + h * group * width, width);
+        else
+            for (size_t h = 0; h < (size_t)m->n_head; h++)
+                attend(m, g->context, c->scores, c->mixed, i, h / group, packed + h * padded, stride, g->count, g->position, 1,
+                       y + h * width, out);
+        row += g->count;
+    }
+}
+
+/* Computes the ids of all segments, at most MAX_ROWS, with the buffers of context c. c->logits gets a row of logits for
+   each id if `every`, else for the last id of each segment; none if `last` is false. */
+static void forward(smallm_context *c, const segment *segments, size_t count, bool every, bool last)
+{
+    const smallm_model *m = c->model;
+    size_t E = m->padded_embd, I = m->padded_inner, rows = 0;
+    for (size_t s = 0; s < count; s++)
+        for (size_t j = 0; j < segments[s].count; j++, rows++)
+            memcpy(c->stream + rows * E, m->embedding + (size_t)segments[s].ids[j] * E, E * sizeof(float));
+    for (size_t i = 0; i < (size_t)m->n_layer; i++) {
+        const layer *l = &m->layers[i];
+        project(m, c, i, segments, count, rows);
+        attend_all(m, c, i, segments, count);
+        multiply(m, c, &l->attention_out, c->hidden, l->attention_out.inputs, rows, c->normed, E);
+        add_rows(c->stream, c->normed, rows * E);
+        for (size_t r = 0; r < rows; r++)
+            m->kernels->norm(c->stream + r * E, l->ln_2, c->normed + r * E, (size_t)m->n_embd, E);
+        multiply(m, c, &l->gate_up, c->normed, E, rows, c->hidden, 2 * I);
+        for (size_t r = 0; r < rows; r++)
+            m->kernels->swiglu(c->hidden + 2 * r * I, c->hidden + (2 * r + 1) * I, c->hidden + 2 * r * I, I);
+        multiply(m, c, &l->down, c->hidden, 2 * I, rows, c->normed, E);
+        add_rows(c->stream, c->normed, rows * E);
+    }
+    size_t kept = 0, row = 0;
+    for (size_t s = 0; s < count; s++)
+        for (size_t j = 0; j < segments[s].count; j++, row++)
+            if (every || (last && j + 1 == segments[s].count))
+                m->kernels->norm(c->stream + row * E, m->ln_f, c->normed + kept++ * E, (size_t)m->n_embd, E);
+    if (kept > 0) multiply(m, c, &m->head, c->normed, E, kept, c->logits, m->padded_vocab);
 }
 
 /* Moves the part of a full cache that the model's window still covers to the beginning of the cache. The logits that
-   follow equal those of an unlimited cache: RoPE attention depends on distances only (Su et al. 2021). */
-static void slide(smallm *model)
+   follow equal those of an unlimited cache: RoPE attention depends on distances only. */
+static void slide(smallm_context *c)
 {
-    size_t T = (size_t)model->block_size, width = (size_t)model->head_dim, kept = (size_t)model->window - 1;
-    size_t heads = (size_t)model->n_kv_head;
-    for (size_t part = 0; part < 2 * (size_t)model->n_layer * heads; part++) { /* heads of keys, of values, of keys ... */
-        float *rows = model->cache + part * T * width;
-        memmove(rows, rows + (T - kept) * width, kept * width * sizeof *rows);
-        for (size_t row = 0; row < kept && part / heads % 2 == 0; row++)
-            rotate_back(rows + row * width, model->rotation, width / 2);
+    const smallm_model *m = c->model;
+    size_t T = (size_t)m->block_size, width = (size_t)m->head_dim, half = width / 2, kept = (size_t)m->window - 1;
+    for (size_t part = 0; part < (size_t)m->n_layer * (size_t)m->n_kv_head; part++) {
+        float *keys = c->keys + part * m->positions * width, *values = c->values + part * m->positions * m->padded_head;
+        for (size_t i = 0; i < m->padded_head; i += 16) {
+            float *panel = values + i * m->positions;
+            memmove(panel, panel + (T - kept) * 16, kept * 16 * sizeof *panel);
+        }
+        for (size_t to = 0; to < kept; to++) {
+            size_t from = to + T - kept;
+            float *old = keys + from / 16 * width * 16 + from % 16, *new = keys + to / 16 * width * 16 + to % 16;
+            for (size_t i = 0; i < half; i++) {
+                float low = old[16 * i], high = old[16 * (half + i)];
+                float low_cos = low * m->rotation[i], high_sin = high * m->rotation[half + i];
+                float high_cos = high * m->rotation[i], low_sin = low * m->rotation[half + i];
+                new[16 * i] = low_cos + high_sin;
+                new[16 * (half + i)] = high_cos - low_sin;
+            }
+        }
     }
-    for (size_t i = kept; i < T; i++) model->mask[i] = 0;
-    model->state.cached = kept;
+    c->state.cached = kept;
 }
 
-/* Computes the logits after the text so far, into model->logits. */
-static smallm_status predict(smallm *model)
+/* Decides which ids the next pass computes; they may be begun already. */
+static void plan_pass(smallm_context *c)
 {
-    sequence_state *d = &model->state;
-    size_t T = (size_t)model->block_size;
-    if (d->cached == T && d->options.overflow == SMALLM_SLIDE) slide(model);
+    sequence_state *d = &c->state;
+    size_t T = (size_t)c->model->block_size;
+    if (d->cached < d->wanted) return; /* a pass that was cancelled */
+    if (d->cached == T && d->options.overflow == SMALLM_SLIDE) slide(c);
     if (d->cached > 0 && d->cached < T) {
-        model->ids[0] = model->history[d->known - 1];
-        model->mask[d->cached++] = 1;
-        return run(model, 1);
+        d->wanted = d->cached + 1;
+        return;
     }
     /* The cache is empty: read the seed. Or it is full: read the ids that `overflow` keeps. */
     size_t window = d->cached == 0 || d->options.overflow == SMALLM_CROP ? T : T / 2 > 1 ? T / 2 : 1;
-    if (window > d->known) window = d->known;
-    memcpy(model->ids, model->history + (d->known - window), window * sizeof *model->ids);
-    for (size_t i = 0; i < T; i++) model->mask[i] = i < window;
-    d->cached = window;
-    return run(model, window);
+    d->cached = 0;
+    d->wanted = window < d->known ? window : d->known;
+}
+
+/* Computes all wanted ids but the last MAX_ROWS; SMALLM_CANCELLED if that is asked for. */
+static smallm_status prefill(smallm_context *c)
+{
+    sequence_state *d = &c->state;
+    while (d->wanted - d->cached > MAX_ROWS) {
+        if (c->cancelled) return fail(c->error, SMALLM_CANCELLED, "generation was cancelled; call again to continue");
+        segment s = {c, c->history + (d->known - (d->wanted - d->cached)), MAX_ROWS, d->cached};
+        forward(c, &s, 1, false, false);
+        d->cached += MAX_ROWS;
+    }
+    return SMALLM_OK;
 }
 
 /* -- the sampler: SAMPLING.md -- */
@@ -1169,14 +1659,14 @@ static double uniform(sequence_state *d)
     return (double)(draw(d->key, ++d->draws) >> 8) / 16777216.0;
 }
 
-/* Writes the logits into model->processed, with the repetition penalty on the given ids. */
-static void apply_repetition_penalty(smallm *model, const float *logits, const int64_t *ids, size_t count, double penalty)
+/* Writes the logits into c->processed, with the repetition penalty on the given ids. */
+static void apply_repetition_penalty(smallm_context *c, const float *logits, const int32_t *ids, size_t count, double penalty)
 {
     float p = (float)penalty;
-    memcpy(model->processed, logits, (size_t)model->vocab_size * sizeof *logits);
+    memcpy(c->processed, logits, (size_t)c->model->vocab_size * sizeof *logits);
     for (size_t i = 0; i < count && p != 1.0f; i++) {
         float x = logits[ids[i]];
-        model->processed[ids[i]] = x > 0 ? x / p : x * p;
+        c->processed[ids[i]] = x > 0 ? x / p : x * p;
     }
 }
 
@@ -1190,87 +1680,103 @@ static uint32_t descending(float logit)
 }
 
 /* Sort keys of the ids: by descending logit, of equal logits by ascending id. */
-static void make_keys(smallm *model)
+static void make_keys(smallm_context *c)
 {
-    for (size_t id = 0; id < (size_t)model->vocab_size; id++)
-        model->keys[id] = (uint64_t)descending(model->processed[id]) << 32 | id;
+    for (size_t id = 0; id < (size_t)c->model->vocab_size; id++)
+        c->sort_keys[id] = (uint64_t)descending(c->processed[id]) << 32 | id;
 }
 
 /* The key with a rank, from 0, byte by byte from the highest; takes the same time for all logits. */
-static uint64_t key_at(const smallm *model, size_t rank)
+static uint64_t key_at(const smallm_context *c, size_t rank)
 {
-    size_t V = (size_t)model->vocab_size, id = 0;
+    size_t V = (size_t)c->model->vocab_size, id = 0;
     uint64_t found = 0;
     for (int shift = 56; shift >= 32; shift -= 8) {
         size_t counts[256] = {0};
         uint64_t byte = 0;
         for (size_t i = 0; i < V; i++) {
-            uint64_t rest = (model->keys[i] ^ found) >> shift;
+            uint64_t rest = (c->sort_keys[i] ^ found) >> shift;
             if (rest < 256) counts[rest]++;
         }
         for (; counts[byte] <= rank; byte++) rank -= counts[byte];
         found |= byte << shift;
     }
-    while (model->keys[id] >> 32 != found >> 32 || rank-- > 0) id++;
-    return model->keys[id];
+    while (c->sort_keys[id] >> 32 != found >> 32 || rank-- > 0) id++;
+    return c->sort_keys[id];
 }
 
-/* Sorts the keys up to `last` into model->order by a radix sort. Returns their number. */
-static size_t rank(smallm *model, uint64_t last)
+/* Sorts the keys up to `last` into c->order by a radix sort. Returns their number. */
+static size_t rank(smallm_context *c, uint64_t last)
 {
     size_t count = 0;
-    for (size_t i = 0; i < (size_t)model->vocab_size; i++)
-        if (model->keys[i] <= last) model->order[count++] = model->keys[i];
+    for (size_t i = 0; i < (size_t)c->model->vocab_size; i++)
+        if (c->sort_keys[i] <= last) c->order[count++] = c->sort_keys[i];
     for (int shift = 32; shift < 64; shift += 8) { /* the sort is stable, so equal logits stay in the order of the ids */
         size_t starts[257] = {0};
-        for (size_t i = 0; i < count; i++) starts[(model->order[i] >> shift & 0xFF) + 1]++;
+        for (size_t i = 0; i < count; i++) starts[(c->order[i] >> shift & 0xFF) + 1]++;
         for (int i = 0; i < 256; i++) starts[i + 1] += starts[i];
-        for (size_t i = 0; i < count; i++) model->spare[starts[model->order[i] >> shift & 0xFF]++] = model->order[i];
-        uint64_t *sorted = model->spare;
-        model->spare = model->order, model->order = sorted;
+        for (size_t i = 0; i < count; i++) c->spare[starts[c->order[i] >> shift & 0xFF]++] = c->order[i];
+        uint64_t *sorted = c->spare;
+        c->spare = c->order, c->order = sorted;
     }
     return count;
 }
 
+/* e^x for x up to 0, the same on every system: 2^n times the Taylor series of the remainder, at most ln 2 / 2. */
+static double exponential(double x)
+{
+    static const double TAYLOR[14] = {
+        1, 1, 1 / 2.0, 1 / 6.0, 1 / 24.0, 1 / 120.0, 1 / 720.0, 1 / 5040.0, 1 / 40320.0, 1 / 362880.0, 1 / 3628800.0,
+        1 / 39916800.0, 1 / 479001600.0, 1 / 6227020800.0};
+    if (x < -708) return x < -745 ? 0 : exponential(x + 64) * 1.6038108905486378e-28; /* e^-64 */
+    double n = (double)(int)(x * 1.4426950408889634 - 0.5), r = (x - n * 0.69314718036912382) - n * 1.9082149292705877e-10;
+    double e = TAYLOR[13];
+    for (int i = 12; i >= 0; i--) e = e * r + TAYLOR[i];
+    uint64_t bits = (uint64_t)(1023 + (int)n) << 52;
+    double power;
+    memcpy(&power, &bits, sizeof power);
+    return e * power;
+}
+
 static double weight(double logit, double largest, double temperature)
 {
-    return exp((logit - largest) / (temperature > MIN_TEMPERATURE ? temperature : MIN_TEMPERATURE));
+    return exponential((logit - largest) / (temperature > MIN_TEMPERATURE ? temperature : MIN_TEMPERATURE));
 }
 
 /* top-p: the last key of the shortest ranking prefix that has top_p of the weight of the keys up to `last`. */
-static uint64_t last_of_share(smallm *model, uint64_t last, double largest, const smallm_options *options)
+static uint64_t last_of_share(smallm_context *c, uint64_t last, double largest, const smallm_options *options)
 {
-    size_t count = rank(model, last), taken = 0;
+    size_t count = rank(c, last), taken = 0;
     double total = 0, sum = 0;
     for (size_t i = 0; i < count; i++) {
-        model->weights[i] = weight(model->processed[model->order[i] & 0xFFFFFFFFu], largest, options->temperature);
-        total += model->weights[i];
+        c->weights[i] = weight(c->processed[c->order[i] & 0xFFFFFFFFu], largest, options->temperature);
+        total += c->weights[i];
     }
-    for (double share = options->top_p * total; (sum += model->weights[taken]) < share && taken + 1 < count;) taken++;
-    return model->order[taken];
+    for (double share = options->top_p * total; (sum += c->weights[taken]) < share && taken + 1 < count;) taken++;
+    return c->order[taken];
 }
 
-/* The id that u in [0, 1) selects from model->processed; -1 if the logits are not finite. */
-static int64_t sample(smallm *model, double u, const smallm_options *options)
+/* The id that u in [0, 1) selects from c->processed; -1 if the logits are not finite. */
+static int32_t sample(smallm_context *c, double u, const smallm_options *options)
 {
-    size_t likeliest = 0, V = (size_t)model->vocab_size, taken = 0;
+    size_t likeliest = 0, V = (size_t)c->model->vocab_size, taken = 0;
     for (size_t i = 0; i < V; i++) {
-        if (isnan(model->processed[i])) return -1;
-        if (model->processed[i] > model->processed[likeliest]) likeliest = i;
+        if (isnan(c->processed[i])) return -1;
+        if (c->processed[i] > c->processed[likeliest]) likeliest = i;
     }
-    double largest = model->processed[likeliest], sum = 0;
+    double largest = c->processed[likeliest], sum = 0;
     if (!isfinite(largest)) return -1;
-    if (options->temperature == 0) return (int64_t)likeliest;
+    if (options->temperature == 0) return (int32_t)likeliest;
     uint64_t last = UINT64_MAX; /* the last key that is kept */
-    make_keys(model);
-    if (options->top_k > 0 && (uint64_t)options->top_k < V) last = key_at(model, (size_t)options->top_k - 1);
-    if (options->top_p < 1) last = last_of_share(model, last, largest, options);
+    make_keys(c);
+    if (options->top_k > 0 && (uint64_t)options->top_k < V) last = key_at(c, (size_t)options->top_k - 1);
+    if (options->top_p < 1) last = last_of_share(c, last, largest, options);
     for (size_t i = 0; i < V; i++) {
-        double one = model->keys[i] <= last ? weight(model->processed[i], largest, options->temperature) : 0;
-        model->weights[i] = sum += one >= options->min_p ? one : 0;
+        double one = c->sort_keys[i] <= last ? weight(c->processed[i], largest, options->temperature) : 0;
+        c->weights[i] = sum += one >= options->min_p ? one : 0;
     }
-    for (double share = u * sum; model->weights[taken] <= share;) taken++; /* u < 1, so the loop ends */
-    return (int64_t)taken;
+    for (double share = u * sum; c->weights[taken] <= share;) taken++; /* u < 1, so the loop ends */
+    return (int32_t)taken;
 }
 
 /* -- allowed characters -- */
@@ -1315,14 +1821,14 @@ static bool can_be_completed(const uint64_t *characters, const pending *unfinish
     return has_any(characters, from > least[length] ? from : least[length], from + ends);
 }
 
-static span bytes_of(const smallm *model, int64_t id, uint8_t *byte)
+static span bytes_of(const smallm_model *model, int32_t id, uint8_t *byte)
 {
     *byte = (uint8_t)id;
     return id < 256 ? span_of(byte, 1) : span_of(model->tokens[id - 256].bytes, model->tokens[id - 256].length);
 }
 
 /* Whether an id may follow the bytes of an incomplete character. */
-static bool is_allowed(const smallm *model, const uint64_t *characters, pending unfinished, int64_t id)
+static bool is_allowed(const smallm_model *model, const uint64_t *characters, pending unfinished, int32_t id)
 {
     char text[MAX_PUSHED];
     uint8_t byte;
@@ -1335,53 +1841,61 @@ static bool is_allowed(const smallm *model, const uint64_t *characters, pending 
     return can_be_completed(characters, &unfinished);
 }
 
-static void find_allowed(const smallm *model, sequence_state *d)
+static void find_allowed(const smallm_model *model, sequence_state *d)
 {
     for (int32_t id = 0; id < model->vocab_size; id++)
         d->allowed[id] = is_allowed(model, d->characters, d->decoder, id);
     d->allowed_after = d->decoder;
 }
 
-/* Sets ids that are not allowed to minus infinity in model->processed, or to NaN if their logit is infinite. */
-static void apply_allowed(smallm *model)
+/* Sets ids that are not allowed to minus infinity in c->processed, or to NaN if their logit is infinite. */
+static void apply_allowed(smallm_context *c, const float *logits)
 {
-    sequence_state *d = &model->state;
+    const smallm_model *model = c->model;
+    sequence_state *d = &c->state;
     if (d->characters == NULL) return;
     if (d->decoder.length != d->allowed_after.length ||
         memcmp(d->decoder.bytes, d->allowed_after.bytes, (size_t)d->decoder.length) != 0)
         find_allowed(model, d);
-    for (size_t i = 0; i < (size_t)model->vocab_size; i++)
-        if (!d->allowed[i]) model->processed[i] = model->logits[i] - INFINITY;
+    for (size_t i = 0; i < (size_t)c->model->vocab_size; i++)
+        if (!d->allowed[i]) c->processed[i] = logits[i] - INFINITY;
 }
 
 /* -- the state of a text -- */
 
 /* Adds an id to the history, of which at least the last block_size ids are kept. */
-static void remember(smallm *model, int64_t id)
+static void remember(smallm_context *c, int32_t id)
 {
-    size_t T = (size_t)model->block_size;
-    if (model->state.known == 2 * T) {
-        memmove(model->history, model->history + T, T * sizeof *model->history);
-        model->state.known = T;
+    size_t T = (size_t)c->model->block_size;
+    if (c->state.known == 2 * T) {
+        memmove(c->history, c->history + T, T * sizeof *c->history);
+        c->state.known = T;
     }
-    model->history[model->state.known++] = id;
+    c->history[c->state.known++] = id;
 }
 
-static void remember_seed(smallm *model, span seed)
+/* The last T characters of a text, which have at least T ids. */
+static span last_characters(span text, size_t T)
 {
-    size_t T = (size_t)model->block_size, characters = 0;
-    const uint8_t *at = seed.end; /* start of the last T characters, which have at least T ids */
-    while (at > seed.at && characters < T) characters += !continues(*--at);
-    int64_t ids[4];
-    model->state.known = 0;
-    for (seed.at = at; seed.at < seed.end;) {
-        int length = character_length(seed), count = spell(model, seed.at, length, ids);
-        for (int i = 0; i < count; i++) remember(model, ids[i]);
+    const uint8_t *at = text.end;
+    for (size_t characters = 0; at > text.at && characters < T;) characters += !continues(*--at);
+    text.at = at;
+    return text;
+}
+
+static void remember_seed(smallm_context *c, span seed)
+{
+    size_t T = (size_t)c->model->block_size;
+    int32_t ids[4];
+    c->state.known = 0;
+    for (seed = last_characters(seed, T); seed.at < seed.end;) {
+        int length = character_length(seed), count = spell(c->model, seed.at, length, ids);
+        for (int i = 0; i < count; i++) remember(c, ids[i]);
         seed.at += length;
     }
-    size_t surplus = model->state.known > T ? model->state.known - T : 0;
-    memmove(model->history, model->history + surplus, (model->state.known - surplus) * sizeof *model->history);
-    model->state.known -= surplus;
+    size_t surplus = c->state.known > T ? c->state.known - T : 0;
+    memmove(c->history, c->history + surplus, (c->state.known - surplus) * sizeof *c->history);
+    c->state.known -= surplus;
 }
 
 /* The length of the longest prefix of the word that the text ends with; `matched` is the length before this byte. */
@@ -1399,12 +1913,13 @@ static void prepare_stop(stop *s)
 }
 
 /* Adds a character; releases what cannot be part of a stop string, and ends the text at a stop string. */
-static void add_character(sequence_state *d, const char *character, size_t bytes)
+static void add_character(sequence_state *d, const char *character, size_t bytes, double logprob)
 {
     size_t met = 0, begun = 0;
+    d->logprobs[d->ready + d->held] = logprob;
     memcpy(d->text + d->ready + d->held, character, bytes);
     d->held += bytes;
-    for (size_t i = 0; i < d->options.stop_count && d->length >= d->options.min_length; i++) {
+    for (size_t i = 0; i < d->stop_count && d->length >= d->options.min_length; i++) {
         stop *s = &d->stops[i];
         for (size_t b = 0; b < bytes; b++) s->matched = longer(s, s->matched, (uint8_t)character[b]);
         if (s->matched > begun) begun = s->matched;
@@ -1419,37 +1934,75 @@ static void add_character(sequence_state *d, const char *character, size_t bytes
     if (d->done) d->ready += d->held, d->held = 0;
 }
 
-/* Adds an id to the text. */
-static void push(smallm *model, int64_t id)
+/* Adds an id to the text. If it completes several characters, its probability counts for the last one. */
+static void push(smallm_context *c, int32_t id)
 {
-    sequence_state *d = &model->state;
+    sequence_state *d = &c->state;
     char text[MAX_PUSHED];
     size_t bytes = 0;
     uint8_t byte;
-    remember(model, id);
-    for (span s = bytes_of(model, id, &byte); s.at < s.end; s.at++)
+    remember(c, id);
+    for (span s = bytes_of(c->model, id, &byte); s.at < s.end; s.at++)
         bytes += push_byte(&d->decoder, *s.at, text + bytes);
     for (size_t at = 0; at < bytes && !d->done;) {
         size_t length = (size_t)sequence_length((uint8_t)text[at]);
-        add_character(d, text + at, length);
+        bool last = at + length == bytes;
+        add_character(d, text + at, length, last ? d->logprob : 0);
+        if (last) d->logprob = 0;
         at += length;
     }
 }
 
-/* Computes and chooses the next id. */
-static smallm_status advance(smallm *model)
+/* Surprisal of a target in nats, from the logits (V); not finite if the logits are not. */
+static double nats_of(const float *logits, size_t V, int32_t target)
 {
-    sequence_state *d = &model->state;
+    float largest = logits[0];
+    double total = 0;
+    for (size_t i = 0; i < V; i++)
+        if (!(logits[i] <= largest)) largest = logits[i];
+    if (!isfinite(largest)) return NAN;
+    for (size_t i = 0; i < V; i++) total += exponential((double)logits[i] - (double)largest);
+    return log(total) - ((double)logits[target] - (double)largest);
+}
+
+/* Chooses the next id from its logits. */
+static smallm_status choose(smallm_context *c, const float *logits)
+{
+    sequence_state *d = &c->state;
     const smallm_options *o = &d->options;
-    TRY_OWN(predict(model));
-    size_t seen = o->repetition_window > 0 ? (size_t)o->repetition_window : (size_t)model->block_size;
+    size_t seen = o->repetition_window > 0 ? (size_t)o->repetition_window : (size_t)c->model->block_size;
     if (seen > d->known) seen = d->known;
-    apply_repetition_penalty(model, model->logits, model->history + (d->known - seen), seen, o->repetition_penalty);
-    apply_allowed(model);
-    int64_t id = sample(model, uniform(d), o);
-    if (id < 0) return not_finite(model);
-    push(model, id);
+    apply_repetition_penalty(c, logits, c->history + (d->known - seen), seen, o->repetition_penalty);
+    apply_allowed(c, logits);
+    int32_t id = sample(c, uniform(d), o);
+    if (id < 0) return not_finite(c->error);
+    if (o->logprobs != 0) d->logprob -= nats_of(logits, (size_t)c->model->vocab_size, id);
+    push(c, id);
     return SMALLM_OK;
+}
+
+/* The last ids of the pass that is planned, at most MAX_ROWS. */
+static segment last_segment(smallm_context *c)
+{
+    sequence_state *d = &c->state;
+    segment s = {c, c->history + (d->known - (d->wanted - d->cached)), d->wanted - d->cached, d->cached};
+    return s;
+}
+
+/* Computes and chooses the next id of each context, in one pass with the buffers of the first. */
+static smallm_status advance(smallm_context *const *contexts, size_t count)
+{
+    segment segments[MAX_ROWS] = {{NULL, NULL, 0, 0}};
+    for (size_t i = 0; i < count; i++) segments[i] = last_segment(contexts[i]);
+    forward(contexts[0], segments, count, false, true);
+    smallm_status first = SMALLM_OK;
+    for (size_t i = 0; i < count; i++) {
+        smallm_context *c = contexts[i];
+        c->state.cached = c->state.wanted;
+        smallm_status status = choose(c, contexts[0]->logits + i * c->model->padded_vocab);
+        if (first == SMALLM_OK) first = status;
+    }
+    return first;
 }
 
 /* -- the start of a text -- */
@@ -1459,274 +2012,372 @@ static void end_sequence(sequence_state *d)
     free(d->stops);
     free(d->words);
     free(d->borders);
+    free(d->characters_given);
     free(d->characters);
     free(d->allowed);
     free(d->text);
+    free(d->logprobs);
     free(d->chunk);
     memset(d, 0, sizeof *d);
 }
 
 /* Copies options over their defaults. Options of an older program are shorter; those of a newer program are longer, and
    the fields that this library does not know must be 0. Both kinds of options begin with their size. */
-static smallm_status read_options(smallm *model, const void *given, void *options, size_t known)
+static smallm_status read_options(char *error, const void *given, void *options, size_t known)
 {
     size_t size;
     memcpy(&size, given, sizeof size);
-    if (size < sizeof size) return fail(model, SMALLM_MISTAKE, "options.size is not set; set it to sizeof options");
+    if (size < sizeof size) return fail(error, SMALLM_MISTAKE, "options.size is not set; set it to sizeof options");
     for (size_t i = known; i < size; i++)
         if (((const uint8_t *)given)[i] != 0)
-            return fail(model, SMALLM_MISTAKE, "options has a field that this smallm.c does not know; use a newer one");
+            return fail(error, SMALLM_MISTAKE, "options has a field that this smallm.c does not know; use a newer one");
     memcpy(options, given, size < known ? size : known);
     memcpy(options, &known, sizeof known);
     return SMALLM_OK;
 }
 
-/* Completes the caller's options by defaults. */
-static smallm_status resolve(smallm *model, const smallm_options *given, smallm_options *options)
+static smallm_status out_of_range(char *error, const char *name, double value, const char *rule)
 {
-    smallm_default_options(model, options, sizeof *options);
-    return given == NULL ? SMALLM_OK : read_options(model, given, options, sizeof *options);
+    return fail(error, SMALLM_MISTAKE, "%s = %.17g is out of range; it must be %s", name, value, rule);
 }
 
-static smallm_status out_of_range(smallm *model, const char *name, double value, const char *rule)
-{
-    return fail(model, SMALLM_MISTAKE, "%s = %.17g is out of range; it must be %s", name, value, rule);
-}
-
-static smallm_status check_options(smallm *model, const smallm_options *o)
+static smallm_status check_options(const smallm_model *model, char *error, const smallm_options *o)
 {
     if (!(o->temperature >= 0 && isfinite(o->temperature)))
-        return out_of_range(model, "temperature", o->temperature, "0 or more (0 = the likeliest character)");
-    if (o->top_k < 0) return out_of_range(model, "top_k", (double)o->top_k, "0 or more (0 = all ids)");
+        return out_of_range(error, "temperature", o->temperature, "0 or more (0 = the likeliest character)");
+    if (o->top_k < 0) return out_of_range(error, "top_k", (double)o->top_k, "0 or more (0 = all ids)");
     if (!(o->top_p > 0 && o->top_p <= 1))
-        return out_of_range(model, "top_p", o->top_p, "above 0 and at most 1 (1 = all ids)");
-    if (!(o->min_p >= 0 && o->min_p <= 1)) return out_of_range(model, "min_p", o->min_p, "from 0 to 1 (0 = all ids)");
+        return out_of_range(error, "top_p", o->top_p, "above 0 and at most 1 (1 = all ids)");
+    if (!(o->min_p >= 0 && o->min_p <= 1)) return out_of_range(error, "min_p", o->min_p, "from 0 to 1 (0 = all ids)");
     if (!(o->repetition_penalty >= 0.01 && o->repetition_penalty <= 100))
-        return out_of_range(model, "repetition_penalty", o->repetition_penalty, "from 0.01 to 100 (1 = off)");
+        return out_of_range(error, "repetition_penalty", o->repetition_penalty, "from 0.01 to 100 (1 = off)");
     if (o->repetition_window < 0 || o->repetition_window > model->block_size)
-        return out_of_range(model, "repetition_window", (double)o->repetition_window,
+        return out_of_range(error, "repetition_window", (double)o->repetition_window,
                             "from 0 to block_size (0 = block_size)");
-    if (o->max_length < 0) return out_of_range(model, "max_length", (double)o->max_length, "0 or more");
-    if (o->min_length < 0) return out_of_range(model, "min_length", (double)o->min_length, "0 or more");
+    if (o->max_length < 0) return out_of_range(error, "max_length", (double)o->max_length, "0 or more");
+    if (o->min_length < 0) return out_of_range(error, "min_length", (double)o->min_length, "0 or more");
     if (o->min_length > o->max_length)
-        return fail(model, SMALLM_MISTAKE, "min_length = %lld is more than max_length = %lld; lower min_length",
+        return fail(error, SMALLM_MISTAKE, "min_length = %lld is more than max_length = %lld; lower min_length",
                     (long long)o->min_length, (long long)o->max_length);
     if (o->overflow != SMALLM_CROP && o->overflow != SMALLM_SHIFT && o->overflow != SMALLM_SLIDE)
-        return out_of_range(model, "overflow", o->overflow, "SMALLM_CROP, SMALLM_SHIFT or SMALLM_SLIDE");
+        return out_of_range(error, "overflow", o->overflow, "SMALLM_CROP, SMALLM_SHIFT or SMALLM_SLIDE");
     if (o->overflow == SMALLM_SLIDE && model->window == 0)
-        return fail(model, SMALLM_MISTAKE, "overflow = SMALLM_SLIDE needs a model that was trained with model.window; "
+        return fail(error, SMALLM_MISTAKE, "overflow = SMALLM_SLIDE needs a model that was trained with model.window; "
                     "use SMALLM_CROP or SMALLM_SHIFT");
     return SMALLM_OK;
 }
 
-static smallm_status check_text(smallm *model, const char *what, const char *text, size_t bytes)
+static smallm_status check_text(char *error, const char *what, const char *text, size_t bytes)
 {
-    if (text == NULL && bytes > 0) return fail(model, SMALLM_MISTAKE, "the %s is NULL; pass its text", what);
+    if (text == NULL && bytes > 0) return fail(error, SMALLM_MISTAKE, "the %s is NULL; pass its text", what);
     if (bytes == 0) return SMALLM_OK;
     size_t valid = (size_t)(valid_until(span_of(text, bytes)) - (const uint8_t *)text);
     if (valid == bytes) return SMALLM_OK;
-    return fail(model, SMALLM_MISTAKE, "the %s is not UTF-8 from byte %zu on; convert it", what, valid);
+    return fail(error, SMALLM_MISTAKE, "the %s is not UTF-8 from byte %zu on; convert it", what, valid);
 }
 
 /* Copies the stop strings except empty ones, and allocates room for the text that they may hold back. */
-static smallm_status prepare_stops(smallm *model, sequence_state *d)
+static smallm_status prepare_stops(smallm_context *c, sequence_state *d)
 {
     size_t total = 0, longest = 0, count = 0;
     const char *const *given = d->options.stops;
     if (d->options.stop_count > 0 && given == NULL)
-        return fail(model, SMALLM_MISTAKE, "stops is NULL; pass the stop strings, or stop_count = 0");
+        return fail(c->error, SMALLM_MISTAKE, "stops is NULL; pass the stop strings, or stop_count = 0");
     for (size_t i = 0; i < d->options.stop_count; i++) {
         size_t length = given[i] == NULL ? 0 : strlen(given[i]);
-        TRY_OWN(check_text(model, "stop", given[i], given[i] == NULL ? 1 : length));
+        TRY(check_text(c->error, "stop", given[i], given[i] == NULL ? 1 : length));
         total += length;
         longest = length > longest ? length : longest;
         count += length > 0;
     }
     d->room = longest + 2 * MAX_PUSHED;
     d->text = calloc(d->room + 1, 1);
+    d->logprobs = calloc(d->room + 1, sizeof *d->logprobs);
     d->chunk = calloc(d->room + 1, 1);
     d->stops = calloc(count + 1, sizeof *d->stops);
     d->words = calloc(total + 1, 1);
     d->borders = calloc(total + 1, sizeof *d->borders);
-    if (!(d->text && d->chunk && d->stops && d->words && d->borders)) return no_memory(model);
-    size_t at = 0, number = 0;
+    if (!(d->text && d->logprobs && d->chunk && d->stops && d->words && d->borders)) return no_memory(c->error);
+    size_t at = 0;
     for (size_t i = 0; i < d->options.stop_count; i++) {
-        stop *s = &d->stops[number];
+        stop *s = &d->stops[d->stop_count];
         if ((s->length = strlen(given[i])) == 0) continue;
         s->word = memcpy(d->words + at, given[i], s->length);
         s->borders = d->borders + at;
         prepare_stop(s);
         at += s->length;
-        number++;
+        d->stop_count++;
     }
-    d->options.stops = NULL;
-    d->options.stop_count = count;
     return SMALLM_OK;
 }
 
 /* Builds the set of allowed characters unless all are allowed, and finds the ids that may come first. */
-static smallm_status prepare_allowed(smallm *model, sequence_state *d)
+static smallm_status prepare_allowed(smallm_context *c, sequence_state *d)
 {
     const char *allowed = d->options.allowed, *banned = d->options.banned == NULL ? "" : d->options.banned;
-    d->options.allowed = d->options.banned = NULL;
     if (allowed == NULL && *banned == '\0') return SMALLM_OK;
-    if (allowed != NULL) TRY_OWN(check_text(model, "option allowed", allowed, strlen(allowed)));
-    TRY_OWN(check_text(model, "option banned", banned, strlen(banned)));
+    if (allowed != NULL) TRY(check_text(c->error, "option allowed", allowed, strlen(allowed)));
+    TRY(check_text(c->error, "option banned", banned, strlen(banned)));
     d->characters = calloc(CODE_POINTS / 64, sizeof *d->characters);
-    d->allowed = calloc((size_t)model->vocab_size, sizeof *d->allowed);
-    if (d->characters == NULL || d->allowed == NULL) return no_memory(model);
+    d->allowed = calloc((size_t)c->model->vocab_size, sizeof *d->allowed);
+    if (d->characters == NULL || d->allowed == NULL) return no_memory(c->error);
     if (allowed == NULL) memset(d->characters, 0xFF, CODE_POINTS / 8);
     else set_characters(d->characters, span_of(allowed, strlen(allowed)), true);
     set_characters(d->characters, span_of(banned, strlen(banned)), false);
     memset(d->characters + 0xD800 / 64, 0, 0x800 / 8); /* surrogates are not characters */
     if (!has_any(d->characters, 0, CODE_POINTS))
-        return fail(model, SMALLM_MISTAKE, "allowed and banned leave no character; allow one that is not banned");
-    find_allowed(model, d);
+        return fail(c->error, SMALLM_MISTAKE, "allowed and banned leave no character; allow one that is not banned");
+    find_allowed(c->model, d);
     return SMALLM_OK;
 }
 
-static smallm_status start(smallm *model, const char *seed, size_t bytes, const smallm_options *options)
+static smallm_status start(smallm_context *c, const char *seed, size_t bytes, const smallm_options *options)
 {
-    sequence_state *d = &model->state;
-    TRY_OWN(resolve(model, options, &d->options));
-    TRY_OWN(check_options(model, &d->options));
-    TRY_OWN(check_text(model, "seed text", seed, bytes));
-    TRY_OWN(prepare_stops(model, d));
-    TRY_OWN(prepare_allowed(model, d));
-    remember_seed(model, bytes > 0 ? span_of(seed, bytes) : span_of(model->start_text, model->start_bytes));
+    const smallm_model *model = c->model;
+    sequence_state *d = &c->state;
+    smallm_default_options(model, &d->options, sizeof d->options);
+    if (options != NULL) TRY(read_options(c->error, options, &d->options, sizeof d->options));
+    TRY(check_options(model, c->error, &d->options));
+    TRY(check_text(c->error, "seed text", seed, bytes));
+    TRY(prepare_stops(c, d));
+    TRY(prepare_allowed(c, d));
+    d->options.stops = NULL, d->options.allowed = d->options.banned = NULL;
+    remember_seed(c, bytes > 0 ? span_of(seed, bytes) : span_of(model->start_text, model->start_bytes));
     d->key = rng_key(d->options.rng_seed, d->options.stream_number);
     d->done = d->options.max_length == 0;
     d->begun = true;
     return SMALLM_OK;
 }
 
-/* -- scoring -- */
-
-/* Surprisal of a target in nats, from the logits (V); not finite if the logits are not. */
-static double nats(const float *logits, size_t V, int64_t target)
+/* A copy of `bytes` bytes; NULL for NULL, and if there is not enough memory, which clears *enough. */
+static void *copy_of(const void *memory, size_t bytes, bool *enough)
 {
-    float largest = logits[0];
-    double total = 0;
-    for (size_t i = 0; i < V; i++)
-        if (!(logits[i] <= largest)) largest = logits[i];
-    for (size_t i = 0; i < V; i++) total += exp((double)logits[i] - (double)largest);
-    return log(total) - ((double)logits[target] - (double)largest);
+    if (memory == NULL) return NULL;
+    void *copy = malloc(bytes);
+    if (copy != NULL) memcpy(copy, memory, bytes);
+    else *enough = false;
+    return copy;
 }
 
-/* Computes the logits of ids (T) without a cache. */
-static smallm_status run_window(smallm *model, int64_t *ids, int64_t *ones, size_t T, OrtValue **value)
+/* Copies a state into another context of the same model, whose state is empty. */
+static bool copy_sequence(const smallm_model *model, const sequence_state *from, sequence_state *to)
 {
-    const OrtApi *ort = model->ort;
-    static const char *const output[] = {"logits"};
-    OrtValue *inputs[PLAIN_INPUTS] = {NULL, NULL, NULL};
-    int64_t row[2] = {1, (int64_t)T}, keep = 0;
-    size_t count = PLAIN_INPUTS + 2 * (size_t)model->n_layer;
-    for (size_t i = 0; i < T; i++) ones[i] = 1;
-    smallm_status status = tensor(model, ids, T * sizeof *ids, row, 2, true, &inputs[0]);
-    if (status == SMALLM_OK) status = tensor(model, ones, T * sizeof *ones, row, 2, true, &inputs[1]);
-    if (status == SMALLM_OK) status = tensor(model, &keep, sizeof keep, NULL, 0, true, &inputs[2]);
-    for (size_t i = 0; i < count; i++) model->values[i] = i < PLAIN_INPUTS ? inputs[i] : model->no_past;
-    if (status == SMALLM_OK)
-        status = done(model, ort->Run(model->session, NULL, model->names, model->values, count, output, 1, value));
-    for (int i = 0; i < PLAIN_INPUTS; i++)
-        if (inputs[i] != NULL) ort->ReleaseValue(inputs[i]);
-    return status;
+    bool enough = true;
+    size_t words = 0;
+    for (size_t i = 0; i < from->stop_count; i++) words += from->stops[i].length;
+    *to = *from;
+    to->stops = copy_of(from->stops, (from->stop_count + 1) * sizeof *to->stops, &enough);
+    to->words = copy_of(from->words, words + 1, &enough);
+    to->borders = copy_of(from->borders, (words + 1) * sizeof *to->borders, &enough);
+    to->characters = copy_of(from->characters, CODE_POINTS / 8, &enough);
+    to->allowed = copy_of(from->allowed, (size_t)model->vocab_size * sizeof *to->allowed, &enough);
+    to->text = copy_of(from->text, from->room + 1, &enough);
+    to->logprobs = copy_of(from->logprobs, (from->room + 1) * sizeof *to->logprobs, &enough);
+    to->chunk = copy_of(from->chunk, from->room + 1, &enough);
+    for (size_t i = 0, at = 0; enough && i < to->stop_count; at += to->stops[i++].length) {
+        to->stops[i].word = (const uint8_t *)to->words + at;
+        to->stops[i].borders = to->borders + at;
+    }
+    return enough;
 }
 
-/* The data of an output that must be logits (1, T, V). */
-static smallm_status logits_of(smallm *model, OrtValue *value, size_t T, float **logits)
-{
-    const OrtApi *ort = model->ort;
-    OrtTensorTypeAndShapeInfo *information = NULL;
-    size_t dimensions = 0;
-    int64_t shape[3] = {0, 0, 0};
-    TRY(ort->GetTensorTypeAndShape(value, &information));
-    smallm_status status = done(model, ort->GetDimensionsCount(information, &dimensions));
-    if (status == SMALLM_OK && dimensions == 3) status = done(model, ort->GetDimensions(information, shape, 3));
-    ort->ReleaseTensorTypeAndShapeInfo(information);
-    TRY_OWN(status);
-    if (shape[0] != 1 || shape[1] != (int64_t)T || shape[2] != model->vocab_size)
-        return fail(model, SMALLM_FAILED, "%s is broken, export the model again: its logits have the wrong shape",
-                    model->name);
-    TRY(ort->GetTensorMutableData(value, (void **)logits));
-    return SMALLM_OK;
-}
+/* -- measuring -- */
 
 /* The state of scoring a text: one window of its ids. */
 typedef struct {
-    int64_t *ids;  /* (T + 1) */
-    int64_t *ones; /* (T): a mask */
+    smallm_context *context; /* with a cache of its own */
+    int32_t *ids;  /* (T + 1) */
     size_t held;
     double *nats; /* of each character */
     size_t character; /* index of the last scored character */
 } scorer;
 
 /* Scores the targets of a window, and begins the next window with the last of them. */
-static smallm_status measure(smallm *model, scorer *r)
+static smallm_status measure(scorer *r)
 {
-    OrtValue *value = NULL;
-    float *logits = NULL;
-    size_t V = (size_t)model->vocab_size;
+    const smallm_model *m = r->context->model;
     if (r->held < 2) return SMALLM_OK;
-    smallm_status status = run_window(model, r->ids, r->ones, r->held - 1, &value);
-    if (status == SMALLM_OK) status = logits_of(model, value, r->held - 1, &logits);
-    for (size_t i = 1; status == SMALLM_OK && i < r->held; i++) {
-        if (begins_character(r->ids[i])) r->nats[++r->character] = 0;
-        double found = nats(logits + (i - 1) * V, V, r->ids[i]);
-        if (!isfinite(found))
-            status = not_finite(model);
-        r->nats[r->character] += found; /* the first character stays NaN */
+    for (size_t at = 0; at < r->held - 1;) {
+        size_t count = r->held - 1 - at < MAX_ROWS ? r->held - 1 - at : MAX_ROWS;
+        segment s = {r->context, r->ids + at, count, at};
+        forward(r->context, &s, 1, true, true);
+        for (size_t i = 0; i < count; i++, at++) {
+            int32_t target = r->ids[at + 1];
+            if (begins_character(target)) r->nats[++r->character] = 0;
+            double found = nats_of(r->context->logits + i * m->padded_vocab, (size_t)m->vocab_size, target);
+            if (!isfinite(found)) return not_finite(r->context->error);
+            r->nats[r->character] += found; /* the first character stays NaN */
+        }
     }
-    if (value != NULL) model->ort->ReleaseValue(value);
     r->ids[0] = r->ids[r->held - 1];
     r->held = 1;
-    return status;
+    return SMALLM_OK;
 }
 
-static smallm_status score(smallm *model, span text, scorer *r)
+static smallm_status score(span text, scorer *r)
 {
-    size_t T = (size_t)model->block_size;
-    int64_t ids[4];
+    size_t T = (size_t)r->context->model->block_size;
+    int32_t ids[4];
     while (text.at < text.end) {
-        int length = character_length(text), count = spell(model, text.at, length, ids);
+        int length = character_length(text), count = spell(r->context->model, text.at, length, ids);
         for (int i = 0; i < count; i++) {
             r->ids[r->held++] = ids[i];
-            if (r->held == T + 1) TRY_OWN(measure(model, r));
+            if (r->held == T + 1) TRY(measure(r));
         }
         text.at += length;
     }
-    return measure(model, r);
+    return measure(r);
+}
+
+/* The first ids of a character, and their probability. */
+typedef struct {
+    double probability;
+    int32_t ids[4];
+    int count;
+} path;
+
+typedef struct {
+    path *items;
+    size_t count, room;
+} paths;
+
+static bool add_path(paths *list, const path *p)
+{
+    if (list->count == list->room) {
+        path *more = realloc(list->items, (list->room = 2 * list->room + 64) * sizeof *more);
+        if (more == NULL) return false;
+        list->items = more;
+    }
+    list->items[list->count++] = *p;
+    return true;
+}
+
+/* Takes the most likely path; of equal ones the one that was added first. */
+static path take_path(paths *list)
+{
+    size_t best = 0;
+    for (size_t i = 1; i < list->count; i++)
+        if (list->items[i].probability > list->items[best].probability) best = i;
+    path p = list->items[best];
+    memmove(list->items + best, list->items + best + 1, (--list->count - best) * sizeof *list->items);
+    return p;
+}
+
+/* The logits after the text of a context and the ids of a path, which the cache does not keep. */
+static const float *logits_after(smallm_context *c, const path *p)
+{
+    sequence_state *d = &c->state;
+    size_t T = (size_t)c->model->block_size, known = d->known, n = (size_t)p->count;
+    if (n == 0 || known + n > T) { /* the last T ids of both, from the beginning */
+        for (size_t i = 0; i < n; i++) c->history[known + i] = p->ids[i];
+        size_t all = known + n, kept = all < T ? all : T;
+        for (size_t at = 0; at < kept;) {
+            size_t count = kept - at < MAX_ROWS ? kept - at : MAX_ROWS;
+            segment s = {c, c->history + (all - kept + at), count, at};
+            forward(c, &s, 1, false, at + count == kept);
+            at += count;
+        }
+    } else {
+        segment s = {c, p->ids, n, known};
+        forward(c, &s, 1, false, true);
+    }
+    return c->logits;
+}
+
+/* Adds a path for each id that may follow. */
+static smallm_status extend(smallm_context *c, const path *p, paths *list)
+{
+    size_t V = (size_t)c->model->vocab_size;
+    const float *logits = logits_after(c, p);
+    float largest = logits[0];
+    double total = 0;
+    for (size_t i = 0; i < V; i++)
+        if (!(logits[i] <= largest)) largest = logits[i];
+    if (!isfinite(largest)) return not_finite(c->error);
+    for (size_t i = 0; i < V; i++) total += exponential((double)logits[i] - (double)largest);
+    for (size_t i = 0; i < V; i++) {
+        path longer_path = *p;
+        if (begins_character((int32_t)i) != (p->count == 0)) continue; /* it could not become a character */
+        longer_path.ids[longer_path.count++] = (int32_t)i;
+        longer_path.probability *= exponential((double)logits[i] - (double)largest) / total;
+        if (!add_path(list, &longer_path)) return no_memory(c->error);
+    }
+    return SMALLM_OK;
+}
+
+/* The character that these ids spell, if they spell one in the way that `spell` does; 0 bytes if they do not. */
+static size_t character_of(const smallm_model *m, const path *p, char text[5])
+{
+    uint8_t bytes[16], byte;
+    size_t length = 0;
+    for (int i = 0; i < p->count; i++)
+        for (span s = bytes_of(m, p->ids[i], &byte); s.at < s.end; s.at++) bytes[length++] = *s.at;
+    if (length == 0 || (size_t)character_length(span_of(bytes, length)) != length) return 0;
+    int32_t ids[4];
+    int count = spell(m, bytes, (int)length, ids);
+    memset(text, 0, 5);
+    memcpy(text, bytes, length);
+    return count == p->count && memcmp(ids, p->ids, (size_t)count * sizeof *ids) == 0 ? length : 0;
+}
+
+static bool is_complete(const smallm_model *m, const path *p)
+{
+    uint8_t bytes[16], byte;
+    size_t length = 0;
+    for (int i = 0; i < p->count; i++)
+        for (span s = bytes_of(m, p->ids[i], &byte); s.at < s.end; s.at++) bytes[length++] = *s.at;
+    return length > 0 && (size_t)sequence_length(bytes[0]) <= length;
+}
+
+static smallm_status find_characters(smallm_context *c, paths *list, smallm_character *found, size_t capacity,
+                                     size_t *count)
+{
+    path none = {1, {0, 0, 0, 0}, 0};
+    if (!add_path(list, &none)) return no_memory(c->error);
+    while (list->count > 0 && *count < capacity) {
+        path p = take_path(list);
+        if (is_complete(c->model, &p)) {
+            smallm_character *one = &found[*count];
+            one->probability = p.probability;
+            *count += character_of(c->model, &p, one->text) > 0;
+        } else if (p.count < 4 && p.probability > MIN_PROBABILITY) {
+            TRY(extend(c, &p, list));
+        }
+    }
+    return SMALLM_OK;
 }
 
 /* -- the public functions -- */
 
-static smallm_status open_checked(smallm *model, span file, const smallm_open_options *options)
+static smallm_status open_checked(smallm_model *model, span file, const smallm_open_options *options)
 {
-    smallm_open_options known = {sizeof known, 0};
-    if (options != NULL) TRY_OWN(read_options(model, options, &known, sizeof known));
-    int32_t threads = known.threads;
-    if (threads < 0 || threads > MAX_THREADS)
-        return out_of_range(model, "threads", threads, "1 to 1024, or 0 to choose by the size of the model");
-    TRY_OWN(read_model(model, file));
-    TRY_OWN(open_session(model, file, threads > 0 ? threads : default_threads(size_of(file) / (size_t)model->n_layer)));
-    TRY_OWN(bind(model));
+    smallm_open_options known = {sizeof known, NULL};
+    if (options != NULL) TRY(read_options(model->error, options, &known, sizeof known));
+    if (!choose_kernels(model, known.kernels))
+        return fail(model->error, SMALLM_MISTAKE, "kernels = %.20s is not an instruction set of this processor; pass NULL",
+                    known.kernels);
+    TRY(read_model(model, file));
+    TRY(read_weights(model, file));
     model->open = true;
     return SMALLM_OK;
 }
 
-static smallm *new_handle(const char *name)
+static smallm_model *new_model(const char *name)
 {
-    smallm *model = calloc(1, sizeof *model);
+    smallm_model *model = calloc(1, sizeof *model);
     if (model != NULL) snprintf(model->name, sizeof model->name, "%s", name);
     return model;
 }
 
-smallm_status smallm_open_memory(const void *data, size_t bytes, const smallm_open_options *options, smallm **model)
+int smallm_version(void) { return 10000 * SMALLM_VERSION_MAJOR + 100 * SMALLM_VERSION_MINOR + SMALLM_VERSION_PATCH; }
+
+smallm_status smallm_open_memory(
+    const void *data, size_t bytes, const smallm_open_options *options, smallm_model **model)
 {
     if (model == NULL) return SMALLM_MISTAKE;
-    *model = new_handle("the model");
+    *model = new_model("the model");
     if (*model == NULL) return SMALLM_NO_MEMORY;
-    if (data == NULL) return fail(*model, SMALLM_MISTAKE, "data is NULL; pass the content of a model.onnx");
+    if (data == NULL) return fail((*model)->error, SMALLM_MISTAKE, "data is NULL; pass the content of a model.onnx");
     return open_checked(*model, span_of(data, bytes), options);
 }
 
@@ -1743,34 +2394,34 @@ static FILE *open_file(const char *path)
 }
 
 /* Reads a file or pipe to its end, into memory that the caller frees. */
-static smallm_status read_file(smallm *model, const char *path, uint8_t **data, size_t *bytes)
+static smallm_status read_file(smallm_model *model, const char *path, uint8_t **data, size_t *bytes)
 {
     FILE *file = open_file(path);
     size_t room = 0, got = 1;
     if (file == NULL)
-        return fail(model, SMALLM_BAD_MODEL, "cannot read %s; give the path of a model.onnx that export.py wrote",
+        return fail(model->error, SMALLM_BAD_MODEL, "cannot read %s; give the path of a model.onnx that export.py wrote",
                     model->name);
     smallm_status status = SMALLM_OK;
     while (status == SMALLM_OK && got > 0) {
         if (*bytes == room) {
             uint8_t *more = room >= MAX_FILE ? NULL : realloc(*data, room = room == 0 ? (size_t)1 << 20 : 2 * room);
-            if (more == NULL) status = no_memory(model);
+            if (more == NULL) status = no_memory(model->error);
             else *data = more;
         }
         if (status == SMALLM_OK) *bytes += got = fread(*data + *bytes, 1, room - *bytes, file);
     }
     if (status == SMALLM_OK && ferror(file))
-        status = fail(model, SMALLM_BAD_MODEL, "cannot read %s to its end; is it a file?", model->name);
+        status = fail(model->error, SMALLM_BAD_MODEL, "cannot read %s to its end; is it a file?", model->name);
     fclose(file);
     return status;
 }
 
-smallm_status smallm_open(const char *path, const smallm_open_options *options, smallm **model)
+smallm_status smallm_open(const char *path, const smallm_open_options *options, smallm_model **model)
 {
     if (model == NULL) return SMALLM_MISTAKE;
-    *model = new_handle(path == NULL ? "" : path);
+    *model = new_model(path == NULL ? "" : path);
     if (*model == NULL) return SMALLM_NO_MEMORY;
-    if (path == NULL) return fail(*model, SMALLM_MISTAKE, "path is NULL; give the path of a model.onnx");
+    if (path == NULL) return fail((*model)->error, SMALLM_MISTAKE, "path is NULL; give the path of a model.onnx");
     uint8_t *data = NULL;
     size_t bytes = 0;
     smallm_status status = read_file(*model, path, &data, &bytes);
@@ -1779,125 +2430,317 @@ smallm_status smallm_open(const char *path, const smallm_open_options *options, 
     return status;
 }
 
-void smallm_default_options(const smallm *model, smallm_options *options, size_t size)
+const char *smallm_model_error(const smallm_model *model)
+{
+    return model != NULL ? model->error : "the model is NULL: not enough memory, or NULL was passed";
+}
+
+static bool is_open(const smallm_model *model) { return model != NULL && model->open; }
+
+size_t smallm_block_size(const smallm_model *model) { return is_open(model) ? (size_t)model->block_size : 0; }
+
+size_t smallm_vocab_size(const smallm_model *model) { return is_open(model) ? (size_t)model->vocab_size : 0; }
+
+size_t smallm_window(const smallm_model *model) { return is_open(model) ? (size_t)model->window : 0; }
+
+const char *smallm_kernels(const smallm_model *model) { return is_open(model) ? model->kernel_name : ""; }
+
+const char *smallm_metadata(const smallm_model *model, const char *key, size_t *bytes)
+{
+    span json = {NULL, NULL};
+    if (bytes != NULL) *bytes = 0;
+    if (!is_open(model) || key == NULL || bytes == NULL) return NULL;
+    if (!metadata(span_of(model->metadata, model->metadata_bytes), key, &json)) return NULL;
+    *bytes = size_of(json);
+    return (const char *)json.at;
+}
+
+smallm_status smallm_encode(
+    const smallm_model *model, const char *text, size_t bytes, int32_t *ids, size_t capacity, size_t *count)
+{
+    if (count == NULL) return SMALLM_MISTAKE;
+    *count = 0;
+    if (!is_open(model) || (text == NULL && bytes > 0) || (ids == NULL && capacity > 0)) return SMALLM_MISTAKE;
+    span rest = bytes > 0 ? span_of(text, bytes) : span_of("", 0);
+    if (!is_text(rest)) return SMALLM_MISTAKE;
+    for (int length; (length = character_length(rest)) > 0; rest.at += length) {
+        int32_t found[4];
+        int more = spell(model, rest.at, length, found);
+        for (int i = 0; i < more; i++, (*count)++)
+            if (*count < capacity) ids[*count] = found[i];
+    }
+    return *count <= capacity ? SMALLM_OK : SMALLM_MISTAKE;
+}
+
+smallm_status smallm_decode(
+    const smallm_model *model, const int32_t *ids, size_t count, char *text, size_t capacity, size_t *bytes)
+{
+    pending decoder = {{0}, 0};
+    uint8_t byte;
+    if (bytes == NULL) return SMALLM_MISTAKE;
+    *bytes = 0;
+    if (!is_open(model) || (ids == NULL && count > 0) || text == NULL || capacity == 0) return SMALLM_MISTAKE;
+    for (size_t i = 0; i < count; i++) {
+        if (ids[i] < 0 || ids[i] >= model->vocab_size || capacity - *bytes <= MAX_PUSHED) return SMALLM_MISTAKE;
+        for (span s = bytes_of(model, ids[i], &byte); s.at < s.end; s.at++)
+            *bytes += push_byte(&decoder, *s.at, text + *bytes);
+    }
+    text[*bytes] = '\0';
+    return SMALLM_OK;
+}
+
+void smallm_close(smallm_model *model)
+{
+    if (model == NULL) return;
+    for (size_t i = 0; i < model->allocation_count; i++) free(model->allocations[i]);
+    void *memory[] = {model->allocations, model->tokens, model->sorted, model->start_text, model->metadata};
+    for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free(memory[i]);
+    free(model);
+}
+
+void smallm_context_free(smallm_context *c)
+{
+    if (c == NULL) return;
+    end_sequence(&c->state);
+    void *memory[] = {c->keys, c->values, c->stream, c->normed, c->packed, c->scores, c->hidden, c->mixed, c->logits,
+                      c->codes, c->code_scales, c->history, c->processed, c->sort_keys, c->order, c->spare, c->weights};
+    for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free(memory[i]);
+    free(c);
+}
+
+smallm_status smallm_context_new(const smallm_model *m, smallm_context **context)
+{
+    if (context == NULL) return SMALLM_MISTAKE;
+    *context = NULL;
+    if (!is_open(m)) return SMALLM_MISTAKE;
+    smallm_context *c = calloc(1, sizeof *c);
+    if (c == NULL) return SMALLM_NO_MEMORY;
+    size_t V = m->padded_vocab, heads = (size_t)m->n_layer * (size_t)m->n_kv_head, R = MAX_ROWS;
+    size_t hidden = 2 * m->padded_inner, attended = (size_t)(m->n_head * m->head_dim);
+    c->model = m;
+    c->keys = calloc(heads * m->positions * (size_t)m->head_dim, sizeof *c->keys);
+    c->values = calloc(heads * m->positions * m->padded_head, sizeof *c->values);
+    c->stream = calloc(R * m->padded_embd, sizeof *c->stream);
+    c->normed = calloc(R * m->padded_embd, sizeof *c->normed);
+    c->packed = calloc(R * m->heads * m->padded_head, sizeof *c->packed);
+    c->scores = calloc(R * m->positions, sizeof *c->scores);
+    c->hidden = calloc(R * (hidden > attended ? hidden : attended), sizeof *c->hidden);
+    c->mixed = calloc(R * m->padded_head, sizeof *c->mixed);
+    c->logits = calloc(R * V, sizeof *c->logits);
+    c->codes = calloc(R * m->max_codes + 1, sizeof *c->codes);
+    c->code_scales = calloc(R * m->max_blocks + 1, sizeof *c->code_scales);
+    c->history = calloc(2 * (size_t)m->block_size + 4, sizeof *c->history);
+    c->processed = calloc(V, sizeof *c->processed);
+    c->sort_keys = calloc(V, sizeof *c->sort_keys);
+    c->order = calloc(V, sizeof *c->order);
+    c->spare = calloc(V, sizeof *c->spare);
+    c->weights = calloc(V, sizeof *c->weights);
+    if (c->keys && c->values && c->stream && c->normed && c->packed && c->scores && c->hidden && c->mixed && c->logits &&
+        c->codes && c->code_scales && c->history && c->processed && c->sort_keys && c->order && c->spare && c->weights) {
+        *context = c;
+        return SMALLM_OK;
+    }
+    smallm_context_free(c);
+    return SMALLM_NO_MEMORY;
+}
+
+smallm_status smallm_context_copy(const smallm_context *from, smallm_context **copy)
+{
+    if (copy == NULL) return SMALLM_MISTAKE;
+    *copy = NULL;
+    if (from == NULL) return SMALLM_MISTAKE;
+    const smallm_model *m = from->model;
+    smallm_context *to;
+    TRY(smallm_context_new(m, &to));
+    size_t heads = (size_t)m->n_layer * (size_t)m->n_kv_head;
+    memcpy(to->keys, from->keys, heads * m->positions * (size_t)m->head_dim * sizeof *to->keys);
+    memcpy(to->values, from->values, heads * m->positions * m->padded_head * sizeof *to->values);
+    memcpy(to->history, from->history, from->state.known * sizeof *to->history);
+    if (copy_sequence(m, &from->state, &to->state)) {
+        *copy = to;
+        return SMALLM_OK;
+    }
+    smallm_context_free(to);
+    return SMALLM_NO_MEMORY;
+}
+
+const char *smallm_error(const smallm_context *context)
+{
+    return context != NULL ? context->error : "the context is NULL: not enough memory, or NULL was passed";
+}
+
+void smallm_default_options(const smallm_model *model, smallm_options *options, size_t size)
 {
     smallm_options all;
+    bool open = is_open(model);
     memset(&all, 0, sizeof all);
     all.size = size;
     all.max_length = 500;
-    all.temperature = model != NULL && model->open ? model->temperature : 0.8;
-    all.top_k = model != NULL && model->open ? model->top_k : 0;
-    all.top_p = model != NULL && model->open ? model->top_p : 1;
-    all.min_p = model != NULL && model->open ? model->min_p : 0;
+    all.temperature = open ? model->temperature : 0.8;
+    all.top_k = open ? model->top_k : 0;
+    all.top_p = open ? model->top_p : 1;
+    all.min_p = open ? model->min_p : 0;
     all.repetition_penalty = 1;
-    all.overflow = model != NULL && model->open && model->window > 0 ? SMALLM_SLIDE : SMALLM_SHIFT;
+    all.overflow = open && model->window > 0 ? SMALLM_SLIDE : SMALLM_CROP;
     if (options == NULL) return;
     memset(options, 0, size);
     memcpy(options, &all, size < sizeof all ? size : sizeof all);
 }
 
-/* The beginning of every call on a handle. */
-static smallm_status begin(smallm *model)
+smallm_status smallm_generate_start(
+    smallm_context *c, const char *seed, size_t bytes, const smallm_options *options)
 {
-    if (model == NULL) return SMALLM_MISTAKE;
-    if (!model->open) return SMALLM_MISTAKE; /* the message of smallm_open is kept */
-    model->error[0] = '\0';
-    return SMALLM_OK;
-}
-
-smallm_status smallm_generate_start(smallm *model, const char *seed, size_t bytes, const smallm_options *options)
-{
-    TRY_OWN(begin(model));
-    char *chunk = model->state.chunk; /* seed, stops and allowed may point into the chunk that smallm_next returned */
-    model->state.chunk = NULL;
-    end_sequence(&model->state);
-    smallm_status status = start(model, seed, bytes, options);
-    if (status != SMALLM_OK) end_sequence(&model->state);
+    if (c == NULL) return SMALLM_MISTAKE;
+    c->error[0] = '\0';
+    char *chunk = c->state.chunk; /* seed, stops and allowed may point into the chunk that smallm_next returned */
+    c->state.chunk = NULL;
+    end_sequence(&c->state);
+    c->cancelled = 0;
+    smallm_status status = start(c, seed, bytes, options);
+    if (status != SMALLM_OK) end_sequence(&c->state);
     free(chunk);
     return status;
 }
 
-smallm_status smallm_next(smallm *model, const char **text, size_t *bytes)
+/* The beginning of every call that continues a text. */
+static smallm_status begin(smallm_context *c)
+{
+    if (c == NULL) return SMALLM_MISTAKE;
+    c->error[0] = '\0';
+    if (c->state.begun) return SMALLM_OK;
+    return fail(c->error, SMALLM_MISTAKE, "no text was started; call smallm_generate_start first");
+}
+
+smallm_status smallm_take(smallm_context *c, const char **text, size_t *bytes)
 {
     if (text != NULL) *text = "";
     if (bytes != NULL) *bytes = 0;
-    TRY_OWN(begin(model));
-    sequence_state *d = &model->state;
+    TRY(begin(c));
+    sequence_state *d = &c->state;
     if (text == NULL || bytes == NULL)
-        return fail(model, SMALLM_MISTAKE, "text or bytes is NULL; pass pointers for the result");
-    if (!d->begun)
-        return fail(model, SMALLM_MISTAKE, "no text was started; call smallm_generate_start first");
-    while (d->ready == 0) {
-        if (d->done) return SMALLM_DONE;
-        smallm_status status = advance(model);
-        if (status != SMALLM_OK) {
-            end_sequence(d);
-            return status;
-        }
-    }
+        return fail(c->error, SMALLM_MISTAKE, "text or bytes is NULL; pass pointers for the result");
+    if (d->ready == 0) return d->done ? SMALLM_DONE : SMALLM_OK;
     memcpy(d->chunk, d->text, d->ready);
     d->chunk[d->ready] = '\0';
+    d->chunk_logprob = 0;
+    for (size_t i = 0; i < d->ready; i += (size_t)sequence_length((uint8_t)d->text[i])) d->chunk_logprob += d->logprobs[i];
     memmove(d->text, d->text + d->ready, d->held);
+    memmove(d->logprobs, d->logprobs + d->ready, d->held * sizeof *d->logprobs);
     *text = d->chunk;
     *bytes = d->ready;
     d->ready = 0;
     return SMALLM_OK;
 }
 
-smallm_status smallm_score(
-    smallm *model, const char *text, size_t bytes, double *nats, size_t capacity, size_t *count)
+/* Plans the next pass of a context and computes all of it but the last part. */
+static smallm_status prepare_pass(smallm_context *c)
+{
+    if (c->cancelled) {
+        c->cancelled = 0;
+        return fail(c->error, SMALLM_CANCELLED, "generation was cancelled; call again to continue");
+    }
+    plan_pass(c);
+    return prefill(c);
+}
+
+smallm_status smallm_next(smallm_context *c, const char **text, size_t *bytes)
+{
+    if (text != NULL) *text = "";
+    if (bytes != NULL) *bytes = 0;
+    TRY(begin(c));
+    while (c->state.ready == 0 && !c->state.done) {
+        smallm_status status = prepare_pass(c);
+        if (status == SMALLM_OK) status = advance(&c, 1);
+        if (status == SMALLM_CANCELLED) return status;
+        if (status != SMALLM_OK) {
+            end_sequence(&c->state);
+            return status;
+        }
+    }
+    return smallm_take(c, text, bytes);
+}
+
+smallm_status smallm_step(smallm_context *const *contexts, size_t count)
+{
+    smallm_context *together[MAX_ROWS];
+    smallm_status first = SMALLM_DONE;
+    size_t held = 0, rows = 0;
+    if (contexts == NULL && count > 0) return SMALLM_MISTAKE;
+    for (size_t i = 0; i <= count; i++) {
+        smallm_status status = SMALLM_OK;
+        size_t more = 0;
+        if (i < count) {
+            smallm_context *c = contexts[i];
+            status = begin(c);
+            if (status == SMALLM_OK && c->model != contexts[0]->model)
+                status = fail(c->error, SMALLM_MISTAKE, "the contexts of a step must have the same model");
+            if (status == SMALLM_OK && c->state.done) continue;
+            if (status == SMALLM_OK && c->state.room - c->state.ready - c->state.held < MAX_PUSHED)
+                status = fail(c->error, SMALLM_MISTAKE, "too much text is waiting; call smallm_take after each step");
+            if (status == SMALLM_OK) status = prepare_pass(c);
+            if (status == SMALLM_OK) more = c->state.wanted - c->state.cached;
+        }
+        if (held > 0 && (i == count || rows + more > MAX_ROWS)) {
+            smallm_status result = advance(together, held);
+            if (first <= SMALLM_DONE) first = result;
+            held = rows = 0;
+        }
+        if (status != SMALLM_OK && first <= SMALLM_DONE) first = status;
+        if (more > 0) together[held++] = contexts[i], rows += more;
+    }
+    return first;
+}
+
+double smallm_logprob(const smallm_context *context) { return context != NULL ? context->state.chunk_logprob : 0; }
+
+void smallm_cancel(smallm_context *context)
+{
+    if (context != NULL) context->cancelled = 1;
+}
+
+smallm_status smallm_next_characters(
+    smallm_context *c, const char *text, size_t bytes, smallm_character *found, size_t capacity, size_t *count)
 {
     if (count != NULL) *count = 0;
-    TRY_OWN(begin(model));
-    if (count == NULL) return fail(model, SMALLM_MISTAKE, "count is NULL; pass a pointer for the result");
-    TRY_OWN(check_text(model, "text", text, bytes));
-    for (size_t i = 0; i < bytes; i++) *count += !continues((uint8_t)text[i]);
-    if (*count == 0) return SMALLM_OK;
-    if (nats == NULL || capacity < *count)
-        return fail(model, SMALLM_MISTAKE, "the text has %zu characters, but nats has room for %zu; pass a larger array",
-                    *count, nats == NULL ? 0 : capacity);
-    size_t T = (size_t)model->block_size;
-    scorer r = {calloc(T + 1, sizeof *r.ids), calloc(T, sizeof *r.ones), 0, nats, 0};
-    nats[0] = NAN;
-    smallm_status status = r.ids && r.ones ? score(model, span_of(text, bytes), &r) : no_memory(model);
-    free(r.ids);
-    free(r.ones);
+    if (c == NULL) return SMALLM_MISTAKE;
+    c->error[0] = '\0';
+    if (count == NULL || (found == NULL && capacity > 0))
+        return fail(c->error, SMALLM_MISTAKE, "found or count is NULL; pass pointers for the result");
+    TRY(check_text(c->error, "text", text, bytes));
+    smallm_context *other;
+    paths list = {NULL, 0, 0};
+    if (smallm_context_new(c->model, &other) != SMALLM_OK) return no_memory(c->error);
+    remember_seed(other, bytes > 0 ? span_of(text, bytes) : span_of(c->model->start_text, c->model->start_bytes));
+    smallm_status status = find_characters(other, &list, found, capacity, count);
+    memcpy(c->error, other->error, sizeof c->error);
+    free(list.items);
+    smallm_context_free(other);
     return status;
 }
 
-size_t smallm_block_size(const smallm *model) { return model != NULL && model->open ? (size_t)model->block_size : 0; }
-
-size_t smallm_vocab_size(const smallm *model) { return model != NULL && model->open ? (size_t)model->vocab_size : 0; }
-
-const char *smallm_error(const smallm *model)
+smallm_status smallm_score(
+    smallm_context *c, const char *text, size_t bytes, double *nats, size_t capacity, size_t *count)
 {
-    return model != NULL ? model->error : "the handle is NULL: not enough memory, or NULL was passed";
-}
-
-static void close_session(smallm *model)
-{
-    const OrtApi *ort = model->ort;
-    OrtValue *values[] = {model->no_past, model->ids_value, model->mask_value, model->keep_value, model->logits_value};
-    if (ort == NULL) return;
-    if (model->binding != NULL) ort->ReleaseIoBinding(model->binding);
-    for (int i = 0; model->past != NULL && i < 2 * model->n_layer; i++)
-        if (model->past[i] != NULL) ort->ReleaseValue(model->past[i]);
-    for (size_t i = 0; i < sizeof values / sizeof *values; i++)
-        if (values[i] != NULL) ort->ReleaseValue(values[i]);
-    if (model->memory != NULL) ort->ReleaseMemoryInfo(model->memory);
-    if (model->session != NULL) ort->ReleaseSession(model->session);
-    if (model->env != NULL) ort->ReleaseEnv(model->env);
-}
-
-void smallm_close(smallm *model)
-{
-    if (model == NULL) return;
-    close_session(model);
-    end_sequence(&model->state);
-    void *memory[] = {model->tokens, model->sorted, model->start_text, model->past, model->past_names,
-                      (void *)model->names, (void *)model->values, model->cache, model->rotation, model->mask,
-                      model->ids, model->history, model->logits, model->processed, model->keys, model->order,
-                      model->spare, model->weights};
-    for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free(memory[i]);
-    free(model);
+    if (count != NULL) *count = 0;
+    if (c == NULL) return SMALLM_MISTAKE;
+    c->error[0] = '\0';
+    if (count == NULL) return fail(c->error, SMALLM_MISTAKE, "count is NULL; pass a pointer for the result");
+    TRY(check_text(c->error, "text", text, bytes));
+    for (size_t i = 0; i < bytes; i++) *count += !continues((uint8_t)text[i]);
+    if (*count == 0) return SMALLM_OK;
+    if (nats == NULL || capacity < *count)
+        return fail(c->error, SMALLM_MISTAKE, "the text has %zu characters, but nats has room for %zu; pass a larger "
+                    "array", *count, nats == NULL ? 0 : capacity);
+    scorer r = {NULL, calloc((size_t)c->model->block_size + 1, sizeof *r.ids), 0, nats, 0};
+    smallm_status status = r.ids == NULL ? SMALLM_NO_MEMORY : smallm_context_new(c->model, &r.context);
+    nats[0] = NAN;
+    if (status == SMALLM_OK) {
+        status = score(span_of(text, bytes), &r);
+        memcpy(c->error, r.context->error, sizeof c->error);
+    } else {
+        no_memory(c->error);
+    }
+    smallm_context_free(r.context);
+    free(r.ids);
+    return status;
 }

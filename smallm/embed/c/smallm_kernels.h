@@ -1,0 +1,433 @@
+/* The arithmetic of smallm.c, included once for each instruction set.
+
+   Before each inclusion: SUFFIX names the instruction set (avx512, avx2, sse2, neon, wasm, plain), TARGET is an attribute
+   that lets the compiler use it, and one of the macros SMALLM_AVX512, SMALLM_AVX2, SMALLM_SSE2, SMALLM_NEON, SMALLM_WASM,
+   SMALLM_PLAIN is 1.
+
+   Every instruction set gives the same bits, because SAMPLING.md fixes the order of all sums:
+   - The outputs of a product are computed 16 at a time (a panel); each output adds its terms in the order of the inputs.
+   - Sums over a row (norms, softmax) have 16 partial sums, for the indices modulo 16, which are then added in pairs:
+     8 + 8, 4 + 4, 2 + 2, 1 + 1.
+   - A multiplication and an addition are never fused. */
+
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+#define K(name) JOIN(name, SUFFIX)
+
+/* -- vectors of LANES floats, and of LANES integers -- */
+
+#if SMALLM_AVX512
+enum { K(LANES) = 16, K(ROWS) = 6, K(PANELS) = 6 };
+typedef __m512 K(vec);
+typedef __m512i K(ints);
+#define LOAD(p) _mm512_loadu_ps(p)
+#define STORE(p, v) _mm512_storeu_ps(p, v)
+#define ALL(f) _mm512_set1_ps(f)
+#define ADD(a, b) _mm512_add_ps(a, b)
+#define SUB(a, b) _mm512_sub_ps(a, b)
+#define MUL(a, b) _mm512_mul_ps(a, b)
+#define DIV(a, b) _mm512_div_ps(a, b)
+#define MAX(a, b) _mm512_max_ps(a, b)
+#define MIN(a, b) _mm512_min_ps(a, b)
+#define POWER_OF_2(v) /* 2^n of n + ROUNDER */ _mm512_castsi512_ps( \
+    _mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(v), 23), _mm512_set1_epi32(127 << 23)))
+#define LOAD_INTS(p) _mm512_loadu_si512((const void *)(p))
+#define ALL_INTS(i) _mm512_set1_epi32(i)
+#define TO_FLOAT(i) _mm512_cvtepi32_ps(i)
+#define DOT4(sum, x, w) /* of x + 128, which the correction takes back */ \
+    _mm512_dpbusd_epi32(sum, _mm512_xor_si512(x, _mm512_set1_epi8((char)0x80)), w)
+#define START(p) LOAD_INTS(p)
+#elif SMALLM_AVX2
+enum { K(LANES) = 8, K(ROWS) = 6, K(PANELS) = 4 };
+typedef __m256 K(vec);
+typedef __m256i K(ints);
+#define LOAD(p) _mm256_loadu_ps(p)
+#define STORE(p, v) _mm256_storeu_ps(p, v)
+#define ALL(f) _mm256_set1_ps(f)
+#define ADD(a, b) _mm256_add_ps(a, b)
+#define SUB(a, b) _mm256_sub_ps(a, b)
+#define MUL(a, b) _mm256_mul_ps(a, b)
+#define DIV(a, b) _mm256_div_ps(a, b)
+#define MAX(a, b) _mm256_max_ps(a, b)
+#define MIN(a, b) _mm256_min_ps(a, b)
+#define POWER_OF_2(v) _mm256_castsi256_ps( \
+    _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(v), 23), _mm256_set1_epi32(127 << 23)))
+#define LOAD_INTS(p) _mm256_loadu_si256((const __m256i *)(const void *)(p))
+#define ALL_INTS(i) _mm256_set1_epi32(i)
+#define TO_FLOAT(i) _mm256_cvtepi32_ps(i)
+#define DOT4(sum, x, w) /* |w| * (x * sign of w): sums of two products fit into 16 bits */ \
+    _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)), \
+                                            _mm256_set1_epi16(1)))
+#elif SMALLM_SSE2
+enum { K(LANES) = 4, K(ROWS) = 3, K(PANELS) = 2 };
+typedef __m128 K(vec);
+typedef __m128i K(ints);
+#define LOAD(p) _mm_loadu_ps(p)
+#define STORE(p, v) _mm_storeu_ps(p, v)
+#define ALL(f) _mm_set1_ps(f)
+#define ADD(a, b) _mm_add_ps(a, b)
+#define SUB(a, b) _mm_sub_ps(a, b)
+#define MUL(a, b) _mm_mul_ps(a, b)
+#define DIV(a, b) _mm_div_ps(a, b)
+#define MAX(a, b) _mm_max_ps(a, b)
+#define MIN(a, b) _mm_min_ps(a, b)
+#define POWER_OF_2(v) \
+    _mm_castsi128_ps(_mm_add_epi32(_mm_slli_epi32(_mm_castps_si128(v), 23), _mm_set1_epi32(127 << 23)))
+#define LOAD_INTS(p) _mm_loadu_si128((const __m128i *)(const void *)(p))
+#define ALL_INTS(i) _mm_set1_epi32(i)
+#define TO_FLOAT(i) _mm_cvtepi32_ps(i)
+#define DOT4(sum, x, w) K(dot4)(sum, x, w)
+static INLINE TARGET __m128i K(dot4)(__m128i sum, __m128i x, __m128i w)
+{
+    __m128i low = _mm_madd_epi16(_mm_srai_epi16(_mm_unpacklo_epi8(x, x), 8), _mm_srai_epi16(_mm_unpacklo_epi8(w, w), 8));
+    __m128i high = _mm_madd_epi16(_mm_srai_epi16(_mm_unpackhi_epi8(x, x), 8), _mm_srai_epi16(_mm_unpackhi_epi8(w, w), 8));
+    __m128 even = _mm_shuffle_ps(_mm_castsi128_ps(low), _mm_castsi128_ps(high), _MM_SHUFFLE(2, 0, 2, 0));
+    __m128 odd = _mm_shuffle_ps(_mm_castsi128_ps(low), _mm_castsi128_ps(high), _MM_SHUFFLE(3, 1, 3, 1));
+    return _mm_add_epi32(sum, _mm_add_epi32(_mm_castps_si128(even), _mm_castps_si128(odd)));
+}
+#elif SMALLM_NEON
+enum { K(LANES) = 4, K(ROWS) = 4, K(PANELS) = 4 };
+typedef float32x4_t K(vec);
+typedef int32x4_t K(ints);
+#define LOAD(p) vld1q_f32(p)
+#define STORE(p, v) vst1q_f32(p, v)
+#define ALL(f) vdupq_n_f32(f)
+#define ADD(a, b) vaddq_f32(a, b)
+#define SUB(a, b) vsubq_f32(a, b)
+#define MUL(a, b) vmulq_f32(a, b)
+#define DIV(a, b) vdivq_f32(a, b)
+#define MAX(a, b) vmaxq_f32(a, b)
+#define MIN(a, b) vminq_f32(a, b)
+#define POWER_OF_2(v) \
+    vreinterpretq_f32_s32(vaddq_s32(vshlq_n_s32(vreinterpretq_s32_f32(v), 23), vdupq_n_s32(127 << 23)))
+#define LOAD_INTS(p) vreinterpretq_s32_s8(vld1q_s8((const int8_t *)(p)))
+#define ALL_INTS(i) vdupq_n_s32(i)
+#define TO_FLOAT(i) vcvtq_f32_s32(i)
+#if defined(__ARM_FEATURE_DOTPROD)
+#define DOT4(sum, x, w) vdotq_s32(sum, vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(w))
+#else
+#define DOT4(sum, x, w) K(dot4)(sum, vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(w))
+static INLINE int32x4_t K(dot4)(int32x4_t sum, int8x16_t x, int8x16_t w)
+{
+    int16x8_t low = vmull_s8(vget_low_s8(x), vget_low_s8(w)), high = vmull_high_s8(x, w);
+    return vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+}
+#endif
+#elif SMALLM_WASM
+enum { K(LANES) = 4, K(ROWS) = 3, K(PANELS) = 2 };
+typedef v128_t K(vec);
+typedef v128_t K(ints);
+#define LOAD(p) wasm_v128_load(p)
+#define STORE(p, v) wasm_v128_store(p, v)
+#define ALL(f) wasm_f32x4_splat(f)
+#define ADD(a, b) wasm_f32x4_add(a, b)
+#define SUB(a, b) wasm_f32x4_sub(a, b)
+#define MUL(a, b) wasm_f32x4_mul(a, b)
+#define DIV(a, b) wasm_f32x4_div(a, b)
+#define MAX(a, b) wasm_f32x4_pmax(b, a)
+#define MIN(a, b) wasm_f32x4_pmin(b, a)
+#define POWER_OF_2(v) wasm_i32x4_add(wasm_i32x4_shl(v, 23), wasm_i32x4_splat(127 << 23))
+#define LOAD_INTS(p) wasm_v128_load(p)
+#define ALL_INTS(i) wasm_i32x4_splat(i)
+#define TO_FLOAT(i) wasm_f32x4_convert_i32x4(i)
+#define DOT4(sum, x, w) K(dot4)(sum, x, w)
+static INLINE v128_t K(dot4)(v128_t sum, v128_t x, v128_t w)
+{
+    v128_t low = wasm_i32x4_dot_i16x8(wasm_i16x8_extend_low_i8x16(x), wasm_i16x8_extend_low_i8x16(w));
+    v128_t high = wasm_i32x4_dot_i16x8(wasm_i16x8_extend_high_i8x16(x), wasm_i16x8_extend_high_i8x16(w));
+    v128_t even = wasm_i32x4_shuffle(low, high, 0, 2, 4, 6), odd = wasm_i32x4_shuffle(low, high, 1, 3, 5, 7);
+    return wasm_i32x4_add(sum, wasm_i32x4_add(even, odd));
+}
+#else
+enum { K(LANES) = 1, K(ROWS) = 2, K(PANELS) = 1 };
+typedef float K(vec);
+typedef int32_t K(ints);
+#define LOAD(p) (*(p))
+#define STORE(p, v) (*(p) = (v))
+#define ALL(f) (f)
+#define ADD(a, b) ((a) + (b))
+#define SUB(a, b) ((a) - (b))
+#define MUL(a, b) ((a) * (b))
+#define DIV(a, b) ((a) / (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define POWER_OF_2(v) K(power_of_2)(v)
+#define LOAD_INTS(p) K(load_int)(p)
+#define ALL_INTS(i) (i)
+#define TO_FLOAT(i) ((float)(i))
+#define DOT4(sum, x, w) K(dot4)(sum, x, w)
+static INLINE float K(power_of_2)(float v)
+{
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    bits = (bits << 23) + (127u << 23);
+    memcpy(&v, &bits, sizeof v);
+    return v;
+}
+static INLINE int32_t K(load_int)(const void *p)
+{
+    int32_t i;
+    memcpy(&i, p, sizeof i);
+    return i;
+}
+static INLINE int32_t K(dot4)(int32_t sum, int32_t x, int32_t w)
+{
+    int8_t a[4], b[4];
+    memcpy(a, &x, sizeof a);
+    memcpy(b, &w, sizeof b);
+    return sum + a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
+}
+#endif
+
+#ifndef START
+#define START(p) ALL_INTS(0)
+#endif
+
+enum { K(PARTS) = 16 / K(LANES) }; /* vectors in a panel */
+
+/* -- products: y (rows, panels * 16) = x (rows, inputs) times panels (panels, inputs, 16) -- */
+
+/* Computes rows x panels of a product; both numbers are constants where this is inlined. */
+static INLINE TARGET void K(tile)(const float *x, size_t x_stride, const float *w, size_t panel_stride, size_t inputs,
+                                  float *y, size_t y_stride, const int rows, const int panels)
+{
+    K(vec) sum[K(ROWS) * K(PANELS)][K(PARTS)];
+    UNROLL for (int t = 0; t < rows * panels; t++)
+        UNROLL for (int v = 0; v < K(PARTS); v++) sum[t][v] = ALL(0.0f);
+    for (size_t k = 0; k < inputs; k++) {
+        UNROLL for (int p = 0; p < panels; p++) {
+            const float *weights = w + (size_t)p * panel_stride + 16 * k;
+            K(vec) part[K(PARTS)];
+            UNROLL for (int v = 0; v < K(PARTS); v++) part[v] = LOAD(weights + v * K(LANES));
+            UNROLL for (int r = 0; r < rows; r++) {
+                K(vec) input = ALL(x[(size_t)r * x_stride + k]);
+                UNROLL for (int v = 0; v < K(PARTS); v++)
+                    sum[r * panels + p][v] = ADD(sum[r * panels + p][v], MUL(input, part[v]));
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int p = 0; p < panels; p++)
+            UNROLL for (int v = 0; v < K(PARTS); v++)
+                STORE(y + (size_t)r * y_stride + 16 * p + v * K(LANES), sum[r * panels + p][v]);
+}
+
+static TARGET void K(product)(const float *x, size_t x_stride, size_t rows, const float *w, size_t panel_stride,
+                              size_t inputs, size_t panels, float *y, size_t y_stride)
+{
+    size_t p = 0;
+    if (rows == 1) {
+        for (; p + K(PANELS) <= panels; p += K(PANELS))
+            K(tile)(x, x_stride, w + p * panel_stride, panel_stride, inputs, y + 16 * p, y_stride, 1, K(PANELS));
+        for (; p + 2 <= panels; p += 2)
+            K(tile)(x, x_stride, w + p * panel_stride, panel_stride, inputs, y + 16 * p, y_stride, 1, 2);
+    }
+    for (; p < panels; p++) {
+        const float *panel = w + p * panel_stride;
+        size_t r = 0;
+        for (; r + K(ROWS) <= rows; r += K(ROWS))
+            K(tile)(x + r * x_stride, x_stride, panel, 0, inputs, y + r * y_stride + 16 * p, y_stride, K(ROWS), 1);
+        for (; r + 2 <= rows; r += 2)
+            K(tile)(x + r * x_stride, x_stride, panel, 0, inputs, y + r * y_stride + 16 * p, y_stride, 2, 1);
+        for (; r < rows; r++)
+            K(tile)(x + r * x_stride, x_stride, panel, 0, inputs, y + r * y_stride + 16 * p, y_stride, 1, 1);
+    }
+}
+
+/* -- products in 8 bits: x with a scale per block, weights with a scale per output and block. The sums within a block are
+      exact; the blocks are added in order. -- */
+
+static INLINE TARGET void K(tile8)(const int8_t *x, const float *x_scales, size_t x_stride, size_t blocks,
+                                   size_t block, const matrix *w, size_t panel, float *y, size_t y_stride,
+                                   const int rows, const int panels)
+{
+    K(vec) sum[K(ROWS) * K(PANELS)][K(PARTS)];
+    size_t steps = block / 4, inputs = blocks * block;
+    UNROLL for (int t = 0; t < rows * panels; t++)
+        UNROLL for (int v = 0; v < K(PARTS); v++) sum[t][v] = ALL(0.0f);
+    for (size_t b = 0; b < blocks; b++) {
+        K(ints) exact[K(ROWS) * K(PANELS)][K(PARTS)];
+        const int8_t *codes = w->codes + (panel * inputs + b * block) * 16;
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int p = 0; p < panels; p++)
+                UNROLL for (int v = 0; v < K(PARTS); v++)
+                    exact[r * panels + p][v] =
+                        START(w->corrections + ((panel + (size_t)p) * blocks + b) * 16 + v * K(LANES));
+        for (size_t k = 0; k < steps; k++) {
+            UNROLL for (int p = 0; p < panels; p++) {
+                const int8_t *weights = codes + (size_t)p * inputs * 16 + 64 * k;
+                K(ints) part[K(PARTS)];
+                UNROLL for (int v = 0; v < K(PARTS); v++) part[v] = LOAD_INTS(weights + 4 * v * K(LANES));
+                UNROLL for (int r = 0; r < rows; r++) {
+                    int32_t four;
+                    memcpy(&four, x + (size_t)r * x_stride + b * block + 4 * k, sizeof four);
+                    K(ints) input = ALL_INTS(four);
+                    UNROLL for (int v = 0; v < K(PARTS); v++)
+                        exact[r * panels + p][v] = DOT4(exact[r * panels + p][v], input, part[v]);
+                }
+            }
+        }
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int p = 0; p < panels; p++) {
+                K(vec) scale = ALL(x_scales[(size_t)r * blocks + b]);
+                const float *scales = w->scales + ((panel + (size_t)p) * blocks + b) * 16;
+                UNROLL for (int v = 0; v < K(PARTS); v++)
+                    sum[r * panels + p][v] =
+                        ADD(sum[r * panels + p][v],
+                            MUL(MUL(TO_FLOAT(exact[r * panels + p][v]), LOAD(scales + v * K(LANES))), scale));
+            }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int p = 0; p < panels; p++)
+            UNROLL for (int v = 0; v < K(PARTS); v++)
+                STORE(y + (size_t)r * y_stride + 16 * p + v * K(LANES), sum[r * panels + p][v]);
+}
+
+static TARGET void K(product8)(const int8_t *x, const float *x_scales, size_t x_stride, size_t rows, const matrix *w,
+                               float *y, size_t y_stride)
+{
+    size_t p = 0, panels = w->panels, blocks = w->blocks, block = w->block;
+    if (rows == 1)
+        for (; p + K(PANELS) <= panels; p += K(PANELS))
+            K(tile8)(x, x_scales, x_stride, blocks, block, w, p, y + 16 * p, y_stride, 1, K(PANELS));
+    for (; p < panels; p++) {
+        size_t r = 0;
+        for (; r + K(ROWS) <= rows; r += K(ROWS))
+            K(tile8)(x + r * x_stride, x_scales + r * blocks, x_stride, blocks, block, w, p,
+                     y + r * y_stride + 16 * p, y_stride, K(ROWS), 1);
+        for (; r < rows; r++)
+            K(tile8)(x + r * x_stride, x_scales + r * blocks, x_stride, blocks, block, w, p,
+                     y + r * y_stride + 16 * p, y_stride, 1, 1);
+    }
+}
+
+/* -- rows: their lengths are multiples of 16, padded with zeros -- */
+
+static INLINE TARGET float K(add_16)(const K(vec) *sum)
+{
+    float part[16];
+    for (int v = 0; v < K(PARTS); v++) STORE(part + v * K(LANES), sum[v]);
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) part[i] = part[i] + part[i + half];
+    return part[0];
+}
+
+static INLINE TARGET float K(largest_of)(const K(vec) *numbers)
+{
+    float part[16], largest;
+    for (int v = 0; v < K(PARTS); v++) STORE(part + v * K(LANES), numbers[v]);
+    largest = part[0];
+    for (int i = 1; i < 16; i++) largest = part[i] > largest ? part[i] : largest;
+    return largest;
+}
+
+/* y = x / sqrt(mean(x^2) + 1e-6) * gain (RMSNorm, Zhang and Sennrich 2019); `length` numbers count in the mean. */
+static TARGET void K(norm)(const float *x, const float *gain, float *y, size_t length, size_t padded)
+{
+    K(vec) sum[K(PARTS)];
+    for (int v = 0; v < K(PARTS); v++) sum[v] = ALL(0.0f);
+    for (size_t i = 0; i < padded; i += 16)
+        UNROLL for (int v = 0; v < K(PARTS); v++) {
+            K(vec) part = LOAD(x + i + v * K(LANES));
+            sum[v] = ADD(sum[v], MUL(part, part));
+        }
+    K(vec) scale = ALL(1.0f / sqrtf(K(add_16)(sum) / (float)length + 1e-6f));
+    for (size_t i = 0; i < padded; i += K(LANES)) STORE(y + i, MUL(MUL(LOAD(x + i), scale), LOAD(gain + i)));
+}
+
+/* e^x for x from -87 to 87: 2^n times a polynomial in the remainder, with an error of about 1e-7. */
+static INLINE TARGET K(vec) K(exponential)(K(vec) x)
+{
+    x = MIN(MAX(x, ALL(-87.0f)), ALL(87.0f));
+    K(vec) n = ADD(MUL(x, ALL(1.44269504f)), ALL(ROUNDER)), whole = SUB(n, ALL(ROUNDER));
+    K(vec) r = SUB(SUB(x, MUL(whole, ALL(0.693359375f))), MUL(whole, ALL(-2.12194440e-4f))); /* ln 2 in two parts */
+    K(vec) e = ALL(1.9875691500e-4f);
+    e = ADD(MUL(e, r), ALL(1.3981999507e-3f));
+    e = ADD(MUL(e, r), ALL(8.3334519073e-3f));
+    e = ADD(MUL(e, r), ALL(4.1665795894e-2f));
+    e = ADD(MUL(e, r), ALL(1.6666665459e-1f));
+    e = ADD(MUL(e, r), ALL(5.0000001201e-1f));
+    e = ADD(ADD(MUL(MUL(e, r), r), r), ALL(1.0f));
+    return MUL(e, POWER_OF_2(n));
+}
+
+/* y = gate / (1 + e^-gate) * up (SwiGLU, Shazeer 2020). */
+static TARGET void K(swiglu)(const float *gate, const float *up, float *y, size_t padded)
+{
+    for (size_t i = 0; i < padded; i += K(LANES)) {
+        K(vec) g = LOAD(gate + i), e = K(exponential)(SUB(ALL(0.0f), g));
+        STORE(y + i, MUL(DIV(g, ADD(ALL(1.0f), e)), LOAD(up + i)));
+    }
+}
+
+/* Replaces the scores of the positions `first` to `end` - 1 by e^(score - largest), and the others between `from` and
+   `padded` by 0; returns their sum. from and padded are multiples of 16. */
+static TARGET float K(softmax)(float *scores, size_t from, size_t first, size_t end, size_t padded)
+{
+    K(vec) sum[K(PARTS)], part[K(PARTS)];
+    for (size_t i = from; i < first; i++) scores[i] = -FLT_MAX;
+    for (size_t i = end; i < padded; i++) scores[i] = -FLT_MAX;
+    UNROLL for (int v = 0; v < K(PARTS); v++) sum[v] = ALL(0.0f), part[v] = ALL(-FLT_MAX);
+    for (size_t i = from; i < padded; i += 16)
+        UNROLL for (int v = 0; v < K(PARTS); v++) part[v] = MAX(part[v], LOAD(scores + i + v * K(LANES)));
+    K(vec) largest = ALL(K(largest_of)(part));
+    for (size_t i = from; i < padded; i += 16) {
+        UNROLL for (int v = 0; v < K(PARTS); v++)
+            STORE(scores + i + v * K(LANES), K(exponential)(SUB(LOAD(scores + i + v * K(LANES)), largest)));
+        for (size_t j = i; j < i + 16 && j < first; j++) scores[j] = 0;
+        for (size_t j = end > i ? end : i; j < i + 16; j++) scores[j] = 0;
+        UNROLL for (int v = 0; v < K(PARTS); v++) sum[v] = ADD(sum[v], LOAD(scores + i + v * K(LANES)));
+    }
+    return K(add_16)(sum);
+}
+
+/* Rounds a row to 8 bits: x = code * scale for each block. The scale of a block that is not finite is NaN. */
+static TARGET void K(quantise)(const float *x, size_t inputs, size_t blocks, size_t block, int8_t *codes, float *scales)
+{
+    for (size_t b = 0; b < blocks; b++) {
+        K(vec) largest[K(PARTS)], finite[K(PARTS)];
+        float tail[16] = {0}, rounded[16];
+        size_t from = b * block, whole = inputs - from < block ? (inputs - from) / 16 * 16 : block;
+        size_t rest = inputs - from - whole < 16 ? inputs - from - whole : 0;
+        memcpy(tail, x + from + whole, (whole < block ? rest : 0) * sizeof *x);
+        UNROLL for (int v = 0; v < K(PARTS); v++) largest[v] = finite[v] = ALL(0.0f);
+        for (size_t i = 0; i <= whole && i < block; i += 16)
+            UNROLL for (int v = 0; v < K(PARTS); v++) {
+                K(vec) part = LOAD((i < whole ? x + from + i : tail) + v * K(LANES));
+                largest[v] = MAX(largest[v], MAX(part, SUB(ALL(0.0f), part)));
+                finite[v] = ADD(finite[v], SUB(part, part)); /* 0, or NaN */
+            }
+        float size = K(largest_of)(largest), inverse = size > 0 ? 127.0f / size : 0;
+        scales[b] = (size + K(add_16)(finite)) / 127.0f;
+        for (size_t i = 0; i < block; i += 16) {
+            UNROLL for (int v = 0; v < K(PARTS); v++) { /* to the nearest integer, ties to even */
+                K(vec) part = i <= whole ? LOAD((i < whole ? x + from + i : tail) + v * K(LANES)) : ALL(0.0f);
+                part = SUB(ADD(MUL(part, ALL(inverse)), ALL(ROUNDER)), ALL(ROUNDER));
+                STORE(rounded + v * K(LANES), MIN(MAX(part, ALL(-127.0f)), ALL(127.0f)));
+            }
+            for (int j = 0; j < 16; j++) codes[from + i + j] = (int8_t)(int32_t)rounded[j];
+        }
+    }
+}
+
+static const kernels K(KERNELS) = {
+    K(product), K(product8), K(norm), K(swiglu), K(softmax), K(quantise)};
+
+#undef LOAD
+#undef STORE
+#undef ALL
+#undef ADD
+#undef SUB
+#undef MUL
+#undef DIV
+#undef MAX
+#undef MIN
+#undef POWER_OF_2
+#undef LOAD_INTS
+#undef ALL_INTS
+#undef TO_FLOAT
+#undef DOT4
+#undef START
+#undef K
+#undef JOIN
+#undef JOIN_
