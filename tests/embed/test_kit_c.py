@@ -163,6 +163,7 @@ def test_the_readme_says_how_to_build(kit, tmp_path):
     assert succeed("sh", "-ec", block, cwd=folder).startswith("Once")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", ["OFF", "ON"])
 def test_cmake_builds_and_installs_it(kit, tmp_path, shared):
     """The example; then an installed library in another project, by CMake and by pkg-config; then a subdirectory."""
@@ -299,9 +300,9 @@ def kernel_names() -> list[str]:
 
 
 SHAPES = [
-    {}, {"window": 9, "block_size": 50}, {"n_head": 4, "n_kv_head": 1, "n_embd": 96, "block_size": 70},
-    {"n_head": 3, "n_kv_head": 3, "n_embd": 30, "n_inner": 50, "n_layer": 3}, {"n_head": 1, "n_kv_head": 1, "n_embd": 72},
-    {"n_embd": 300, "n_head": 2, "n_kv_head": 1, "n_layer": 1},
+    {}, {"window": 9, "block_size": 50}, {"n_head": 4, "n_kv_head": 1, "n_embd": 64, "block_size": 70},
+    {"n_head": 3, "n_kv_head": 3, "n_embd": 48, "n_inner": 50, "n_layer": 3},
+    {"n_head": 1, "n_kv_head": 1, "n_embd": 80}, {"n_embd": 320, "n_head": 2, "n_kv_head": 1, "n_layer": 1},
 ]  # fmt: skip
 
 
@@ -364,7 +365,8 @@ def test_getters_and_ids(inner, lm, exported):
     assert mistakes == "2 2 2 2"
 
 
-@pytest.mark.parametrize("compiler", ["cc", "gcc", "clang"])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["cc", "clang"])
 @pytest.mark.parametrize("flags", ["-std=gnu99 -O0", "-std=c99 -O3", "-std=gnu17 -O2 -march=native"])
 def test_every_build_writes_the_same_text(kit, generate, exported, tmp_path, compiler, flags):
     if not shutil.which(compiler):
@@ -373,6 +375,23 @@ def test_every_build_writes_the_same_text(kit, generate, exported, tmp_path, com
     argv = [exported / "model.onnx", "--seed", "the ", "--rng-seed", 3, "--max-length", 400, "--overflow", "shift"]
     texts = {succeed(tmp_path / "generate", *argv, "--kernels", name) for name in kernel_names()}
     assert texts == {succeed(generate, *argv)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["-O2", "-std=gnu99 -O3 -march=armv8.2-a+dotprod"])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_aarch64_writes_the_same_text(kit, generate, tiny_run, tmp_path, flags, precision):
+    if not (shutil.which("aarch64-linux-gnu-gcc") and shutil.which("qemu-aarch64")):
+        pytest.skip("no gcc for aarch64 or no qemu: install gcc-aarch64-linux-gnu and qemu-user")
+    argv = [str(tiny_run), "--precision", precision, "--allow-loss", "--out", str(tmp_path / "export")]
+    assert cli.run(cli.export, argv) == 0
+    sources = [kit / "smallm.c", kit / "main.c"]
+    succeed("aarch64-linux-gnu-gcc", "-static", *flags.split(), *sources, "-lm", "-o", tmp_path / "generate")
+    argv = [tmp_path / "export" / "model.onnx", "--seed", "the ", "--rng-seed", 3, "--max-length", 300]
+    expected = succeed(generate, *argv, "--overflow", "shift")
+    for kernels in ("neon", "plain"):
+        found = succeed("qemu-aarch64", tmp_path / "generate", *argv, "--overflow", "shift", "--kernels", kernels)
+        assert found == expected
 
 
 # -- texts

@@ -98,8 +98,8 @@ typedef struct {
                     size_t panels, float *y, size_t y_stride);
     void (*product8)(const int8_t *x, const float *x_scales, size_t x_stride, size_t rows, const matrix *w, float *y,
                      size_t y_stride);
-    void (*norm)(const float *x, const float *gain, float *y, size_t length, size_t padded);
-    void (*swiglu)(const float *gate, const float *up, float *y, size_t padded);
+    void (*norm)(const float *x, const float *gain, float *y, size_t length);
+    void (*swiglu)(const float *gate, const float *up, float *y, size_t length);
     float (*softmax)(float *scores, size_t from, size_t first, size_t end, size_t padded);
     void (*quantise)(const float *x, size_t inputs, size_t blocks, size_t block, int8_t *codes, float *scales);
 } kernels;
@@ -128,10 +128,10 @@ struct smallm_model {
     uint8_t *start_text, *metadata; /* metadata: the entries as in the file */
     size_t start_bytes, metadata_bytes;
 
-    /* The weights. Padded sizes are multiples of 16. */
-    size_t inner, padded_embd, padded_head, padded_inner, padded_vocab, positions, heads; /* heads: queries, keys, values */
+    /* The weights. Padded sizes, head_dim and n_embd are multiples of 16. */
+    size_t inner, padded_inner, padded_vocab, positions, heads; /* heads: of queries, keys and values */
     layer *layers;         /* (n_layer) */
-    const float *embedding; /* (vocab_size, padded_embd) */
+    const float *embedding; /* (vocab_size, n_embd) */
     const float *table;    /* (vocab_size, heads * head_dim): the first layer's queries, keys and values; NULL if none */
     const float *ln_f;
     matrix head;           /* logits */
@@ -174,8 +174,7 @@ struct smallm_context {
     char error[ERROR_BYTES];
     const smallm_model *model;
     volatile int cancelled;
-    size_t cache_floats;
-    float *keys, *values;  /* (n_layer, n_kv_head) times (positions / 16, head_dim, 16); (padded_head / 16, positions, 16) */
+    float *keys, *values;  /* (n_layer, n_kv_head) times (positions / 16, head_dim, 16); (head_dim / 16, positions, 16) */
     float *stream, *normed, *packed, *scores, *mixed, *hidden, *logits; /* rows of a pass */
     int8_t *codes;         /* rows of a pass in 8 bits */
     float *code_scales;
@@ -1114,9 +1113,9 @@ static bool are_finite(span data)
     return true;
 }
 
-/* Rows of floats (rows, columns), copied into rows of `padded` floats. */
+/* A copy of floats (rows, columns). */
 static smallm_status read_rows(const weight_file *w, int layer, const char *name, size_t rows, size_t columns,
-                               size_t padded, const float **to)
+                               const float **to)
 {
     uint64_t shape[3];
     span data = find_weight(w, layer, name, ONNX_FLOAT, shape);
@@ -1124,29 +1123,28 @@ static smallm_status read_rows(const weight_file *w, int layer, const char *name
     if (!flat && !(shape[0] == rows && shape[1] == columns)) return other_graph(w->model, name);
     if (shape[2] != 1) return other_graph(w->model, name);
     if (!are_finite(data)) return not_finite(w->model->error);
-    float *copy = reserve(w->model, rows * padded, sizeof *copy);
+    float *copy = reserve(w->model, rows * columns, sizeof *copy);
     if (copy == NULL) return no_memory(w->model->error);
-    for (size_t i = 0; i < rows; i++) memcpy(copy + i * padded, data.at + i * columns * sizeof *copy, columns * sizeof *copy);
+    memcpy(copy, data.at, rows * columns * sizeof *copy);
     *to = copy;
     return SMALLM_OK;
 }
 
-/* How the outputs of a matrix are spread: groups of `group` outputs, each padded to `padded_group`. */
-static size_t padded_output(size_t output, size_t group, size_t padded_group)
+/* Where an output of a matrix goes: groups of `group` outputs begin at multiples of 16. */
+static size_t padded_output(size_t output, size_t group)
 {
-    return output / group * padded_group + output % group;
+    return output / group * ((group + 15) / 16 * 16) + output % group;
 }
 
 /* A matrix in fp32 from (inputs, outputs), or from (outputs, inputs) if `rows_are_outputs`. */
-static smallm_status pack_floats(const weight_file *w, span data, bool rows_are_outputs, size_t group,
-                                 size_t padded_group, matrix *m)
+static smallm_status pack_floats(const weight_file *w, span data, bool rows_are_outputs, size_t group, matrix *m)
 {
     if (!are_finite(data)) return not_finite(w->model->error);
-    m->panels = padded_output(m->outputs - 1, group, padded_group) / 16 + 1;
+    m->panels = padded_output(m->outputs - 1, group) / 16 + 1;
     float *values = reserve(w->model, m->panels * m->inputs * 16, sizeof *values);
     if (values == NULL) return no_memory(w->model->error);
     for (size_t n = 0; n < m->outputs; n++) {
-        size_t to = padded_output(n, group, padded_group);
+        size_t to = padded_output(n, group);
         float *panel = values + to / 16 * m->inputs * 16 + to % 16;
         for (size_t k = 0; k < m->inputs; k++)
             panel[16 * k] = float_at(data, rows_are_outputs ? n * m->inputs + k : k * m->outputs + n);
@@ -1183,8 +1181,7 @@ static bool find_quantisation(const weight_file *w, int layer, const char *name,
 }
 
 /* A quantised matrix; codes of 4 bits become codes of 8. */
-static smallm_status pack_codes(const weight_file *w, int layer, const char *name, size_t group, size_t padded_group,
-                                matrix *m)
+static smallm_status pack_codes(const weight_file *w, int layer, const char *name, size_t group, matrix *m)
 {
     char part[48];
     uint64_t shape[3], scale_shape[3], bits, block;
@@ -1199,14 +1196,14 @@ static smallm_status pack_codes(const weight_file *w, int layer, const char *nam
     m->block = (size_t)block, m->blocks = (m->inputs + m->block - 1) / m->block;
     if (shape[1] != m->blocks || size_of(scales) != m->outputs * m->blocks * sizeof(float)) return other_graph(model, name);
     if (!are_finite(scales)) return not_finite(model->error);
-    m->panels = padded_output(m->outputs - 1, group, padded_group) / 16 + 1;
+    m->panels = padded_output(m->outputs - 1, group) / 16 + 1;
     size_t row = m->blocks * m->block;
     int8_t *to_codes = reserve(model, m->panels * row * 16, 1);
     float *to_scales = reserve(model, m->panels * m->blocks * 16, sizeof *to_scales);
     int32_t *corrections = reserve(model, m->panels * m->blocks * 16, sizeof *corrections);
     if (to_codes == NULL || to_scales == NULL || corrections == NULL) return no_memory(model->error);
     for (size_t n = 0; n < m->outputs; n++) {
-        size_t to = padded_output(n, group, padded_group), panel = to / 16, lane = to % 16;
+        size_t to = padded_output(n, group), panel = to / 16, lane = to % 16;
         for (size_t k = 0; k < row; k++) {
             size_t index = n * row + k;
             int code = bits == 8 ? codes.at[index] - 128 : (codes.at[index / 2] >> (index % 2 * 4) & 15) - 8;
@@ -1223,9 +1220,8 @@ static smallm_status pack_codes(const weight_file *w, int layer, const char *nam
     return SMALLM_OK;
 }
 
-/* A matrix of this many inputs and outputs; outputs 0 = as many as the file has. */
 static smallm_status read_matrix(const weight_file *w, int layer, const char *name, size_t inputs, size_t outputs,
-                                 size_t group, size_t padded_group, matrix *m)
+                                 size_t group, matrix *m)
 {
     char part[48];
     uint64_t shape[3];
@@ -1234,8 +1230,8 @@ static smallm_status read_matrix(const weight_file *w, int layer, const char *na
     span data = find_weight(w, layer, part, ONNX_FLOAT, shape);
     if (shape[0] != 0)
         return shape[0] == inputs && shape[1] == outputs && shape[2] == 1
-                   ? pack_floats(w, data, false, group, padded_group, m) : other_graph(w->model, name);
-    return pack_codes(w, layer, name, group, padded_group, m);
+                   ? pack_floats(w, data, false, group, m) : other_graph(w->model, name);
+    return pack_codes(w, layer, name, group, m);
 }
 
 /* The number of inner units of the feed-forward part, from the shape of its last matrix; 0 if that is missing. */
@@ -1281,16 +1277,16 @@ static smallm_status read_layer(weight_file *w, int i)
 {
     smallm_model *m = w->model;
     layer *l = &m->layers[i];
-    size_t C = (size_t)m->n_embd, width = (size_t)m->head_dim, padded = m->padded_head;
+    size_t C = (size_t)m->n_embd, width = (size_t)m->head_dim;
     if (i > 0 || m->table == NULL) {
-        TRY(read_rows(w, i, "ln_1.weight", 1, C, m->padded_embd, &l->ln_1));
-        TRY(read_rows(w, i, "attn.qk_gain", (size_t)(m->n_head + m->n_kv_head), width, padded, &l->qk_gain));
-        TRY(read_matrix(w, i, "attn.c_attn", C, m->heads * width, width, padded, &l->qkv));
+        TRY(read_rows(w, i, "ln_1.weight", 1, C, &l->ln_1));
+        TRY(read_rows(w, i, "attn.qk_gain", (size_t)(m->n_head + m->n_kv_head), width, &l->qk_gain));
+        TRY(read_matrix(w, i, "attn.c_attn", C, m->heads * width, 16, &l->qkv));
     }
-    TRY(read_matrix(w, i, "attn.c_proj", (size_t)m->n_head * width, C, 16, 16, &l->attention_out));
-    TRY(read_rows(w, i, "ln_2.weight", 1, C, m->padded_embd, &l->ln_2));
-    TRY(read_matrix(w, i, "mlp.c_fc", C, 2 * m->inner, m->inner, m->padded_inner, &l->gate_up));
-    return read_matrix(w, i, "mlp.c_proj", m->inner, C, 16, 16, &l->down);
+    TRY(read_matrix(w, i, "attn.c_proj", (size_t)m->n_head * width, C, 16, &l->attention_out));
+    TRY(read_rows(w, i, "ln_2.weight", 1, C, &l->ln_2));
+    TRY(read_matrix(w, i, "mlp.c_fc", C, 2 * m->inner, m->inner, &l->gate_up));
+    return read_matrix(w, i, "mlp.c_proj", m->inner, C, 16, &l->down);
 }
 
 static smallm_status read_all(weight_file *w)
@@ -1302,22 +1298,22 @@ static smallm_status read_all(weight_file *w)
     TRY(list_initializers(w));
     if ((m->inner = inner_units(w)) == 0) return other_graph(m, "feed-forward part");
     m->heads = (size_t)(m->n_head + 2 * m->n_kv_head);
-    m->padded_embd = (C + 15) / 16 * 16, m->padded_head = ((size_t)m->head_dim + 15) / 16 * 16;
+    if (m->head_dim % 16 != 0 || C % 16 != 0) return other_graph(m, "size of the heads");
     m->padded_inner = (m->inner + 15) / 16 * 16, m->padded_vocab = (V + 15) / 16 * 16, m->positions = (T + 15) / 16 * 16;
     m->layers = reserve(m, (size_t)m->n_layer, sizeof *m->layers);
     if (m->layers == NULL) return no_memory(m->error);
-    TRY(read_rows(w, -1, "wte.weight", V, C, m->padded_embd, &m->embedding));
-    TRY(read_rows(w, -1, "cos_cache", T, half, half, &m->cos));
-    TRY(read_rows(w, -1, "sin_cache", T, half, half, &m->sin));
-    TRY(read_rows(w, -1, "ln_f.weight", 1, C, m->padded_embd, &m->ln_f));
+    TRY(read_rows(w, -1, "wte.weight", V, C, &m->embedding));
+    TRY(read_rows(w, -1, "cos_cache", T, half, &m->cos));
+    TRY(read_rows(w, -1, "sin_cache", T, half, &m->sin));
+    TRY(read_rows(w, -1, "ln_f.weight", 1, C, &m->ln_f));
     find_weight(w, -1, "qkv_table", ONNX_FLOAT, shape);
     if (shape[0] != 0)
-        TRY(read_rows(w, -1, "qkv_table", V, m->heads * (size_t)m->head_dim, m->heads * (size_t)m->head_dim, &m->table));
+        TRY(read_rows(w, -1, "qkv_table", V, m->heads * (size_t)m->head_dim, &m->table));
     for (int i = 0; i < m->n_layer; i++) TRY(read_layer(w, i));
     m->head.inputs = C, m->head.outputs = V;
     find_weight(w, -1, "wte.codes", ONNX_UINT8, shape);
-    if (shape[0] != 0) return pack_codes(w, -1, "wte", 16, 16, &m->head);
-    return pack_floats(w, find_weight(w, -1, "wte.weight", ONNX_FLOAT, shape), true, 16, 16, &m->head);
+    if (shape[0] != 0) return pack_codes(w, -1, "wte", 16, &m->head);
+    return pack_floats(w, find_weight(w, -1, "wte.weight", ONNX_FLOAT, shape), true, 16, &m->head);
 }
 
 /* Computes the rotation of keys that move from the end of a full cache to its beginning. */
@@ -1463,16 +1459,16 @@ static float *keys_of(const smallm_model *m, smallm_context *c, size_t layer, si
 
 static float *values_of(const smallm_model *m, smallm_context *c, size_t layer, size_t head)
 {
-    return c->values + (layer * (size_t)m->n_kv_head + head) * m->positions * m->padded_head;
+    return c->values + (layer * (size_t)m->n_kv_head + head) * m->positions * (size_t)m->head_dim;
 }
 
 /* Rotates queries and keys, and writes keys and values into the cache. */
 static void store(const smallm_model *m, smallm_context *c, size_t layer, float *packed, size_t position)
 {
-    size_t width = (size_t)m->head_dim, padded = m->padded_head;
-    for (size_t h = 0; h < (size_t)(m->n_head + m->n_kv_head); h++) rotate(m, packed + h * padded, position);
+    size_t width = (size_t)m->head_dim;
+    for (size_t h = 0; h < (size_t)(m->n_head + m->n_kv_head); h++) rotate(m, packed + h * width, position);
     for (size_t h = 0; h < (size_t)m->n_kv_head; h++) {
-        const float *key = packed + ((size_t)m->n_head + h) * padded, *value = key + (size_t)m->n_kv_head * padded;
+        const float *key = packed + ((size_t)m->n_head + h) * width, *value = key + (size_t)m->n_kv_head * width;
         float *keys = keys_of(m, c, layer, h) + position / 16 * width * 16 + position % 16;
         float *values = values_of(m, c, layer, h) + position * 16;
         for (size_t i = 0; i < width; i++) keys[16 * i] = key[i];
@@ -1487,7 +1483,7 @@ static void attend(const smallm_model *m, smallm_context *owner, float *scores, 
                    size_t y_stride)
 {
     size_t width = (size_t)m->head_dim, window = m->window > 0 ? (size_t)m->window : m->positions;
-    size_t T = m->positions, E = m->padded_head;
+    size_t T = m->positions;
     size_t start = position + 1 > window ? position + 1 - window : 0, end = position + (rows - 1) * step + 1;
     size_t from = start / 16 * 16, padded = (end + 15) / 16 * 16;
     const float *keys = keys_of(m, owner, layer, head) + from * width, *values = values_of(m, owner, layer, head);
@@ -1497,9 +1493,9 @@ static void attend(const smallm_model *m, smallm_context *owner, float *scores, 
         size_t last = position + r * step + 1, first = last > window ? last - window : 0;
         sums[r] = m->kernels->softmax(scores + r * T, from, first, last, padded);
     }
-    m->kernels->product(scores + from, T, rows, values + from * 16, T * 16, end - from, E / 16, mixed, E);
+    m->kernels->product(scores + from, T, rows, values + from * 16, T * 16, end - from, width / 16, mixed, width);
     for (size_t r = 0; r < rows; r++)
-        for (size_t i = 0; i < width; i++) y[r * y_stride + i] = mixed[r * E + i] / sums[r];
+        for (size_t i = 0; i < width; i++) y[r * y_stride + i] = mixed[r * width + i] / sums[r];
 }
 
 static void add_rows(float *x, const float *y, size_t count)
@@ -1512,29 +1508,27 @@ static void project(const smallm_model *m, smallm_context *c, size_t i, const se
                     size_t rows)
 {
     const layer *l = &m->layers[i];
-    size_t width = (size_t)m->head_dim, padded = m->padded_head, stride = m->heads * padded, E = m->padded_embd;
+    size_t width = (size_t)m->head_dim, stride = m->heads * width, E = (size_t)m->n_embd;
     if (i == 0 && m->table != NULL) {
         size_t r = 0;
         for (size_t s = 0; s < count; s++)
             for (size_t j = 0; j < segments[s].count; j++, r++)
-                for (size_t h = 0; h < m->heads; h++)
-                    memcpy(c->packed + r * stride + h * padded,
-                           m->table + ((size_t)segments[s].ids[j] * m->heads + h) * width, width * sizeof(float));
+                memcpy(c->packed + r * stride, m->table + (size_t)segments[s].ids[j] * stride, stride * sizeof(float));
         return;
     }
     for (size_t r = 0; r < rows; r++)
-        m->kernels->norm(c->stream + r * E, l->ln_1, c->normed + r * E, (size_t)m->n_embd, E);
+        m->kernels->norm(c->stream + r * E, l->ln_1, c->normed + r * E, E);
     multiply(m, c, &l->qkv, c->normed, E, rows, c->packed, stride);
     for (size_t r = 0; r < rows; r++)
         for (size_t h = 0; h < (size_t)(m->n_head + m->n_kv_head); h++) {
-            float *x = c->packed + r * stride + h * padded;
-            m->kernels->norm(x, l->qk_gain + h * padded, x, width, padded);
+            float *x = c->packed + r * stride + h * width;
+            m->kernels->norm(x, l->qk_gain + h * width, x, width);
         }
 }
 
 static void attend_all(const smallm_model *m, smallm_context *c, size_t i, const segment *segments, size_t count)
 {
-    size_t padded = m->padded_head, stride = m->heads * padded, width = (size_t)m->head_dim;
+    size_t width = (size_t)m->head_dim, stride = m->heads * width;
     size_t group = (size_t)(m->n_head / m->n_kv_head), out = m->layers[i].attention_out.inputs, row = 0;
     for (size_t s = 0; s < count; s++) {
         const segment *g = &segments[s];
@@ -1542,11 +1536,11 @@ static void attend_all(const smallm_model *m, smallm_context *c, size_t i, const
         for (size_t j = 0; j < g->count; j++) store(m, g->context, i, packed + j * stride, g->position + j);
         if (g->count == 1) /* the queries that share a key/value head are the rows */
             for (size_t h = 0; h < (size_t)m->n_kv_head; h++)
-                attend(m, g->context, c->scores, c->mixed, i, h, packed + h * group * padded, padded, group, g->position, 0,
+                attend(m, g->context, c->scores, c->mixed, i, h, packed + h * group * width, width, group, g->position, 0,
                        y + h * group * width, width);
         else
             for (size_t h = 0; h < (size_t)m->n_head; h++)
-                attend(m, g->context, c->scores, c->mixed, i, h / group, packed + h * padded, stride, g->count, g->position, 1,
+                attend(m, g->context, c->scores, c->mixed, i, h / group, packed + h * width, stride, g->count, g->position, 1,
                        y + h * width, out);
         row += g->count;
     }
@@ -1557,7 +1551,7 @@ static void attend_all(const smallm_model *m, smallm_context *c, size_t i, const
 static void forward(smallm_context *c, const segment *segments, size_t count, bool every, bool last)
 {
     const smallm_model *m = c->model;
-    size_t E = m->padded_embd, I = m->padded_inner, rows = 0;
+    size_t E = (size_t)m->n_embd, I = m->padded_inner, rows = 0;
     for (size_t s = 0; s < count; s++)
         for (size_t j = 0; j < segments[s].count; j++, rows++)
             memcpy(c->stream + rows * E, m->embedding + (size_t)segments[s].ids[j] * E, E * sizeof(float));
@@ -1568,7 +1562,7 @@ static void forward(smallm_context *c, const segment *segments, size_t count, bo
         multiply(m, c, &l->attention_out, c->hidden, l->attention_out.inputs, rows, c->normed, E);
         add_rows(c->stream, c->normed, rows * E);
         for (size_t r = 0; r < rows; r++)
-            m->kernels->norm(c->stream + r * E, l->ln_2, c->normed + r * E, (size_t)m->n_embd, E);
+            m->kernels->norm(c->stream + r * E, l->ln_2, c->normed + r * E, E);
         multiply(m, c, &l->gate_up, c->normed, E, rows, c->hidden, 2 * I);
         for (size_t r = 0; r < rows; r++)
             m->kernels->swiglu(c->hidden + 2 * r * I, c->hidden + (2 * r + 1) * I, c->hidden + 2 * r * I, I);
@@ -1579,7 +1573,7 @@ static void forward(smallm_context *c, const segment *segments, size_t count, bo
     for (size_t s = 0; s < count; s++)
         for (size_t j = 0; j < segments[s].count; j++, row++)
             if (every || (last && j + 1 == segments[s].count))
-                m->kernels->norm(c->stream + row * E, m->ln_f, c->normed + kept++ * E, (size_t)m->n_embd, E);
+                m->kernels->norm(c->stream + row * E, m->ln_f, c->normed + kept++ * E, E);
     if (kept > 0) multiply(m, c, &m->head, c->normed, E, kept, c->logits, m->padded_vocab);
 }
 
@@ -1590,8 +1584,8 @@ static void slide(smallm_context *c)
     const smallm_model *m = c->model;
     size_t T = (size_t)m->block_size, width = (size_t)m->head_dim, half = width / 2, kept = (size_t)m->window - 1;
     for (size_t part = 0; part < (size_t)m->n_layer * (size_t)m->n_kv_head; part++) {
-        float *keys = c->keys + part * m->positions * width, *values = c->values + part * m->positions * m->padded_head;
-        for (size_t i = 0; i < m->padded_head; i += 16) {
+        float *keys = c->keys + part * m->positions * width, *values = c->values + part * m->positions * width;
+        for (size_t i = 0; i < width; i += 16) {
             float *panel = values + i * m->positions;
             memmove(panel, panel + (T - kept) * 16, kept * 16 * sizeof *panel);
         }
@@ -2516,16 +2510,17 @@ smallm_status smallm_context_new(const smallm_model *m, smallm_context **context
     smallm_context *c = calloc(1, sizeof *c);
     if (c == NULL) return SMALLM_NO_MEMORY;
     size_t V = m->padded_vocab, heads = (size_t)m->n_layer * (size_t)m->n_kv_head, R = MAX_ROWS;
-    size_t hidden = 2 * m->padded_inner, attended = (size_t)(m->n_head * m->head_dim);
+    size_t hidden = 2 * m->padded_inner, attended = (size_t)(m->n_head * m->head_dim), cache = heads * m->positions;
+    cache *= (size_t)m->head_dim;
     c->model = m;
-    c->keys = calloc(heads * m->positions * (size_t)m->head_dim, sizeof *c->keys);
-    c->values = calloc(heads * m->positions * m->padded_head, sizeof *c->values);
-    c->stream = calloc(R * m->padded_embd, sizeof *c->stream);
-    c->normed = calloc(R * m->padded_embd, sizeof *c->normed);
-    c->packed = calloc(R * m->heads * m->padded_head, sizeof *c->packed);
+    c->keys = calloc(cache, sizeof *c->keys);
+    c->values = calloc(cache, sizeof *c->values);
+    c->stream = calloc(R * (size_t)m->n_embd, sizeof *c->stream);
+    c->normed = calloc(R * (size_t)m->n_embd, sizeof *c->normed);
+    c->packed = calloc(R * m->heads * (size_t)m->head_dim, sizeof *c->packed);
     c->scores = calloc(R * m->positions, sizeof *c->scores);
     c->hidden = calloc(R * (hidden > attended ? hidden : attended), sizeof *c->hidden);
-    c->mixed = calloc(R * m->padded_head, sizeof *c->mixed);
+    c->mixed = calloc(R * (size_t)m->head_dim, sizeof *c->mixed);
     c->logits = calloc(R * V, sizeof *c->logits);
     c->codes = calloc(R * m->max_codes + 1, sizeof *c->codes);
     c->code_scales = calloc(R * m->max_blocks + 1, sizeof *c->code_scales);
@@ -2552,9 +2547,9 @@ smallm_status smallm_context_copy(const smallm_context *from, smallm_context **c
     const smallm_model *m = from->model;
     smallm_context *to;
     TRY(smallm_context_new(m, &to));
-    size_t heads = (size_t)m->n_layer * (size_t)m->n_kv_head;
-    memcpy(to->keys, from->keys, heads * m->positions * (size_t)m->head_dim * sizeof *to->keys);
-    memcpy(to->values, from->values, heads * m->positions * m->padded_head * sizeof *to->values);
+    size_t cache = (size_t)m->n_layer * (size_t)m->n_kv_head * m->positions * (size_t)m->head_dim;
+    memcpy(to->keys, from->keys, cache * sizeof *to->keys);
+    memcpy(to->values, from->values, cache * sizeof *to->values);
     memcpy(to->history, from->history, from->state.known * sizeof *to->history);
     if (copy_sequence(m, &from->state, &to->state)) {
         *copy = to;

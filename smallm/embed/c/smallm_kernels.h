@@ -301,7 +301,7 @@ static TARGET void K(product8)(const int8_t *x, const float *x_scales, size_t x_
     }
 }
 
-/* -- rows: their lengths are multiples of 16, padded with zeros -- */
+/* -- rows, whose lengths are multiples of 16 -- */
 
 static INLINE TARGET float K(add_16)(const K(vec) *sum)
 {
@@ -321,18 +321,18 @@ static INLINE TARGET float K(largest_of)(const K(vec) *numbers)
     return largest;
 }
 
-/* y = x / sqrt(mean(x^2) + 1e-6) * gain (RMSNorm, Zhang and Sennrich 2019); `length` numbers count in the mean. */
-static TARGET void K(norm)(const float *x, const float *gain, float *y, size_t length, size_t padded)
+/* y = x / sqrt(mean(x^2) + 1e-6) * gain (RMSNorm, Zhang and Sennrich 2019). */
+static TARGET void K(norm)(const float *x, const float *gain, float *y, size_t length)
 {
     K(vec) sum[K(PARTS)];
     for (int v = 0; v < K(PARTS); v++) sum[v] = ALL(0.0f);
-    for (size_t i = 0; i < padded; i += 16)
+    for (size_t i = 0; i < length; i += 16)
         UNROLL for (int v = 0; v < K(PARTS); v++) {
             K(vec) part = LOAD(x + i + v * K(LANES));
             sum[v] = ADD(sum[v], MUL(part, part));
         }
     K(vec) scale = ALL(1.0f / sqrtf(K(add_16)(sum) / (float)length + 1e-6f));
-    for (size_t i = 0; i < padded; i += K(LANES)) STORE(y + i, MUL(MUL(LOAD(x + i), scale), LOAD(gain + i)));
+    for (size_t i = 0; i < length; i += K(LANES)) STORE(y + i, MUL(MUL(LOAD(x + i), scale), LOAD(gain + i)));
 }
 
 /* e^x for x from -87 to 87: 2^n times a polynomial in the remainder, with an error of about 1e-7. */
@@ -352,9 +352,9 @@ static INLINE TARGET K(vec) K(exponential)(K(vec) x)
 }
 
 /* y = gate / (1 + e^-gate) * up (SwiGLU, Shazeer 2020). */
-static TARGET void K(swiglu)(const float *gate, const float *up, float *y, size_t padded)
+static TARGET void K(swiglu)(const float *gate, const float *up, float *y, size_t length)
 {
-    for (size_t i = 0; i < padded; i += K(LANES)) {
+    for (size_t i = 0; i < length; i += K(LANES)) {
         K(vec) g = LOAD(gate + i), e = K(exponential)(SUB(ALL(0.0f), g));
         STORE(y + i, MUL(DIV(g, ADD(ALL(1.0f), e)), LOAD(up + i)));
     }
