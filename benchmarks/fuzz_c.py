@@ -1,6 +1,7 @@
 """Feeds damaged and hostile model files to the program of the C kit, which must write text or one `smallm:` line.
 
-    python benchmarks/fuzz_c.py --program KIT/generate --model KIT/model.onnx [--cases 2000] [--seed 1] [--only N]
+    python benchmarks/fuzz_c.py --program KIT/smallm_generate --model KIT/model.onnx [--cases 2000] [--seed 1]
+        [--only N]
 
 Build the program with -fsanitize=address,undefined -fno-sanitize-recover=all, so that every memory error and every
 leak is a finding. Case N is a function of --seed and N (see mutations.py); the files of findings are kept in --keep.

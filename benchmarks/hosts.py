@@ -9,9 +9,9 @@ Python in the same round. The size counts what the host's package manager instal
 and its library, and the model, but not Python, Node and the browser. Prints a table, then all figures as one line of
 JSON.
 
-Hosts that are not installed are named and skipped. C needs a compiler and
-SMALLM_ORT_HEADERS=$(.ci/onnxruntime-headers); Node and Chromium need `npm ci --ignore-scripts` in tests/js;
-transformers.js needs the same in tests/hosts; genai needs the package onnxruntime-genai.
+Hosts that are not installed are named and skipped. C needs a compiler; Node and Chromium need
+`npm ci --ignore-scripts` in tests/js; transformers.js needs the same in tests/hosts; genai needs the package
+onnxruntime-genai.
 """
 
 import argparse
@@ -93,25 +93,15 @@ def python(folder: Path, _work: Path) -> Host:
 
 
 def c(folder: Path, work: Path) -> Host:
-    """The program of the C kit, built with its Makefile and the library of the Python package."""
-    import onnxruntime
-
-    headers, libraries = os.environ.get("SMALLM_ORT_HEADERS"), Path(onnxruntime.__file__).parent / "capi"
-    if not headers or not Path(headers, "onnxruntime_c_api.h").is_file() or not shutil.which("cc"):
-        raise MissingError("a C compiler and SMALLM_ORT_HEADERS=$(.ci/onnxruntime-headers)")
-    release, kit = work / "release", work / "kit-c"
-    library = next(libraries.glob("libonnxruntime.so*"))
-    (release / "lib").mkdir(parents=True)
-    (release / "include").symlink_to(Path(headers).resolve())
-    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
-        (release / "lib" / name).symlink_to(library)
+    """The program of the C kit, built with its Makefile."""
+    if not shutil.which("cc"):
+        raise MissingError("a C compiler")
+    kit = work / "kit-c"
     kit.mkdir()
     write_c(folder / MODEL_FILE, kit)
-    subprocess.run(["make", "--silent", f"ORT={release}"], cwd=kit, check=True, stdout=sys.stderr)
-    program = kit / "generate"
-    return Host(
-        lambda task: [str(program), str(kit / MODEL_FILE), *flags(task)], [library, program], [kit / MODEL_FILE]
-    )
+    subprocess.run(["make", "--silent"], cwd=kit, check=True, stdout=sys.stderr)
+    program = kit / "smallm_generate"
+    return Host(lambda task: [str(program), str(kit / MODEL_FILE), *flags(task)], [program], [kit / MODEL_FILE])
 
 
 def node(folder: Path, work: Path) -> Host:

@@ -25,7 +25,7 @@ static const char USAGE[] =
     "  --stop TEXT                              ends the text before TEXT; may be repeated\n"
     "  --min-length N                           ignores stop strings within the first N characters\n"
     "  --allowed CHARACTERS --banned CHARACTERS the only characters to generate; characters never to generate\n"
-    "  --overflow crop|shift|slide              beyond the context: exact; fast; both, if the model has a window\n"
+    "  --overflow crop|shift|slide              past the context: exact; fast (default); both (with a window)\n"
     "  --kernels avx512|avx2|sse2|neon|plain    instruction set; default: the fastest\n"
     "  --score FILE                             prints the mean nats per character of FILE instead\n";
 

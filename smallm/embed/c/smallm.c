@@ -2576,7 +2576,7 @@ void smallm_default_options(const smallm_model *model, smallm_options *options, 
     all.top_p = open ? model->top_p : 1;
     all.min_p = open ? model->min_p : 0;
     all.repetition_penalty = 1;
-    all.overflow = open && model->window > 0 ? SMALLM_SLIDE : SMALLM_CROP;
+    all.overflow = open && model->window > 0 ? SMALLM_SLIDE : SMALLM_SHIFT;
     if (options == NULL) return;
     memset(options, 0, size);
     memcpy(options, &all, size < sizeof all ? size : sizeof all);

@@ -90,7 +90,7 @@ typedef struct smallm_options {
     const char *const *stops;   /* the text ends before the first of these stop strings (UTF-8; "" is ignored) */
     size_t stop_count;          /* default 0 */
     int64_t min_length;         /* stop strings that begin within so many new characters are ignored; default 0 */
-    int32_t overflow;           /* SMALLM_CROP, SMALLM_SHIFT or SMALLM_SLIDE; default: slide if possible, else crop */
+    int32_t overflow;           /* SMALLM_CROP, SMALLM_SHIFT or SMALLM_SLIDE; default: slide if possible, else shift */
     int32_t logprobs;           /* 1 = compute what smallm_logprob returns; default 0 */
     const char *allowed;        /* the only characters that may be generated (UTF-8); default NULL = all */
     const char *banned;         /* characters that are never generated (UTF-8); default NULL = none */
