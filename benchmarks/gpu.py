@@ -36,7 +36,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 import nanogpt
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate import PartialState
 from train_speed import gemm_peak, open_text
 
 from smallm.cli.main import run, train
@@ -134,7 +134,7 @@ def work(options: dict[str, Any], argv: Sequence[str]) -> int:
 
     backend = {"backend": options["backend"]} if options["backend"] else {}
     with (
-        patch.object(devices, "InitProcessGroupKwargs", partial(InitProcessGroupKwargs, **backend)),
+        patch.object(devices, "PartialState", partial(PartialState, **backend)),
         patch.object(trainer.Trainer, "train", whole_run),
         patch.object(trainer.Trainer, "train_step", train_step),
     ):

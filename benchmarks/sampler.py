@@ -148,8 +148,8 @@ def overhead(model: LanguageModel, text: str, length: int, rounds: int) -> dict:
     session, inside, whole, passes = model._session, 0.0, 0.0, 0
     bind = session.bind
 
-    def timed_bind(rows: int) -> Binding:
-        binding = bind(rows)
+    def timed_bind() -> Binding:
+        binding = bind()
         run = binding.run
 
         def timed_run() -> None:
