@@ -202,7 +202,7 @@ def _edit_metadata(model: onnx.ModelProto, rng: random.Random) -> None:
     if rng.random() < 0.2:
         model.metadata_props.add(key=entry.key, value=entry.value)
     else:
-        with suppress(ValueError):  # an earlier edit may have made the entry invalid
+        with suppress(ValueError, RecursionError):  # an earlier edit may have made the entry invalid or very deep
             entry.value = json_text([json.loads(entry.value)], rng, edits=1)[1:-1].encode("utf-8", "replace").decode()
 
 
