@@ -403,7 +403,7 @@ def void(_result: object) -> None:
 @torch.no_grad()
 def nanogpt_loss(out: Path, data: str, batches: int, cache: Path) -> float:
     """Mean loss of the best checkpoint over random validation batches of 64 windows, as nanoGPT reports it."""
-    settings, device = saved_config(out), "cuda" if torch.cuda.is_available() else "cpu"
+    settings, device = saved_config(out)[0], "cuda" if torch.cuda.is_available() else "cpu"
     model, corpus = load_model(best_checkpoint(out), device), open_text(data, settings.data.min_count, cache)
     ids, T, rng = np.asarray(corpus.val_ids).astype(np.int64), settings.model.block_size, np.random.default_rng(1337)
     losses = []

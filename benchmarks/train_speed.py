@@ -137,7 +137,7 @@ def run_config(config: str, text: Path, out: Path, seed: int, peak: dict) -> Row
     options = ["--config", config, "--data", str(text), "--out", str(out), "--train.seed", str(seed)]
     options += ["--data.encoding", "utf-8", "--data.val_fraction", str(VAL_FRACTION)]
     seconds = timed([str(ROOT / "train.py"), *options], cache_beside(out))
-    settings, model = saved_config(out), load_model(best_checkpoint(out))
+    settings, model = saved_config(out)[0], load_model(best_checkpoint(out))
     corpus = open_text(text, settings.data.min_count, cache_beside(out))
     speed = statistics.median(r["characters_per_second"] for r in read_metrics(out) if r["kind"] == "train")
     lengths = [n for n in WINDOWS if n <= settings.model.block_size] or [settings.model.block_size]
