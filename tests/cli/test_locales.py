@@ -33,7 +33,7 @@ def test_all_commands_work(tmp_path, locale):
         said = done.stderr.decode(errors="replace")
         assert done.returncode == 0, said[-2000:]
         assert "Traceback" not in said
-        assert not re.search("smallm/.*EncodingWarning", said), said
+        assert not re.search(r"smallm/(?!.*site-packages).*EncodingWarning", said), said
         return done.stdout
 
     smallm("train", "--check", text)
