@@ -15,6 +15,7 @@ stderr. The exit code is 1 if a measurement failed.
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -84,6 +85,7 @@ FULL = Scale(
     {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 32}, 200, 60, (), 200,
 )  # fmt: skip
 TINY = {"n_layer": 1, "n_head": 1, "n_embd": 32, "block_size": 16, "batch_size": 4}
+MAX_SECONDS, HUNG = 240, "a command did not end"  # of a command in the miniature
 MINIATURE = Scale(TINY, TINY, 6, 3, (*(f"--model.{k}={v}" for k, v in TINY.items() if k != "batch_size"),
                                      "--train.batch_size=4", "--train.max_steps=4"), 2)  # fmt: skip
 
@@ -235,14 +237,24 @@ class Bench:
 
     def run(self, command: list[str], environment: dict[str, str]) -> str:
         """Runs a command to its end; returns its stdout, or raises `MeasurementError` with its last message."""
-        done = subprocess.run(
-            command, env=self.environment(environment), capture_output=True, text=True,
-            timeout=max(1, self.end - time.monotonic()),
+        seconds = max(1, self.end - time.monotonic())
+        limit = MAX_SECONDS if self.scale is MINIATURE else seconds
+        process = subprocess.Popen(
+            command, env=self.environment(environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
         )  # fmt: skip
-        if done.returncode:
-            ours = [line for line in done.stderr.splitlines() if line.startswith("smallm: ")]
-            raise MeasurementError((ours or done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1][:200])
-        return done.stdout
+        try:
+            output, errors = process.communicate(timeout=min(seconds, limit))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the processes of a launcher would outlive it
+            process.communicate()
+            if seconds <= limit:
+                raise
+            raise MeasurementError(f"{HUNG} after {limit} s") from None
+        if process.returncode:
+            ours = [line for line in errors.splitlines() if line.startswith("smallm: ")]
+            raise MeasurementError((ours or errors.splitlines() or [f"exit code {process.returncode}"])[-1][:200])
+        return output
 
     def environment(self, changes: dict[str, str]) -> dict[str, str]:
         """The environment of all processes; they share one cache."""
