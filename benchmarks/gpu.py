@@ -85,7 +85,7 @@ FULL = Scale(
     {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 32}, 200, 60, (), 200,
 )  # fmt: skip
 TINY = {"n_layer": 1, "n_head": 1, "n_embd": 32, "block_size": 16, "batch_size": 4}
-MAX_SECONDS, HUNG = 240, "a command did not end"  # of a command in the miniature
+MAX_SECONDS = 240  # of a command in the miniature
 MINIATURE = Scale(TINY, TINY, 6, 3, (*(f"--model.{k}={v}" for k, v in TINY.items() if k != "batch_size"),
                                      "--train.batch_size=4", "--train.max_steps=4"), 2)  # fmt: skip
 
@@ -250,7 +250,7 @@ class Bench:
             process.communicate()
             if seconds <= limit:
                 raise
-            raise MeasurementError(f"{HUNG} after {limit} s") from None
+            raise MeasurementError(f"a command did not end within {limit} s") from None
         if process.returncode:
             ours = [line for line in errors.splitlines() if line.startswith("smallm: ")]
             raise MeasurementError((ours or errors.splitlines() or [f"exit code {process.returncode}"])[-1][:200])

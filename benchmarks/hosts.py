@@ -86,7 +86,7 @@ class Trial:
 def python(folder: Path, _work: Path) -> Host:
     """infer.py, with the packages and modules of the runtime."""
     return Host(
-        lambda task: [sys.executable, str(ROOT / "infer.py"), "--model", str(folder), *flags(task)],
+        lambda task: [sys.executable, str(ROOT / "infer.py"), "--model", str(folder), "--threads", "1", *flags(task)],
         [*packages("onnxruntime", "numpy"), *runtime_modules()],
         [folder / MODEL_FILE, *folder.glob(DRAFT_TABLE_FILE)],
     )
@@ -165,7 +165,7 @@ def flags(task: Mapping) -> list[str]:
     """The task as flags, which are the same for infer.py and the C program."""
     names = {"seed": "seed", "max-length": "length", "temperature": "temperature", "top-k": "top_k"}
     values = {name: str(task[key]) for name, key in (names | {"rng-seed": "rng_seed"}).items()}
-    return ["--threads", "1", *(word for name, value in values.items() for word in (f"--{name}", value))]
+    return [word for name, value in values.items() for word in (f"--{name}", value)]
 
 
 def script(host: str, modules: Path, model: Path | str, task: Mapping) -> list[str]:

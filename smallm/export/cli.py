@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--out", metavar="DIR", help="folder to write (default: RUN/export, or RUN/kit-KIT)")
     add("--precision", choices=PRECISIONS, default="fp32",
-        help="precision of the weight matrices; fewer bits are smaller and faster (default: fp32)")  # fmt: skip
+        help="precision of the weight matrices; fewer bits make a smaller file (default: fp32)")  # fmt: skip
     add("--allow-loss", action="store_true", help="write the model however many bits per character its precision costs")
     add("--gguf", action="store_true", help="also write a GGUF file for llama.cpp: f32, or q8_0 with int8")
     add("--portable", action="store_true",

@@ -141,10 +141,10 @@ def _shown(default: Any) -> str:
 
 
 def _exit_at_once(code: int) -> NoReturn:
-    """Ends one process of several without Python's shutdown.
+    """Ends one process of several without Python's shutdown, and without ending its process group.
 
-    Gloo's threads outlive their process group; a thread that still needs Python's lock, to release a tensor, would
-    abort a run that has succeeded (pytorch/pytorch#179291).
+    Either would abort or block a run that has succeeded if a thread of gloo still needs Python's lock, to release a
+    tensor (pytorch/pytorch#179291).
     """
     Output("stdout").flush()
     Output("stderr").flush()

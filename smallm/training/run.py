@@ -38,8 +38,8 @@ STORE_SECONDS = 5  # to wait for the launcher's store when a process has failed
 def run_training(request: Request, started: float, last: bool = True) -> int:
     """Trains, and returns 0, or 128 + the number of the signal that interrupted the run.
 
-    started: time.perf_counter() when the program began; a time budget counts from there. last: whether to end the
-    process group; several processes must keep it to train again. Raises `UserError`.
+    started: time.perf_counter() when the program began; a time budget counts from there. last: whether this process
+    trains no more. Several processes keep their process group also then. Raises `UserError`.
     """
     clock = Clock.after_imports(started)
     config, out = request.config, request.out
@@ -69,10 +69,12 @@ def run_training(request: Request, started: float, last: bool = True) -> int:
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"cannot write to {out}: {reason}; solve this, then continue with --resume {out}") from None
-    if last:
+    if last and accelerator.num_processes == 1:
         accelerator.end_training()
     else:
-        accelerator.wait_for_everyone()  # until the main process has written the whole run folder
+        # Until the main process has written the run folder. The group is not ended: a later training needs it, and
+        # its destructor would hold Python's lock while it waits for a thread of gloo, which may need that lock.
+        accelerator.wait_for_everyone()
     return code
 
 

@@ -1,6 +1,7 @@
 """benchmarks/hosts.py: output is timed when it arrives, and a host that fails is an error."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -41,18 +42,24 @@ def test_a_host_without_new_text_is_an_error(hosts, code):
     assert ("no model" in str(error.value)) == ("no model" in code)
 
 
-def test_only_python_is_installed(hosts, tiny_run, monkeypatch, capsys):
-    """Hosts that are not installed are named and skipped."""
-    monkeypatch.setattr(hosts.shutil, "which", lambda _name: None)
+@pytest.mark.parametrize("compiler", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_only_python_and_a_compiler_are_installed(hosts, tiny_run, monkeypatch, capsys, compiler):
+    """Hosts that are not installed are named and skipped; the others write the same text."""
+    which = shutil.which
+    if compiler and not which("cc"):
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(hosts.shutil, "which", lambda name: which(name) if compiler and name == "cc" else None)
     found = hosts.importlib.util.find_spec
     spec = lambda name: None if name == "onnxruntime_genai" else found(name)  # noqa: E731
     monkeypatch.setattr(hosts.importlib.util, "find_spec", spec)
     assert hosts.main([str(tiny_run), "--length", "8", "--rounds", "2"]) == 0
     out, err = capsys.readouterr()
-    (figures,) = json.loads(out.splitlines()[-1])["hosts"].values()
-    assert (figures["to_python"], figures["same_text"]) == (1, True)
-    assert figures["library_mb"] > figures["model_mb"] > 0
-    assert err.count(" is skipped: it needs ") == 5
+    found = json.loads(out.splitlines()[-1])["hosts"]
+    assert list(found) == (["Python", "C"] if compiler else ["Python"])
+    assert all(figures["same_text"] for figures in found.values())
+    assert found["Python"]["to_python"] == 1
+    assert found["Python"]["library_mb"] > found["Python"]["model_mb"] > 0
+    assert err.count(" is skipped: it needs ") == 6 - len(found)
 
 
 def test_more_than_the_context_is_refused(hosts, tiny_run, capsys):

@@ -149,7 +149,7 @@ typedef struct {
 
 /* The state of the text that is being generated. */
 typedef struct {
-    smallm_options options;    /* its strings are copies */
+    smallm_options options;    /* without its strings */
     bool begun, done;
     uint32_t key, draws;
     int64_t length;            /* number of new characters */
@@ -158,7 +158,7 @@ typedef struct {
     pending decoder;
     stop *stops;
     size_t stop_count;
-    char *words, *characters_given; /* memory of the stop strings; of allowed and banned */
+    char *words;               /* memory of the stop strings */
     size_t *borders;
     uint64_t *characters;      /* (CODE_POINTS / 64): a bit per character, 1 = allowed; NULL = all are allowed */
     bool *allowed;             /* (vocab_size): whether an id may follow the bytes in `allowed_after` */
@@ -1947,16 +1947,26 @@ static void push(smallm_context *c, int32_t id)
     }
 }
 
-/* Surprisal of a target in nats, from the logits (V); not finite if the logits are not. */
+/* The largest of the logits (V), and the sum of e^(logit - largest); false if they are not finite. */
+static bool softmax_sum(const float *logits, size_t V, double *largest, double *total)
+{
+    float most = logits[0];
+    for (size_t i = 0; i < V; i++) {
+        if (isnan(logits[i])) return false;
+        if (logits[i] > most) most = logits[i];
+    }
+    if (!isfinite(most)) return false;
+    *largest = most, *total = 0;
+    for (size_t i = 0; i < V; i++) *total += exponential((double)logits[i] - *largest);
+    return true;
+}
+
+/* Surprisal of a target in nats, from the logits (V); NaN if the logits are not finite. */
 static double nats_of(const float *logits, size_t V, int32_t target)
 {
-    float largest = logits[0];
-    double total = 0;
-    for (size_t i = 0; i < V; i++)
-        if (!(logits[i] <= largest)) largest = logits[i];
-    if (!isfinite(largest)) return NAN;
-    for (size_t i = 0; i < V; i++) total += exponential((double)logits[i] - (double)largest);
-    return log(total) - ((double)logits[target] - (double)largest);
+    double largest, total;
+    if (!softmax_sum(logits, V, &largest, &total)) return NAN;
+    return log(total) - ((double)logits[target] - largest);
 }
 
 /* Chooses the next id from its logits. */
@@ -2006,7 +2016,6 @@ static void end_sequence(sequence_state *d)
     free(d->stops);
     free(d->words);
     free(d->borders);
-    free(d->characters_given);
     free(d->characters);
     free(d->allowed);
     free(d->text);
@@ -2283,44 +2292,35 @@ static smallm_status extend(smallm_context *c, const path *p, paths *list)
 {
     size_t V = (size_t)c->model->vocab_size;
     const float *logits = logits_after(c, p);
-    float largest = logits[0];
-    double total = 0;
-    for (size_t i = 0; i < V; i++)
-        if (!(logits[i] <= largest)) largest = logits[i];
-    if (!isfinite(largest)) return not_finite(c->error);
-    for (size_t i = 0; i < V; i++) total += exponential((double)logits[i] - (double)largest);
+    double largest, total;
+    if (!softmax_sum(logits, V, &largest, &total)) return not_finite(c->error);
     for (size_t i = 0; i < V; i++) {
         path longer_path = *p;
         if (begins_character((int32_t)i) != (p->count == 0)) continue; /* it could not become a character */
         longer_path.ids[longer_path.count++] = (int32_t)i;
-        longer_path.probability *= exponential((double)logits[i] - (double)largest) / total;
+        longer_path.probability *= exponential((double)logits[i] - largest) / total;
         if (!add_path(list, &longer_path)) return no_memory(c->error);
     }
     return SMALLM_OK;
 }
 
-/* The character that these ids spell, if they spell one in the way that `spell` does; 0 bytes if they do not. */
-static size_t character_of(const smallm_model *m, const path *p, char text[5])
+/* Writes the bytes of a path; returns their number, at most 4 for each of at most 4 ids. */
+static size_t path_bytes(const smallm_model *m, const path *p, uint8_t bytes[16])
 {
-    uint8_t bytes[16], byte;
+    uint8_t byte;
     size_t length = 0;
     for (int i = 0; i < p->count; i++)
         for (span s = bytes_of(m, p->ids[i], &byte); s.at < s.end; s.at++) bytes[length++] = *s.at;
-    if (length == 0 || (size_t)character_length(span_of(bytes, length)) != length) return 0;
-    int32_t ids[4];
-    int count = spell(m, bytes, (int)length, ids);
-    memset(text, 0, 5);
-    memcpy(text, bytes, length);
-    return count == p->count && memcmp(ids, p->ids, (size_t)count * sizeof *ids) == 0 ? length : 0;
+    return length;
 }
 
-static bool is_complete(const smallm_model *m, const path *p)
+/* Whether these bytes are one character, and the path is how `spell` writes it. */
+static bool is_spelling(const smallm_model *m, const path *p, const uint8_t *bytes, size_t length)
 {
-    uint8_t bytes[16], byte;
-    size_t length = 0;
-    for (int i = 0; i < p->count; i++)
-        for (span s = bytes_of(m, p->ids[i], &byte); s.at < s.end; s.at++) bytes[length++] = *s.at;
-    return length > 0 && (size_t)sequence_length(bytes[0]) <= length;
+    int32_t ids[4];
+    if ((size_t)character_length(span_of(bytes, length)) != length) return false;
+    return spell(m, bytes, (int)length, ids) == p->count &&
+           memcmp(ids, p->ids, (size_t)p->count * sizeof *ids) == 0;
 }
 
 static smallm_status find_characters(smallm_context *c, paths *list, smallm_character *found, size_t capacity,
@@ -2330,10 +2330,14 @@ static smallm_status find_characters(smallm_context *c, paths *list, smallm_char
     if (!add_path(list, &none)) return no_memory(c->error);
     while (list->count > 0 && *count < capacity) {
         path p = take_path(list);
-        if (is_complete(c->model, &p)) {
-            smallm_character *one = &found[*count];
+        uint8_t bytes[16];
+        size_t length = path_bytes(c->model, &p, bytes);
+        if (length > 0 && (size_t)sequence_length(bytes[0]) <= length) {
+            if (!is_spelling(c->model, &p, bytes, length)) continue;
+            smallm_character *one = &found[(*count)++];
+            memset(one->text, 0, sizeof one->text);
+            memcpy(one->text, bytes, length);
             one->probability = p.probability;
-            *count += character_of(c->model, &p, one->text) > 0;
         } else if (p.count < 4 && p.probability > MIN_PROBABILITY) {
             TRY(extend(c, &p, list));
         }
