@@ -99,7 +99,7 @@ def c(folder: Path, work: Path) -> Host:
     kit = work / "kit-c"
     kit.mkdir()
     write_c(folder / MODEL_FILE, kit)
-    subprocess.run(["make", "--silent"], cwd=kit, check=True, stdout=sys.stderr)
+    subprocess.run(["make", "--silent"], cwd=kit, check=True, stdout=subprocess.DEVNULL)
     program = kit / "smallm_generate"
     return Host(lambda task: [str(program), str(kit / MODEL_FILE), *flags(task)], [program], [kit / MODEL_FILE])
 
