@@ -5,12 +5,13 @@ the matrix products. The kernels (kernels/kernels.c) compute the same operations
 each. All other devices and types take the plain PyTorch form, which torch.compile can fuse.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from smallm.inference.scoring import IGNORED
 from smallm.training.model.kernels.compiler import has_bf16
@@ -30,27 +31,37 @@ def cpu_kernels(x: Tensor) -> Kernels | None:
 
 
 def block(
-    x: Tensor, weights: tuple[Tensor, ...], cos: Tensor, sin: Tensor, n_head: int, window: int, dropout: float
+    x: Tensor, weights: Mapping[str, Tensor], cos: Tensor, sin: Tensor, n_head: int, window: int, dropout: float
 ) -> Tensor:
     """A whole TransformerBlock in one kernel call: x (B, T, C) -> (B, T, C).
 
     Args:
         x: float32 on a CPU; C, I and (nh + 2 nkv) hd are multiples of KERNEL_MULTIPLE.
-        weights: the block's parameters in the order of `TransformerBlock.parameters()`: ln_1 (C,), c_attn
-            ((nh + 2 nkv) hd, C), q_norm (hd,), k_norm (hd,), c_proj (C, nh hd), ln_2 (C,), c_fc (2 I, C), c_proj of the
-            feed-forward (C, I).
+        weights: the block's parameters by name (`TransformerBlock.named_parameters()`).
         cos, sin: tables from `Rotary`, (T, hd).
         n_head: number of query heads nh.
         window: number of positions that each position attends to, including itself; 0 = all earlier ones.
         dropout: probability, applied to the output of attention and of the feed-forward.
     """
     seed = int(torch.randint(1 << 31, ())) if dropout else 0
-    return _Block.apply(x, cos, sin, n_head, window, dropout, seed, *weights)
+    hd, C = cos.size(1), x.size(2)
+    rows, inner = weights["attn.c_attn.weight"].size(0), weights["mlp.c_proj.weight"].size(1)
+    shapes = {
+        "ln_1.weight": (C,), "attn.c_attn.weight": (rows, C), "attn.q_norm.weight": (hd,),
+        "attn.k_norm.weight": (hd,), "attn.c_proj.weight": (C, n_head * hd), "ln_2.weight": (C,),
+        "mlp.c_fc.weight": (2 * inner, C), "mlp.c_proj.weight": (C, inner),
+    }  # fmt: skip
+    assert cos.shape == sin.shape == (x.size(1), hd)
+    assert {name: tuple(weight.shape) for name, weight in weights.items()} == shapes
+    return _Block.apply(x, cos, sin, n_head, window, dropout, seed, *(weights[name] for name in shapes))
 
 
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
     """x (..., C), gain (C,) -> x / rms(x) * gain over the last dimension (Zhang and Sennrich 2019)."""
-    return _RMSNorm.apply(x, gain) if cpu_kernels(x) else F.rms_norm(x, gain.shape, gain, NORM_EPS)
+    if not cpu_kernels(x):
+        return F.rms_norm(x, gain.shape, gain, NORM_EPS)
+    assert gain.shape == x.shape[-1:]
+    return _RMSNorm.apply(x, gain)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
@@ -61,6 +72,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
     if not cpu_kernels(logits):
         flat = logits.flatten(0, 1).float()  # (B T, V)
         return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+    assert targets.shape == logits.shape[:-1]
+    assert targets.dtype == torch.int64
     nats = _CrossEntropy.apply(logits, targets)  # (B, T)
     return nats.sum() if reduction == "sum" else nats.sum() / (targets != IGNORED).sum()
 
@@ -120,7 +133,7 @@ def polynomial_iteration(x: Tensor, coefficients: Sequence[tuple[float, float, f
     """x (n, rows, columns) -> a x + (b S + c S S) x with S = x x^T, repeated for each (a, b, c) of the coefficients."""
     if cpu_kernels(x) and x.size(1) % KERNEL_MULTIPLE == x.size(2) % KERNEL_MULTIPLE == 0:
         x = x.clone(memory_format=torch.contiguous_format)
-        _kernels()("orthogonalise", x, torch.tensor(coefficients), *x.shape, len(coefficients))
+        _kernels()("orthogonalise", x, x.new_tensor(coefficients), *x.shape, len(coefficients))
         return x
     for a, b, c in coefficients:
         gram = x @ x.mT  # (n, rows, rows)
@@ -157,6 +170,7 @@ class _Block(Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, qkv, attended, lse, middle, gate_up, cos, sin, *weights = ctx.saved_tensors
         dx, dattended, dqkv = (torch.empty_like(t) for t in (x, attended, qkv))
@@ -177,6 +191,7 @@ class _RMSNorm(Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, gain = ctx.saved_tensors
         dx, dgain = torch.empty_like(x), torch.empty_like(gain)
@@ -196,6 +211,7 @@ class _CrossEntropy(Function):
         return nats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         logits, targets, lse = ctx.saved_tensors
         dlogits = torch.empty_like(logits)

@@ -104,7 +104,7 @@ class TransformerBlock(nn.Module):
         """x (B, T, C), cos and sin (T, hd) -> (B, T, C)."""
         if cache is None and self.fits_kernels and cpu_kernels(x):
             dropout = self.dropout.p if self.training else 0.0
-            return block(x, tuple(self.parameters()), cos, sin, self.attn.n_head, self.attn.window, dropout)
+            return block(x, dict(self.named_parameters()), cos, sin, self.attn.n_head, self.attn.window, dropout)
         x = x + self.dropout(self.attn(self.ln_1(x), cos, sin, cache))
         x = x + self.dropout(self.mlp(self.ln_2(x)))
         return x

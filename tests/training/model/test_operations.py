@@ -5,6 +5,7 @@ import torch
 
 from smallm.training.config import ModelConfig
 from smallm.training.model import operations, transformer
+from smallm.training.model.kernels import compiler
 from smallm.training.model.kernels import loader as kernels
 from smallm.training.model.transformer import TransformerBlock, TransformerLanguageModel
 from smallm.training.optim.optimizers import POLAR_EXPRESS
@@ -349,3 +350,56 @@ def test_a_failing_compiler_counts_as_missing(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv("CC", "no-such-compiler")
     assert kernels.load.__wrapped__() is None
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"garbage"])
+def test_a_damaged_library_in_the_cache_is_built_again(monkeypatch, tmp_path, damage):
+    monkeypatch.setenv("SMALLM_CACHE", str(tmp_path))
+    assert kernels.load.__wrapped__() is not None
+    (library,) = tmp_path.iterdir()
+    content = library.read_bytes()
+    library.unlink()  # a loaded library must not change
+    library.write_bytes(damage(content))
+    assert kernels.load.__wrapped__() is not None
+    assert content in [path.read_bytes() for path in tmp_path.iterdir()]
+
+
+def test_a_compiler_that_hangs_counts_as_missing(monkeypatch, tmp_path):
+    (tmp_path / "cc").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    monkeypatch.setenv("SMALLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiler, "TIMEOUT", 0.1)
+    assert kernels.load.__wrapped__() is None
+
+
+def test_kernels_refuse_tensors_that_they_would_misread():
+    x, gain = numbers(4, 64, seed=1), numbers(64, seed=2)
+    for other in (gain.double(), gain[:32], torch.stack([gain, gain], 1)[:, 0], gain.to("meta")):
+        with pytest.raises(AssertionError):
+            operations.rms_norm(x, other)
+    for targets in (torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 4, dtype=torch.int32)):
+        with pytest.raises(AssertionError):
+            operations.cross_entropy(x[None], targets)
+
+
+def test_a_block_refuses_other_parameters_than_its_own():
+    model = TransformerLanguageModel(40, ModelConfig(n_head=2, n_embd=64, block_size=8), seed=1)
+    block, x, tables = model.h[0], numbers(1, 8, 64, seed=3), model.rotary(8)
+    block(x, *tables)
+    block.bias = torch.nn.Parameter(torch.zeros(64))
+    with pytest.raises(AssertionError):
+        block(x, *tables)
+
+
+def test_a_second_derivative_raises():
+    """The kernels compute the first derivative only."""
+    x = numbers(4, 64, seed=1).requires_grad_()
+    block, tables, inputs = dropped_block(0.0)
+    inputs.requires_grad_()
+    targets = torch.zeros(1, 4, dtype=torch.long)
+    for y, at in ((operations.rms_norm(x, torch.ones(64)), x), (operations.cross_entropy(x[None], targets), x),
+                  (block(inputs, *tables), inputs)):  # fmt: skip
+        (first,) = torch.autograd.grad(y.square().sum(), at, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.sum().backward()

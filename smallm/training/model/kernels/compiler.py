@@ -21,6 +21,7 @@ SYSTEM, MACHINE = platform.system(), platform.machine()
 FLAGS = ("-O2", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC")
 # Clang of macOS has OpenMP, but no library for it: the kernels take the functions from the library that PyTorch loads.
 OPENMP = {"Linux": ("-fopenmp",), "Darwin": ("-Xclang", "-fopenmp", "-undefined", "dynamic_lookup")}
+TIMEOUT = 120.0  # seconds for the C compiler, which needs two
 INSTALL = {"Linux": "apt install gcc", "Darwin": "xcode-select --install"}
 """System -> the command that installs a C compiler; on other systems there are no kernels."""
 
@@ -36,11 +37,10 @@ def compile_kernels(bf16: bool = False) -> Path | None:
     source = Path(__file__).with_name("kernels.c")
     flags = [*FLAGS, *OPENMP[SYSTEM], *_for_this_processor(), *(["-DBF16"] if bf16 else [])]
     key = hashlib.sha256(repr((source.read_bytes(), flags, compiler, _processor())).encode()).hexdigest()[:16]
-    path = cache_folder() / f"kernels-{key}.so"
     try:
-        if not path.is_file():
-            _compile([compiler, *flags], source, path)
-        return path
+        stored = cache_folder().glob(f"kernels-{key}-*.so")
+        intact = next((path for path in stored if path.stem.endswith(_digest(path))), None)
+        return intact or _compile([compiler, *flags, str(source), "-lm"], key)
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -60,13 +60,20 @@ def has_bf16() -> bool:
     return SYSTEM == "Linux" and "avx512_bf16" in _processor().split()
 
 
-def _compile(command: list[str], source: Path, path: Path) -> None:
-    """Compiles into a temporary folder and renames, since several processes may compile at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
-        subprocess.run([*command, str(source), "-o", str(built), "-lm"], check=True, capture_output=True)
-        built.replace(path)
+def _compile(command: list[str], key: str) -> Path:
+    """Compiles into a temporary folder and renames, since several processes may compile at once.
+
+    The name of the library ends in its digest: a damaged library would end the process.
+    """
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+        built = Path(folder) / "kernels.so"
+        subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, timeout=TIMEOUT)
+        return built.replace(cache_folder() / f"kernels-{key}-{_digest(built)}.so")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _compiler() -> str | None:

@@ -18,8 +18,13 @@ class Kernels:
     def __call__(self, name: str, *arguments: Tensor | int | float) -> None:
         """Calls the function `name` with PyTorch's number of threads.
 
-        Tensors must be contiguous and on the CPU, float32 except for int64 targets; the kernels check nothing.
+        Tensors must be contiguous and on the CPU, float32 except for int64 targets. The caller checks the shapes.
         """
+        for a in arguments:
+            if isinstance(a, Tensor):
+                assert a.is_contiguous(), name
+                assert a.device.type == "cpu", name
+                assert a.dtype in (torch.float32, torch.int64), name
         values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor)
                   else ctypes.c_float(a) if isinstance(a, float) else ctypes.c_int64(a) for a in arguments]  # fmt: skip
         getattr(self._library, name)(*values, ctypes.c_int(torch.get_num_threads()))
