@@ -32,19 +32,23 @@ COLLECTIVE_TIMEOUT = timedelta(hours=12)
 PRECISIONS = ("no", "bf16", "fp16")
 
 
-def build_accelerator(config: TrainConfig, resumed: str = "") -> Accelerator:
+def build_accelerator(config: TrainConfig, resumed: str = "", threads: int = 0) -> Accelerator:
     """The Accelerator for this config.
 
     Precision `auto` is that of the resumed run, or else that of the launcher, or else `best_precision()` of the main
     process. All processes use the same one.
 
     resumed: the precision that the run has used so far; empty for a new run.
+    threads: the number of threads that each process of the run has used on a CPU so far, which is set again unless
+        OMP_NUM_THREADS gives another one: it decides the order of sums. 0 for a new run.
     Raises `UserError` for a precision or a launcher setting that cannot work here.
     """
     cpu = not torch.accelerator.is_available()  # or Accelerate expects GPUs under a launcher of several processes
     # Accelerate keeps its settings in a singleton and refuses others; a process may train twice, with two precisions.
     AcceleratorState._reset_state(reset_partial_state=True)
     processes = PartialState(cpu, timeout=COLLECTIVE_TIMEOUT)
+    if cpu and threads > 0 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
     precision = _common_precision(processes, config.mixed_precision, resumed)
     if precision == "fp16" and not torch.cuda.is_available():
         advice = "resume the run on one, or start a new run" if resumed else "use auto, no or bf16"
@@ -128,9 +132,10 @@ def describe_device(accelerator: Accelerator) -> tuple[str, str]:
 
 
 def environment_facts(accelerator: Accelerator) -> dict[str, str | int]:
-    """Device, precision, number of processes, and versions of Python and packages."""
+    """Device, precision, numbers of processes and threads, and versions of Python and packages."""
     device, precision = describe_device(accelerator)
-    return {"device": device, "precision": precision, "processes": accelerator.num_processes, **versions()}
+    return {"device": device, "precision": precision, "processes": accelerator.num_processes,
+            "threads": torch.get_num_threads(), **versions()}  # fmt: skip
 
 
 def warnings(accelerator: Accelerator) -> list[str]:

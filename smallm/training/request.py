@@ -14,6 +14,9 @@ from smallm.runs.layout import check_path, new_run
 from smallm.training.checkpoint.safe_load import check_memory
 from smallm.training.config import KEYS, MAY_CHANGE, Config, check_keys, nested
 
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+"""Precision in the facts of a checkpoint -> train.mixed_precision."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -27,6 +30,8 @@ class Request:
     """The settings that a config file or the caller gives, as `section.field`; `train.minutes` leaves them alone."""
     precision: str = ""
     """The precision that the resumed run uses where train.mixed_precision is `auto`; empty = not chosen yet."""
+    threads: int = 0
+    """The number of threads that each process of the resumed run uses on a CPU; 0 = not chosen yet."""
 
 
 def resolve(
@@ -93,7 +98,9 @@ def _resumed(settings: Mapping[str, Any], run: Path, more: bool) -> Request:
     from smallm.training.checkpoint.manager import saved_config
 
     check_path(run)
-    saved, precision = saved_config(run)
+    saved, facts = saved_config(run)
+    precision = PRECISIONS.get(str(facts.get("precision")), "")
+    threads = facts.get("threads", 0)
     old = flatten(saved.to_dict())
     if settings.get("train.mixed_precision") == precision != "":
         settings = {**settings, "train.mixed_precision": saved.train.mixed_precision}
@@ -104,7 +111,7 @@ def _resumed(settings: Mapping[str, Any], run: Path, more: bool) -> Request:
                 old[key] = precision
             raise UserError(f"{run} was trained with {key} = {old[key]!r}, not {value!r}; leave out {key}, or start "
                             "a new run")  # fmt: skip
-    return Request(config, run, True, frozenset(KEYS), precision)
+    return Request(config, run, True, frozenset(KEYS), precision, threads if type(threads) is int else 0)
 
 
 def _merge(settings: Mapping[str, Any], files: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], frozenset[str]]:

@@ -44,7 +44,7 @@ def run_training(request: Request, started: float, last: bool = True) -> int:
     clock = Clock.after_imports(started)
     config, out = request.config, request.out
     trackers.check(config.train.trackers)
-    accelerator = build_accelerator(config.train, request.precision)
+    accelerator = build_accelerator(config.train, request.precision, request.threads)
     with report_first_failure(accelerator), _locked(accelerator, out):
         folder = _newest_checkpoint(accelerator, out) if request.resume else None
         origin = load_origin(accelerator, config, out) if config.train.init_from and folder is None else None

@@ -1,6 +1,7 @@
 """smallm.training.devices: TF32, the time-out of collectives, and what a GPU can multiply; devices are faked."""
 
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from smallm.training import devices
+from smallm.training import cli, devices
+from smallm.training.checkpoint.format import read_state
+from smallm.training.checkpoint.manager import best_checkpoint
 from smallm.training.config import TrainConfig
 from smallm.training.devices import allow_tf32, build_accelerator, multiplies_bf16
 
@@ -85,3 +88,29 @@ def test_only_the_main_process_measures_the_precision(monkeypatch):
     monkeypatch.setattr(devices, "broadcast_from_main", lambda processes, index: (1.0,))
     other = SimpleNamespace(is_main_process=False, num_processes=2)
     assert devices._common_precision(other, "auto", "") == "bf16"
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and restores the number of before afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="for CPUs")
+def test_a_resumed_run_keeps_its_number_of_threads(monkeypatch, threads, text_file, tmp_path):
+    """The number of threads decides the order of sums."""
+    argv = ["--model.n_layer=1", "--model.n_head=1", "--model.n_embd=32", "--model.block_size=8", "--train.max_steps=2",
+            "--train.sample_length=0"]  # fmt: skip
+    run = str(tmp_path / "run")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads(3)
+    assert cli.main(["--data", str(text_file), "--out", run, *argv]) == 0
+    threads(1)
+    assert cli.main(["--resume", run, "--train.max_steps=3"]) == 0
+    assert torch.get_num_threads() == read_state(best_checkpoint(Path(run)))[0].facts["threads"] == 3
+    threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert cli.main(["--resume", run, "--train.max_steps=4"]) == 0
+    assert torch.get_num_threads() == 1

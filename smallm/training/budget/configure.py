@@ -44,7 +44,8 @@ def plan_run(
 ) -> tuple[Config, Corpus, int]:
     """Chooses all settings that the user has not set; prints three lines about them to stderr.
 
-    Measures the speed twice: with a standard model, to choose a shape, and with the chosen shape, to choose the rest.
+    Measures the speed twice: with a standard model, to choose a shape, and with the chosen shape, to choose the rest;
+    the second time with the compiled model if the run will compile it.
 
     Args:
         accelerator: of the run; all processes must call this.
@@ -71,15 +72,15 @@ def plan_run(
             explicit=explicit, ranks=ranks, min_batch_ids=min_batch_ids,
         )  # fmt: skip
 
-    def measure(config: Config, rows: int, max_seconds: float) -> float:
+    def measure(config: Config, rows: int, max_seconds: float, passes: int = 0) -> float:
         seconds = min(max_seconds, PROBE_TIME * 60 * minutes)
-        return flops_per_second(accelerator, config, corpus.vocabulary.size, rows, seconds)
+        return flops_per_second(accelerator, config, corpus.vocabulary.size, rows, seconds, passes)
 
     model, rows = CPU_PROBE if on_cpu else GPU_PROBE
     first = choose(measure(replace(config, model=model), rows, FIRST_PROBE_SECONDS), kept)
     first_config = first.config(config)
-    rows, _ = divide_batch(first_config.train.batch_size, first_config.train.micro_batch_size, ranks)
-    speed = measure(first_config, rows, SECOND_PROBE_SECONDS)
+    rows, passes = divide_batch(first_config.train.batch_size, first_config.train.micro_batch_size, ranks)
+    speed = measure(first_config, rows, SECOND_PROBE_SECONDS, passes * first.steps)
     shape = {key: value for key, value in first.settings.items() if key in SHAPE}
     final = choose(speed, kept | shape)  # keeps the shape, adapts the other settings to the speed
     config = final.config(first_config)

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
@@ -93,19 +94,18 @@ def best_checkpoint(run: Path) -> Path:
     return min(scored)[1] if scored else intact[-1]
 
 
-def saved_config(run: Path) -> tuple[Config, str]:
-    """The resolved config of a run, and the precision that its steps used: `no`, `bf16` or `fp16`.
+def saved_config(run: Path) -> tuple[Config, dict[str, Any]]:
+    """The resolved config of a run and its facts (`TrainingState.facts`), such as precision and number of threads.
 
-    Both come from the newest intact checkpoint. Before the first one, the config comes from config.toml, and the
-    precision is "".
+    Both come from the newest intact checkpoint. Before the first one, the config comes from config.toml, and there are
+    no facts.
     """
     folder = newest_checkpoint(run, on_damaged=lambda folder, problem: None)
     if folder is not None:
         state, config = read_state(folder)
-        precision = str(state.facts.get("precision", ""))
-        return config, {"fp32": "no"}.get(precision, precision if precision in ("bf16", "fp16") else "")
+        return config, state.facts
     try:
-        return Config.from_dict(read_toml(run / CONFIG)), ""
+        return Config.from_dict(read_toml(run / CONFIG)), {}
     except (TypeError, UserError):
         raise UserError(f"{run} has neither a checkpoint nor a readable {CONFIG}; delete it and train again") from None
 

@@ -16,8 +16,9 @@ from test_training import ctrl_c, flags, metrics
 from toys import without_charts
 
 from smallm.training import cli
+from smallm.training.budget import probe
 from smallm.training.budget.clock import END_SECONDS, Clock, Forecast, StepBudget, TimeBudget
-from smallm.training.budget.configure import compressed_bytes, open_text
+from smallm.training.budget.configure import compressed_bytes, open_text, plan_run
 from smallm.training.budget.probe import flops_per_second
 from smallm.training.checkpoint.format import TrainingState, read_state
 from smallm.training.checkpoint.manager import checkpoints
@@ -207,6 +208,17 @@ def test_the_probe_measures_and_leaves_nothing_behind():
     torch.manual_seed(0)
     assert broadcast_from_main(accelerator, 1.5, 2.5) == (1.5, 2.5)
     assert before is not None
+
+
+@pytest.mark.parametrize(("choice", "compiled"), [("yes", 1), ("no", 0), ("auto", 0)])
+def test_the_last_probe_compiles_the_model_if_the_run_will(monkeypatch, text_file, choice, compiled):
+    """Otherwise the plan would be made for a slower run."""
+    calls = []
+    monkeypatch.setattr(probe, "compile_model", lambda model, *arguments, say: calls.append(model) or model)
+    config = Config.from_dict({"data.source": str(text_file), "train.minutes": 0.1, "train.compile": choice} | TINY)
+    accelerator = build_accelerator(config.train)
+    plan_run(accelerator, config, open_text(accelerator, config.data), set(TINY), Clock(time.perf_counter()))
+    assert len(calls) == compiled
 
 
 def test_compressed_bytes():
