@@ -7,14 +7,13 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from smallm.cli.repl_state import ReplState
-from smallm.cli.terminal import bold, line_editing, note_ctrl_c
+from smallm.cli.terminal import bold, line_editing
 from smallm.errors import UserError
 from smallm.generation.config import GenerationConfig
 from smallm.html.escape import printable
@@ -27,12 +26,7 @@ HELP = r"""TEXT                 is added to the text, and the model continues it
                      newline, \t a tab, \\ a backslash; for a text that starts
                      with a slash type two slashes
 (empty line)         same as /more; Ctrl-C stops only the model"""
-OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {  # as typed: option, parser, help
-    each.flag: (each.name, each.parser, f"{each.metavar}: {each.help}" if each.metavar else each.help)
-    for each in GenerationConfig.options()
-    if each.flag
-}
-ALIASES = {"again": "retry"}
+OPTIONS = {each.flag: each for each in GenerationConfig.options() if each.flag}
 PROMPT = "> "
 END_SHOWN = 48  # characters of a text in a list
 
@@ -46,65 +40,70 @@ def run_repl(model: LanguageModel, seed: str, options: Mapping[str, Any], flush:
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    console = Console(ReplState(model, **options), flush)
-    with line_editing(console.completions) if console.has_line_editing else nullcontext():
-        console.run(seed)
+    Console(ReplState(model, **options), flush).run(seed)
 
 
 class Console:
     """Reads lines and carries them out. A mistake is one line on stderr, after which the next line is read.
 
     Each method `do_NAME` is the command /NAME. Its docstring is the usage and the help text; its parameter, if it has
-    one, is the argument, a string or an int.
+    one, is the argument as typed.
     """
 
     def __init__(self, state: ReplState, flush: bool = True):
         self.state, self._flush = state, flush
-        self._interactive, stdout_is_terminal = sys.stdin.isatty(), sys.stdout.isatty()
-        self.has_line_editing = self._interactive and stdout_is_terminal
-        self._escapes = stdout_is_terminal
-        self._bold = stdout_is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+        self._interactive, self._escapes = sys.stdin.isatty(), sys.stdout.isatty()
+        self._bold = self._escapes and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
         self._saved: set[Path] = set()  # files that /save may overwrite
         names = [name.removeprefix("do_") for name in vars(Console) if name.startswith("do_")]
         self.commands: dict[str, Callable[..., Any]] = {name: getattr(self, f"do_{name}") for name in names}
 
     def run(self, seed: str = "") -> None:
         """Carries out `seed`, then lines until the end of stdin or /quit."""
+        is_screen = self._interactive and self._escapes
         if self._interactive:
             print(WELCOME, file=sys.stderr)
-        step, goes_on = (partial(self._add, seed) if seed else self._read_and_execute), True
-        while goes_on:
-            try:
-                goes_on = step() is not False
-            except UserError as error:
-                print(f"smallm: {printable(str(error))}", file=sys.stderr)
-            except KeyboardInterrupt:
-                if not self._interactive:  # a script ends like any other program
-                    raise
-                print(f"\n{LEAVING}", file=sys.stderr)
-            step = self._read_and_execute
+        with line_editing(self.completions) if is_screen else nullcontext():
+            while True:
+                try:
+                    if seed:
+                        self._add(seed)
+                    elif self.execute(input(PROMPT if is_screen else "")) is False:
+                        return
+                except EOFError:
+                    print(end="\n" if is_screen else "")
+                    return
+                except UserError as error:
+                    print(f"smallm: {printable(str(error))}", file=sys.stderr)
+                except KeyboardInterrupt:
+                    if not self._interactive:  # a script ends like any other program
+                        raise
+                    print(f"\n{LEAVING}", file=sys.stderr)
+                seed = ""
 
-    def execute(self, line: str) -> bool:
+    def execute(self, line: str) -> Any:
         """Carries out a line. Returns False for /quit. Raises `UserError`."""
         if any("\ud800" <= c <= "\udfff" for c in line):
             raise UserError("this line is not UTF-8; set the terminal, or save the file, as UTF-8")
         if not line:
-            self.do_more()
-        elif not line.startswith("/") or line.startswith("//"):
-            self._add(unescaped(line.removeprefix("/")))
-        else:
-            typed, _, argument = line[1:].partition(" ")
-            name = typed.replace("_", "-")
-            name = ALIASES.get(name, name)
-            if name in OPTIONS:
-                self._set_option(name, argument)
-            elif name in self.commands:
-                return self._call(name, argument.strip()) is not False
-            else:
-                close = get_close_matches(name, [*self.commands, *OPTIONS], n=1)
-                hint = f"did you mean /{close[0]}?" if close else "/help lists them; type // for a text with a slash"
-                raise UserError(f"there is no command /{typed}; {hint}")
-        return True
+            return self.do_more()
+        if not line.startswith("/") or line.startswith("//"):
+            return self._add(unescaped(line.removeprefix("/")))
+        typed, _, argument = line[1:].partition(" ")
+        name = "retry" if typed == "again" else typed.replace("_", "-")  # /again is the old name
+        arguments = [argument] if argument.strip() else []
+        if name in OPTIONS:
+            return self._set_option(name, *arguments)
+        if name not in self.commands:
+            close = get_close_matches(name, [*self.commands, *OPTIONS], n=1)
+            hint = f"did you mean /{close[0]}?" if close else "/help lists them; type // for a text with a slash"
+            raise UserError(f"there is no command /{typed}; {hint}")
+        command = self.commands[name]
+        try:
+            inspect.signature(command).bind(*arguments)
+        except TypeError:
+            raise UserError(f"this is not how /{name} is used; type {_usage(command)[0]}") from None
+        return command(*map(str.strip, arguments))
 
     def completions(self, line: str) -> list[str]:
         """The commands that start with this text."""
@@ -118,9 +117,9 @@ class Console:
         """/more: the model continues the text"""
         self._stream(self.state.generate())
 
-    def do_retry(self, rng_seed: int | None = None) -> None:
-        """/retry [N]: replaces the last turn of the model, with another rng seed or with N; also /again"""
-        self._stream(self.state.retry(rng_seed))
+    def do_retry(self, rng_seed: str = "") -> None:
+        """/retry [N]: replaces the last turn of the model, with another rng seed or with N"""
+        self._stream(self.state.retry(_number("retry", rng_seed, int) if rng_seed else None))
 
     def do_undo(self) -> None:
         """/undo: removes the last turn, typed or written"""
@@ -133,9 +132,9 @@ class Console:
 
     def do_branches(self) -> None:
         """/branches: lists the stored texts; * marks the current one"""
-        for name, turn in self.state.branches.items():
-            text = "".join(each.text for each in turn.path)
-            self._print(f"{'*' if turn is self.state.last else ' '} {name}  {_end_of(text)}")
+        for name, turns in self.state.branches.items():
+            text = "".join(turn.text for turn in turns)
+            self._print(f"{'*' if turns == self.state.turns else ' '} {name}  {_end_of(text)}")
 
     def do_go(self, name: str) -> None:
         """/go NAME: switches to a stored text; the current text is stored first"""
@@ -151,11 +150,9 @@ class Console:
             self._print(turn.text, end="", typed=turn.typed)
         self._print("")
 
-    def do_next(self, n: int = 10) -> None:
+    def do_next(self, n: str = "10") -> None:
         """/next [N]: lists the N most likely next characters, by default 10"""
-        if n < 1:
-            raise UserError(f"/next {n} is out of range; it must be 1 or more")
-        for character, p in self.state.next_characters(n):
+        for character, p in self.state.model.next_characters(self.state.text, _number("next", n, int)):
             self._print(f"{p:.6f}  {json.dumps(character, ensure_ascii=False)}")
 
     def do_save(self, file: str) -> None:
@@ -175,56 +172,31 @@ class Console:
     def do_options(self) -> None:
         """/options: shows the value of every option"""
         for name in OPTIONS:
-            self._print(self._option_line(name))
+            self._set_option(name)
 
-    def do_unset(self, name: str = "") -> None:
+    def do_unset(self, option: str) -> None:
         """/unset OPTION: resets an option to its default"""
-        name = name.removeprefix("/").replace("_", "-")
+        name = option.removeprefix("/").replace("_", "-")
         if name not in OPTIONS:
-            raise UserError(f"/unset needs an option: {', '.join(OPTIONS)}")
-        self.state.unset(OPTIONS[name][0])
-        self._print(self._option_line(name))
+            raise UserError(f"there is no option {option}; there are: {', '.join(OPTIONS)}")
+        self.state.set(OPTIONS[name].name, OPTIONS[name].default)
+        self._set_option(name)
 
     def do_help(self) -> None:
         """/help: shows this list"""
         self._print(HELP)
-        for command in self.commands.values():
-            self._print(_help_line(*_usage(command)))
-        self._print("Options; without a value the command shows the current one:")
-        for name, (_, _, text) in OPTIONS.items():
-            metavar, _, text = text.partition(": ")
-            self._print(_help_line(f"/{name}", f"{metavar}: {text}"))
+        lines = [_usage(command) for command in self.commands.values()]
+        lines += [("Options", "without a value the command shows the current one:")]
+        for name, option in OPTIONS.items():
+            lines.append((f"/{name}", f"{option.metavar or '|'.join(option.choices)}: {option.help}"))
+        for usage, text in lines:
+            self._print(textwrap.fill(text, 80, initial_indent=f"{usage:20} ", subsequent_indent=" " * 21))
 
     def do_quit(self) -> bool:
         """/quit: leaves, as Ctrl-D does"""
         return False
 
-    # Reading and printing.
-
-    def _read_and_execute(self) -> bool:
-        if self.has_line_editing:
-            with suppress(EOFError):
-                return self.execute(input(PROMPT))
-            print()
-            return False
-        if self._interactive:
-            print(PROMPT, end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        return bool(line) and self.execute(line.removesuffix("\n"))
-
-    def _call(self, name: str, argument: str) -> Any:
-        """Calls a command with the argument that its signature asks for."""
-        command = self.commands[name]
-        parameter = next(iter(inspect.signature(command).parameters.values()), None)
-        if parameter is None:
-            if argument:
-                raise UserError(f"/{name} takes no argument, not {argument!r:.40}")
-            return command()
-        if argument:
-            return command(argument if parameter.annotation is str else _number(name, argument, int))
-        if parameter.default is parameter.empty:
-            raise UserError(f"/{name} needs an argument: {_usage(command)[0]}")
-        return command()
+    # Printing, and what several commands share.
 
     def _print(self, text: str, end: str = "\n", typed: bool = False) -> None:
         """Prints to stdout; on a terminal with control characters escaped, and with typed text in bold."""
@@ -234,16 +206,15 @@ class Console:
 
     def _stream(self, chunks: Iterator[str]) -> None:
         """Prints a text while it is generated, until its end or Ctrl-C."""
-        is_empty, before = True, self.state.last
-        ctrl_c: AbstractContextManager[list[bool]] = note_ctrl_c() if self._interactive else nullcontext([])
-        with ctrl_c as pressed:
+        try:
             for chunk in chunks:
                 self._print(chunk, end="")
-                is_empty = False
-                if pressed:
-                    break
+        except KeyboardInterrupt:
+            if not self._interactive:
+                raise
         self._print("")
-        if is_empty and self.state.last is not before:
+        last = self.state.turns[-1:]
+        if last and last[0].stopped and not last[0].text:
             print("the text starts with a stop string; an empty line continues after it", file=sys.stderr)
 
     def _add(self, text: str) -> None:
@@ -256,24 +227,23 @@ class Console:
             self._print(f"stored the other text as {stored}")
         self._print(_end_of(self.state.text))
 
-    def _set_option(self, typed: str, argument: str) -> None:
+    def _set_option(self, flag: str, argument: str = "") -> None:
         """Sets an option if a value is given, and prints its value."""
-        name, parse, _ = OPTIONS[typed]
-        if argument.strip():
-            value = parse(argument) if parse is unescaped else _number(typed, argument.strip(), parse)
-            self.state.set(name, [*self.state.value("stop"), value] if name == "stop" else value)
-        self._print(self._option_line(typed))
-
-    def _option_line(self, typed: str) -> str:
-        name = OPTIONS[typed][0]
-        value = self.state.value(name)
-        if name == "rng_seed" and value is None:
-            last = self.state.rng_seed
-            return f"{typed} random{'' if last is None else f'; the last was {last}'}"
-        texts = [value] if isinstance(value, str) and name != "overflow" else value
-        if isinstance(texts, list | tuple):
+        option, state = OPTIONS[flag], self.state
+        if argument:
+            is_text = option.parser is unescaped
+            value = _number(flag, argument if is_text else argument.strip(), option.parser)
+            state.set(option.name, [*state.config.stop, value] if option.repeated else value)
+        known = state.config if option.name == "rng_seed" else state.config.resolve(state.model.metadata)
+        value = getattr(known, option.name)
+        if value is None:
+            value = option.unset
+            if option.name == "rng_seed" and state.rng_seed is not None:
+                value = f"{value}; the last was {state.rng_seed}"
+        elif option.parser is unescaped:
+            texts = value if option.repeated else [value]
             value = " ".join(json.dumps(text, ensure_ascii=False) for text in texts if text) or "none"
-        return f"{typed} {'all' if value is None else value}"
+        self._print(f"{flag} {value}")
 
 
 def _end_of(text: str) -> str:
@@ -286,10 +256,6 @@ def _usage(command: Callable[..., Any]) -> tuple[str, str]:
     """Usage and help text of a command."""
     usage, _, text = (inspect.getdoc(command) or "").partition(": ")
     return usage, text
-
-
-def _help_line(usage: str, text: str) -> str:
-    return textwrap.fill(text, 80, initial_indent=f"{usage:20} ", subsequent_indent=" " * 21)
 
 
 def _number(name: str, argument: str, parse: Callable[[str], Any]) -> Any:

@@ -1,35 +1,16 @@
-"""What the REPL needs of a terminal: lines with a history, Ctrl-C as a request, and bold text."""
+"""What the REPL needs of a terminal: lines with a history, and bold text."""
 
 import os
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
 HISTORY_LINES = 1000
 
 
 def bold(text: str) -> str:
     """The text with the escape codes for bold."""
-    return f"{BOLD}{text}{PLAIN}" if text else ""
-
-
-@contextmanager
-def note_ctrl_c() -> Iterator[list[bool]]:
-    """In this context the first Ctrl-C only fills the list, so that no step of the model is cut; a second raises."""
-    pressed: list[bool] = []
-
-    def note(_number: int, _frame: object) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(True)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return f"\x1b[1m{text}\x1b[0m" if text else ""
 
 
 @contextmanager
