@@ -1,8 +1,8 @@
 /* The implementation of smallm.h in C99.
 
-   In this order: bytes and text; the vocabulary; JSON; the check of the ONNX file; the manifest; the weights; the forward
-   pass; the sampler; allowed characters; the state of a text; measuring; the public functions. smallm_kernels.h has the
-   arithmetic for each instruction set. SAMPLING.md specifies the text that results. The Python package has the same parts
+   In this order: functions of real numbers; bytes and text; the vocabulary; JSON; the check of the ONNX file; the
+   manifest; the weights; the forward pass; the sampler; allowed characters; the state of a text; measuring; the public
+   functions. smallm_kernels.h has the arithmetic for each instruction set. SAMPLING.md specifies the text that results. The Python package has the same parts
    in model_file/onnx_reader.py, model_file/manifest.py, export/graph.py, generation/sampler.py,
    generation/logits_processors.py and generation/sequence_state.py. */
 
@@ -12,7 +12,7 @@
 #include "smallm.h"
 
 #include <float.h>
-#include <math.h>
+#include <math.h> /* sqrtf, which rounds correctly everywhere, and isnan, isfinite */
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -166,7 +166,9 @@ typedef struct {
     char *text;                /* characters that are certain, then the possible beginning of a stop string */
     double *logprobs;          /* at the first byte of each character of `text` */
     char *chunk;               /* the text that was returned last */
-    double chunk_logprob, logprob; /* of `chunk`; of the ids of an incomplete character */
+    double *chunk_logprobs;    /* of each character of `chunk` */
+    size_t chunk_characters;
+    double logprob;            /* of the ids of an incomplete character */
     size_t ready, held, room;  /* bytes of `text` that are certain; that are held back; that it has room for */
 } sequence_state;
 
@@ -229,6 +231,53 @@ static smallm_status other_graph(smallm_model *model, const char *what)
 static smallm_status not_finite(char *error)
 {
     return fail(error, SMALLM_BAD_MODEL, "the model's logits are not finite: its weights are broken; train it again");
+}
+
+/* -- functions of real numbers, the same on every system -- */
+
+/* e^x for x up to 0: 2^n times the Taylor series of the remainder, at most ln 2 / 2. */
+static double exponential(double x)
+{
+    static const double TAYLOR[14] = {
+        1, 1, 1 / 2.0, 1 / 6.0, 1 / 24.0, 1 / 120.0, 1 / 720.0, 1 / 5040.0, 1 / 40320.0, 1 / 362880.0, 1 / 3628800.0,
+        1 / 39916800.0, 1 / 479001600.0, 1 / 6227020800.0};
+    if (x < -708) return x < -745 ? 0 : exponential(x + 64) * 1.6038108905486378e-28; /* e^-64 */
+    double n = (double)(int)(x * 1.4426950408889634 - 0.5), r = (x - n * 0.69314718036912382) - n * 1.9082149292705877e-10;
+    double e = TAYLOR[13];
+    for (int i = 12; i >= 0; i--) e = e * r + TAYLOR[i];
+    uint64_t bits = (uint64_t)(1023 + (int)n) << 52;
+    double power;
+    memcpy(&power, &bits, sizeof power);
+    return e * power;
+}
+
+/* ln x for x > 0: with x = 2^n times m, the series of ln m in (m - 1) / (m + 1). */
+static double logarithm(double x)
+{
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    int n = (int)(bits >> 52) - 1023;
+    bits = (bits & 0xFFFFFFFFFFFFFu) | (uint64_t)1023 << 52;
+    memcpy(&x, &bits, sizeof x);
+    if (x > 1.4142135623730951) x /= 2, n++;
+    double s = (x - 1) / (x + 1), sum = 0;
+    for (int k = 23; k > 1; k -= 2) sum = sum * s * s + 1.0 / k;
+    return n * 0.69314718036912382 + (n * 1.9082149292705877e-10 + 2 * s * s * s * sum + 2 * s);
+}
+
+/* cos x and sin x for x from 0 to 10^9, from the Taylor series of the remainder of pi / 2. */
+static void cosine_and_sine(double x, float *cosine, float *sine)
+{
+    if (!(x < 1e9)) x = 0; /* no model that can be used has such an angle */
+    int n = (int)(x * 0.63661977236758138 + 0.5);
+    double r = (x - n * 1.5707963267341256) - n * 6.0771005065061922e-11, c = 1, s = 1;
+    for (int k = 18; k > 0; k -= 2) {
+        c = 1 - r * r / (k * (k - 1)) * c;
+        s = 1 - r * r / (k * (k + 1)) * s;
+    }
+    s *= r;
+    *cosine = (float)(n % 4 == 0 ? c : n % 4 == 1 ? -s : n % 4 == 2 ? -c : s);
+    *sine = (float)(n % 4 == 0 ? s : n % 4 == 1 ? c : n % 4 == 2 ? -s : -c);
 }
 
 /* -- bytes and text -- */
@@ -476,7 +525,12 @@ static bool json_number(span *json, double *value, bool *whole)
         *whole = false;
     }
     /* Exact for mantissas of up to 53 bits and powers of up to 10^22, which covers practical settings. */
-    double power = pow(10.0, exponent < 0 ? -exponent : exponent);
+    double power = 1;
+    int left = exponent < 0 ? -exponent : exponent;
+    for (; left > 22; left -= 22) power *= 1e22;
+    double rest = 1;
+    for (; left > 0; left--) rest *= 10;
+    power *= rest;
     *value = exponent < 0 ? (double)mantissa / power : (double)mantissa * power;
     if (negative) *value = -*value;
     return digits > 0 && isfinite(*value);
@@ -1323,9 +1377,8 @@ static smallm_status prepare_rotation(smallm_model *model)
     model->rotation = reserve(model, (size_t)model->head_dim, sizeof *model->rotation);
     if (model->rotation == NULL) return no_memory(model->error);
     for (int32_t i = 0; i < half; i++) {
-        double angle = moved * pow(model->rope_theta, -(double)i / half);
-        model->rotation[i] = (float)cos(angle);
-        model->rotation[half + i] = (float)sin(angle);
+        double y = logarithm(model->rope_theta) * i / half, angle = moved * (y < 0 ? 1 / exponential(y) : exponential(-y));
+        cosine_and_sine(angle, &model->rotation[i], &model->rotation[half + i]);
     }
     return SMALLM_OK;
 }
@@ -1384,11 +1437,13 @@ static smallm_status read_weights(smallm_model *model, span file)
 #undef TARGET
 #undef SUFFIX
 #endif
+#if !defined(__wasm_simd128__) /* whose module is to be small */
 #define SUFFIX plain
 #define TARGET
 #include "smallm_kernels.h"
 #undef TARGET
 #undef SUFFIX
+#endif
 
 /* Chooses the fastest kernels of this processor, or those with the given name; false if it does not have them. */
 static bool choose_kernels(smallm_model *model, const char *name)
@@ -1406,7 +1461,10 @@ static bool choose_kernels(smallm_model *model, const char *name)
 #elif defined(__wasm_simd128__)
         {"wasm", &KERNELS_wasm, true},
 #endif
-        {"plain", &KERNELS_plain, true}};
+#if !defined(__wasm_simd128__)
+        {"plain", &KERNELS_plain, true},
+#endif
+    };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (known[i].there && (name == NULL || strcmp(name, known[i].name) == 0)) {
             model->kernels = known[i].kernels, model->kernel_name = known[i].name;
@@ -1716,22 +1774,6 @@ static size_t rank(smallm_context *c, uint64_t last)
     return count;
 }
 
-/* e^x for x up to 0, the same on every system: 2^n times the Taylor series of the remainder, at most ln 2 / 2. */
-static double exponential(double x)
-{
-    static const double TAYLOR[14] = {
-        1, 1, 1 / 2.0, 1 / 6.0, 1 / 24.0, 1 / 120.0, 1 / 720.0, 1 / 5040.0, 1 / 40320.0, 1 / 362880.0, 1 / 3628800.0,
-        1 / 39916800.0, 1 / 479001600.0, 1 / 6227020800.0};
-    if (x < -708) return x < -745 ? 0 : exponential(x + 64) * 1.6038108905486378e-28; /* e^-64 */
-    double n = (double)(int)(x * 1.4426950408889634 - 0.5), r = (x - n * 0.69314718036912382) - n * 1.9082149292705877e-10;
-    double e = TAYLOR[13];
-    for (int i = 12; i >= 0; i--) e = e * r + TAYLOR[i];
-    uint64_t bits = (uint64_t)(1023 + (int)n) << 52;
-    double power;
-    memcpy(&power, &bits, sizeof power);
-    return e * power;
-}
-
 static double weight(double logit, double largest, double temperature)
 {
     return exponential((logit - largest) / (temperature > MIN_TEMPERATURE ? temperature : MIN_TEMPERATURE));
@@ -1966,7 +2008,7 @@ static double nats_of(const float *logits, size_t V, int32_t target)
 {
     double largest, total;
     if (!softmax_sum(logits, V, &largest, &total)) return NAN;
-    return log(total) - ((double)logits[target] - largest);
+    return logarithm(total) - ((double)logits[target] - largest);
 }
 
 /* Chooses the next id from its logits. */
@@ -2020,6 +2062,7 @@ static void end_sequence(sequence_state *d)
     free(d->allowed);
     free(d->text);
     free(d->logprobs);
+    free(d->chunk_logprobs);
     free(d->chunk);
     memset(d, 0, sizeof *d);
 }
@@ -2096,11 +2139,13 @@ static smallm_status prepare_stops(smallm_context *c, sequence_state *d)
     d->room = longest + 2 * MAX_PUSHED;
     d->text = calloc(d->room + 1, 1);
     d->logprobs = calloc(d->room + 1, sizeof *d->logprobs);
+    d->chunk_logprobs = calloc(d->room + 1, sizeof *d->chunk_logprobs);
     d->chunk = calloc(d->room + 1, 1);
     d->stops = calloc(count + 1, sizeof *d->stops);
     d->words = calloc(total + 1, 1);
     d->borders = calloc(total + 1, sizeof *d->borders);
-    if (!(d->text && d->logprobs && d->chunk && d->stops && d->words && d->borders)) return no_memory(c->error);
+    if (!(d->text && d->logprobs && d->chunk_logprobs && d->chunk && d->stops && d->words && d->borders))
+        return no_memory(c->error);
     size_t at = 0;
     for (size_t i = 0; i < d->options.stop_count; i++) {
         stop *s = &d->stops[d->stop_count];
@@ -2176,6 +2221,7 @@ static bool copy_sequence(const smallm_model *model, const sequence_state *from,
     to->allowed = copy_of(from->allowed, (size_t)model->vocab_size * sizeof *to->allowed, &enough);
     to->text = copy_of(from->text, from->room + 1, &enough);
     to->logprobs = copy_of(from->logprobs, (from->room + 1) * sizeof *to->logprobs, &enough);
+    to->chunk_logprobs = copy_of(from->chunk_logprobs, (from->room + 1) * sizeof *to->logprobs, &enough);
     to->chunk = copy_of(from->chunk, from->room + 1, &enough);
     for (size_t i = 0, at = 0; enough && i < to->stop_count; at += to->stops[i++].length) {
         to->stops[i].word = (const uint8_t *)to->words + at;
@@ -2621,8 +2667,9 @@ smallm_status smallm_take(smallm_context *c, const char **text, size_t *bytes)
     if (d->ready == 0) return d->done ? SMALLM_DONE : SMALLM_OK;
     memcpy(d->chunk, d->text, d->ready);
     d->chunk[d->ready] = '\0';
-    d->chunk_logprob = 0;
-    for (size_t i = 0; i < d->ready; i += (size_t)sequence_length((uint8_t)d->text[i])) d->chunk_logprob += d->logprobs[i];
+    d->chunk_characters = 0;
+    for (size_t i = 0; i < d->ready; i += (size_t)sequence_length((uint8_t)d->text[i]))
+        d->chunk_logprobs[d->chunk_characters++] = d->logprobs[i];
     memmove(d->text, d->text + d->ready, d->held);
     memmove(d->logprobs, d->logprobs + d->ready, d->held * sizeof *d->logprobs);
     *text = d->chunk;
@@ -2690,7 +2737,18 @@ smallm_status smallm_step(smallm_context *const *contexts, size_t count)
     return first;
 }
 
-double smallm_logprob(const smallm_context *context) { return context != NULL ? context->state.chunk_logprob : 0; }
+double smallm_logprob(const smallm_context *context)
+{
+    double sum = 0;
+    for (size_t i = 0; context != NULL && i < context->state.chunk_characters; i++) sum += context->state.chunk_logprobs[i];
+    return sum;
+}
+
+const double *smallm_logprobs(const smallm_context *context, size_t *count)
+{
+    if (count != NULL) *count = context != NULL ? context->state.chunk_characters : 0;
+    return context != NULL ? context->state.chunk_logprobs : NULL;
+}
 
 void smallm_cancel(smallm_context *context)
 {

@@ -181,6 +181,9 @@ SMALLM_API smallm_status smallm_take(smallm_context *context, const char **text,
 /* With options.logprobs: ln of the probability of the last chunk, at temperature 1 with all characters allowed. */
 SMALLM_API double smallm_logprob(const smallm_context *context);
 
+/* The same for each character of the last chunk; *count = number of characters. Valid as long as the chunk. */
+SMALLM_API const double *smallm_logprobs(const smallm_context *context, size_t *count);
+
 /* Stops a call of smallm_next or smallm_step in another thread as soon as possible; if no call is running, the next one
    for this text stops. That call returns SMALLM_CANCELLED, and the text can be continued. */
 SMALLM_API void smallm_cancel(smallm_context *context);
