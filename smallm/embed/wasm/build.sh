@@ -10,3 +10,4 @@ for name in math stdio stdlib string; do : > "$headers/$name.h"; done
 ${CLANG:-clang} --target=wasm32 -std=c11 -O2 -msimd128 -mbulk-memory -ffp-contract=off -nostdlibinc -nostdlib \
   -fno-builtin-malloc -fno-builtin-calloc -fvisibility=hidden -DSMALLM_SHARED -Wall -Wextra -Werror -isystem "$headers" -include libc.h ../c/smallm.c libc.c \
   -Wl,--no-entry,--export-dynamic,--export=malloc,--export=free,--stack-first,--strip-all,-z,stack-size=262144 -o "$output"
+chmod 644 "$output"
