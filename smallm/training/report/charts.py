@@ -1,13 +1,13 @@
-"""Charts of runs, drawn by matplotlib: one picture of a file's size, and small charts inside a page.
+"""Charts of runs, drawn by matplotlib: all of them in one picture, or each as an SVG on a page.
 
-On a page the charts are SVG whose colours are CSS variables, so that the charts follow a dark screen and paper. The
-points of the lines go along as data, from which `report.js` shows the values under the pointer.
+On a page the colours are CSS variables, so that the charts follow a dark screen and paper. The points of the lines go
+along as data, from which `report.js` shows the values under the pointer.
 """
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -24,51 +24,74 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072b2", "#d55e00", "#00805d", "#b3478c", "#7a5195", "#8c6d1f", "#3a8cc4", "#4d4d4d")
 """Colours of the runs, which people with few colour receptors tell apart; in report.css --c0 to --c7."""
-GRID, EDGE, KEY = "#e6e6e6", "#ffffff", "#4c4c4c"
+GRID, EDGE = "#e6e6e6", "#ffffff"
 VARIABLES = {GRID: "var(--line)", EDGE: "var(--paper)"} | {hex: f"var(--c{i})" for i, hex in enumerate(COLOURS)}
 WIDTH, HEIGHT = 440, 280  # of a chart on a page, in units of which a letter has about 12
 LEFT, RIGHT, TOP, BOTTOM = 58, 10, 10, 42  # margins for the labels
-MAX_POINTS = 240  # of a line on a page; more would lie closer than a pixel
+MAX_POINTS = 240  # of a line; more would lie closer than a pixel
 RAW_FROM = 100  # points from which a training loss is smoothed over a faint line of its raw values
-NATS = "nats per character"
 
 
-def loss_figure(runs: Sequence[RunHistory]) -> "Figure":
-    """The picture of some runs: loss by step above the learning rate, loss by epoch above a key with the best losses.
+@dataclass(frozen=True)
+class Chart:
+    """Which columns of the training records, and for the loss of the evaluations too, are drawn over which."""
 
-    Raises `UserError` if matplotlib is missing.
-    """
+    title: str
+    x: str
+    y: str = "loss"
+    log: bool = False
+    """Both axes are logarithmic; otherwise they begin at 0, but for the loss at `loss_limits`."""
+
+
+def charts(runs: Sequence[RunHistory]) -> list[Chart]:
+    """The charts for which the runs hold figures."""
+    found = [Chart("Loss by step", "step")]
+    if all(run.record.train_characters for run in runs):
+        # From the very first losses, which the other charts leave out: with two logarithmic axes they fall almost
+        # along a straight line.
+        found.append(Chart("Loss by characters seen", "characters", log=True))
+    if len(runs) > 1:
+        found.append(Chart("Loss by time", "seconds"))
+    if any(np.isfinite(run.train["learning_rate"]).any() for run in runs):
+        found.append(Chart("Learning rate", "step", "learning_rate"))
+    if len(runs) == 1 and np.isfinite(runs[0].train["characters_per_second"]).any():
+        found.append(Chart("Characters per second", "step", "characters_per_second"))
+    return found
+
+
+def picture(runs: Sequence[RunHistory]) -> "Figure":
+    """All charts of some runs above a key with their losses. Raises `UserError` if matplotlib is missing."""
+    shown = charts(runs)
     figure = _figure(figsize=(12, 7.5), dpi=100, layout="constrained")
-    title = " · ".join(run.name for run in runs)
-    figure.suptitle(title if len(title) < 90 else f"{len(runs)} runs", fontsize=14, weight="bold", parse_math=False)
-    (by_step, by_epoch), (rate, key) = figure.subplots(2, 2, width_ratios=(4, 3), height_ratios=(2, 1))
-    rate.sharex(by_step)
-    by_epoch.sharey(by_step)
-    for run, colours in zip(runs, _colours(runs), strict=True):
-        _draw_losses(by_step, run, "step", colours)
-        _draw_losses(by_epoch, run, "epoch", colours)
-        rate.plot(run.train["step"], run.train["learning_rate"], "-o", color=colours[1], markersize=3, markevery=[-1])
-    for axes, x in ((by_step, "step"), (by_epoch, "epoch")):
-        _style(axes, x, f"loss ({NATS})")
-    _style(rate, "step", "learning rate")
-    by_step.set(ylim=loss_limits(runs))
-    rate.set(ylim=(0, None))
-    _draw_key(key, runs)
+    from matplotlib.lines import Line2D
+
+    panels = figure.subplots(-(-len(shown) // 2), 2, squeeze=False).flat
+    for chart, axes in zip(shown, panels, strict=False):
+        axes.set_title(chart.title)
+        _draw(axes, chart, runs)
+    for axes in list(panels)[len(shown) :]:
+        axes.axis("off")
+    lines = [(f"{run.name}: {summary(run)}", colour) for run, (_, colour) in zip(runs, _colours(runs), strict=True)]
+    lines += [("training", COLOURS[1])] if len(runs) == 1 else []
+    # Placeholders at first: matplotlib would skip a name that begins with "_" and typeset one that holds "$".
+    key = figure.legend([Line2D([], [], color=colour, linewidth=3) for _, colour in lines], ["run"] * len(lines),
+                        loc="outside lower left", title="Validation loss strong, training loss thin, best loss ★",
+                        frameon=False, alignment="left", ncols=-(-len(lines) // 8))  # fmt: skip
+    for text, (label, _) in zip(key.get_texts(), lines, strict=True):
+        text.set(parse_math=False, text=label)
     return figure
 
 
 def page_charts(runs: Sequence[RunHistory]) -> str:
-    """HTML with a key and the charts of some runs: losses by step, characters and time; learning rate; speed.
-
-    Raises `UserError` if matplotlib is missing.
-    """
+    """HTML with a key and all charts of some runs. Raises `UserError` if matplotlib is missing."""
     if len(runs) == 1:
         items = [("validation", "c0"), ("training", "c1 thin")]
     else:
         items = [(run.name, f"c{i % len(COLOURS)}") for i, run in enumerate(runs)]
         items += [("validation", ""), ("training", "thin")]
     key = "".join(f'<li><i class="swatch {kind}"></i>{escape(name)}</li>' for name, kind in items)
-    return f'<ul class="key">{key}</ul><div class="charts">{"".join(_charts(runs))}</div>'
+    drawn = "".join(_page_chart(chart, runs) for chart in charts(runs))
+    return f'<ul class="key">{key}</ul><div class="charts">{drawn}</div>'
 
 
 def loss_limits(runs: Sequence[RunHistory]) -> tuple[float, float]:
@@ -119,9 +142,6 @@ def spread(count: int, max_count: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, max_count)).round().astype(int))
 
 
-# Parts of both kinds of charts.
-
-
 def _figure(**options: Any) -> "Figure":
     try:
         from matplotlib.figure import Figure  # not pyplot, which has global state and opens windows
@@ -137,145 +157,74 @@ def _colours(runs: Sequence[RunHistory]) -> list[tuple[str, str]]:
     return [(COLOURS[i % len(COLOURS)],) * 2 for i in range(len(runs))]
 
 
-def _style(axes: "Axes", x_label: str, y_label: str, max_ticks: tuple[int, int] = (8, 7)) -> None:
-    """Labels, a grid, and at most about `max_ticks` round numbers along x and y."""
+def _draw(axes: "Axes", chart: Chart, runs: Sequence[RunHistory]) -> dict[str, "Line2D"]:
+    """Draws a chart; returns the lines whose values a page shows under the pointer, by their names."""
+    lines = {}
+    for run, colours in zip(runs, _colours(runs), strict=True):
+        if chart.y == "loss":
+            names = ("training", "validation") if len(runs) == 1 else (f"{run.name}, training", run.name)
+            lines |= zip(names, _draw_losses(axes, run, chart, colours), strict=True)
+        else:
+            name = chart.y.replace("_", " ") if len(runs) == 1 else run.name
+            lines[name] = _line(axes, run.train[chart.x], run.train[chart.y], color=colours[1], linewidth=2)
+    points = np.concatenate([line.get_xydata() for line in axes.lines])  # (n, 2)
+    near = loss_limits(runs) if chart.y == "loss" and not chart.log else None
+    axes.set(xlim=_limits(points[:, 0], chart.log), ylim=near or _limits(points[:, 1], chart.log))
+    _style(axes, chart)
+    return lines
+
+
+def _draw_losses(
+    axes: "Axes", run: RunHistory, chart: Chart, colours: tuple[str, str]
+) -> tuple["Line2D", "Line2D"]:
+    """The training loss thin, over its faint raw values; the validation loss strong, with a star on the best."""
+    train, val, x = _averaged(run.train) if chart.log else run.train, run.val, chart.x
+    if len(train["loss"]) >= RAW_FROM:
+        _line(axes, train[x], train["loss"], color=colours[0], alpha=0.2, linewidth=0.6)
+    thin = _line(axes, train[x], smooth(train["loss"]), marker="o", color=colours[0], alpha=0.7, linewidth=1.2,
+                 markersize=3, markevery=[-1])  # fmt: skip
+    strong = _line(axes, val[x], val["loss"], marker="o", color=colours[1], linewidth=2, markersize=4,
+                   markevery=len(val[x]) // 25 or 1)  # fmt: skip
+    if run.best_index is not None:
+        axes.plot(val[x][run.best_index], run.best_loss, "*", color=colours[1], markersize=14, markeredgecolor=EDGE)
+    return thin, strong
+
+
+def _line(axes: "Axes", x: np.ndarray, y: np.ndarray, **options: Any) -> "Line2D":
+    chosen = spread(len(x), MAX_POINTS)
+    return axes.plot(x[chosen], y[chosen], **options)[0]
+
+
+def _limits(values: np.ndarray, log: bool) -> tuple[float, float]:
+    """The ends of an axis for all finite values, with room for the marks at the ends."""
+    known = values[np.isfinite(values) & (values > 0)]
+    if not log:
+        return 0.0, 1.03 * float(known.max(initial=0.0)) or 1.0
+    low, high = (float(known.min()), float(known.max())) if len(known) else (1.0, 10.0)
+    return low / 1.05, high * 1.05
+
+
+def _style(axes: "Axes", chart: Chart) -> None:
+    """Labels, a grid, and a few round numbers along both axes."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    axes.set(xlabel=x_label, ylabel=y_label)
-    for axis, count in zip((axes.xaxis, axes.yaxis), max_ticks, strict=True):
+    axes.set(xlabel="characters of text" if chart.x == "characters" else chart.x)
+    axes.set(ylabel="nats per character" if chart.y == "loss" else "")
+    if chart.log:
+        axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
         low, high = axis.get_view_interval()
-        if axis.get_scale() == "log" and high >= 10 * low:
+        if chart.log and high >= 10 * low:
             axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
         else:
-            whole = axis is axes.xaxis and x_label == "step"
-            axis.set_major_locator(MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=1))
+            whole = axis is axes.xaxis and chart.x == "step"
+            axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=1))
         axis.set_major_formatter(lambda value, _: short(value))
         axis.minorticks_off()
     axes.grid(color=GRID)
     axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_losses(
-    axes: "Axes", run: RunHistory, x: str, colours: tuple[str, str], max_points: int | None = None
-) -> tuple["Line2D", "Line2D"]:
-    """The training loss thin, over its faint raw values; the validation loss strong, with a star on the best.
-
-    x: the column to draw over. max_points: of a line. Returns the lines of the training and the validation loss.
-    """
-    train, val, colour = run.train, run.val, {"train": colours[0], "val": colours[1]}
-
-    def line(xs: np.ndarray, ys: np.ndarray, *style: Any, **options: Any) -> "Line2D":
-        chosen = spread(len(xs), max_points or len(xs))
-        return axes.plot(xs[chosen], ys[chosen], *style, **options)[0]
-
-    if len(train["loss"]) >= RAW_FROM:
-        line(train[x], train["loss"], color=colour["train"], alpha=0.2, linewidth=0.6)
-    thin = line(train[x], smooth(train["loss"]), "-o", color=colour["train"], alpha=0.7, linewidth=1.2, markersize=3,
-                markevery=[-1])  # fmt: skip
-    strong = line(val[x], val["loss"], "-o", color=colour["val"], linewidth=2, markersize=4,
-                  markevery=len(val[x]) // 25 or 1)  # fmt: skip
-    if run.best_index is not None:
-        best = slice(run.best_index, run.best_index + 1)
-        axes.plot(val[x][best], val["loss"][best], "*", color=colour["val"], markersize=14, markeredgecolor=EDGE)
-    return thin, strong
-
-
-# The picture.
-
-
-def _draw_key(axes: "Axes", runs: Sequence[RunHistory]) -> None:
-    """Explains the lines and gives each run's losses, in a panel that covers no curve."""
-    axes.axis("off")
-    place: dict[str, Any] = {"loc": "upper left", "frameon": False, "borderpad": 0}
-    colours = _colours(runs)
-    train, val = colours[0] if len(runs) == 1 else (KEY, KEY)
-    styles = {"training": ("-", train, 1, 0), "validation": ("-o", val, 2, 5), "best": ("*", val, 0, 11)}
-    lines = [axes.plot([], [], style, color=colour, lw=width, ms=size)[0]
-             for style, colour, width, size in styles.values()]  # fmt: skip
-    axes.add_artist(axes.legend(lines, list(styles), ncols=3, fontsize=9, **place))
-    lines = [axes.plot([], [], color=colour, linewidth=4)[0] for _, colour in colours]
-    # Placeholders at first: matplotlib would skip a name that begins with "_" and typeset one that holds "$".
-    names = axes.legend(lines, ["run"] * len(runs), title="Validation loss per character", bbox_to_anchor=(0, 0.9),
-                        fontsize=9 if len(runs) <= 4 else 7.5, title_fontsize=9, alignment="left", **place)  # fmt: skip
-    for text, run in zip(names.get_texts(), runs, strict=True):
-        text.set(parse_math=False, text=f"{run.name}\n{summary(run)}")
-
-
-# The charts of a page.
-
-
-def _charts(runs: Sequence[RunHistory]) -> Iterator[str]:
-    near = loss_limits(runs)
-    yield _PageChart("Loss by step", "step", NATS).losses(runs, "step").html(near)
-    if all(run.record.train_characters for run in runs):
-        # From the very first losses, which the other charts leave out: with two logarithmic axes they fall almost
-        # along a straight line.
-        averaged = [replace(run, train=_averaged(run.train)) for run in runs]
-        yield _PageChart("Loss by characters seen", "characters of text", NATS, log=True).losses(
-            averaged, "characters").html()  # fmt: skip
-    if len(runs) > 1:
-        yield _PageChart("Loss by time", "seconds", NATS).losses(runs, "seconds").html(near)
-    if any(np.isfinite(run.train["learning_rate"]).any() for run in runs):
-        yield _PageChart("Learning rate", "step").column(runs, "learning_rate").html()
-    if len(runs) == 1 and np.isfinite(runs[0].train["characters_per_second"]).any():
-        yield _PageChart("Characters per second", "step").column(runs, "characters_per_second").html()
-
-
-class _PageChart:
-    """One chart of a page, and the lines whose values the page shows under the pointer."""
-
-    def __init__(self, title: str, x_label: str, y_label: str = "", log: bool = False):
-        """log: both axes are logarithmic; otherwise they begin at 0."""
-        self._title, self._x_label, self._y_label = title, x_label, y_label
-        self._figure = _figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)  # SVG has 72 units to the inch
-        width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-        self._axes = self._figure.add_axes((LEFT / WIDTH, BOTTOM / HEIGHT, width / WIDTH, height / HEIGHT))
-        self._scale = "log" if log else "linear"
-        self._lines: dict[str, Line2D] = {}
-
-    def losses(self, runs: Sequence[RunHistory], x: str) -> "_PageChart":
-        """Draws training and validation losses over the column `x`."""
-        for run, colours in zip(runs, _colours(runs), strict=True):
-            names = ("training", "validation") if len(runs) == 1 else (f"{run.name}, training", run.name)
-            self._lines |= zip(names, _draw_losses(self._axes, run, x, colours, MAX_POINTS), strict=True)
-        return self
-
-    def column(self, runs: Sequence[RunHistory], key: str) -> "_PageChart":
-        """Draws a column of the training records over the step."""
-        for run, (_, colour) in zip(runs, _colours(runs), strict=True):
-            chosen = spread(len(run.train["step"]), MAX_POINTS)
-            line = self._axes.plot(run.train["step"][chosen], run.train[key][chosen], color=colour, linewidth=2)[0]
-            self._lines[run.name if len(runs) > 1 else key.replace("_", " ")] = line
-        return self
-
-    def html(self, y_limits: tuple[float, float] | None = None) -> str:
-        """The figure with its title, the chart, and a paragraph for the values under the pointer."""
-        axes = self._axes
-        points = np.concatenate([line.get_xydata() for line in axes.lines])  # (n, 2)
-        axes.set(xlim=self._limits(points[:, 0]), ylim=y_limits or self._limits(points[:, 1]))
-        axes.set(xscale=self._scale, yscale=self._scale)
-        _style(axes, self._x_label, self._y_label, (6, 8 if self._scale == "log" else 6))
-        axes.spines[:].set_visible(False)
-        axes.tick_params(bottom=False, left=False, labelsize=12)
-        axes.xaxis.set_label_coords(0.5, 12 / HEIGHT, self._figure.transFigure)
-        axes.yaxis.set_label_coords(12 / WIDTH, 0.5, self._figure.transFigure)
-        data = {"x": self._x_label, "lines": [_points(axes, name, line) for name, line in self._lines.items()]}
-        return (
-            f'<figure class="chart"><figcaption>{escape(self._title)}</figcaption>'
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(self._title)}" '
-            f'data-chart="{escape(json.dumps(data))}">{_svg(self._figure, self._title)}'
-            f'<line class="pointer" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>'
-            '<p class="values" aria-live="polite"></p></figure>'
-        )
-
-    def _limits(self, values: np.ndarray) -> tuple[float, float]:
-        """The ends of an axis for all finite values, with room for the marks at the ends."""
-        known = values[np.isfinite(values) & (values > 0)]
-        if self._scale == "linear":
-            return 0.0, 1.03 * float(known.max(initial=0.0)) or 1.0
-        low, high = (float(known.min()), float(known.max())) if len(known) else (1.0, 10.0)
-        return low / 1.05, high * 1.05
+    axes.spines[:].set_visible(False)
+    axes.tick_params(bottom=False, left=False)
 
 
 def _averaged(train: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -285,6 +234,25 @@ def _averaged(train: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     x, loss = x[known], loss[known]
     _, group, count = np.unique(np.floor(20 * np.log10(x)), return_inverse=True, return_counts=True)
     return {"characters": np.bincount(group, x) / count, "loss": np.bincount(group, loss) / count}
+
+
+def _page_chart(chart: Chart, runs: Sequence[RunHistory]) -> str:
+    """The figure with its title, the chart, and a paragraph for the values under the pointer."""
+    figure = _figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)  # SVG has 72 units to the inch
+    width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    axes = figure.add_axes((LEFT / WIDTH, BOTTOM / HEIGHT, width / WIDTH, height / HEIGHT))
+    lines = _draw(axes, chart, runs)
+    axes.tick_params(labelsize=12)
+    axes.xaxis.set_label_coords(0.5, 12 / HEIGHT, figure.transFigure)
+    axes.yaxis.set_label_coords(12 / WIDTH, 0.5, figure.transFigure)
+    data = {"x": axes.get_xlabel(), "lines": [_points(axes, name, line) for name, line in lines.items()]}
+    return (
+        f'<figure class="chart"><figcaption>{escape(chart.title)}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(chart.title)}" '
+        f'data-chart="{escape(json.dumps(data))}">{_svg(figure, chart.title)}'
+        f'<line class="pointer" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>'
+        '<p class="values" aria-live="polite"></p></figure>'
+    )
 
 
 def _points(axes: "Axes", name: str, line: "Line2D") -> dict[str, Any]:

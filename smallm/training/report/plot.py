@@ -15,7 +15,7 @@ from pathlib import Path
 
 from smallm.cli.arguments import ArgumentParser
 from smallm.errors import UserError
-from smallm.training.report.charts import loss_figure
+from smallm.training.report.charts import picture
 from smallm.training.report.comparison import write_comparison
 from smallm.training.report.history import read_histories
 from smallm.training.report.run_page import write_report
@@ -30,7 +30,7 @@ def plot_runs(runs: Sequence[Path], out: Path) -> Path:
     out = Path(out)
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UserError(f"cannot draw into {out}: give a file name that ends in .png, .svg or .pdf")
-    figure = loss_figure(read_histories(runs))
+    figure = picture(read_histories(runs))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():

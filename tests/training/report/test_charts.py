@@ -13,9 +13,9 @@ from run_records import evaluation, falling, read_history, train
 from smallm.training.report.charts import (
     COLOURS,
     MAX_POINTS,
-    loss_figure,
     loss_limits,
     page_charts,
+    picture,
     short,
     smooth,
     spread,
@@ -72,12 +72,14 @@ def test_summary(tmp_path):
 
 
 def test_the_lines_of_the_picture_carry_the_data(tmp_path):
-    decay = [train(step, 2.0, 1e-3 * (1 - step / 500)) for step in range(1, 501)]
+    decay = [train(step, 2.0, 1e-3 * (1 - step / 200)) for step in range(1, 201)]
     runs = [
-        read_history(tmp_path / "constant", falling(500)),
-        read_history(tmp_path / "decay", [*decay, evaluation(500, 1.9)]),
+        read_history(tmp_path / "constant", falling(200)),
+        read_history(tmp_path / "decay", [*decay, evaluation(200, 1.9)]),
     ]
-    by_step, by_epoch, rate, key = loss_figure(runs).axes
+    figure = picture(runs)
+    by_step, by_time, rate, _unused = figure.axes
+    assert [axes.get_title() for axes in figure.axes] == ["Loss by step", "Loss by time", "Learning rate", ""]
 
     def drawn(axes, x, y):
         found = [line for line in axes.lines if np.array_equal(line.get_xdata(), x)
@@ -85,21 +87,19 @@ def test_the_lines_of_the_picture_carry_the_data(tmp_path):
         return found[0].get_color()
 
     for run in runs:
-        colours = {drawn(axes, points[x], points["loss"]) for points in (run.train, run.val)
-                   for axes, x in ((by_step, "step"), (by_epoch, "epoch"))}  # fmt: skip
+        colours = {drawn(by_step, points["step"], points["loss"]) for points in (run.train, run.val)}
         colours |= {drawn(by_step, run.train["step"], smooth(run.train["loss"]))}
         colours |= {drawn(rate, run.train["step"], run.train["learning_rate"])}
         assert len(colours) == 1
     assert drawn(rate, runs[0].train["step"], runs[0].train["learning_rate"]) not in colours
-    assert by_step.get_ylim() == by_epoch.get_ylim() == loss_limits(runs)
-    assert by_step.get_xlim() == rate.get_xlim()
+    assert by_step.get_ylim() == by_time.get_ylim() == loss_limits(runs)
     assert "nats per character" in by_step.get_ylabel()
-    shown = [text.get_text() for text in key.get_legend().get_texts()]
-    assert shown == [f"{run.name}\n{summary(run)}" for run in runs]
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == [f"{run.name}: {summary(run)}" for run in runs]
 
 
 def test_one_run_has_a_colour_for_each_kind_of_loss(tmp_path):
-    by_step = loss_figure([read_history(tmp_path / "run", falling(50))]).axes[0]
+    by_step = picture([read_history(tmp_path / "run", falling(50))]).axes[0]
     assert [line.get_color() for line in by_step.lines] == [COLOURS[1], COLOURS[0], COLOURS[0]]
 
 
