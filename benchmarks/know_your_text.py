@@ -45,8 +45,9 @@ from smallm.training.data.corpus import Corpus, open_corpus
 
 def memorisation(corpus: Corpus) -> None:
     """Searches for 5,000 characters of the training part and for the same characters in reverse order."""
-    copied = corpus.vocabulary.decode(corpus.train_ids[:20_000])[-5000:]
-    measure_memorisation(copied + copied[::-1], corpus)
+    training = corpus.vocabulary.decode(corpus.train_ids[:])
+    copied = training[10_000:15_000]
+    measure_memorisation([copied + copied[::-1]], training, corpus.val_text())
 
 
 def surprisal(model: LanguageModel, text: Path) -> None:

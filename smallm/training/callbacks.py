@@ -339,15 +339,20 @@ class Memorisation(Callback):
         self._record = record
 
     def on_end(self, run: RunSnapshot) -> None:
-        if not run.is_main or len(run.corpus.train_ids) > MAX_SEARCHED_IDS:
+        corpus = run.corpus
+        if not run.is_main or len(corpus.train_ids) > MAX_SEARCHED_IDS:
             return
         with suppress(OSError, ValueError, KeyError):
             samples = [record["sample"] for record in read_metrics(run.folder) if record["kind"] == "eval"]
-            report = measure_memorisation([sample for sample in samples[-SEARCHED_SAMPLES:] if sample], run.corpus)
+            training = corpus.vocabulary.decode(corpus.train_ids[:])
+            report = measure_memorisation([s for s in samples[-SEARCHED_SAMPLES:] if s], training, corpus.val_text())
             self._record.update(memorisation=report.rows())
             if report.is_remarkable:
-                run.logger.result(f"the samples repeat the training text: {report.lines()[0]}; more text, "
-                                  "--model.dropout 0.2 or fewer steps help")  # fmt: skip
+                run.logger.result(
+                    "the samples repeat the training text: longest passage copied from the training text: "
+                    f"{report.generated.length} (validation text: {report.validation.length}); more text, "
+                    "--model.dropout 0.2 or fewer steps help"
+                )
 
 
 class ReportPage(Callback):

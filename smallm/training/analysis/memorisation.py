@@ -3,17 +3,16 @@
 The same figures of the validation text, in passages of the same length in all, show how much of the overlap is natural.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from smallm.training.analysis.characters import Characters, as_text, spread
-from smallm.training.analysis.windows import WindowSet, window_hashes
-from smallm.training.data.corpus import Corpus
+from smallm.training.analysis.characters import code_points, spread
+from smallm.training.analysis.windows import WindowSet
 
 WIDTHS = 20, 50, 100  # characters of the windows whose share is counted
-LONGEST = 1 << 14  # characters after which a copied passage is not followed further
 MIN_VALIDATION, PASSAGES = 10_000, 8  # characters of the validation text to compare with, and passages of it
 REMARKABLE = 3  # factor over the validation text from which on copying is reported ...
 REMARKABLE_CHARACTERS = 50  # ... if the passage has at least so many characters
@@ -27,11 +26,14 @@ class Overlap:
     characters: int
     """Length of the text."""
     longest: int
-    """Length of the longest common passage; 0 if that is shorter than WIDTHS[0], at most LONGEST."""
-    passage: str
-    """The longest common passage."""
+    """Length of the longest common passage; 0 if that is shorter than WIDTHS[0]."""
     shares: dict[int, float]
     """For each width, the share of the text's windows that occur in the training text, from 0 to 1."""
+
+    @property
+    def length(self) -> str:
+        """The length of the longest common passage in words."""
+        return f"{self.longest:,} characters" if self.longest else f"fewer than {WIDTHS[0]} characters"
 
 
 @dataclass(frozen=True)
@@ -54,85 +56,30 @@ class MemorisationReport:
         both = self.generated, self.validation
         return [
             ["characters compared", *(f"{one.characters:,}" for one in both)],
-            ["longest copied passage", *map(_length, both)],
+            ["longest copied passage", *(one.length for one in both)],
             *([f"copied windows of {w} characters", *(f"{100 * one.shares[w]:.1f} %" for one in both)] for w in WIDTHS),
         ]
 
-    def lines(self) -> list[str]:
-        """The figures in words."""
-        ours, theirs = self.generated, self.validation
-        shares = [f"{100 * ours.shares[w]:.1f} % ({100 * theirs.shares[w]:.1f} %) of {w}" for w in WIDTHS]
-        return [
-            f"longest passage copied from the training text: {_length(ours)} (validation text: {_length(theirs)})",
-            f"share of windows of so many characters that are copied (validation text): {', '.join(shares)}",
-        ]
 
+def measure_memorisation(generated: Sequence[str], training: str, validation: str) -> MemorisationReport:
+    """Searches the training text for everything that the generated texts contain.
 
-def measure_memorisation(
-    generated: str | Sequence[str], training: str | Corpus, validation: str | None = None
-) -> MemorisationReport:
-    """Searches the training text, in one reading, for everything that `generated`, one text or several, contains.
-
-    training: a text, or a corpus, whose validation text is the default for `validation`. As many characters of the
-    validation text are compared as were generated, but at least MIN_VALIDATION, in PASSAGES evenly spaced passages.
+    As many characters of the validation text are compared as were generated, but at least MIN_VALIDATION, in PASSAGES
+    evenly spaced passages.
     """
-    if isinstance(training, str):
-        source, tail = Characters.of(training), Characters.of(validation or "")
-    else:
-        source = Characters(training.train_ids, training.vocabulary)
-        tail = Characters(training.val_ids, training.vocabulary) if validation is None else Characters.of(validation)
-    samples = [Characters.of(text) for text in ([generated] if isinstance(generated, str) else generated)]
-    ours = _Search([sample.between(0, len(sample)) for sample in samples])
-    limit = max(MIN_VALIDATION, ours.characters)
-    theirs = _Search([tail.between(*part) for part in spread(len(tail), limit, max(1, limit // PASSAGES))])
-    for codes, _ in source.pieces(overlap=max(ours.reach, theirs.reach)):
-        hashes = {width: window_hashes(codes, width) for width in WIDTHS}
-        ours.look(codes, hashes)
-        theirs.look(codes, hashes)
-    return MemorisationReport(ours.overlap(), theirs.overlap())
+    source, limit = code_points(training), max(MIN_VALIDATION, sum(map(len, generated)))
+    passages = [validation[start:stop] for start, stop in spread(len(validation), limit, limit // PASSAGES)]
+    return MemorisationReport(_overlap(generated, source), _overlap(passages, source))
 
 
-class _Search:
-    """The windows of some texts, and the longest passage of these texts, that a longer text contains."""
-
-    def __init__(self, texts: Sequence[np.ndarray]):
-        self._sets = [WindowSet(texts, width) for width in WIDTHS]
-        self._texts = [as_text(text) for text in texts]
-        self._passage = ""
-        self.characters = sum(map(len, texts))
-        self.reach = min(LONGEST, max([WIDTHS[-1], *map(len, texts)]))
-        """The longest passage to expect in characters, by which pieces of the longer text must overlap."""
-
-    def look(self, codes: np.ndarray, hashes: dict[int, np.ndarray]) -> None:
-        """Searches the next piece of the longer text; hashes: those of its windows for each width."""
-        starts, *_ = [windows.find(codes, hashes[windows.width]) for windows in self._sets]
-        if len(starts):
-            self._lengthen(codes, starts)
-
-    def _lengthen(self, codes: np.ndarray, starts: np.ndarray) -> None:
-        """Replaces the passage by longer ones, which begin at `starts`: there the narrowest windows were found."""
-        lasts = starts[np.append(np.diff(starts) > 1, True)]  # the last of adjacent starts
-        limits = np.minimum(lasts[np.searchsorted(lasts, starts)] - starts + WIDTHS[0], LONGEST)
-        while True:
-            length = max(WIDTHS[0], len(self._passage) + 1)
-            starts, limits = starts[limits >= length], limits[limits >= length]
-            _, first = np.unique(window_hashes(codes, length)[starts], return_index=True)  # each passage once
-            found = (i for i in first.tolist() if self._contains(as_text(codes[starts[i] : starts[i] + length])))
-            if (i := next(found, None)) is None:
-                return
-            passage = as_text(codes[starts[i] : starts[i] + limits[i]])
-            while length < len(passage) and self._contains(passage[: length + 1]):
-                length += 1
-            self._passage = passage[:length]
-
-    def _contains(self, passage: str) -> bool:
-        return any(passage in text for text in self._texts)
-
-    def overlap(self) -> Overlap:
-        """What was found."""
-        shares = {windows.width: windows.share for windows in self._sets}
-        return Overlap(self.characters, len(self._passage), self._passage, shares)
-
-
-def _length(overlap: Overlap) -> str:
-    return f"{overlap.longest:,} characters" if overlap.longest else f"fewer than {WIDTHS[0]} characters"
+def _overlap(texts: Sequence[str], source: np.ndarray) -> Overlap:
+    sets = [WindowSet(texts, width).search(source) for width in WIDTHS]
+    longest, starts = 0, sets[0].starts()
+    if len(starts):
+        ends = starts[np.append(np.diff(starts) > 1, True)]  # of adjacent windows, within which a longer one lies
+        limit = int((ends[np.searchsorted(ends, starts)] - starts).max()) + WIDTHS[0]
+        lengths = range(WIDTHS[0] + 1, limit + 1)
+        longest = WIDTHS[0] + bisect_left(
+            lengths, True, key=lambda width: not len(WindowSet(texts, width).search(source).starts())
+        )
+    return Overlap(sum(map(len, texts)), longest, {windows.width: windows.share() for windows in sets})

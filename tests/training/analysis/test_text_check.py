@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smallm.cli.main import run, train
-from smallm.tokenizer.vocabulary import Vocabulary
+from smallm.tokenizer.vocabulary import CODE_POINTS, Vocabulary
 from smallm.training.analysis import characters, text_statistics
-from smallm.training.analysis.characters import Characters, as_text, spread
+from smallm.training.analysis.characters import pieces, spread
 from smallm.training.analysis.text_check import summary_lines, warnings
 from smallm.training.analysis.text_statistics import compute_statistics
 from smallm.training.data import source
@@ -79,7 +79,7 @@ def test_a_leak_is_found_and_measured(statistics_of, share):
 
 
 def test_a_leak_into_a_long_validation_part_is_measured_on_a_sample(statistics_of, monkeypatch):
-    monkeypatch.setattr(text_statistics, "LEAK_CHARACTERS", 8192)
+    monkeypatch.setattr(text_statistics, "LEAK_IDS", 8192)
     monkeypatch.setattr(text_statistics, "LEAK_PIECE", 256)
     text = prose(200_000)
     found = statistics_of(text[:180_000] + text[:10_000] + text[190_000:])
@@ -90,7 +90,6 @@ def test_a_leak_into_a_long_validation_part_is_measured_on_a_sample(statistics_o
 def test_windows_cross_pieces(statistics_of, monkeypatch):
     """One copied passage at several positions relative to the ends of pieces."""
     monkeypatch.setattr(characters, "PIECE", 1000)
-    monkeypatch.setattr(Characters.pieces, "__defaults__", (None, 1000, 0))
     text = prose(60_000)
     for start in (970, 999, 1960):
         found = statistics_of(text[:54_000] + text[start : start + 70] + text[54_070:])
@@ -131,11 +130,10 @@ def test_crlf(statistics_of):
 @pytest.mark.parametrize("size", [1, 2, 3, 1000])
 def test_lines_are_counted_across_pieces(size):
     text = "ab\r\n\r\nc\rd\n" + "x" * 30 + "\r\ny\n\r"
-    reading = text_statistics.PartStatistics(len(text))
-    codes = Characters.of(text).between(0, len(text))
-    for start in range(0, len(codes), size):
-        reading.add(codes[start : start + size])
-    assert reading.ends == {"crlf": 3, "lf": 2, "cr": 2}
+    reading, counts = text_statistics.Reading(), np.zeros(CODE_POINTS, np.int64)
+    for start in range(0, len(text), size):
+        reading.add(text[start : start + size], counts)
+    assert (reading.crlf, counts[ord("\n")], counts[ord("\r")]) == (3, 5, 5)
     assert (reading.longest_line, reading.longest_line_number) == (31, 4)  # the CR counts
 
 
@@ -309,9 +307,7 @@ def test_a_normalised_file_is_another_text(tmp_path, monkeypatch):
 @given(st.text("ab\néß€中🎉", min_size=1, max_size=60), st.sets(st.sampled_from("é€中🎉")), st.integers(1, 9))
 def test_characters_of_ids_in_pieces(text, known, size):
     vocabulary = Vocabulary.from_characters(known)
-    characters = Characters(vocabulary.encode(text), vocabulary)
-    pieces = [as_text(codes[carried:]) for codes, carried in characters.pieces(size=size, overlap=2)]
-    assert "".join(pieces) == text
+    assert "".join(pieces(vocabulary.encode(text), vocabulary, 1000, size)) == text
 
 
 def test_spread_pieces_cover_the_ends():
@@ -322,7 +318,7 @@ def test_spread_pieces_cover_the_ends():
 
 def test_a_longer_text_than_is_characters_read(statistics_of, monkeypatch):
     monkeypatch.setattr(text_statistics, "MAX_TRAIN", 30_000)
-    monkeypatch.setattr(Characters.pieces, "__defaults__", (None, 1000, 0))
+    monkeypatch.setattr(characters, "PIECE", 1000)
     found = statistics_of(prose(100_000))
     assert 29_000 < found.characters_read <= 30_000
     assert warnings(replace(found, train_characters=90_000)) == []
