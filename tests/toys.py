@@ -101,7 +101,7 @@ def edit_state(folder: Path, edit: Callable[[dict], object] = lambda values: Non
 def without_charts(patch: pytest.MonkeyPatch) -> None:
     """Runs draw no charts, which would take longer than the training of a tiny model."""
     patch.setattr("smallm.training.report.plot.plot_runs", lambda runs, out: out)
-    patch.setattr("smallm.training.report.run_page.page_charts", lambda runs: "")
+    patch.setattr("smallm.training.report.pages.page_charts", lambda runs: "")
 
 
 def message(call, *args) -> str:

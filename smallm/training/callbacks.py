@@ -372,11 +372,11 @@ class ReportPage(Callback):
     def _write(self, run: RunSnapshot, state: str) -> Path | None:
         if not run.is_main:
             return None
-        from smallm.training.report.run_page import write_report
+        from smallm.training.report.pages import write_report
 
         self._record.update(state=state, planned_steps=run.total_steps)
         try:
-            return write_report(run.folder)
+            return write_report([run.folder])
         except UserError as error:
             run.logger.warning(f"no report: {error}")
             return None

@@ -11,7 +11,7 @@ from smallm.runs.config_file import flatten, read_config
 from smallm.runs.next_commands import command_line, export_command, next_commands
 from smallm.training import cli
 from smallm.training.config import Config
-from smallm.training.report.run_page import changed_settings
+from smallm.training.report.pages import changed_settings
 
 
 @pytest.mark.parametrize("settings", [

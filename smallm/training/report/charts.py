@@ -159,7 +159,7 @@ def _colours(runs: Sequence[RunHistory]) -> list[tuple[str, str]]:
 
 def _draw(axes: "Axes", chart: Chart, runs: Sequence[RunHistory]) -> dict[str, "Line2D"]:
     """Draws a chart; returns the lines whose values a page shows under the pointer, by their names."""
-    lines = {}
+    lines: dict[str, Line2D] = {}
     for run, colours in zip(runs, _colours(runs), strict=True):
         if chart.y == "loss":
             names = ("training", "validation") if len(runs) == 1 else (f"{run.name}, training", run.name)

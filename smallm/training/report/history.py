@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from smallm.cli.table import shortened
 from smallm.errors import UserError
 from smallm.runs.baselines_file import Baseline, read_baselines
 from smallm.runs.config_file import flatten, read_config
@@ -18,9 +19,8 @@ from smallm.training.config import MAX_NUMBER
 from smallm.training.report.record import RunRecord, read_record
 
 Row = dict[str, Any]  # a record of metrics.jsonl
-REQUIRED = {"train": ("epoch", "loss", "learning_rate"), "eval": ("epoch", "train_loss", "val_loss")}
-"""The kinds of records that are read. These numbers, and the step, must be there; all but the step may be null."""
-MAX_NAME = 54  # characters of a run's name that are shown
+KINDS = "train", "eval"  # of the records that are read
+MAX_NAME = 54  # columns of a run's name that are shown
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class RunHistory:
 
 
 def read_histories(runs: Sequence[Path]) -> list[RunHistory]:
-    """Reads run folders. Raises `UserError` for a run without losses; other files that are missing are left out."""
+    """Reads run folders. Raises `UserError` for a run without losses; what is missing or broken is left out."""
     return [_read(run, name) for run, name in zip(runs, distinct_names(runs), strict=True)]
 
 
@@ -94,8 +94,7 @@ def distinct_names(runs: Sequence[Path]) -> list[str]:
     paths = [Path(run).resolve() for run in runs]
     names = [path.name for path in paths]
     names = [path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in paths]
-    half = MAX_NAME // 2 - 1
-    return [name if len(name) <= MAX_NAME else f"{name[:half]}…{name[-half - 1 :]}" for name in names]
+    return [shortened(name, MAX_NAME) for name in names]
 
 
 def number(row: Row, key: str) -> float:
@@ -105,19 +104,22 @@ def number(row: Row, key: str) -> float:
 
 
 def _read(run: Path, name: str) -> RunHistory:
-    rows, record = _loss_records(run), read_record(run)
-    latest = {(row["kind"], float(row["step"])): row for row in rows}  # a resumed run logs some steps again
+    rows, record = read_metrics(run), read_record(run)
+    rows = [row for row in rows if row.get("kind") in KINDS and math.isfinite(number(row, "step"))]
+    latest = {(row["kind"], number(row, "step")): row for row in rows}  # a resumed run logs some steps again
     by_step = [latest[key] for key in sorted(latest)]
+    if not any(math.isfinite(number(row, key)) for row in by_step for key in ("loss", "train_loss", "val_loss")):
+        raise UserError(f"{run / METRICS} holds no loss: give the folder of a run that has made its first steps")
     evaluations = [row for row in by_step if row["kind"] == "eval"]
     train = [row for row in by_step if row["kind"] == "train"]
     if not train:  # a run shorter than its logging interval still has the mean training loss of its evaluations
-        train = [{key: row.get(key) for key in ("step", "epoch", "seconds")} | {"loss": row["train_loss"]}
+        train = [{key: row.get(key) for key in ("step", "epoch", "seconds")} | {"loss": row.get("train_loss")}
                  for row in evaluations]  # fmt: skip
     history = RunHistory(
         run,
         name,
         train=_columns(train, record, "loss", "learning_rate", "characters_per_second"),
-        val=_columns([row | {"loss": row["val_loss"]} for row in evaluations], record, "loss"),
+        val=_columns([row | {"loss": row.get("val_loss")} for row in evaluations], record, "loss"),
         evaluations=evaluations,
         config=flatten(read_config(run)),
         baselines=read_baselines(run),
@@ -128,31 +130,6 @@ def _read(run: Path, name: str) -> RunHistory:
     bits = history.best_loss / math.log(2)  # the run may have gone on since the baselines were written
     baselines = [replace(one, bits_per_char=bits) if one.name == "model" else one for one in history.baselines]
     return replace(history, baselines=baselines)
-
-
-def _loss_records(run: Path) -> list[Row]:
-    """The training and evaluation records of a run, in the order of the file. Raises `UserError`."""
-    rows = []
-    for line, row in enumerate(read_metrics(run, strict=True), start=1):
-        try:
-            if row["kind"] in REQUIRED:
-                _check(row)
-                rows.append(row)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{run / METRICS}: line {line} is broken; delete that line and try again") from error
-    if not any(math.isfinite(number(row, key)) for row in rows for key in ("loss", "train_loss", "val_loss")):
-        raise UserError(f"{run / METRICS} holds no loss yet: wait for the run's first steps, or train longer")
-    return rows
-
-
-def _check(row: Row) -> None:
-    """Raises KeyError, TypeError or ValueError unless the required numbers of a record are plausible."""
-    if not abs(row["step"]) <= MAX_NUMBER:  # NaN fails the comparison
-        raise ValueError("the step is not a finite number")
-    for key in REQUIRED[row["kind"]]:
-        value = row[key]
-        if value is not None and MAX_NUMBER < abs(value) < math.inf:
-            raise ValueError(f"{key} is too large")
 
 
 def _columns(rows: Sequence[Row], record: RunRecord, *keys: str) -> dict[str, np.ndarray]:

@@ -16,9 +16,8 @@ from pathlib import Path
 from smallm.cli.arguments import ArgumentParser
 from smallm.errors import UserError
 from smallm.training.report.charts import picture
-from smallm.training.report.comparison import write_comparison
 from smallm.training.report.history import read_histories
-from smallm.training.report.run_page import write_report
+from smallm.training.report.pages import write_report
 
 
 def plot_runs(runs: Sequence[Path], out: Path) -> Path:
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     alone = len(args.runs) == 1
     if args.html:
-        print(write_report(args.runs[0], args.html) if alone else write_comparison(args.runs, args.html))
+        print(write_report(args.runs, args.html))
     if args.out or not args.html:
         print(plot_runs(args.runs, args.out or (args.runs[0] / "loss.png" if alone else Path("compare.png"))))
     return 0

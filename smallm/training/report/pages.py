@@ -1,4 +1,4 @@
-"""`report.html`: the history of a run on one page, in a single file that needs no other files.
+"""Pages of one file each: the history of a run, `report.html`, and the comparison of several runs.
 
 The same folder always gives the same page. What a run folder does not hold, such as that of an old run, is left out.
 """
@@ -21,11 +21,12 @@ from smallm.runs.config_file import flatten
 from smallm.runs.next_commands import next_commands
 from smallm.training.analysis.baselines import verdict
 from smallm.training.config import Config
-from smallm.training.report.charts import page_charts, short, spread
+from smallm.training.report.charts import page_charts, spread
 from smallm.training.report.history import Row, RunHistory, number, read_histories
 
 REPORT = "report.html"
-MAX_SAMPLES, MAX_EVALUATIONS = 6, 40  # shown, the first and the last among them
+MAX_SAMPLES = 6  # shown, the first and the last among them
+Rows = Sequence[tuple[str, Sequence[str]]]  # the name of a figure, and its value for each run
 STATES = {
     "training": "unfinished: the run still trains, or was killed",
     "finished": "finished",
@@ -44,68 +45,50 @@ MEMORISATION_EXPLAINED = (
 )
 
 
-def write_report(run: Path, out: Path | None = None) -> Path:
-    """Writes the page of a run and returns its path.
+def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
+    """Writes the page of a run, or the page that compares several runs, and returns its path.
 
-    out: the file; default: report.html in the run folder.
+    out: the file; default: report.html in the folder of the first run. Its folder is created if necessary.
     Raises `UserError` for a run without losses, and if the file cannot be written.
     """
-    return write_page(run_page(*read_histories([run])), out or run / REPORT)
-
-
-def write_page(text: str, out: Path) -> Path:
-    """Writes a page, creating its folder if necessary, and returns its path. Raises `UserError`."""
+    histories, out = read_histories(runs), out or runs[0] / REPORT
     with suppress(OSError):  # save() then fails too, with a message
         out.parent.mkdir(parents=True, exist_ok=True)
-    save(out, text)
+    save(out, run_page(histories[0]) if len(histories) == 1 else comparison_page(histories))
     return out
 
 
 def run_page(run: RunHistory) -> str:
     """The page of one run."""
-    return whole_page(run.name, [
+    return _page(run.name, [
         _header(run),
-        section("Loss", soft(LOSS_EXPLAINED) + page_charts([run])),
-        section("Baselines", _baseline_bars(run.baselines)),
-        section("Samples", _samples(run)),
-        section("Memorisation", _memorisation(run)),
-        section("Surprisal", _surprisal(run)),
-        section("Text", _text_check(run)),
-        section("Configuration", _configuration(run)),
-        section("Speed, machine, versions", _machine(run)),
-        section("Evaluations", _evaluations(run)),
-        section("Commands", _commands(run)),
+        _section("Loss", _soft(LOSS_EXPLAINED) + page_charts([run])),
+        _section("Baselines", _baseline_bars(run.baselines)),
+        _section("Samples", _samples(run)),
+        _section("Memorisation", _memorisation(run)),
+        _section("Surprisal", _surprisal(run)),
+        _section("Text", _text_check(run)),
+        _section("Configuration", _configuration(run)),
+        _section("Speed, machine, versions", _machine(run)),
+        _section("Commands", _commands(run)),
     ])  # fmt: skip
 
 
-# Parts that the page of a comparison uses too.
-
-
-def whole_page(title: str, parts: Iterable[str]) -> str:
-    """An HTML document; empty parts are left out."""
-    static = (*CHARACTERS_STATIC, "report.css", "report.js")
-    return page(title, "\n".join(part for part in parts if part), static)
-
-
-def section(title: str, content: str) -> str:
-    """A section with a heading; nothing if the content is empty."""
-    return f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>" if content else ""
-
-
-def soft(text: str) -> str:
-    """A paragraph of explanation, in a softer colour."""
-    return f'<p class="soft">{escape(text)}</p>'
-
-
-def sample_figure(name: str, row: Row, text: str) -> str:
-    """A sample with its title: a name, and the step and loss of its evaluation."""
-    title = f"{name}step {number(row, 'step'):,.0f}, {number(row, 'val_loss'):.3f} nats"
-    return f'<figure><figcaption>{escape(title)}</figcaption><pre class="sample">{escape(text)}</pre></figure>'
-
-
-def bits(nats: float) -> str:
-    """Nats as bits with three decimals."""
-    return f"{nats / math.log(2):.3f}"
+def comparison_page(runs: Sequence[RunHistory]) -> str:
+    """The page of several runs; each run has a colour and a column."""
+    title = " · ".join(run.name for run in runs)
+    title = title if len(title) < 90 else f"{len(runs)} runs"
+    baselines = [{one.name: f"{one.bits_per_char:.3f}" for one in run.baselines} for run in runs]
+    memorisation = [{row[0]: row[1] for row in run.record.memorisation if len(row) > 1} for run in runs]
+    return _page(title, [
+        f"<header><h1>{escape(title)}</h1></header>",
+        _section("Results", _results(runs)),
+        _section("Loss", _soft(LOSS_EXPLAINED) + page_charts(runs)),
+        _section("Configuration", _differences(runs)),
+        _section("Baselines", _table(runs, baselines, "Bits per character of the validation text. Lower is better.")),
+        _section("Memorisation", _table(runs, memorisation, MEMORISATION_EXPLAINED)),
+        _section("Samples", _last_samples(runs)),
+    ])  # fmt: skip
 
 
 def figures(run: RunHistory) -> dict[str, str]:
@@ -115,7 +98,7 @@ def figures(run: RunHistory) -> dict[str, str]:
     parameters = facts.get("parameters")
     return {
         "validation loss, nats per character": f"{best:.4f}" if known else "",
-        "bits per character": bits(best) if known else "",
+        "bits per character": f"{best / math.log(2):.3f}" if known else "",
         "perplexity": f"{perplexity(best):.3f}" if known else "",
         "best step": f"{run.best_step:,}" if known else "",
         "steps": f"{run.last_step:,}{of}",
@@ -138,7 +121,7 @@ def setting(value: object) -> str:
     return repr(value) if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-# Sections.
+# Sections of the page of a run.
 
 
 def _header(run: RunHistory) -> str:
@@ -149,7 +132,7 @@ def _header(run: RunHistory) -> str:
     about = " · ".join(filter(None, [text, STATES.get(record.state, ""), began]))
     tiles = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>" for what, value in shown.items())
     return (
-        f'<header>\n<h1>{escape(run.name)}</h1>\n{soft(about)}\n<dl class="tiles">{tiles}</dl>\n'
+        f'<header>\n<h1>{escape(run.name)}</h1>\n{_soft(about)}\n<dl class="tiles">{tiles}</dl>\n'
         f"{_verdict(run.baselines)}{_overfitting(run)}</header>"
     )
 
@@ -189,7 +172,7 @@ def _baseline_bars(baselines: Sequence[Baseline]) -> str:
     )
     how = "".join(f"<dt>{escape(one.name)}</dt><dd>{escape(one.how)}</dd>" for one in baselines)
     return (
-        f"{soft('Bits per character of the validation text, beside simpler ways to predict it. Lower is better.')}"
+        f"{_soft('Bits per character of the validation text, beside simpler ways to predict it. Lower is better.')}"
         f'<table class="bars">{rows}</table>'
         f"<details><summary>How each was measured</summary><dl>{how}</dl></details>"
     )
@@ -199,14 +182,14 @@ def _samples(run: RunHistory) -> str:
     found = run.samples
     if not found:
         return ""
-    shown = "".join(sample_figure("", *found[i]) for i in spread(len(found), MAX_SAMPLES))
-    more = soft(f"{MAX_SAMPLES} of {len(found)} samples; all of them are in metrics.jsonl.")
+    shown = "".join(_sample("", *found[i]) for i in spread(len(found), MAX_SAMPLES))
+    more = _soft(f"{MAX_SAMPLES} of {len(found)} samples; all of them are in metrics.jsonl.")
     return f'<div class="samples">{shown}</div>{more if len(found) > MAX_SAMPLES else ""}'
 
 
 def _memorisation(run: RunHistory) -> str:
     rows = run.record.memorisation
-    return soft(MEMORISATION_EXPLAINED) + table(["", "samples", "validation text"], rows) if rows else ""
+    return _soft(MEMORISATION_EXPLAINED) + table(["", "samples", "validation text"], rows) if rows else ""
 
 
 def _surprisal(run: RunHistory) -> str:
@@ -225,7 +208,7 @@ def _surprisal(run: RunHistory) -> str:
         f"{passage.step:,}: the stronger the colour, the less the model expected the character. Point at a character, "
         "or tap it, to see the five characters that were most likely there for the model."
     )
-    return f"{soft(what)}{legend()}{text}"
+    return f"{_soft(what)}{legend()}{text}"
 
 
 def _text_check(run: RunHistory) -> str:
@@ -235,24 +218,10 @@ def _text_check(run: RunHistory) -> str:
 
 
 def _configuration(run: RunHistory) -> str:
-    """All settings; those that differ from their defaults stand out."""
-    if not run.config:
-        return ""
     defaults = flatten(Config().to_dict())
-    sections: dict[str, list[str]] = {}
-    for name, value in run.config.items():
-        part, _, field = name.rpartition(".")
-        default = defaults.get(name)
-        mark, note = ("changed", f"default {setting(default)}") if value != default else ("", "")
-        sections.setdefault(part, []).append(
-            f'<tr class="{mark}"><th scope="row">{escape(field)}</th><td>{escape(setting(value))}</td>'
-            f'<td class="soft">{escape(note)}</td></tr>'
-        )
-    tables = "".join(
-        f'<div><h3>[{escape(part)}]</h3><table class="settings">{"".join(rows)}</table></div>'
-        for part, rows in sections.items()
-    )
-    return f'{soft("Settings that differ from their defaults are marked.")}<div class="sections">{tables}</div>'
+    rows = [(name, setting(value), setting(defaults.get(name)) if value != defaults.get(name) else "")
+            for name, value in run.config.items()]  # fmt: skip
+    return table(["setting", "value", "default, where it differs"], rows) if rows else ""
 
 
 def _machine(run: RunHistory) -> str:
@@ -264,24 +233,88 @@ def _machine(run: RunHistory) -> str:
     return table(["", ""], rows)
 
 
-def _evaluations(run: RunHistory) -> str:
-    if not run.evaluations:
-        return ""
-    heads = ["step", "epoch", "characters", "train, nats", "validation, nats", "bits", "perplexity", "time"]
-    rows = []
-    for i in spread(len(run.evaluations), MAX_EVALUATIONS):
-        row, seen = run.evaluations[i], run.val["characters"][i]
-        val, train = number(row, "val_loss"), number(row, "train_loss")
-        counts = [f"{number(row, 'step'):,.0f}", f"{number(row, 'epoch'):.2f}", short(seen) if seen > 0 else ""]
-        losses = [f"{loss:.4f}" if math.isfinite(loss) else "" for loss in (train, val)]
-        rows.append([*counts, *losses, bits(val), f"{perplexity(val):.2f}", duration(number(row, "seconds"))])
-    count = len(run.evaluations)
-    summary = f"{count:,} evaluations" if count > 1 else "1 evaluation"
-    return f"<details><summary>{summary}</summary>{table(heads, rows)}</details>"
-
-
 def _commands(run: RunHistory) -> str:
     record, changed = run.record, changed_settings(run.config)
     commands = next_commands(run.run, run.config, record.state, record.planned_steps or run.last_step, changed)
     shown = "".join(f"<dt>{escape(what)}</dt><dd><pre>{escape(line)}</pre></dd>" for what, line in commands.items())
     return f'<dl class="commands">{shown}</dl>'
+
+
+# Sections of a comparison.
+
+
+def _columns(runs: Sequence[RunHistory], rows: Rows, best: Sequence[str] = ()) -> str:
+    """A table with a column for each run.
+
+    best: names of the rows in which the lowest value is marked.
+    """
+    heads = "".join(
+        f'<th scope="col"><i class="swatch c{i % 8}"></i>{escape(run.name)}</th>' for i, run in enumerate(runs)
+    )
+    body = "\n".join(
+        f'<tr><th scope="row">{escape(what)}</th>{_cells(values, what in best)}</tr>' for what, values in rows
+    )
+    return (
+        f'<div class="wide"><table class="runs"><thead><tr><td></td>{heads}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _cells(values: Sequence[str], mark: bool) -> str:
+    lowest = min(filter(None, values), key=float, default=None) if mark else None
+    kinds = ["best" if mark and value == lowest else "" for value in values]
+    return "".join(f'<td class="{kind}">{escape(value)}</td>' for kind, value in zip(kinds, values, strict=True))
+
+
+def _results(runs: Sequence[RunHistory]) -> str:
+    found = [figures(run) for run in runs]
+    rows = [(name, [values[name] for values in found]) for name in found[0]]
+    texts = {values["text"] for values in found} - {""}
+    note = _soft("The runs used different texts, so their losses cannot be compared.") if len(texts) > 1 else ""
+    return note + _columns(runs, rows, best=[name for name, _ in rows[:3]])
+
+
+def _differences(runs: Sequence[RunHistory]) -> str:
+    """The settings in which the runs differ."""
+    if not any(run.config for run in runs):
+        return ""
+    names = flatten(Config().to_dict()) | {key: None for run in runs for key in run.config}
+    rows = [(name, [setting(run.config.get(name, "")) for run in runs]) for name in names]
+    rows = [(name, values) for name, values in rows if len(set(values)) > 1]
+    return _columns(runs, rows) if rows else _soft("All runs have the same settings.")
+
+
+def _table(runs: Sequence[RunHistory], values: Sequence[dict[str, str]], explanation: str) -> str:
+    """A table of the values that each run has, by their names; values that a run lacks are blank."""
+    names = list(dict.fromkeys(name for found in values for name in found))
+    rows = [(name, [found.get(name, "") for found in values]) for name in names]
+    return _soft(explanation) + _columns(runs, rows) if rows else ""
+
+
+def _last_samples(runs: Sequence[RunHistory]) -> str:
+    """The last sample of each run, side by side."""
+    shown = "".join(_sample(f"{run.name}, ", *sample) for run in runs for sample in run.samples[-1:])
+    return f'<div class="samples">{shown}</div>' if shown else ""
+
+
+# Parts of both.
+
+
+def _page(title: str, parts: Iterable[str]) -> str:
+    """An HTML document; empty parts are left out."""
+    return page(title, "\n".join(filter(None, parts)), (*CHARACTERS_STATIC, "report.css", "report.js"))
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>" if content else ""
+
+
+def _soft(text: str) -> str:
+    """A paragraph of explanation, in a softer colour."""
+    return f'<p class="soft">{escape(text)}</p>'
+
+
+def _sample(name: str, row: Row, text: str) -> str:
+    """A sample with its title: a name, and the step and loss of its evaluation."""
+    title = f"{name}step {number(row, 'step'):,.0f}, {number(row, 'val_loss'):.3f} nats"
+    return f'<figure><figcaption>{escape(title)}</figcaption><pre class="sample">{escape(text)}</pre></figure>'

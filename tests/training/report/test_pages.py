@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import tomllib
-from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,9 +20,8 @@ from smallm.runs.config_file import flatten
 from smallm.training import cli
 from smallm.training.config import Config
 from smallm.training.data.dataset import CharDataset
-from smallm.training.report import run_page as page
-from smallm.training.report.comparison import comparison_page
 from smallm.training.report.history import read_histories
+from smallm.training.report.pages import comparison_page, write_report
 from smallm.training.report.plot import main as plot
 from smallm.training.report.record import FILE, RecordWriter, RunRecord, read_record
 
@@ -93,7 +91,7 @@ def metrics(run: Path, kind: str) -> list[dict]:
 
 
 def page_of(run: Path) -> Page:
-    return read(page.write_report(run))
+    return read(write_report([run]))
 
 
 # A finished run.
@@ -107,26 +105,27 @@ def test_a_finished_run_has_a_report(tiny_run, text_file):
     assert "finished" in found.text
     for values in metrics(tiny_run, "eval"):
         assert values["sample"].strip("\n") in found.text
-        assert f"{values['val_loss']:.4f}" in found.text
+        assert f"{values['val_loss']:.3f} nats" in found.text
     for one in json.loads((tiny_run / "baselines.json").read_text()):
         assert one["name"] in found.words
         assert f"{one['bits_per_char']:.3f}" in found.words
         assert one["how"] in found.words
     assert found.headings == ["Loss", "Baselines", "Samples", "Memorisation", "Surprisal", "Text", "Configuration",
-                              "Speed, machine, versions", "Evaluations", "Commands"]  # fmt: skip
+                              "Speed, machine, versions", "Commands"]  # fmt: skip
     assert text_file.name in found.text
     assert torch.__version__ in found.text
 
 
 def test_all_settings_are_shown_and_changed_ones_marked(tiny_run):
     text = (tiny_run / "report.html").read_text(encoding="utf-8")
-    rows = re.findall(r'<tr class="(changed|)"><th scope="row">([a-z_]+)</th><td>(.*?)</td><td.*?>(.*?)</td>', text)
-    config = flatten(tomllib.loads((tiny_run / "config.toml").read_text()))
-    assert len(rows) == len(config)
-    changed = {name: (unescape(value), unescape(note)) for kind, name, value, note in rows if kind}
-    assert changed.keys() == {key.split(".")[1] for key, value in config.items()
-                              if value != flatten(Config().to_dict())[key]}  # fmt: skip
-    assert changed["n_layer"] == ("2", "default 3")
+    section = text[text.index("<h2>Configuration") : text.index("<h2>Speed")]
+    rows = re.findall(r"<tr><td>([a-z_.]+)</td><td>(.*?)</td><td>(.*?)</td></tr>", section)
+    config, defaults = flatten(tomllib.loads((tiny_run / "config.toml").read_text())), flatten(Config().to_dict())
+    assert [name for name, _, _ in rows] == list(config)
+    assert {name for name, _, default in rows if default} == {
+        name for name, value in config.items() if value != defaults[name]
+    }
+    assert ("model.n_layer", "2", "3") in rows
 
 
 def test_the_charts_show_the_losses(tiny_run):
@@ -236,7 +235,7 @@ def test_the_report_of_an_old_run_leaves_out_what_is_missing(run):
     for name in (FILE, "config.toml", "baselines.json", "validation.txt", "report.html", "loss.png"):
         (run / name).unlink()
     found = page_of(run)
-    assert found.headings == ["Loss", "Samples", "Speed, machine, versions", "Evaluations", "Commands"]
+    assert found.headings == ["Loss", "Samples", "Speed, machine, versions", "Commands"]
     assert "nan" not in found.text.lower().split()
 
 
@@ -260,7 +259,7 @@ def test_a_full_disk(run, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", full)
     before = (run / "report.html").read_bytes()
     with pytest.raises(UserError, match=r"report\.html.*No space left on device"):
-        page.write_report(run)
+        write_report([run])
     said = []
     writer = RecordWriter(run, said.append, resumed=True)
     writer.update(state="finished")
@@ -360,7 +359,7 @@ def test_missing_figures_are_left_out(run):
 @pytest.mark.parametrize("argv", [["none"], ["runs/tiny", "none"]])
 def test_a_folder_that_is_not_a_run_is_an_error(run, argv, monkeypatch):
     monkeypatch.chdir(run.parents[1])
-    with pytest.raises(UserError, match="none is not a folder"):
+    with pytest.raises(UserError, match="holds no loss"):
         plot([*argv, "--html", "a.html"])
     assert not Path("a.html").exists()
 
