@@ -51,10 +51,10 @@ def main(argv: list[str]) -> int:
     from smallm.training import callbacks, cli
     from smallm.training.report import record
 
-    callbacks.TextCheck.on_start = watch("text check", callbacks.TextCheck.on_start)
+    callbacks.compute_statistics = watch("text check", callbacks.compute_statistics)
     callbacks.read_passage = watch("passage", callbacks.read_passage)
     record.RecordWriter.update = watch("record", record.RecordWriter.update)
-    callbacks.ReportPage.on_end = watch("page", callbacks.ReportPage.on_end)
+    callbacks.Report._write = watch("page", callbacks.Report._write)
     with tempfile.TemporaryDirectory() as folder:
         flags = argv if "--out" in argv else ["--out", f"{folder}/run", *argv]
         code = cli.main(flags)

@@ -115,20 +115,10 @@ class Callback:
 
 def default_callbacks() -> list[Callback]:
     """The callbacks of `train.py`, in the order of their output."""
-    record = ReportRecord()
     return [
-        StartupSummary(),
-        record,
-        TextCheck(record),
-        LossForecast(),
-        MetricsLog(),
-        FinalSummary(),
-        Forgetting(),
-        BaselineComparison(),
-        Memorisation(record),
-        ReportPage(record),
+        StartupSummary(), LossForecast(), MetricsLog(), FinalSummary(), Forgetting(), BaselineComparison(), Report(),
         NextCommand(),
-    ]
+    ]  # fmt: skip
 
 
 class StartupSummary(Callback):
@@ -158,46 +148,6 @@ class StartupSummary(Callback):
         new, old_loss = run.corpus.vocabulary.size - run.state.base_vocab_size, run.state.old_text_loss
         loss = "" if old_loss is None else f"; {old_loss:.4f} nats per character on its own text"
         return f"init   {run.config.train.init_from}: {new:,} ids are new{loss}\n"
-
-
-class ReportRecord(Callback):
-    """Stores facts, text check, passage and memorisation in report.json, from which the report page is written."""
-
-    def on_start(self, run: RunSnapshot) -> None:
-        resumed = run.state.step > 0
-        self._writer = RecordWriter(run.folder, run.logger.info, resumed=resumed, enabled=run.is_main)
-        began = {} if resumed else {"began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
-        self.update(
-            state="training",
-            planned_steps=run.total_steps,
-            facts=run.state.facts | machine_facts(),
-            train_characters=run.corpus.train_characters,
-            val_characters=run.corpus.val_characters,
-            **began,
-        )
-
-    def on_evaluation(self, run: RunSnapshot, evaluation: Evaluation) -> None:
-        if evaluation.improved:
-            self.update(passage=read_passage(run.model, run.corpus, run.state.step))
-
-    def update(self, **fields: Any) -> None:
-        """Sets fields of the report's record."""
-        self._writer.update(**fields)
-
-
-class TextCheck(Callback):
-    """Examines the training text; prints the findings of a new run that the user should know."""
-
-    def __init__(self, record: ReportRecord):
-        self._record = record
-
-    def on_start(self, run: RunSnapshot) -> None:
-        if not run.is_main:
-            return
-        statistics = compute_statistics(run.corpus)
-        self._record.update(findings=report_lines(run.corpus, statistics))
-        if not run.state.step:
-            run.logger.info("\n".join(summary_lines(statistics)))
 
 
 class LossForecast(Callback):
@@ -332,46 +282,58 @@ class BaselineComparison(Callback):
         return cached_baselines(run.corpus) if too_long else measure_baselines(run.corpus)
 
 
-class Memorisation(Callback):
-    """Searches the training text for the last samples; prints a line if the model copies."""
+class Report(Callback):
+    """Prints the text check, stores what belongs into report.json, looks for copied text, and writes the report page.
 
-    def __init__(self, record: ReportRecord):
-        self._record = record
+    A run does not fail if its report fails.
+    """
+
+    def on_start(self, run: RunSnapshot) -> None:
+        resumed, corpus = run.state.step > 0, run.corpus
+        self._record = RecordWriter(run.folder, run.logger.info, resumed=resumed, enabled=run.is_main)
+        began = {} if resumed else {"began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
+        self._record.update(
+            state="training", planned_steps=run.total_steps, facts=run.state.facts | machine_facts(),
+            train_characters=corpus.train_characters, val_characters=corpus.val_characters, **began,
+        )  # fmt: skip
+        if run.is_main:
+            statistics = compute_statistics(corpus)
+            self._record.update(findings=report_lines(corpus, statistics))
+            if not resumed:
+                run.logger.info("\n".join(summary_lines(statistics)))
+
+    def on_evaluation(self, run: RunSnapshot, evaluation: Evaluation) -> None:
+        if evaluation.improved:
+            self._record.update(passage=read_passage(run.model, run.corpus, run.state.step))
 
     def on_end(self, run: RunSnapshot) -> None:
-        corpus = run.corpus
-        if not run.is_main or len(corpus.train_ids) > MAX_SEARCHED_IDS:
+        if not run.is_main:
             return
         with suppress(OSError, ValueError, KeyError):
-            samples = [record["sample"] for record in read_metrics(run.folder) if record["kind"] == "eval"]
-            training = corpus.vocabulary.decode(corpus.train_ids[:])
-            report = measure_memorisation([s for s in samples[-SEARCHED_SAMPLES:] if s], training, corpus.val_text())
-            self._record.update(memorisation=report.rows())
-            if report.is_remarkable:
-                run.logger.result(
-                    "the samples repeat the training text: longest passage copied from the training text: "
-                    f"{report.generated.length} (validation text: {report.validation.length}); more text, "
-                    "--model.dropout 0.2 or fewer steps help"
-                )
-
-
-class ReportPage(Callback):
-    """Writes the report page and prints its path. A run does not fail if its report fails."""
-
-    def __init__(self, record: ReportRecord):
-        self._record = record
-
-    def on_end(self, run: RunSnapshot) -> None:
+            self._look_for_copies(run)
         if path := self._write(run, "out of patience" if run.stopped_early else "finished"):
             run.logger.result(f"report: {path}")
 
     def on_interrupt(self, run: RunSnapshot, signum: int) -> None:
-        if path := self._write(run, "interrupted"):
+        if run.is_main and (path := self._write(run, "interrupted")):
             run.logger.info(f"report: {path}")
 
+    def _look_for_copies(self, run: RunSnapshot) -> None:
+        """Searches the training text for the last samples; prints a line if the model copies."""
+        if len(run.corpus.train_ids) > MAX_SEARCHED_IDS:
+            return
+        samples = [record["sample"] for record in read_metrics(run.folder) if record["kind"] == "eval"]
+        training = run.corpus.vocabulary.decode(run.corpus.train_ids[:])
+        report = measure_memorisation([s for s in samples[-SEARCHED_SAMPLES:] if s], training, run.corpus.val_text())
+        self._record.update(memorisation=report.rows())
+        if report.is_remarkable:
+            run.logger.result(
+                "the samples repeat the training text: longest passage copied from the training text: "
+                f"{report.generated.length} (validation text: {report.validation.length}); more text, "
+                "--model.dropout 0.2 or fewer steps help"
+            )
+
     def _write(self, run: RunSnapshot, state: str) -> Path | None:
-        if not run.is_main:
-            return None
         from smallm.training.report.pages import write_report
 
         self._record.update(state=state, planned_steps=run.total_steps)

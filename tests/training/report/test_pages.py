@@ -402,8 +402,8 @@ def test_the_benchmark_adds_up(monkeypatch, text_file, tmp_path, capsys):
     from smallm.training.report import record
 
     monkeypatch.chdir(tmp_path)
-    for place, name in ((callbacks.TextCheck, "on_start"), (callbacks, "read_passage"),
-                        (record.RecordWriter, "update"), (callbacks.ReportPage, "on_end")):  # fmt: skip
+    for place, name in ((callbacks, "compute_statistics"), (callbacks, "read_passage"),
+                        (record.RecordWriter, "update"), (callbacks.Report, "_write")):  # fmt: skip
         monkeypatch.setattr(place, name, getattr(place, name))  # put back at the end
     argv = ["--data", str(text_file), "--train.max_steps=4", "--train.eval_every=2", "--train.sample_length=0"]
     assert report_cost.main(argv) == 0
