@@ -37,7 +37,7 @@ def surprise(
     finder, stored = SpanFinder(model.vocabulary, max_spans), PageText()
     if coloured:
         print(legend())
-    for part in measure(model, text_file.pieces(path, encoding, bar=not coloured), PAGE_CHARACTERS if html else 0):
+    for part in measure(model, text_file.pieces(path, encoding, bar=not coloured)):
         finder.add(part)
         if html:
             stored.add(part)

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from smallm.surprisal.measure import NOTABLE, UNKNOWN, Measured, id_name
+from smallm.surprisal.measure import UNKNOWN, Measured, id_name
 from smallm.tokenizer.vocabulary import Vocabulary
 
 USUAL = 1.386  # 2 ln 2
@@ -24,7 +24,7 @@ MAX_WORD = 30  # characters; a longer stretch is a passage
 MIN_EXCESS = 10.0  # nats above the threshold that a passage needs
 PEAK_SHARE = 0.75  # a word's peak is its first character with this share of its highest surprisal, as one surprising
 # character makes the following ones surprising too
-MIN_PEAK = NOTABLE / PEAK_SHARE  # nats that the highest surprisal in a span must reach
+MIN_PEAK = 4.0  # nats that the highest surprisal in a span must reach
 CONTEXT = 30  # characters stored from before and after a span
 MAX_TEXT = 300  # characters stored of a span
 

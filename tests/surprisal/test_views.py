@@ -347,7 +347,7 @@ def test_the_page_holds_text_details_and_spans(infer, file, lm, tmp_path):
     page = Page(source)
     text = file.read_text("utf-8")
     assert shown_text(source) == text
-    measured = Measured.join(list(measure(lm, [text], len(text))))
+    measured = Measured.join(list(measure(lm, [text])))
     nats, names, probabilities = details(page)
     assert nats == pytest.approx(measured.nats, abs=0.006, nan_ok=True)
     assert probabilities == pytest.approx(measured.probabilities, abs=0.005)
