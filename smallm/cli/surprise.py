@@ -12,8 +12,8 @@ from smallm.html.escape import visible
 from smallm.html.page import save
 from smallm.inference.scoring import Perplexity
 from smallm.language_model import LanguageModel
-from smallm.surprisal.measure import measure
-from smallm.surprisal.page import PAGE_CHARACTERS, PageText, summary, surprisal_page
+from smallm.surprisal.measure import Measured, measure
+from smallm.surprisal.page import PAGE_CHARACTERS, summary, surprisal_page
 from smallm.surprisal.spans import SpanFinder
 from smallm.surprisal.terminal_view import legend, painted, span_list, takes_colours
 
@@ -34,13 +34,14 @@ def surprise(
     if html:
         _check_writable(html, path)
     coloured = not html and not as_json and takes_colours(sys.stdout, os.environ)
-    finder, stored = SpanFinder(model.vocabulary, max_spans), PageText()
+    finder, shown, read = SpanFinder(model.vocabulary, max_spans), [], 0
     if coloured:
         print(legend())
     for part in measure(model, text_file.pieces(path, encoding, bar=not coloured)):
         finder.add(part)
-        if html:
-            stored.add(part)
+        if html and read < PAGE_CHARACTERS:
+            shown.append(part[: PAGE_CHARACTERS - read])
+        read += len(part.text)
         if coloured:
             print(painted(part.text, part.nats), end="")
     passages, words = finder.finish()
@@ -48,7 +49,7 @@ def surprise(
         raise UserError(f"{path} has {finder.characters} character(s); there must be at least 2")
     figures = Perplexity.of(finder.nats, finder.characters - 1)
     if html:
-        save(html, surprisal_page(model, path.name, figures, passages, words, stored.measured()))
+        save(html, surprisal_page(model, path.name, figures, passages, words, Measured.join(shown)))
     if as_json:
         spans = {"passages": list(map(asdict, passages)), "words": list(map(asdict, words))}
         print(json.dumps({"file": str(path), **asdict(figures), **spans}, ensure_ascii=True))

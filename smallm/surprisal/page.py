@@ -17,24 +17,6 @@ HOW_TO_READ = """<p class="soft">Point at a character, or tap it, to see which c
 the keyboard: the arrow keys move by one character, n and p to the next and the previous marked span.</p>"""
 
 
-class PageText:
-    """Collects the first PAGE_CHARACTERS characters of a text."""
-
-    def __init__(self) -> None:
-        self._parts: list[Measured] = []
-        self._left = PAGE_CHARACTERS
-
-    def add(self, part: Measured) -> None:
-        """Takes the next part of the text."""
-        if self._left:
-            self._parts.append(part[: self._left])
-            self._left -= len(self._parts[-1].text)
-
-    def measured(self) -> Measured:
-        """The collected characters."""
-        return Measured.join(self._parts)
-
-
 def surprisal_page(
     model: LanguageModel,
     name: str,

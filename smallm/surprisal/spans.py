@@ -8,13 +8,13 @@ surprisals nearly are, have this mean or twice this mean.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from smallm.surprisal.measure import UNKNOWN, Measured, id_name
+from smallm.surprisal.measure import Measured, id_name
 from smallm.tokenizer.vocabulary import Vocabulary
 
 USUAL = 1.386  # 2 ln 2
@@ -78,9 +78,9 @@ class SpanFinder:
         self._vocabulary, self._max_spans = vocabulary, max_spans
         self._parts: list[Measured] = []
         self._waiting = 0  # characters in self._parts
-        self._start = (0, 1, 1)  # offset, line and column of the first of these
+        self._line = self._column = 1  # of the first of these
         self._passages: list[Span] = []
-        self._words: dict[str, Span] = {}
+        self._words: list[Span] = []
         self.nats = 0.0
         """Sum of the surprisals searched so far; of the whole text after `finish`."""
         self.characters = 0
@@ -105,94 +105,69 @@ class SpanFinder:
         if self._waiting:
             self._search(Measured.join(self._parts))
             self._parts, self._waiting = [], 0
-        return self._passages, list(self._words.values())
+        return self._passages, self._words
 
     def _search(self, measured: Measured) -> None:
         """Finds the spans of a chunk, and keeps the best of all so far."""
-        nats = np.nan_to_num(measured.nats)
+        text, nats = measured.text, np.nan_to_num(measured.nats)
         self.nats += float(nats.sum())
         self.characters += len(nats)
         mean = self.nats / max(1, self.characters - 1)
-        chunk = _Chunk(measured, nats, mean * USUAL, self._start, self._vocabulary)
-        passages, peaks = chunk.candidates(mean * MAX_LOSS)
+        usual = mean * USUAL
+        found: tuple[dict[Hashable, Span], dict[Hashable, Span]] = {}, {}  # passages, words
         taken: list[tuple[int, int]] = []  # no two spans share a word
-        for _, start, end, peak in sorted(passages):
-            if len(taken) < self._max_spans and _is_apart(start, end, taken):
+        for is_word, _, start, end, peak in sorted(_candidates(text, nats, usual, mean * MAX_LOSS)):
+            spans, key = found[is_word], _bare(text[start:end]) if is_word else start
+            is_apart = all(end <= first or last <= start for first, last in taken)
+            if is_apart and key not in spans and len(spans) < self._max_spans:
+                spans[key] = self._span(measured, usual, start, end, peak)
                 taken.append((start, end))
-                self._passages.append(chunk.span(start, end, peak))
-        self._passages = sorted(self._passages, key=lambda span: (-span.excess, span.offset))[: self._max_spans]
-        words: dict[str, Span] = {}
-        for _, peak in sorted(peaks):
-            start, end = _whole_words(measured.text, peak, peak + 1)
-            word = _bare(measured.text[start:end])
-            if word not in words and _is_apart(start, end, taken):
-                words[word] = chunk.span(start, end, peak)
-                taken.append((start, end))
-            if len(words) == self._max_spans:
-                break
-        self._words = self._merged(words)
-        self._start = chunk.position(len(nats))
+        passages, words = ([*old, *new.values()] for old, new in zip((self._passages, self._words), found, strict=True))
+        self._passages = self._best(passages, lambda span: span.excess, lambda span: span.offset)
+        self._words = self._best(words, lambda span: span.peak.nats, lambda span: _bare(span.text))
+        self._line, self._column = self._position(text, len(text))
 
-    def _merged(self, words: dict[str, Span]) -> dict[str, Span]:
-        """The best of the words so far and of these, each where its peak is highest."""
-        best = dict(self._words)
-        for word, span in words.items():
-            if word not in best or span.peak.nats > best[word].peak.nats:
-                best[word] = span
-        order = sorted(best.items(), key=lambda item: (-item[1].peak.nats, item[1].offset))
-        return dict(order[: self._max_spans])
+    def _best(
+        self, spans: Iterable[Span], score: Callable[[Span], float], key: Callable[[Span], Hashable]
+    ) -> list[Span]:
+        """The spans with the highest score, one for each key."""
+        best: dict[Hashable, Span] = {}
+        for span in sorted(spans, key=lambda span: (-score(span), span.offset)):
+            best.setdefault(key(span), span)
+        return list(best.values())[: self._max_spans]
 
-
-class _Chunk:
-    """A part of a text that is searched at once; indices count from its first character.
-
-    usual: the threshold in nats; start: offset, line and column of the first character.
-    """
-
-    def __init__(
-        self, measured: Measured, nats: np.ndarray, usual: float, start: tuple[int, int, int], vocabulary: Vocabulary
-    ):
-        self._measured, self._nats, self._usual, self._start = measured, nats, usual, start
-        self._vocabulary = vocabulary
-        self._line_ends = np.flatnonzero(np.frombuffer(measured.text.encode("utf-32-le"), "<u4") == ord("\n"))
-
-    def candidates(self, max_loss: float) -> tuple[list[tuple[float, int, int, int]], list[tuple[float, int]]]:
-        """Passages as (-excess, start, end, peak), and the peaks of words as (-nats, peak)."""
-        passages, peaks = [], []
-        for start, end in _stretches(self._nats - self._usual, max_loss):
-            highest = self._nats[start:end].max()
-            if highest < MIN_PEAK:
-                continue
-            if end - start > MAX_WORD:
-                peak = start + int(self._nats[start:end].argmax())
-                start, end = _whole_words(self._measured.text, start, end)
-                excess = float(self._nats[start:end].sum() - self._usual * (end - start))
-                if excess >= MIN_EXCESS:
-                    passages.append((-excess, start, end, peak))
-            else:
-                peak = start + int(np.argmax(self._nats[start:end] >= PEAK_SHARE * highest))
-                peaks.append((-self._nats[peak], peak))
-        return passages, peaks
-
-    def span(self, start: int, end: int, at: int) -> Span:
-        """The span from `start` to `end` with its peak `at`."""
-        text, ids = self._measured.text, self._measured.expected[at]
-        names = [id_name(self._vocabulary, id) for id in ids[ids != UNKNOWN].tolist()]
-        expected = tuple(zip(names, self._measured.probabilities[at].tolist(), strict=False))
-        offset, line, column = self.position(at)
-        peak = Peak(line, column, offset, text[at], float(self._nats[at]), expected)
-        offset, line, column = self.position(start)
-        total, length = float(self._nats[start:end].sum()), end - start
+    def _span(self, measured: Measured, usual: float, start: int, end: int, at: int) -> Span:
+        """The span of a chunk from `start` to `end` with its peak `at`. usual: the threshold in nats."""
+        text, ids, offset = measured.text, measured.expected[at], self.characters - len(measured.text)
+        names = (id_name(self._vocabulary, id) for id in ids.tolist())
+        expected = tuple(zip(names, measured.probabilities[at].tolist(), strict=True))
+        peak = Peak(*self._position(text, at), offset + at, text[at], float(measured.nats[at]), expected)
+        total, length = float(np.nansum(measured.nats[start:end])), end - start
         shown = text[start : start + min(length, MAX_TEXT)]
         before, after = text[max(0, start - CONTEXT) : start], text[end : end + CONTEXT]
-        return Span(line, column, offset, length, total, total - self._usual * length, shown, before, after, peak)
+        where = (*self._position(text, start), offset + start)
+        return Span(*where, length, total, total - usual * length, shown, before, after, peak)
 
-    def position(self, index: int) -> tuple[int, int, int]:
-        """Offset, line and column of a character of the chunk, or of the first character after the chunk."""
-        offset, line, column = self._start
-        ends = int(self._line_ends.searchsorted(index))
-        column = column + index if ends == 0 else index - int(self._line_ends[ends - 1])
-        return offset + index, line + ends, column
+    def _position(self, text: str, index: int) -> tuple[int, int]:
+        """Line and column of a character of the chunk, or of the first character after the chunk."""
+        ends = text.count("\n", 0, index)
+        return self._line + ends, index - text.rfind("\n", 0, index) if ends else self._column + index
+
+
+def _candidates(
+    text: str, nats: np.ndarray, usual: float, max_loss: float
+) -> Iterator[tuple[bool, float, int, int, int]]:
+    """The spans of a chunk that may be listed: whether it is a word, the negative of its score, start, end, peak."""
+    for start, end in _stretches(nats - usual, max_loss):
+        highest = nats[start:end].max()
+        if highest < MIN_PEAK:
+            continue
+        is_word = end - start <= MAX_WORD
+        peak = start + int(np.argmax(nats[start:end] >= (PEAK_SHARE if is_word else 1) * highest))
+        start, end = _whole_words(text, peak, peak + 1) if is_word else _whole_words(text, start, end)
+        score = float(nats[peak] if is_word else nats[start:end].sum() - usual * (end - start))
+        if is_word or score >= MIN_EXCESS:
+            yield is_word, -score, start, end, peak
 
 
 def _stretches(gains: np.ndarray, max_loss: float) -> Iterator[tuple[int, int]]:
@@ -214,34 +189,31 @@ def _stretches(gains: np.ndarray, max_loss: float) -> Iterator[tuple[int, int]]:
             yield from (stretch[:2] for stretch in open_)
             open_, highest = [], -np.inf
         while True:
-            last = next((i for i in range(len(open_) - 1, -1, -1) if open_[i][2] < before), None)
-            if last is None:  # no later gain can extend them
-                yield from (stretch[:2] for stretch in open_)
-                open_ = []
-            elif open_[last][3] < after:
-                start, before = open_[last][0], open_[last][2]
-                del open_[last:]
-                continue
-            open_.append((start, end, before, after))
-            break
+            last = next((i for i in reversed(range(len(open_))) if open_[i][2] < before), None)
+            if last is None or open_[last][3] >= after:
+                break
+            start, before = open_[last][0], open_[last][2]
+            del open_[last:]
+        if last is None:  # no later gain can extend the others
+            yield from (stretch[:2] for stretch in open_)
+            open_ = []
+        open_.append((start, end, before, after))
         highest = max(highest, after)
     yield from (stretch[:2] for stretch in open_)
 
 
-def _is_apart(start: int, end: int, others: list[tuple[int, int]]) -> bool:
-    return all(end <= first or last <= start for first, last in others)
-
-
 def _whole_words(text: str, start: int, end: int) -> tuple[int, int]:
-    """Extends a stretch to whole words, and removes white space at its ends."""
-    part = text[start:end]
-    if not part.isspace():
-        start, end = start + len(part) - len(part.lstrip()), end - len(part) + len(part.rstrip())
-        first, last = max(0, start - MAX_WORD), end + MAX_WORD
-        before, after = re.search(r"\S*\Z", text[first:start]), re.match(r"\S*", text[end:last])
-        assert before is not None, part  # both patterns match even an empty string
-        assert after is not None, part
-        start, end = first + before.start(), end + after.end()
+    """Extends a stretch to whole words, by MAX_WORD at most, and removes white space at its ends."""
+    if not text[start:end].isspace():
+        while text[start].isspace():
+            start += 1
+        while text[end - 1].isspace():
+            end -= 1
+        first, last = max(0, start - MAX_WORD), min(len(text), end + MAX_WORD)
+        while start > first and not text[start - 1].isspace():
+            start -= 1
+        while end < last and not text[end].isspace():
+            end += 1
     return start, end
 
 

@@ -383,7 +383,7 @@ def test_nothing_hostile_reaches_the_browser(infer, tmp_path):
 
 
 def test_the_page_of_a_long_text_holds_its_beginning(infer, file, tmp_path, monkeypatch):
-    monkeypatch.setattr("smallm.surprisal.page.PAGE_CHARACTERS", 300)
+    monkeypatch.setattr("smallm.cli.surprise.PAGE_CHARACTERS", 300)
     infer(file, "--html", tmp_path / "page.html")
     source = (tmp_path / "page.html").read_text("utf-8")
     text = file.read_text("utf-8")
