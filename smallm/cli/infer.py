@@ -5,8 +5,7 @@ import io
 import json
 import secrets
 import sys
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,6 @@ from smallm.generation.config import GenerationConfig
 from smallm.runs.layout import newest_run, validation_text
 
 if TYPE_CHECKING:
-    from smallm.generation.text_stream import TextChunk
     from smallm.language_model import LanguageModel
 
 EXAMPLES = """\
@@ -104,55 +102,36 @@ def _generate(model: "LanguageModel", options: argparse.Namespace) -> None:
         raise UserError(f"--num-samples {options.num_samples} is out of range; it must be from 1 to {MAX_SAMPLES:,}")
     rng_seed = secrets.randbits(32) if options.rng_seed is None else options.rng_seed
     given = _given(options) | {"rng_seed": rng_seed}
-    lengths = [0] * options.num_samples
-    chunks = _counted(
-        model.stream_many([options.seed] * options.num_samples, logprobs=options.json, **given), lengths
-    )
-    if options.json:
-        samples: list[dict[str, Any]] = [{"new_text": "", "logprobs": []} for _ in range(options.num_samples)]
-        for chunk in chunks:
-            samples[chunk.number]["new_text"] += chunk.text
-            samples[chunk.number]["logprobs"] += [round(value, 6) for value in chunk.logprobs]
-        samples = [{"text": options.seed + sample["new_text"], **sample} for sample in samples]
-        print(json.dumps({"seed": options.seed, **given, "samples": samples}, ensure_ascii=False))
-    else:
-        _print_samples(chunks, options)
-        if options.rng_seed is None:
-            print(f"again with: --rng-seed {rng_seed}", file=sys.stderr)
-    size = model.block_size
-    if options.overflow is None and not model.metadata.window and len(options.seed) + max(lengths) > size:
-        print(OVERFLOW_NOTE.format(size=size), file=sys.stderr)
-
-
-def _print_samples(chunks: "Iterator[TextChunk]", options: argparse.Namespace) -> None:
-    print(options.seed, end="", flush=options.stream)
-    current = 0
-    for number, text in _in_order(chunks):
-        if number > current:
-            print("\n" + "-" * 40 + "\n" + options.seed, end="")
-            current = number
-        print(text, end="", flush=options.stream)
-    print()
-
-
-def _counted(chunks: "Iterator[TextChunk]", lengths: list[int]) -> "Iterator[TextChunk]":
-    """The chunks; adds the number of characters of each to its text's entry in `lengths`."""
+    chunks = model.stream_many([options.seed] * options.num_samples, logprobs=options.json, **given)
+    texts: list[list[str]] = [[] for _ in range(options.num_samples)]
+    logprobs: list[list[float]] = [[] for _ in texts]
+    ended, current = set(), 0  # current: the text that is printed; texts are computed together, and printed in order
+    if not options.json:
+        print(options.seed, end="", flush=options.stream)
     for chunk in chunks:
-        lengths[chunk.number] += len(chunk.text)
-        yield chunk
-
-
-def _in_order(chunks: "Iterator[TextChunk]") -> Iterator[tuple[int, str]]:
-    """(number, text) of interleaved texts, one text after the other; later texts wait until their turn."""
-    held, ended, current = defaultdict(list), set(), 0
-    for chunk in chunks:
-        held[chunk.number].append(chunk.text)
+        texts[chunk.number].append(chunk.text)
+        logprobs[chunk.number] += (round(value, 6) for value in chunk.logprobs)
+        if options.json:
+            continue
+        if chunk.number == current:
+            print(chunk.text, end="", flush=options.stream)
         if chunk.last:
             ended.add(chunk.number)
-        while current in held:
-            yield current, "".join(held.pop(current))
-            if current in ended:
-                current += 1
+        while current in ended and current + 1 < options.num_samples:
+            current += 1
+            print("\n" + "-" * 40 + "\n" + options.seed + "".join(texts[current]), end="")
+    new_texts = ["".join(pieces) for pieces in texts]
+    if options.json:
+        samples = [{"text": options.seed + text, "new_text": text, "logprobs": values}
+                   for text, values in zip(new_texts, logprobs, strict=True)]  # fmt: skip
+        print(json.dumps({"seed": options.seed, **given, "samples": samples}, ensure_ascii=False))
+    else:
+        print()
+        if options.rng_seed is None:
+            print(f"again with: --rng-seed {rng_seed}", file=sys.stderr)
+    is_past = len(options.seed) + max(map(len, new_texts)) > model.block_size
+    if is_past and options.overflow is None and not model.metadata.window:
+        print(OVERFLOW_NOTE.format(size=model.block_size), file=sys.stderr)
 
 
 def _next_characters(model: "LanguageModel", options: argparse.Namespace) -> None:

@@ -60,7 +60,7 @@ def _run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) ->
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = command(argv) or 0
-        _flush_stdout()
+        sys.stdout.flush()
         return code
     except UserError as error:
         if isinstance(error, ProcessError):
@@ -92,14 +92,6 @@ def _print_error(message: str, before: str = "") -> None:
     """One line, because names and values from strangers may hold newlines and control characters."""
     with suppress(OSError, ValueError):  # nobody reads stderr
         print(f"{before}smallm: {printable(message[:MAX_MESSAGE])}", file=sys.stderr)
-
-
-def _flush_stdout() -> None:
-    """Raises `OSError` unless the reader of stdout, such as `head`, has just closed it."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _discard_stdout()
 
 
 def _discard_stdout() -> None:

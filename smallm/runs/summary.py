@@ -134,30 +134,24 @@ def read_run(run: Path, max_bytes: int | None = TAIL_BYTES) -> Run:
 
 
 def is_running(run: Path) -> bool:
-    """Whether a trainer holds the lock of this run; False where the file system has no locks."""
+    """Whether a trainer holds the lock of this run; False where the file system has no locks.
+
+    Takes the lock as `filelock` does, and releases it at once.
+    """
     with suppress(OSError), (run / LOCK).open("rb") as file:
-        return not _can_lock(file.fileno())
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released when the file is closed
+        except (BlockingIOError, PermissionError):  # the second on Windows
+            return True
     return False
-
-
-def _can_lock(descriptor: int) -> bool:
-    """Whether no other process has locked the file. Takes the lock as `filelock` does, and releases it at once."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
-    else:
-        import fcntl
-
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released when the file is closed
-        except BlockingIOError:
-            return False
-    return True
 
 
 def step_of(checkpoint: Path) -> int:
