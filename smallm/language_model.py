@@ -10,14 +10,14 @@ from typing import Any, Unpack
 import numpy as np
 
 from smallm.errors import UserError
-from smallm.generation.batch import generate_batch, suits_batch
+from smallm.generation.batch import Batch, suits_batch
 from smallm.generation.config import GenerationConfig, GenerationOptions, with_options
 from smallm.generation.draft_table import DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE, DraftTable
 from smallm.generation.logits_processors import LogitsProcessor
 from smallm.generation.sampler import ranked
 from smallm.generation.sequence_state import SequenceState
 from smallm.generation.speculative import drafts_per_pass
-from smallm.generation.text_stream import TextChunk, TextStream
+from smallm.generation.text_stream import TextChunk, TextsInTurn, TextStream
 from smallm.inference.kv_cache import KVCache
 from smallm.inference.scoring import IGNORED, Perplexity, begins_character, nats, windows
 from smallm.inference.session import Session
@@ -153,7 +153,8 @@ class LanguageModel:
         >>> for chunk in lm.stream_many(["ROMEO:", "JULIET:"], max_length=500): print(chunk.number, chunk.text)
 
         Texts that are not computed in a batch follow one another. The last chunk of each text has `last` set, and may
-        be empty. Arguments and errors as for `stream`.
+        be empty. After an exception, also in the loop's body, the iterator continues with the same texts. Arguments and
+        errors as for `stream`.
         """
         return self._chunks(_seeds(seeds), _config(config, max_length, options), logprobs)
 
@@ -244,23 +245,8 @@ class LanguageModel:
         states = self._states(seeds, config, logprobs)
         drafts = drafts_per_pass(self.metadata.precision, self._session.layer_bytes) if self._draft_table else 0
         if suits_batch(self.metadata, len(states), drafts):
-            return self._chunks_of_batch(states)
-        return self._chunks_one_by_one(states)
-
-    def _chunks_one_by_one(self, states: list[SequenceState]) -> Iterator[TextChunk]:
-        for number, state in enumerate(states):
-            stream, last = TextStream(self._session, state, self._draft_table), False
-            for text in stream:
-                last = stream.done
-                yield TextChunk(number, text, stream.logprobs, last)
-            if not last:
-                yield TextChunk(number, "", [], True)
-
-    def _chunks_of_batch(self, states: list[SequenceState]) -> Iterator[TextChunk]:
-        numbers = {id(state): number for number, state in enumerate(states)}
-        for state in generate_batch(self._session, states):
-            text = state.take()
-            yield TextChunk(numbers[id(state)], text, state.take_logprobs(len(text)), state.done)
+            return Batch(self._session, states)
+        return TextsInTurn(self._session, states, self._draft_table)
 
     def _states(self, seeds: Sequence[str], config: GenerationConfig, logprobs: bool) -> list[SequenceState]:
         config = config.resolve(self.metadata)

@@ -1,8 +1,10 @@
 """`TextStream`: one text as it is generated, which can be left, continued and branched."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from copy import copy
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from smallm.generation import sequence_state, speculative
 from smallm.generation.draft_table import DraftTable
@@ -11,6 +13,8 @@ from smallm.generation.sequence_state import Prediction, SequenceState
 from smallm.generation.speculative import SpeculativeDecoder, drafts_per_pass
 from smallm.inference.kv_cache import KVCache
 from smallm.inference.session import Session
+
+Piece = TypeVar("Piece")
 
 
 class TextChunk(NamedTuple):
@@ -25,7 +29,48 @@ class TextChunk(NamedTuple):
     """Whether this chunk ends the text."""
 
 
-class TextStream:
+class ResumableIterator(ABC, Generic[Piece]):
+    """An iterator that an exception leaves where it was: the next call gives the same piece. Threads take turns.
+
+    `_next` sets `_undo` before each of its steps. A piece counts as given when `__next__` returns; no signal handler
+    can run between two plain assignments, so that they are made together or not at all.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._undo: tuple[Callable[[Any], None], Any] | None = None
+        """What takes back the steps since the last piece was given, and its argument."""
+
+    @abstractmethod
+    def _next(self) -> Piece | None:
+        """Computes the next piece; something empty at the end."""
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Piece:
+        undo = None
+        try:
+            with self._lock:
+                self._recover()
+                piece = self._next()
+                undo, self._undo = self._undo, None
+            if piece:
+                return piece
+        except BaseException:
+            self._undo = undo or self._undo
+            raise
+        raise StopIteration
+
+    def _recover(self) -> None:
+        """After an exception, goes back to the beginning of the step that it has ended."""
+        if self._undo:
+            rewind, mark = self._undo
+            rewind(mark)
+            self._undo = None
+
+
+class TextStream(ResumableIterator[str]):
     """An iterator over the new text, in pieces of one or more whole characters.
 
     Nothing is computed ahead of what the caller asks for, except drafts. A loop over the stream may end at any time,
@@ -39,42 +84,27 @@ class TextStream:
         count = drafts_per_pass(session.manifest.precision, session.layer_bytes)
         self._speculative = SpeculativeDecoder(self._cache, table, count, state.sampling.temperature)
         self._kept: Prediction | None = None  # after the text so far, if `branch` has computed it already
-        self._undo: _Mark | None = None  # where a step began that an exception has ended
-        self._lock = Lock()
         self.logprobs: list[float] = []
         """With `logprobs=True`, for each character of the last piece: ln of its probability at temperature 1 with all
         characters allowed, the sum over its ids."""
+        super().__init__()
 
     @property
     def done(self) -> bool:
         """Whether the text is complete."""
         return self._state.done
 
-    def __iter__(self) -> "TextStream":
-        return self
-
-    def __next__(self) -> str:
-        """The next piece. After an exception, the same piece is computed again."""
+    def _next(self) -> str:
         state = self._state
-        mark: _Mark | None = None  # where the present step began
-        try:
-            with self._lock:
-                self._recover()
-                while not (state.ready or state.done):
-                    mark = None  # the step before is complete
-                    mark = self._mark()
-                    state.choose(*self._prediction())
-                    self._kept = None
-                text = state.take()
-                if state.keeps_logprobs:
-                    self.logprobs = state.take_logprobs(len(text))
-            if text:
-                return text
-        except BaseException:
-            if mark:
-                self._undo = mark
-            raise
-        raise StopIteration
+        while not (state.ready or state.done):
+            self._undo = None  # the step before is final
+            self._undo = self._rewind, self._mark()
+            state.choose(*self._prediction())
+            self._kept = None
+        text = state.take()
+        if state.keeps_logprobs:
+            self.logprobs = state.take_logprobs(len(text))
+        return text
 
     def branch(self, rng_seed: int | None = None, stream_number: int = 0) -> "TextStream":
         """A new stream that continues from here independently, without computing the text so far again.
@@ -88,7 +118,7 @@ class TextStream:
             other = copy(self)
             other._lock, other._state = Lock(), self._state.copy()
             if not self._state.done:
-                self._undo = self._mark()
+                self._undo = self._rewind, self._mark()
                 logits, _ = self._prediction()
                 self._kept = other._kept = logits.copy(), None
                 self._speculative.roll_back()
@@ -100,17 +130,14 @@ class TextStream:
             return other
 
     def _mark(self) -> "_Mark":
-        """The point that the stream has reached: everything that `_recover` takes back."""
         return self._state.mark(), self._speculative.mark(), self._cache.end, self._kept
 
-    def _recover(self) -> None:
-        """After an exception, goes back to the beginning of the step, which then gives the same ids again."""
-        if self._undo:
-            state, speculative, end, self._kept = self._undo
-            self._state.rewind(state)
-            self._speculative.rewind(speculative)
-            self._cache.rewind(end)
-            self._undo = None
+    def _rewind(self, mark: "_Mark") -> None:
+        """Goes back to the point that `_mark` returned; the same ids follow again."""
+        state, speculative, end, self._kept = mark
+        self._state.rewind(state)
+        self._speculative.rewind(speculative)
+        self._cache.rewind(end)
 
     def _prediction(self) -> Prediction:
         """The prediction after all of the text so far."""
@@ -127,6 +154,31 @@ class TextStream:
         window = state.window(fresh=cache.longest == 0)
         cache.reset()
         return cache.prefill(window), None
+
+
+class TextsInTurn(ResumableIterator[TextChunk]):
+    """The chunks of several texts, one text after the other."""
+
+    def __init__(self, session: Session, states: Sequence[SequenceState], table: DraftTable | None):
+        super().__init__()
+        self._session, self._states, self._table = session, states, table
+        self._number = 0  # of the present text
+        self._stream: TextStream | None = None  # None between two texts
+
+    def _next(self) -> TextChunk | None:
+        number = self._number
+        if number == len(self._states):
+            return None
+        stream = self._stream or TextStream(self._session, self._states[number], self._table)
+        self._stream, stream._undo, self._undo = stream, None, (self._rewind, (number, stream))
+        text = stream._next()
+        if stream.done:
+            self._number, self._stream = number + 1, None
+        return TextChunk(number, text, stream.logprobs if text else [], stream.done)
+
+    def _rewind(self, mark: tuple[int, TextStream]) -> None:
+        self._number, self._stream = mark
+        self._stream._recover()
 
 
 _Mark = tuple[sequence_state.Mark, speculative.Mark, int, Prediction | None]

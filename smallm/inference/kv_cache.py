@@ -100,17 +100,22 @@ class KVCache:
         """Number of ids of a single stream, with those that `slide` has removed; for `rewind`."""
         return self.longest + int(self._slid[0])
 
-    def rewind(self, end: int) -> None:
-        """Takes a single stream back to where `end` had this value, after calls that were completed or interrupted.
+    @property
+    def ends(self) -> np.ndarray:
+        """`end` of each stream (B,)."""
+        return self.lengths + self._slid
 
-        Since then the stream may have been extended by one call; where it was full, `slide` or `reset` may come before,
-        and after `reset` the contents are lost, but not the length. May be repeated.
+    def rewind(self, end: int | np.ndarray) -> None:
+        """Takes the streams back to where `end` or `ends` had this value, after completed or interrupted calls.
+
+        Since then each stream may have been extended by one call; where it was full, `slide` or `reset` may come
+        before, and after `reset` the contents are lost, but not the length. May be repeated.
         """
         if self._unfinished:
             self._complete(self._unfinished)
-        self.longest = end - int(self._slid[0])
-        self._first_mask[: self.longest], self._first_mask[self.longest :] = 1, 0
-        self.lengths[0] = self.longest
+        self.lengths = np.minimum(end - self._slid, self.block_size)
+        self.longest = int(self.lengths.max())
+        self._mask[:] = np.arange(self.block_size) < self.lengths[:, None]
         self._bind()  # the input of an interrupted `prefill` may still be bound
 
     def reset(self, stream: int | None = None) -> None:
@@ -155,16 +160,6 @@ class KVCache:
         self._keys_values[:, stream, :, : snapshot.length] = snapshot.keys_values
         self._mask[stream, : snapshot.length], self.lengths[stream] = 1, snapshot.length
         self.longest = max(self.longest, snapshot.length)
-
-    def select(self, streams: np.ndarray) -> None:
-        """Keeps these streams (n,) in this order, n at most the present number, and drops the others."""
-        n, longest = len(streams), self.lengths[streams].max()
-        self._keys_values[:, :n, :, :longest] = self._keys_values[:, streams, :, :longest]
-        self._mask[:n] = self._mask[streams]
-        self._keys_values, self._mask = self._keys_values[:, :n], self._mask[:n]
-        self.streams, self.lengths, self.longest = n, self.lengths[streams], int(longest)
-        self._slid = self._slid[streams]
-        self._bind()
 
     def _bind(self) -> None:
         self._stream_indices, self._first_mask = np.arange(self.streams), self._mask[0]

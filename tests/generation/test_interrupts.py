@@ -2,6 +2,7 @@
 
 import asyncio
 import dis
+import itertools
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -11,6 +12,8 @@ from toys import random_model, save_onnx
 
 from smallm import LanguageModel, UserError
 from smallm.export.draft_table import write_draft_table
+from smallm.generation import batch
+from smallm.inference.session import Binding
 
 ROOMS = ("/smallm/generation/", "/smallm/inference/", "/smallm/tokenizer/", "/smallm/language_model.py")
 SIGNAL_POINTS = {"CALL", "CALL_KW", "CALL_FUNCTION_EX", "JUMP_BACKWARD", "RESUME"}  # CPython runs handlers after these
@@ -119,6 +122,48 @@ def test_an_interrupt_at_any_point_of_a_branch(models, overflow):
         assert interrupter.interrupted > 5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "stop", "processors"])
+@pytest.mark.parametrize("at_once", [1, 3], ids=["in turn", "batch"])
+@pytest.mark.parametrize("overflow", ["crop", "shift", "slide"])
+def test_an_interrupt_at_any_point_of_many_texts(models, overflow, at_once, options, monkeypatch):
+    """More texts than streams, so that texts take the streams of others and streams are dropped at the end."""
+    monkeypatch.setattr(batch, "MAX_STREAMS", at_once)
+    lm = with_drafts(models[overflow], at_once == 1)
+    seeds = ["Zoë €", "a", "a", "", "an old owl sleeps"][: 2 if at_once == 1 else 5]
+    options = {"rng_seed": 6, "max_length": 25, "overflow": overflow, **options}
+    expected = list(lm.stream_many(seeds, **options))
+    chunks, found, interrupter = lm.stream_many(seeds, **options), [], Interrupter()
+    while chunk := interrupter.finish(partial(next, chunks, None), 1 + 5 * len(found) % 31):
+        found.append(chunk)
+    assert found == expected
+    assert interrupter.interrupted > len(found)
+    assert next(chunks, None) is None
+
+
+def test_a_failed_pass_of_many_texts(models, monkeypatch):
+    """Every seventh pass of the model fails: the texts stay the same."""
+    for lm in (models["plain"], with_drafts(models["plain"], False)):
+        expected = list(lm.stream_many(["a", "bc", ""], 30, rng_seed=3))
+        run, passes, found, failures = Binding.run, itertools.count(1), [], 0
+
+        def fails(self, run=run, passes=passes):
+            run(self)
+            if next(passes) % 7 == 0:
+                raise MemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Binding, "run", fails)
+            chunks = lm.stream_many(["a", "bc", ""], 30, rng_seed=3)
+            while len(found) < len(expected):
+                try:
+                    found.extend(itertools.islice(chunks, 1))
+                except MemoryError:
+                    failures += 1
+        assert found == expected
+        assert failures > 5
+
+
 @pytest.mark.parametrize("error", [UserError, SystemExit])
 def test_other_exceptions_are_as_good_as_ctrl_c(models, error):
     lm, options = models["slide"], {"rng_seed": 2, "overflow": "slide"}
@@ -139,6 +184,29 @@ def test_an_exception_of_the_consumer(models):
         except ValueError:
             continue
     assert found == list(models["plain"].stream("a", 30, rng_seed=3))
+
+
+def test_many_texts_after_an_exception_of_the_consumer(models):
+    for lm in (models["plain"], with_drafts(models["plain"], False)):
+        chunks, found = lm.stream_many(["a", "b"], 30, rng_seed=3), []
+        while sum(chunk.last for chunk in found) < 2:
+            try:
+                for chunk in chunks:
+                    found.append(chunk)
+                    raise ValueError
+            except ValueError:
+                continue
+        assert found == list(lm.stream_many(["a", "b"], 30, rng_seed=3))
+
+
+def test_threads_that_share_many_texts_take_turns(models):
+    for lm in (models["plain"], with_drafts(models["plain"], False)):
+        expected = list(lm.stream_many(["a", "b", "c"], 100, rng_seed=3))
+        chunks, found = lm.stream_many(["a", "b", "c"], 100, rng_seed=3), []
+        with ThreadPoolExecutor(4) as pool:
+            for future in [pool.submit(found.extend, chunks) for _ in range(4)]:
+                future.result()
+        assert sorted(found) == sorted(expected)
 
 
 def test_threads_that_share_a_stream_take_turns(models):

@@ -90,20 +90,6 @@ def test_branches_from_one_prompt(session, ids):
     assert many.lengths.tolist() == [8, 0, 8, 8]
 
 
-@pytest.mark.parametrize("kept", [[0, 2, 3], [3, 1], [2], [0, 1, 2, 3]])
-def test_the_remaining_streams(session, ids, kept):
-    cache = KVCache(session, 4)
-    for stream in range(4):
-        cache.prefill(ids[stream, : 4 + stream], stream)
-    cache.select(np.array(kept))
-    assert (cache.streams, cache.lengths.tolist()) == (len(kept), [4 + stream for stream in kept])
-    logits = cache.decode_batch(ids[5, : len(kept)]).copy()
-    for row, stream in enumerate(kept):
-        assert close(session, logits[row], np.append(ids[stream, : 4 + stream], ids[5, row]))
-        text = np.concatenate((ids[stream, : 4 + stream], ids[5, row : row + 1], ids[4, :2]))
-        assert close(session, cache.prefill(ids[4, :2], row), text)
-
-
 def test_more_texts_than_the_cache_can_hold(session, ids):
     cache = KVCache(session, 2)
     cache.prefill(ids[0, :10], 1)
