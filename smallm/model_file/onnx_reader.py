@@ -24,7 +24,7 @@ OPERATORS = frozenset(_OPERATORS.split())
 """The operators that smallm exports; a test compares them with real exports. No control flow, nothing random."""
 DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
 MAX_NODES = 20_000
-MAX_PARTS = 150_000  # messages in a file, or values of a repeated field: bounds the memory that parsing takes
+MAX_PARTS = 150_000  # messages in a file, or values of a repeated field; with MAX_NODES, bounds the memory of a parse
 MAX_DIMENSIONS = 8
 
 FLOAT, INT64 = 1, 7
@@ -91,8 +91,6 @@ def _checked(data: memoryview) -> OnnxFile:
     if "graph" not in model:
         raise ValueError("it has no graph")
     graph = model["graph"]
-    if len(graph["node"]) > MAX_NODES:
-        raise UserError(f"its graph has {len(graph['node']):,} nodes")
     for node in graph["node"]:
         kind, domain = node.get("op_type", ""), node.get("domain", "")
         if kind not in OPERATORS or domain not in DOMAINS:
@@ -144,8 +142,9 @@ def read_message(data: memoryview, message: Message, parts: list[None] | None = 
                 found[name] += packed(value[:MAX_PARTS])
             elif wire_type != 2 or kind[0] is not float:
                 found[name].append(_convert(value, wire_type, kind[0], parts))
-            if len(found[name]) + len(parts) > MAX_PARTS:
-                raise UserError(f"it has more than {MAX_PARTS:,} parts")
+            most, what = (MAX_NODES, "nodes") if kind[0] is NODE else (MAX_PARTS - len(parts), "parts")
+            if len(found[name]) > most:
+                raise UserError(f"it has more than {MAX_NODES if what == 'nodes' else MAX_PARTS:,} {what}")
         elif name in found:  # protobuf would merge the two, or take the last one
             raise ValueError(f"a second {name}")
         else:

@@ -166,19 +166,27 @@ def test_the_list_holds_the_operators_of_real_exports(tiny_run, tmp_path):
     assert emitted == OPERATORS - {"Neg", "ReduceSum"}  # which earlier versions exported
 
 
-@pytest.mark.parametrize("field", [1, 5, 11], ids=["nodes", "initializers", "inputs"])
-def test_empty_parts_are_counted_while_they_are_parsed(tmp_path, field):
-    graph = bytes([field << 3 | 2, 0]) * 2_000_000
-    data = b"\x3a" + _varint_bytes(len(graph)) + graph
+EMPTY_PARTS = {
+    "nodes": (b"\x3a", b"\x0a\0"), "initializers": (b"\x3a", b"\x2a\0"), "inputs": (b"\x3a", b"\x5a\0"),
+    "inputs of a node": (b"\x3a\x0a", b"\x0a\0"), "metadata": (b"", b"\x72\0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", EMPTY_PARTS)
+def test_empty_parts_are_counted_while_they_are_parsed(tmp_path, part):
+    keys, empty = EMPTY_PARTS[part]
+    data = empty * 10_000_000
+    for key in reversed(keys):
+        data = bytes([key]) + varint(len(data)) + data
     (tmp_path / "model.onnx").write_bytes(data)
+    del data
     tracemalloc.start()
-    assert "it has more than 150,000 parts" in refusal(tmp_path / "model.onnx")
-    assert tracemalloc.get_traced_memory()[1] < 120 << 20
+    begun = time.perf_counter()
+    limit = "20,000 nodes" if part == "nodes" else "150,000 parts"
+    assert f"it has more than {limit}" in refusal(tmp_path / "model.onnx")
+    assert time.perf_counter() - begun < 5
+    assert tracemalloc.get_traced_memory()[1] < 32 << 20
     tracemalloc.stop()
-
-
-def _varint_bytes(number):
-    return bytes([number & 0x7F | 0x80]) + _varint_bytes(number >> 7) if number > 0x7F else bytes([number])
 
 
 def test_the_list_has_no_control_flow_and_no_chance():
@@ -445,6 +453,25 @@ def test_files_that_are_not_safetensors(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"truncated or not a safetensors file|does not match"):
         check_fits(tmp_path / "model.safetensors", SMALL, 300)
+
+
+def test_a_header_with_many_tensors_is_not_parsed(tmp_path):
+    tensors = ",".join(f'"{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(80_000))
+    header = f"{{{tensors}}}".encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    begun = time.perf_counter()
+    with pytest.raises(UserError, match=r"its header is larger than 4 MB"):
+        check_fits(tmp_path / "model.safetensors", SMALL, 300)
+    assert time.perf_counter() - begun < 0.2
+
+
+def test_a_json_file_of_many_elements_is_not_parsed(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(f'{{"a": [{"[]," * 3_000_000}[]]}}')
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="larger than 8 MB"):
+        read_json(tmp_path / "tokenizer.json")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
 
 
 NESTED, HUGE = '{"a": ' + "[" * 400 + "]" * 400 + "}", '{"a": ' + "9" * 5000 + "}"

@@ -29,7 +29,7 @@ from smallm.runs.state_file import CHANGED, CHECKSUM, FORMAT_VERSION, STATE_FILE
 from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.checkpoint.hugging_face import hugging_face_files
 from smallm.training.checkpoint.qwen3 import from_qwen3, to_qwen3
-from smallm.training.checkpoint.safe_load import check_fits
+from smallm.training.checkpoint.safe_load import check_fits, check_header
 from smallm.training.config import Config, check_types
 from smallm.training.distributed import full_tensor, shard_like
 from smallm.training.model.transformer import TransformerLanguageModel
@@ -238,6 +238,7 @@ def _sha256(file: Path) -> str:
 
 
 def _load_tensors(file: Path) -> dict[str, Tensor]:
+    check_header(file)
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:

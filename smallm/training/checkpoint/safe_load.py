@@ -5,6 +5,7 @@ A checkpoint may come from an untrusted source, and a typing error in a config m
 
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -14,6 +15,7 @@ from smallm.training.checkpoint.qwen3 import weight_shapes
 from smallm.training.config import ModelConfig
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+MAX_HEADER = 4 << 20  # bytes; that of the largest model, with the optimiser's state, has 3 MB
 MAX_ROTARY_SIZE = 1 << 18  # block_size times head_dim, in addition to the size of the file in bytes
 
 
@@ -23,6 +25,7 @@ def check_fits(file: Path, config: ModelConfig, vocab_size: int) -> None:
     Only the header is read, nothing is allocated. After this check a model is no larger than its file, and block_size
     is plausible for a file of this size.
     """
+    check_header(file)
     try:
         with safe_open(file, framework="pt") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
@@ -42,6 +45,13 @@ def check_fits(file: Path, config: ModelConfig, vocab_size: int) -> None:
         problem = f"the file is too small for model.block_size = {config.block_size}"
     if problem:
         raise UserError(f"{file} does not match its config: {problem}")
+
+
+def check_header(file: Path) -> None:
+    """Raises `UserError` for a safetensors file whose header would take much memory and time to parse."""
+    with suppress(OSError), file.open("rb") as stream:  # safetensors reports an error of reading
+        if int.from_bytes(stream.read(8), "little") > MAX_HEADER < file.stat().st_size:
+            raise UserError(f"{file} is not one that smallm wrote: its header is larger than 4 MB; use another")
 
 
 def check_memory(config: ModelConfig) -> None:
