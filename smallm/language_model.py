@@ -1,6 +1,7 @@
 """`LanguageModel`: an exported model that generates text and measures text. Needs numpy and onnxruntime only."""
 
 import heapq
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,14 +56,18 @@ class LanguageModel:
         """Opens a run that was exported, an export folder or an .onnx file.
 
         threads: threads of ONNX Runtime, 1 to 1024; None chooses by the size of the model. If the export left
-        `draft_table.npy` beside the model, generation is up to twice as fast. Raises `UserError` for a path without a
-        model, or a file that is damaged.
+        `draft_table.npy` beside the model, generation is up to twice as fast; a damaged table is left aside, with a
+        warning. Raises `UserError` for a path without a model, or a model file that is damaged.
         """
         file = find_model(as_path("path", path))
         session = Session(file, threads)
         tables = (file.with_name(name) for name in (DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE))
         table = next((path for path in tables if path.is_file()), None)
-        return cls(session, DraftTable.load(table, session.manifest.vocab_size) if table else None)
+        try:
+            return cls(session, DraftTable.load(table, session.manifest.vocab_size) if table else None)
+        except UserError as error:
+            warnings.warn(f"{error}; texts are the same without it, and come more slowly", stacklevel=2)
+            return cls(session)
 
     def close(self) -> None:
         """Frees the memory of the model. Later calls raise `UserError`; streams that exist keep their part of it."""

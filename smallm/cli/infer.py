@@ -5,6 +5,7 @@ import io
 import json
 import secrets
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from smallm.cli import text_file
 from smallm.cli.arguments import ArgumentParser
 from smallm.errors import UserError
 from smallm.generation.config import GenerationConfig
+from smallm.html.escape import printable
 from smallm.runs.layout import newest_run, validation_text
 
 if TYPE_CHECKING:
@@ -59,7 +61,10 @@ def main(argv: Sequence[str]) -> int:
     if path is None:
         path = newest_run()
         print(f"model: {path}", file=sys.stderr)
-    model = LanguageModel.load(path, threads=options.threads)
+    with warnings.catch_warnings(record=True, action="default") as caught:
+        model = LanguageModel.load(path, threads=options.threads)
+    for each in caught:
+        print(f"warning: {printable(str(each.message))}", file=sys.stderr)
     if mode == "perplexity":
         _perplexity(model, Path(options.perplexity) if options.perplexity else validation_text(Path(path)), options)
     elif mode == "surprise":

@@ -42,11 +42,11 @@ class DraftTable:
     def load(cls, path: Path, vocab_size: int) -> "DraftTable":
         """Reads a table. Raises `UserError` for a file that is not a draft table for this vocabulary."""
         try:
-            with path.open("rb") as file:
-                table = np.lib.format.read_array(file, allow_pickle=False)
-            if table.dtype != ROW or table.ndim != 1:
+            mapped = np.lib.format.open_memmap(path, mode="r")  # allocates nothing, whatever shape the header states
+            if mapped.dtype != ROW or mapped.ndim != 1 or mapped.offset + mapped.nbytes != path.stat().st_size:
                 raise ValueError
-        except (ValueError, OSError, EOFError, SyntaxError, TypeError, MemoryError):
+            table = np.array(mapped)
+        except (ValueError, OSError, EOFError, SyntaxError, TypeError, MemoryError, OverflowError):
             raise UserError(f"{path} is damaged; export the model again, or delete the file") from None
         if not ((table["ids"] < vocab_size).all() and (table["nats"] == 0).any(axis=1).all()):
             raise UserError(f"{path} belongs to another model; export the model again, or delete the file")
