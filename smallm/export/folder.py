@@ -24,6 +24,7 @@ from smallm.generation.draft_table import DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE
 from smallm.generation.speculative import drafts_per_pass
 from smallm.language_model import MODEL_FILE, LanguageModel
 from smallm.model_file.manifest import MANIFEST_FILE, Manifest
+from smallm.model_file.onnx_reader import read_onnx
 from smallm.runs.baselines_file import read_baselines
 from smallm.runs.layout import CHECKPOINTS, validation_text
 from smallm.training.checkpoint.format import load_model, load_vocabulary, read_state
@@ -158,7 +159,7 @@ def _write_model(
 
 def _write_portable(model: TransformerLanguageModel, manifest: Manifest, path: Path, text: str) -> Quality:
     """Writes the portable model file, compared with PyTorch and measured like the main one."""
-    manifest = replace(manifest, precision="fp32")
+    manifest = replace(manifest, precision="fp32", checksum=0)  # its own is not known yet
     proto = build_portable(model, manifest)
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
@@ -169,8 +170,8 @@ def _write_portable(model: TransformerLanguageModel, manifest: Manifest, path: P
 
 
 def _with_quality(path: Path, manifest: Manifest, quality: Quality) -> Manifest:
-    """Stores the measurements in the metadata of a model file."""
-    manifest = replace(manifest, quality=asdict(quality))
+    """Stores the measurements and the checksum in the metadata of a model file."""
+    manifest = replace(manifest, quality=asdict(quality), checksum=read_onnx(path).checksum)
     proto = onnx.load(path)
     helper.set_model_props(proto, manifest.to_metadata())
     onnx.save(proto, path)

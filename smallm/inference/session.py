@@ -44,7 +44,7 @@ class Session:
             raise UserError(f"there is no model file {path}; write one with `python export.py`")
         file = read_onnx(path)
         self.manifest = m = Manifest.from_metadata(file.metadata, path)
-        m.check_size(file.size, path)
+        m.check_file(file, path)
         parts = [f"{i}.{part}" for i in range(m.n_layer) for part in ("key", "value")]
         self.past, self.present = ([f"{side}.{part}" for part in parts] for side in ("past_key_values", "present"))
         promised: dict[str, tuple[int, list[int]]] = {
@@ -53,13 +53,14 @@ class Session:
         promised |= {name: (FLOAT, [m.n_kv_head, m.head_dim]) for name in self.past + self.present}
         if file.values != promised | {"logits": (FLOAT, [m.vocab_size])}:
             raise UserError(f"{path}: inputs and outputs do not match its metadata; export the model again")
-        self.layer_bytes = layer_bytes(file.size, m)
+        self.layer_bytes = layer_bytes(len(file.data), m)
         self._given_threads = threads
         self.threads = threads or default_threads(self.layer_bytes)
         """Threads for passes of a single id."""
-        self._session: ort.InferenceSession | None = self._open(self.threads)
+        self._session: ort.InferenceSession | None = self._open(file.data, self.threads)
         self._many_threads = threads or default_threads()
         self._many: ort.InferenceSession | None = None  # for passes of many ids; opened when first needed
+        self._data = file.data if self._many_threads != self.threads else b""  # the file may be replaced before then
         self._opening = Lock()
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
@@ -82,7 +83,8 @@ class Session:
 
     def close(self) -> None:
         """Frees ONNX Runtime's sessions; bindings that exist keep theirs."""
-        self._session = self._many = None
+        with self._opening:
+            self._session, self._many, self._data = None, None, b""
 
     def bind(self) -> "Binding":
         """A new binding, with the threads that suit single ids: more threads slow down batches of small models too."""
@@ -92,14 +94,14 @@ class Session:
         """The message for an error that ONNX Runtime raised while it ran the model."""
         return UserError(f"{self.path} is broken, export the model again; ONNX Runtime says: {_first_line(error)}")
 
-    def _open(self, threads: int) -> ort.InferenceSession:
+    def _open(self, data: bytes, threads: int) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.add_session_config_entry("session.load_model_format", "ONNX")  # the format that was checked
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # errors are raised; the log would only repeat them
         try:
-            return ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors share no base class
             needed = str(self.manifest.quality.get("onnxruntime", ""))
             if _version(ort.__version__) < _version(needed):
@@ -127,13 +129,14 @@ class Session:
     def _session_for(self, ids: int) -> ort.InferenceSession:
         """The session whose number of threads suits this number of ids per pass."""
         session = self._session  # another thread may close the model
+        if session is not None and ids > 1 and self._many_threads != self.threads:
+            with self._opening:
+                if self._data:
+                    self._many, self._data = self._open(self._data, self._many_threads), b""
+                session = self._many
         if session is None:
             raise UserError(f"{self.path} was closed; load the model again")
-        if ids == 1 or self._many_threads == self.threads:
-            return session
-        with self._opening:
-            many = self._many = self._many or self._open(self._many_threads)
-        return many
+        return session
 
 
 class Binding:

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from smallm.errors import UserError
+from smallm.model_file.onnx_reader import OnnxFile
 from smallm.model_file.sampling import Sampling
 from smallm.tokenizer.vocabulary import Vocabulary
 
@@ -44,6 +45,8 @@ class Manifest:
     """Number of positions that attention sees, including the current one; 0 = the whole context."""
     rope_theta: float = 10000.0
     """Base of the rotary position embedding, needed to shift cached keys of models with a window past block_size."""
+    checksum: int = 0
+    """Adler-32 of the graph in the ONNX file, weights included; 0 = unknown, as in exports of earlier versions."""
     format_version: int = FORMAT_VERSION
 
     @cached_property
@@ -84,11 +87,14 @@ class Manifest:
             raise UserError(f"{source} has broken metadata; export the model again") from None
         return manifest
 
-    def check_size(self, file_bytes: int, source: object) -> None:
-        """Raises `UserError` if a host would allocate far more memory than the size of the file explains.
+    def check_file(self, file: OnnxFile, source: object) -> None:
+        """Raises `UserError` if the file is damaged, or a host would allocate far more memory than its size explains.
 
         An element of the embedding takes at least half a byte in the file, one of the rotary tables at least a byte.
         """
+        if self.checksum not in (0, file.checksum):
+            raise UserError(f"{source} is damaged: it does not match its checksum; copy it again, or export it again")
+        file_bytes = len(file.data)
         cache = 8 * self.n_layer * self.n_kv_head * self.head_dim * self.block_size  # bytes, in float32
         small = max(self.vocab_size * self.n_embd // 2, self.block_size * self.head_dim) <= file_bytes
         if not small or cache > MIN_CACHE_LIMIT + 64 * file_bytes:
@@ -105,7 +111,7 @@ class Manifest:
         sane &= isinstance(self.tokens, str) and self.vocabulary.size == self.vocab_size
         sane &= isinstance(self.start_text, str) and 0 < len(self.vocabulary.encode(self.start_text)) < 1000
         sane &= all(isinstance(each, dict) for each in (self.sampling, self.training, self.quality))
-        sane &= isinstance(self.precision, str)
+        sane &= isinstance(self.precision, str) and type(self.checksum) is int and 0 <= self.checksum < 1 << 32
         if not sane:
             raise ValueError
         defaults = Sampling.resolve({}, self.sampling)

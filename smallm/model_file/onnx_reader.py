@@ -6,7 +6,7 @@ below list the fields that a smallm model may have, by message. All other fields
 """
 
 import math
-import mmap
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ _OPERATORS = """
 OPERATORS = frozenset(_OPERATORS.split())
 """The operators that smallm exports; a test compares them with real exports. No control flow, nothing random."""
 DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
+MAX_BYTES = 1 << 31  # protobuf allows no larger message
 MAX_NODES = 20_000
 MAX_PARTS = 150_000  # messages in a file, or values of a repeated field; with MAX_NODES, bounds the memory of a parse
 MAX_DIMENSIONS = 8
@@ -54,9 +55,10 @@ GRAPH: Message = {
     1: ("node", [NODE]), 2: ("name", str), 5: ("initializer", [TENSOR]), 10: ("doc_string", str),
     11: ("input", [VALUE]), 12: ("output", [VALUE]), 13: ("value_info", [VALUE]),
 }  # fmt: skip
+GRAPH_FIELD = 7
 MODEL: Message = {
     1: ("ir_version", int), 2: ("producer_name", str), 3: ("producer_version", str), 4: ("domain", str),
-    5: ("model_version", int), 6: ("doc_string", str), 7: ("graph", GRAPH),
+    5: ("model_version", int), 6: ("doc_string", str), GRAPH_FIELD: ("graph", GRAPH),
     8: ("opset_import", [{1: ("domain", str), 2: ("version", int)}]), 14: ("metadata_props", [ENTRY]),
 }  # fmt: skip
 
@@ -65,8 +67,10 @@ MODEL: Message = {
 class OnnxFile:
     """The content of a file that passed the checks."""
 
-    size: int
-    """Bytes."""
+    data: bytes
+    """The bytes that were checked."""
+    checksum: int
+    """Adler-32 (RFC 1950) of the graph, weights included."""
     metadata: dict[str, str]
     values: dict[str, tuple[int, list[int]]]
     """Input or output -> its element type and its fixed dimensions."""
@@ -75,8 +79,9 @@ class OnnxFile:
 def read_onnx(path: Path) -> OnnxFile:
     """Reads and checks a file. Raises `UserError` if the file is not an ONNX model as smallm writes it."""
     try:
-        with path.open("rb") as file:
-            return _checked(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError("it is larger than 2 GB")
+        return _checked(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UserError as error:
@@ -85,9 +90,9 @@ def read_onnx(path: Path) -> OnnxFile:
         raise UserError(f"{path} is truncated or not an ONNX model ({error}); export the model again") from None
 
 
-def _checked(data: memoryview) -> OnnxFile:
+def _checked(data: bytes) -> OnnxFile:
     """Raises `UserError` if smallm did not write the file, `ValueError` if the file is not ONNX."""
-    model = read_message(data, MODEL)
+    model = read_message(memoryview(data), MODEL)
     if "graph" not in model:
         raise ValueError("it has no graph")
     graph = model["graph"]
@@ -103,7 +108,8 @@ def _checked(data: memoryview) -> OnnxFile:
     metadata = {entry.get("key", ""): entry.get("value", "") for entry in model["metadata_props"]}
     if len(metadata) != len(model["metadata_props"]):
         raise UserError("its metadata has a key twice")
-    return OnnxFile(len(data), metadata, dict(map(_value, graph["input"] + graph["output"])))
+    checksum = next(zlib.adler32(value) for number, _, value in fields(memoryview(data)) if number == GRAPH_FIELD)
+    return OnnxFile(data, checksum, metadata, dict(map(_value, graph["input"] + graph["output"])))
 
 
 def _check_tensor(tensor: dict[str, Any]) -> None:

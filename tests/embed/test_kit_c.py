@@ -541,7 +541,10 @@ def test_a_size_of_more_than_32_bits(inner):
 
 def damaged(exported, tmp_path, edit) -> Path:
     proto = onnx.load(exported / "model.onnx")
+    graph = proto.graph.SerializeToString()
     edit(proto)
+    if proto.graph.SerializeToString() != graph:
+        set_metadata(proto, "checksum", "0")
     (tmp_path / "model.onnx").write_bytes(proto.SerializeToString())
     return tmp_path / "model.onnx"
 
@@ -569,6 +572,7 @@ def test_a_model_of_another_project(sanitized, tmp_path):
 METADATA = {
     "block_size": ["0", "-1", "1e2", "32.0", "true", '"32"', "16777216", "1" * 5000, "16777215", "032", "[" * 100_000],
     "n_layer": ["1", "3", "1000"],
+    "checksum": ["-1", "4294967296", "1.5", "null", '"1"', "1 1"],
     "window": ["-1", "33", "1.0", "null", '"8"'],
     "rope_theta": ["0", "-1", "1e30", "NaN", '"1"', "[]", "1 1"],
     "head_dim": ["15"],
@@ -608,6 +612,15 @@ def test_metadata_in_another_json_spelling(sanitized, exported, tmp_path):
     path = damaged(exported, tmp_path, respell)
     expected = LanguageModel.load(path).generate("", 50, rng_seed=1)
     assert succeed(sanitized, path, "--max-length", 50, "--rng-seed", 1) == expected + "\n"
+
+
+def test_one_changed_bit_is_found(sanitized, exported, tmp_path):
+    proto, data = onnx.load(exported / "model.onnx"), bytearray((exported / "model.onnx").read_bytes())
+    data[data.index(proto.graph.initializer[0].raw_data) + 3] ^= 1
+    (tmp_path / "model.onnx").write_bytes(data)
+    assert "is damaged: it does not match its checksum" in refusal(sanitized, tmp_path / "model.onnx")
+    path = damaged(exported, tmp_path, lambda proto: set_metadata(proto, "checksum", "0"))
+    assert succeed(sanitized, path, "--max-length", 3)
 
 
 def other_operator(proto):

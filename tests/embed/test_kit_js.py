@@ -362,7 +362,8 @@ def broken_models(exported, tmp_path_factory) -> dict[str, tuple[Path, str]]:
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "other", *[
         [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1])] for name in "xy"])  # fmt: skip
     other = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
-    helper.set_model_props(other, {entry.key: entry.value for entry in onnx.load(good).metadata_props})
+    kept = {entry.key: entry.value for entry in onnx.load(good).metadata_props if entry.key != "smallm.checksum"}
+    helper.set_model_props(other, kept)
     other.doc_string = "x" * 100_000  # as big as the sizes in its metadata want it
     files = {
         "empty": (b"", "is truncated or not an ONNX model (it has no graph)"),
@@ -384,6 +385,8 @@ def broken_models(exported, tmp_path_factory) -> dict[str, tuple[Path, str]]:
         "no size": ({"n_layer": None}, "has broken metadata"),
         "heads that do not divide": ({"n_kv_head": "3"}, "has broken metadata"),
         "window": ({"window": "33"}, "has broken metadata"),
+        "no checksum": ({"checksum": "1.5"}, "has broken metadata"),
+        "another checksum": ({"checksum": "1"}, "is damaged: it does not match its checksum"),
         "half a position": ({"window": "1.5"}, "has broken metadata"),
         "no angle": ({"rope_theta": "0"}, "has broken metadata"),
         "odd head_dim": ({"head_dim": "15"}, "has broken metadata"),
@@ -416,8 +419,8 @@ def test_broken_models(ask, exported, broken_models, tmp_path, host):
 
 def test_damaged_models_never_crash(ask, exported, tmp_path):
     """Bytes changed anywhere: every call either works or raises an Error with a message."""
-    rng, data = random.Random(1), (exported / MODEL_FILE).read_bytes()
-    calls = []
+    data = with_metadata(exported / MODEL_FILE, tmp_path / "model.onnx", checksum="0").read_bytes()
+    rng, calls = random.Random(1), []
     for i in range(60):
         changed = bytearray(data)
         for _ in range(rng.choice([1, 3, 30])):

@@ -44,7 +44,7 @@ def test_metadata_of_other_projects(metadata):
 @pytest.mark.parametrize("name", [f.name for f in fields(Manifest)])
 def test_a_missing_value(name):
     values = {key: value for key, value in asdict(MANIFEST).items() if key != name}
-    if name in ("sampling", "training", "precision", "quality", "window", "rope_theta"):
+    if name in ("sampling", "training", "precision", "quality", "window", "rope_theta", "checksum"):
         assert Manifest.from_dict(values, "x").block_size == 16
     else:
         with pytest.raises(UserError, match=r"^x has "):

@@ -989,6 +989,30 @@ static smallm_status check_size(smallm_model *model, size_t file_bytes)
                 model->name);
 }
 
+/* Adler-32 (RFC 1950). */
+static uint32_t adler32(span data)
+{
+    uint32_t a = 1, b = 0;
+    while (data.at < data.end) {
+        for (int n = 0; n < 5552 && data.at < data.end; n++) b += a += *data.at++; /* 5552 sums fit in 32 bits */
+        a %= 65521, b %= 65521;
+    }
+    return b << 16 | a;
+}
+
+static smallm_status check_checksum(smallm_model *model, span file, span graph)
+{
+    span json;
+    double wanted;
+    bool whole;
+    if (!metadata(file, "smallm.checksum", &json)) return SMALLM_OK; /* an export of an earlier version */
+    if (!json_number(&json, &wanted, &whole) || !at_end(&json) || !whole || wanted < 0 || wanted > UINT32_MAX)
+        return broken_metadata(model);
+    if (wanted == 0 || wanted == adler32(graph)) return SMALLM_OK;
+    return fail(model->error, SMALLM_BAD_MODEL, "%s is damaged: it does not match its checksum; copy it again, or export it "
+                "again", model->name);
+}
+
 /* The number of an input or output: 0 to 3, then key and value of the past of each layer, then those of the present;
    -1 for other names. */
 static int value_number(span name, int n_layer)
@@ -1070,6 +1094,7 @@ static smallm_status read_model(smallm_model *model, span file)
     const char *problem = size_of(graph) == 0 ? "it has no graph" : graph_problem(graph);
     if (problem != NULL) return bad_model(model, problem);
     smallm_status status = read_manifest(model, file);
+    if (status == SMALLM_OK) status = check_checksum(model, file, graph);
     if (status == SMALLM_OK) status = check_size(model, size_of(file));
     if (status == SMALLM_OK) status = check_values(model, graph);
     return status == SMALLM_OK ? copy_metadata(model, file) : status;

@@ -78,6 +78,8 @@ export interface Manifest {
   training: Record<string, unknown>;
   precision: string;
   quality: Record<string, unknown>;
+  /** Adler-32 of the graph in the ONNX file, weights included; 0 = unknown. */
+  checksum: number;
 }
 
 /**

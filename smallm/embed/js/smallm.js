@@ -319,16 +319,16 @@ async function readModel(model) {
 
 /** The checked manifest in the bytes of an .onnx file. ONNX Runtime's JavaScript API does not return metadata. */
 function readManifest(bytes, source) {
-  let metadata;
+  let metadata, graph;
   try {
-    metadata = readMetadata(bytes);
+    [metadata, graph] = readMetadata(bytes);
   } catch (error) {
     throw new Error(`${source} is truncated or not an ONNX model (${error.message}); export the model again`);
   }
   const values = Object.entries(metadata).filter(([key]) => key.startsWith("smallm."));
   if (values.length === 0) throw new Error(`${source} is not a smallm model; write one with python export.py`);
   const brokenMetadata = new Error(`${source} has broken metadata; export the model again`);
-  const manifest = { sampling: {}, training: {}, precision: "fp32", quality: {}, window: 0, rope_theta: 10000 };
+  const manifest = { sampling: {}, training: {}, quality: {}, precision: "fp32", window: 0, rope_theta: 1e4, checksum: 0 };
   try {
     for (const [key, value] of values) manifest[key.slice("smallm.".length)] = JSON.parse(value);
   } catch {
@@ -341,6 +341,9 @@ function readManifest(bytes, source) {
   }
   if (!isSane(manifest)) throw brokenMetadata;
   const m = manifest;
+  if (m.checksum && m.checksum !== adler32(graph)) {
+    throw new Error(`${source} is damaged: it does not match its checksum; copy it again, or export it again`);
+  }
   const cache = 8 * m.n_layer * m.n_kv_head * m.head_dim * m.block_size; // bytes: keys and values, float32
   const minBytes = Math.max(Math.floor((m.vocab_size * m.n_embd) / 2), m.block_size * m.head_dim);
   if (minBytes > bytes.length || cache > MAX_SMALL_CACHE + 64 * bytes.length) {
@@ -355,6 +358,7 @@ function isSane(m) {
   const dictionaries = [m.sampling, m.training, m.quality];
   if (!dictionaries.every((x) => x !== null && typeof x === "object" && !Array.isArray(x))) return false;
   if (m.n_layer >= 1000 || m.n_head % m.n_kv_head !== 0 || m.head_dim % 2 !== 0) return false;
+  if (!isWhole(m.checksum) || !isWithin(m.checksum, 0, 2 ** 32 - 1)) return false;
   if (!isWhole(m.window) || !isWithin(m.window, 0, m.block_size)) return false;
   if (!(isWithin(m.rope_theta, 0, 1e30) && 0 < m.rope_theta && m.rope_theta < 1e30)) return false;
   if ([m.tokens, m.start_text, m.precision].some((x) => typeof x !== "string")) return false;
@@ -369,21 +373,33 @@ function isSane(m) {
   }
 }
 
-/** The `metadata_props` of an ONNX file, a protobuf message: field 14, repeated, each with a key and a value. */
+/** Adler-32 (RFC 1950). */
+function adler32(bytes) {
+  let [a, b] = [1, 0];
+  for (let at = 0; at < bytes.length; a %= 65521, b %= 65521) {
+    for (const end = Math.min(at + 5552, bytes.length); at < end; at++) b += a += bytes[at];
+  }
+  return b * 65536 + a;
+}
+
+/**
+ * The `metadata_props` of an ONNX file, a protobuf message: field 14, repeated, each with a key and a value; and the
+ * bytes of its graph, field 7.
+ */
 function readMetadata(bytes) {
   const metadata = Object.create(null);
   const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
-  let hasGraph = false;
+  let graph;
   for (const [number, value] of protobufFields(bytes)) {
-    hasGraph ||= number === 7;
+    if (number === 7) graph = value;
     if (number !== 14) continue;
     const entry = new Map(protobufFields(value));
     const [key, text] = [1, 2].map((part) => utf8.decode(entry.get(part) ?? new Uint8Array(0)));
     if (key in metadata) throw new Error("its metadata have a key twice");
     metadata[key] = text;
   }
-  if (!hasGraph) throw new Error("it has no graph");
-  return metadata;
+  if (!graph) throw new Error("it has no graph");
+  return [metadata, graph];
 }
 
 /** Number and value of each field of a protobuf message; the value is undefined unless the field has a length. */
