@@ -10,6 +10,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from smallm.command_line import command
 from smallm.errors import UserError
 from smallm.generation.batch import Batch, suits_batch
 from smallm.generation.config import GenerationConfig, GenerationOptions, with_options
@@ -303,7 +304,7 @@ def find_model(path: Path) -> Path:
             if file.is_file():
                 return file
         if is_run(path):
-            raise UserError(f"{path} is not exported yet; run: python export.py {path}")
+            raise UserError(f"{path} is not exported yet; run: {command('export', path)}")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     raise UserError(f"there is no model in {path}; give a run, an export folder or an .onnx file")

@@ -10,6 +10,7 @@ from typing import Any
 
 from smallm.cli.arguments import ArgumentParser
 from smallm.cli.table import MISSING, columns_of, duration, short_count, shortened, table
+from smallm.command_line import command
 from smallm.errors import UserError
 from smallm.html.escape import printable
 from smallm.runs.layout import EXPORT, RUNS
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     elif runs:
         print(*lines(runs, shutil.get_terminal_size((MAX_COLUMNS, 24)).columns, time.time()), sep="\n")
     else:
-        print(f"no runs in {printable(str(folder))}; train one with: python train.py", file=sys.stderr)
+        print(f"no runs in {printable(str(folder))}; train one with: {command('train')}", file=sys.stderr)
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from smallm.cli.arguments import ArgumentParser
 from smallm.cli.runs import as_json
 from smallm.cli.table import MISSING, duration, short_count, shortened, table
+from smallm.command_line import command
 from smallm.errors import UserError
 from smallm.html.escape import printable
 from smallm.runs.baselines_file import read_baselines
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     path = options.run or newest_run()
     if find_runs(path) != [path]:
-        raise UserError(f"{path} is not a run; see the runs with: smallm runs")
+        raise UserError(f"{path} is not a run; see the runs with: {command('runs')}")
     run = read_run(path, TAIL_BYTES)
     if options.json:
         print(json.dumps(details(run), ensure_ascii=True, indent=1))

@@ -1,11 +1,11 @@
 """The command line of `export.py` and `smallm export`."""
 
 import argparse
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from smallm.cli.arguments import ArgumentParser
+from smallm.command_line import command
 from smallm.errors import UserError
 from smallm.language_model import MODEL_FILE
 
@@ -31,9 +31,9 @@ def main(argv: Sequence[str]) -> int:
     if options.kit:
         print(f"next: read {found.path / 'README.md'}")
     else:
-        default = options.run is None and options.out is None
-        model = "" if default else f" --model {shlex.quote(str(found.path))}"
-        print(f'next: python infer.py{model} --seed "Once"')
+        is_default = options.run is None and options.out is None
+        model = () if is_default else ("--model", found.path)
+        print(f"next: {command('infer', *model, '--seed', 'Once')}")
     return 0
 
 

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import numpy as np
 
+from smallm.command_line import command
 from smallm.errors import UserError
 from smallm.inference.processors import usable_processors
 from smallm.model_file.manifest import Manifest
@@ -41,7 +42,7 @@ class Session:
         if threads is not None:
             check_int("threads", threads, 1, MAX_THREADS)
         if not path.is_file():
-            raise UserError(f"there is no model file {path}; write one with `python export.py`")
+            raise UserError(f"there is no model file {path}; write one with: {command('export')}")
         file = read_onnx(path)
         self.manifest = m = Manifest.from_metadata(file.metadata, path)
         m.check_file(file, path)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
+from smallm.command_line import command
 from smallm.errors import UserError
 from smallm.model_file.onnx_reader import OnnxFile
 from smallm.model_file.sampling import Sampling
@@ -63,7 +64,7 @@ class Manifest:
         """The inverse of `to_metadata`. Raises `UserError`, which names `source`, if the metadata is not valid."""
         values = {k.removeprefix("smallm."): v for k, v in metadata.items() if k.startswith("smallm.")}
         if not values:
-            raise UserError(f"{source} is not a smallm model; write one with `python export.py`")
+            raise UserError(f"{source} is not a smallm model; write one with: {command('export')}")
         try:
             found = {k: json.loads(v) for k, v in values.items()}
         except (ValueError, RecursionError) as error:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smallm.command_line import command
 from smallm.errors import UserError
 
 _OPERATORS = """
@@ -85,7 +86,7 @@ def read_onnx(path: Path) -> OnnxFile:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UserError as error:
-        raise UserError(f"{path} is not a smallm model: {error}; write one with `python export.py`") from None
+        raise UserError(f"{path} is not a smallm model: {error}; write one with: {command('export')}") from None
     except ValueError as error:
         raise UserError(f"{path} is truncated or not an ONNX model ({error}); export the model again") from None
 

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from smallm.command_line import command
 from smallm.errors import UserError
 
 RUNS = Path("runs")
@@ -23,7 +24,8 @@ def new_run(out: str | Path | None, name: str) -> Path:
     if out is not None:
         path = out_folder(out)
         if is_run(path):
-            raise UserError(f"{path} already holds a run; go on with --resume {path}, or choose another --out")
+            resume = command("train", "--resume", path)
+            raise UserError(f"{path} already holds a run; choose another --out, or go on with: {resume}")
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file; choose another --out")
         return path
@@ -59,7 +61,7 @@ def newest_run() -> Path:
     """The run in `runs/` whose metrics were written last. Raises `UserError` if there is no run."""
     runs = [path for path in RUNS.glob("*") if (path / METRICS).is_file()]
     if not runs:
-        raise UserError("no run found in runs/; train one with `python train.py`, or name a folder")
+        raise UserError(f"no run found in runs/; name a folder, or train one with: {command('train')}")
     return max(runs, key=lambda path: (path / METRICS).stat().st_mtime)
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from smallm.command_line import command
 from smallm.errors import UserError
 from smallm.inference.scoring import perplexity
 from smallm.runs.baselines_file import Baseline, write_baselines
 from smallm.runs.layout import OLD_VALIDATION, VALIDATION
 from smallm.runs.metrics import read_metrics
-from smallm.runs.next_commands import export_command
 from smallm.training.analysis.baselines import (
     MAX_TIME_SHARE,
     cached_baselines,
@@ -263,7 +263,8 @@ class BaselineComparison(Callback):
         except KeyboardInterrupt:  # the run is finished; only the comparison is missing
             measured = None
         if measured is None:
-            run.logger.result("to compare with baselines (gzip, bz2, xz, n-grams): python train.py --check TEXT")
+            check = command("train", "--check", "TEXT")
+            run.logger.result(f"to compare with baselines (gzip, bz2, xz, n-grams): {check}")
             return
         assert run.state.best_val_loss is not None  # the last step was evaluated
         bits = run.state.best_val_loss / math.log(2)
@@ -352,8 +353,8 @@ class NextCommand(Callback):
             run.logger.info(f"going on from step {run.state.step:,}")
 
     def on_end(self, run: RunSnapshot) -> None:
-        run.logger.result(f"next: {export_command(run.folder)}")
+        run.logger.result(f"next: {command('export', run.folder)}")
 
     def on_interrupt(self, run: RunSnapshot, signum: int) -> None:
         why = "interrupted" if signum == signal.SIGINT else f"stopped by {signal.Signals(signum).name}"
-        run.logger.info(f"{why} at step {run.state.step:,}; go on with: python train.py --resume {run.folder}")
+        run.logger.info(f"{why} at step {run.state.step:,}; go on with: {command('train', '--resume', run.folder)}")

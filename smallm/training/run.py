@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from filelock import Timeout
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not re-exported for checkers
 
+from smallm.command_line import command
 from smallm.errors import ProcessError, UserError
 from smallm.runs.layout import LOCK
 from smallm.training import trackers
@@ -67,8 +68,8 @@ def run_training(request: Request, started: float, last: bool = True) -> int:
             with trackers.started(accelerator, config, out, trainer.state.step):
                 code = trainer.train()
         except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"cannot write to {out}: {reason}; solve this, then continue with --resume {out}") from None
+            reason, resume = error.strerror or error, command("train", "--resume", out)
+            raise UserError(f"cannot write to {out}: {reason}; solve this, then continue with: {resume}") from None
     if last and accelerator.num_processes == 1:
         accelerator.end_training()
     else:

@@ -365,7 +365,7 @@ def test_no_run_found(infer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = infer("--seed", "a", model=None)
     assert (code, out) == (2, "")
-    assert err == "smallm: no run found in runs/; train one with `python train.py`, or name a folder\n"
+    assert err == "smallm: no run found in runs/; name a folder, or train one with: python -m smallm train\n"
 
 
 def test_the_newest_run_is_taken_and_named(infer, exported, tiny_run, tmp_path, monkeypatch, lm):
@@ -381,7 +381,7 @@ def test_the_newest_run_is_taken_and_named(infer, exported, tiny_run, tmp_path, 
     shutil.rmtree(Path("runs/last/export"))
     code, out, err = infer(*argv, model=None)
     assert (code, out) == (2, "")
-    assert err.splitlines()[1] == "smallm: runs/last is not exported yet; run: python export.py runs/last"
+    assert err.splitlines()[1] == "smallm: runs/last is not exported yet; run: python -m smallm export runs/last"
 
 
 def test_help_names_every_option(capsys):

@@ -126,9 +126,10 @@ def test_show(runs, capsys):
     out = shown(capsys, "runs/tiny")
     last = evaluated(runs / "tiny")[-1]
     for words in ("runs/tiny: finished", "owls.txt", "60 steps", f"{last['val_loss']:.4f}", "model.n_layer = 2",
-                  "checkpoints/step-000060", "export", "fp32", "metrics.jsonl", "python export.py runs/tiny",
-                  "python train.py --resume runs/tiny --train.max_steps=120", "python infer.py --model runs/tiny",
-                  "python train.py --init-from runs/tiny --data OTHER.txt"):  # fmt: skip
+                  "checkpoints/step-000060", "export", "fp32", "metrics.jsonl", "python -m smallm export runs/tiny",
+                  "python -m smallm train --resume runs/tiny --train.max_steps=120",
+                  "python -m smallm infer --model runs/tiny",
+                  "python -m smallm train --init-from runs/tiny --data OTHER.txt"):  # fmt: skip
         assert words in out, words
     assert "optim.name" not in out  # as by default
     assert last["sample"].strip("\n").splitlines()[0] in out
@@ -171,7 +172,7 @@ def test_an_interrupted_run_shows_how_to_resume(runs, capsys):
         edit_state(folder, lambda values: values.update(planned_steps=80))
     out = shown(capsys, "runs/tiny")
     assert "60 of 80 steps" in out
-    assert "python train.py --resume runs/tiny\n" in out
+    assert "python -m smallm train --resume runs/tiny\n" in out
 
 
 def test_nothing_is_changed(runs, capsys):
@@ -224,7 +225,7 @@ def test_no_runs(tmp_path, monkeypatch, capsys):
     for make in (lambda: None, lambda: Path("runs").mkdir(), lambda: Path("runs/notes").mkdir()):
         make()
         assert cli.run(cli.runs, []) == 0
-        assert capsys.readouterr() == ("", "no runs in runs; train one with: python train.py\n")
+        assert capsys.readouterr() == ("", "no runs in runs; train one with: python -m smallm train\n")
         assert listed(capsys) == []
 
 

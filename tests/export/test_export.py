@@ -315,7 +315,7 @@ def test_the_best_checkpoint_is_exported_by_default(run, capsys):
     assert Session(run / "export" / MODEL_FILE).manifest.training["step"] == state["step"]
     assert out.startswith(f"{best} -> {run / 'export' / MODEL_FILE}: ")
     assert f"validation loss {state['val_loss']:.4f}" in out
-    assert f"python infer.py --model {run / 'export'}" in out
+    assert f"python -m smallm infer --model {run / 'export'}" in out
     # and another one by its own name, into the same place
     code, out, _ = run_export(capsys, worse)
     assert code == 0
@@ -337,7 +337,7 @@ def test_the_newest_run_and_relative_paths(run, tmp_path, monkeypatch, capsys):
     run.rename(tmp_path / "runs" / "mine")
     code, out, err = run_export(capsys)
     assert (code, err) == (0, "")
-    assert out.splitlines()[-1] == 'next: python infer.py --seed "Once"'
+    assert out.splitlines()[-1] == 'next: python -m smallm infer --seed Once'
     monkeypatch.chdir(tmp_path / "runs" / "mine" / "checkpoints")
     (tmp_path / "empty place").mkdir()
     for out_folder in ("../../../a b/c", "../../../empty place"):

@@ -468,7 +468,7 @@ def test_a_million_characters_of_seed(lm):
 
 def test_paths_that_can_be_opened(exported, tiny_run, tmp_path, monkeypatch):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
-    with pytest.raises(UserError, match=f"^{run} is not exported yet; run: python export.py {run}$"):
+    with pytest.raises(UserError, match=f"^{run} is not exported yet; run: python -m smallm export {run}$"):
         LanguageModel.load(run)
     shutil.copytree(exported, run / "export")
     text = LanguageModel.load(exported).generate("a", 20, temperature=0)
@@ -491,7 +491,7 @@ def foreign_model(path):
         (b"\x00\x01\x02\x03" * 999, "is truncated or not an ONNX model"),
         (b"PK\x03\x04 a zip file", "is truncated or not an ONNX model"),
         ("text of another kind\n".encode("utf-16"), "is truncated or not an ONNX model"),
-        (foreign_model, "is not a smallm model; write one with `python export.py`"),
+        (foreign_model, "is not a smallm model; write one with: python -m smallm export"),
         (lambda path: path.mkdir(), "there is no model in"),
         (lambda path: None, "there is no model in"),
     ],

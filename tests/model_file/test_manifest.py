@@ -37,7 +37,7 @@ def test_a_value_that_a_later_version_adds_is_no_mistake():
 
 @pytest.mark.parametrize("metadata", [{}, {"other.tool": "1"}, {"block_size": "16"}])
 def test_metadata_of_other_projects(metadata):
-    with pytest.raises(UserError, match=r"^x is not a smallm model; write one with `python export.py`$"):
+    with pytest.raises(UserError, match=r"^x is not a smallm model; write one with: python -m smallm export$"):
         Manifest.from_metadata(metadata, "x")
 
 

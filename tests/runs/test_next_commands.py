@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from smallm.runs.config_file import flatten, read_config
-from smallm.runs.next_commands import command_line, export_command, next_commands
+from smallm.runs.next_commands import next_commands
 from smallm.training import cli
 from smallm.training.config import Config
 from smallm.training.report.pages import changed_settings
@@ -27,8 +27,8 @@ def test_the_command_gives_the_same_settings_through_a_shell(settings, tmp_path)
     lines = next_commands(tmp_path / "it's\n& mine", values, "finished", changed=changed_settings(values))
     typed = lines["reproduce without this folder"]
     done = subprocess.run(["bash", "-c", f"printf '%s\\0' {typed}"], capture_output=True, check=True)
-    python, script, *argv = done.stdout.decode().split("\0")[:-1]
-    assert (python, script) == ("python", "train.py")
+    python, m, smallm, train, *argv = done.stdout.decode().split("\0")[:-1]
+    assert (python, m, smallm, train) == ("python", "-m", "smallm", "train")
     request = cli.parse(argv)
     assert request.config == config
     assert request.out == tmp_path / "it's\n& mine-again"
@@ -38,28 +38,14 @@ def test_the_command_gives_the_same_settings_through_a_shell(settings, tmp_path)
 
 def test_the_config_file_gives_the_same_run(tiny_run):
     lines = next_commands(tiny_run, flatten(read_config(tiny_run)), "finished", steps=60)
-    request = cli.parse(shlex.split(lines["reproduce"])[2:])
+    request = cli.parse(shlex.split(lines["reproduce"])[4:])
     assert request.config.to_dict() == read_config(tiny_run)
-    longer = cli.parse(shlex.split(lines["train for longer"])[2:])
+    longer = cli.parse(shlex.split(lines["train for longer"])[4:])
     assert longer.config.train.max_steps == 120
 
 
 def test_settings_with_their_defaults_need_no_flags():
     assert changed_settings(flatten(Config().to_dict())) == {}
-
-
-def test_quoting_on_windows(monkeypatch):
-    """cmd.exe knows no single quotes."""
-    monkeypatch.setattr("sys.platform", "win32")
-    command = command_line("python", "train.py", "--resume", "C:\\Users\\Zoë Q\\runs\\a", "--out", "runs\\b")
-    assert command == 'python train.py --resume "C:\\Users\\Zoë Q\\runs\\a" --out runs\\b'
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="test_quoting_on_windows")
-def test_quoting():
-    assert command_line("a", "b c", "", "x\ny'") == "a 'b c' '' $'x\\ny\\''"
-    assert next_commands(Path("-run"), {}, "")["resume"] == "python train.py --resume ./-run"
-    assert export_command(Path("my run")) == "python export.py 'my run'"
 
 
 @pytest.mark.parametrize(("config", "steps", "flag"), [
@@ -69,5 +55,5 @@ def test_quoting():
 ])  # fmt: skip
 def test_a_longer_run_is_twice_as_long(config, steps, flag):
     longer = next_commands(Path("run"), config, "finished", steps)["train for longer"]
-    assert longer == f"python train.py --resume run {flag}"
+    assert longer == f"python -m smallm train --resume run {flag}"
     assert next_commands(Path("run"), config, "out of patience")["train for longer"].endswith(" --train.patience=0")

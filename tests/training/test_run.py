@@ -54,7 +54,8 @@ def test_a_signal_of_a_scheduler_saves(refused, text_file, tmp_path, name):
     assert process.returncode == 128 + signum
     (saved,) = manager.checkpoints(run)
     step = read_state(saved)[0].step
-    assert f"stopped by {signum.name} at step {step:,}; go on with: python train.py --resume {run}" in err
+    resume = f"python {ROOT / 'train.py'} --resume {run}"
+    assert f"stopped by {signum.name} at step {step:,}; go on with: {resume}" in err
     assert "Traceback" not in err
     assert cli.main(["--resume", str(run), f"--train.max_steps={step + 1}"]) == 0  # the lock ended with its process
 

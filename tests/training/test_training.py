@@ -120,7 +120,7 @@ def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(train, capsys, c
         run = train("run", code=130, **changes)
     stopped = read_state(checkpoints(run)[-1])[0].step
     assert 6 <= stopped < 10
-    assert f"python train.py --resume {run}" in capsys.readouterr().err
+    assert f"python -m smallm train --resume {run}" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     with (run / "metrics.jsonl").open("a") as file:  # as after a kill: newer than the checkpoint, cut short
@@ -311,7 +311,7 @@ def test_best_and_last_checkpoints_are_kept(train, losses, capsys):
     out = capsys.readouterr().out
     assert "2.0000 nats" in out
     assert "at step 4" in out
-    assert f"python export.py {run}" in out
+    assert f"python -m smallm export {run}" in out
 
 
 def test_save_every_and_keep_last(train, losses):
@@ -364,7 +364,7 @@ def test_ctrl_c_saves_and_prints_the_resume_command(folder, text_file):
         process.kill()
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert err.rstrip().endswith("python train.py --resume run")
+    assert err.rstrip().endswith(f"python {ROOT / 'train.py'} --resume run")
     assert out == ""
     step = read_state(checkpoints(folder / "run")[-1])[0].step
     assert f"interrupted at step {step:,}" in err

@@ -10,6 +10,7 @@ from typing import Any
 import tomli_w
 
 from smallm.atomic_write import atomic_write, rename
+from smallm.command_line import command
 from smallm.errors import UserError
 from smallm.runs.config_file import read_toml
 from smallm.runs.layout import CHECKPOINTS, CONFIG, VALIDATION, is_run
@@ -37,7 +38,7 @@ def checkpoints(run: Path) -> list[Path]:
     Raises `UserError` if `run` is not a run folder.
     """
     if not is_run(run):
-        raise UserError(f"{run} is not a run folder; train one with `python train.py --out {run}`")
+        raise UserError(f"{run} is not a run folder; train one with: {command('train', '--out', run)}")
     found = [folder for folder in (run / CHECKPOINTS).glob("step-*") if _NAME.fullmatch(folder.name)]
     return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
@@ -84,7 +85,7 @@ def best_checkpoint(run: Path) -> Path:
     problems = {folder: verify(folder) for folder in found}
     intact = [folder for folder in found if not problems[folder]]
     if not found:
-        raise UserError(f"{run} has no checkpoint yet; continue with `python train.py --resume {run}`")
+        raise UserError(f"{run} has no checkpoint yet; continue with: {command('train', '--resume', run)}")
     if not intact:
         raise _all_damaged(run, found[-1], problems[found[-1]])
     for folder, problem in problems.items():

@@ -202,7 +202,7 @@ def test_an_interrupted_run_has_a_report_and_a_resumed_run_a_new_one(train, monk
     found = read(run / "report.html")
     assert "interrupted" in found.text
     assert "8 of 12" in found.text
-    assert "python train.py --resume run" in found.words
+    assert "python -m smallm train --resume run" in found.words
     passage = read_record(run).passage
     assert passage.step == 5
     train("--resume", "run")
@@ -218,7 +218,7 @@ def test_out_of_patience(train):
                 "--train.max_steps=60", "--optim.schedule=constant")  # fmt: skip
     found = read(run / "report.html")
     assert "ended early because the validation loss no longer fell" in found.text
-    assert "python train.py --resume run --train.patience=0" in found.words
+    assert "python -m smallm train --resume run --train.patience=0" in found.words
 
 
 def test_the_report_of_a_killed_run_can_be_written_later(run):
@@ -245,7 +245,7 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_run(train, tmp_path, 
     train()
     out, err = capsys.readouterr()
     assert "best validation loss" in out
-    assert "next: python export.py run" in out
+    assert "next: python -m smallm export run" in out
     assert [text for text in err.splitlines() if name.split(".")[0] in text and "warning: " in text]
     assert err.count("warning") == 1
     assert ("report: " in out) == (name != "report.html")
