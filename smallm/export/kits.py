@@ -4,6 +4,7 @@ The sources are in `smallm/embed/`.
 """
 
 import gzip
+import hashlib
 import json
 import shutil
 import subprocess
@@ -13,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from smallm.errors import UserError
-from smallm.export.output_folder import check_replaceable, replacing
 from smallm.language_model import MODEL_FILE, find_model
 from smallm.model_file.manifest import MANIFEST_FILE, Manifest
 from smallm.model_file.onnx_reader import read_onnx
@@ -21,6 +21,8 @@ from smallm.training.cache import cache_folder
 
 SOURCES = Path(__file__).parents[1] / "embed"
 SPECIFICATION = "SAMPLING.md"
+SUMS_FILE = "SHA256SUMS"
+"""Digests of the files that a kit was written with, in the format of `sha256sum`: other files were edited."""
 ORT_VERSION = "1.30.0"
 """The version of onnxruntime-web and onnxruntime-node that kits use and the tests run."""
 ORT_FILES = {"ort.js": "ort.wasm.bundle.min.mjs", "ort.wasm": "ort-wasm-simd-threaded.wasm"}
@@ -41,18 +43,42 @@ ROUNDED = (
 
 
 def write_kit(name: str, export_folder: Path, out: Path) -> None:
-    """Writes the kit "c", "node" or "web" around the model of an export folder, completely or not at all.
+    """Writes the kit "c", "node" or "web" around the model of an export folder.
 
-    `out` may be missing, empty, or an earlier kit of the same name, which is replaced. Raises `UserError`.
+    `out` may be missing, empty, or an earlier kit: its files are replaced unless the user has edited them, and files
+    that the user has added, such as `node_modules`, stay. Raises `UserError`, and then has written nothing.
     """
     try:
         out = out.resolve()
-        with replacing(out) as folder:
+        parent = next(folder for folder in out.parents if folder.exists())
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=parent) as temporary:
+            folder = Path(temporary)
             WRITERS[name](export_folder, folder)
             _copy([export_folder / MANIFEST_FILE, SOURCES / SPECIFICATION], folder)
-            check_replaceable(out, [*(file.name for file in folder.iterdir()), *BUILT[name]], "smallm kit")
+            _move_files(folder, out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
+
+
+def _move_files(folder: Path, out: Path) -> None:
+    """Moves the files of a new kit into `out`. Raises `UserError` if a file there has been edited."""
+    sums_file = out / SUMS_FILE
+    known = sums_file.read_text(encoding="utf-8", errors="replace").splitlines() if sums_file.is_file() else []
+    if not known and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not a kit with a file {SUMS_FILE}; move it away, or choose another --out")
+    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    sums = [f"{_sha256(folder / name)}  {name}" for name in names]
+    for name in names:
+        if (out / name).exists() and f"{_sha256(out / name)}  {name}" not in {*known, *sums}:
+            raise UserError(f"{out / name} has been edited; move it away, or choose another --out")
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).replace(out / name)
+    sums_file.write_text("\n".join([*sums, ""]), encoding="utf-8", newline="\n")
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def write_c(model: Path, out: Path) -> None:
@@ -95,13 +121,6 @@ def write_web(model: Path, out: Path, onnxruntime_web: Path | None = None) -> No
 
 WRITERS: Mapping[str, Callable[[Path, Path], None]] = {"c": write_c, "node": write_node, "web": write_web}
 """Kit -> the function that fills its folder, given the model."""
-
-BUILT: Mapping[str, tuple[str, ...]] = {
-    "c": ("smallm_generate", "build"),
-    "node": ("node_modules", "package-lock.json"),
-    "web": (),
-}
-"""Kit -> what users build in its folder; deleted when the kit is written again."""
 
 
 def _copy(files: Iterable[Path], folder: Path) -> None:

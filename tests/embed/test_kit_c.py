@@ -35,7 +35,7 @@ STRICT = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
 SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 NON_ASCII = Vocabulary.from_characters("éñ€中")
 FILES = {"smallm.h", "smallm.c", "smallm_kernels.h", "main.c", "Makefile", "CMakeLists.txt", "README.md", "SAMPLING.md",
-         "model.onnx", "smallm.json"}  # fmt: skip
+         "SHA256SUMS", "model.onnx", "smallm.json"}  # fmt: skip
 
 
 def run(*argv, cwd: Path | None = None, stdin: bytes = b"", env: dict[str, str] | None = None):
@@ -117,13 +117,37 @@ def test_a_kit_is_whole(kit):
     assert set(KITS) == set(WRITERS)
 
 
-def test_a_kit_replaces_an_earlier_kit_and_its_build_output(exported, tmp_path):
-    write_kit("c", exported, tmp_path / "kit")
-    (tmp_path / "kit" / "smallm_generate").touch()
-    (tmp_path / "kit" / "smallm.c").write_text("old")
-    write_kit("c", exported, tmp_path / "kit")
-    assert {file.name for file in (tmp_path / "kit").iterdir()} == FILES
-    assert (tmp_path / "kit" / "smallm.c").read_bytes() == (C / "smallm.c").read_bytes()
+def test_a_kit_is_written_again_around_what_the_user_added(exported, tmp_path):
+    out = tmp_path / "kit"
+    write_kit("c", exported, out)
+    for name in ("smallm_generate", "my_program.c", "build/smallm.o"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    (out / "smallm.h").unlink()
+    other = Path(shutil.copytree(exported, tmp_path / "other"))
+    (other / "smallm.json").write_text("{}")
+    write_kit("c", other, out)
+    assert {file.name for file in out.iterdir()} == FILES | {"smallm_generate", "my_program.c", "build"}
+    assert (out / "build" / "smallm.o").read_text() == "mine"
+    assert (out / "smallm.json").read_text() == "{}"
+    write_kit("c", exported, out)  # the digests are those of the newest export
+    assert {file.name for file in tmp_path.iterdir()} == {"kit", "other"}
+
+
+def test_edited_files_of_a_kit_are_kept(exported, tmp_path):
+    out = tmp_path / "kit"
+    write_kit("c", exported, out)
+    before = {file: file.read_bytes() for file in out.iterdir()}
+    for name in ("main.c", "smallm.json"):
+        (out / name).write_text("mine")
+        with pytest.raises(UserError) as error:
+            write_kit("c", exported, out)
+        assert str(error.value) == f"{out / name} has been edited; move it away, or choose another --out"
+        assert {file: file.read_bytes() for file in out.iterdir()} == before | {out / name: b"mine"}
+        (out / name).write_bytes(before[out / name])
+    (out / "SHA256SUMS").unlink()  # as in a kit of an older version
+    with pytest.raises(UserError, match="choose another --out"):
+        write_kit("c", exported, out)
 
 
 def test_a_folder_that_is_not_a_kit_is_kept(exported, tmp_path):
@@ -131,11 +155,10 @@ def test_a_folder_that_is_not_a_kit_is_kept(exported, tmp_path):
     (tmp_path / "mine" / "main.c").write_text("mine")
     with pytest.raises(UserError, match="choose another --out"):
         write_kit("c", exported, tmp_path / "mine")
-    write_kit("c", exported, tmp_path / "kit")
-    (tmp_path / "kit" / "my_program.c").touch()
-    with pytest.raises(UserError, match=r"also holds my_program\.c"):
-        write_kit("c", exported, tmp_path / "kit")
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["main.c"]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="choose another --out"):
+        write_kit("c", exported, tmp_path / "file")
 
 
 def test_export_writes_a_kit(tiny_run, tmp_path, capsys):
