@@ -99,9 +99,9 @@ def read_run(run: Path, max_bytes: int | None = TAIL_BYTES) -> Run:
     """
     try:
         next(run.iterdir(), None)
+        checkpoints = _checkpoints(run)
     except OSError as error:
         raise UserError(f"cannot read {run}: {error.strerror}") from None
-    checkpoints = _checkpoints(run)
     state, problem = _newest_state(checkpoints)
     config = state.get("config") or read_config(run)
     config = {name: section for name, section in config.items() if isinstance(section, dict)}

@@ -200,9 +200,9 @@ sys.exit(code)
 # Wrong arguments and damaged folders.
 
 
-def test_a_run_that_cannot_be_read_does_not_hide_the_others(runs, capsys, monkeypatch):
-    (runs / "closed").mkdir()
-    iterdir, exists = Path.iterdir, Path.exists
+@pytest.mark.parametrize("calls", [["iterdir", "exists"], ["glob"]], ids=["closed", "unsearchable"])
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(runs, capsys, monkeypatch, calls):
+    shutil.copytree(runs / "tiny", runs / "closed")
 
     def refusing(call):
         def checked(path, *more, **options):
@@ -212,8 +212,8 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(runs, capsys, monkey
 
         return checked
 
-    monkeypatch.setattr(Path, "iterdir", refusing(iterdir))
-    monkeypatch.setattr(Path, "exists", refusing(exists))
+    for call in calls:
+        monkeypatch.setattr(Path, call, refusing(getattr(Path, call)))
     assert cli.run(cli.runs, [str(runs)]) == 0
     out, err = capsys.readouterr()
     assert "finished" in out

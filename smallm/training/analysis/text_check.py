@@ -115,7 +115,7 @@ def _loss_problems(s: TextStatistics) -> Iterator[str]:
     if s.train_characters < SHORT_TEXT:
         yield (
             f"only {s.train_characters:,} characters to train on: the model will soon memorise them; "
-            "--minutes 1 chooses a model of suitable size, and more text helps most"
+            "more text helps most; with --minutes a model of suitable size is chosen"
         )
 
 

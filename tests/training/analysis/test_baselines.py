@@ -141,7 +141,7 @@ def test_the_work_on_long_texts_is_bounded(tmp_path, monkeypatch):
     assert "the first 1,000 characters of the validation text" in last.how
 
 
-@pytest.mark.parametrize("text", ["abcd", "aaaa", "é€中🎉", "\n\n\n\n\n"])
+@pytest.mark.parametrize("text", ["abcd", "aaaa", "a" * 100, "é€中🎉", "\n\n\n\n\n"])
 def test_tiny_texts_have_baselines_too(tmp_path, text):
     for bits in figures(opened(tmp_path, text, val_fraction=0.5)).values():
         assert 0 <= bits < 200
