@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from smallm.runs.baselines_file import read_baselines
 from smallm.runs.config_file import flatten
 from smallm.runs.layout import CHECKPOINTS, LOCK, newest_run
 from smallm.runs.next_commands import next_commands
-from smallm.runs.summary import FINISHED, INTERRUPTED, WEIGHTS, Run, bytes_in, find_runs, read_run, step_of
+from smallm.runs.summary import FINISHED, INTERRUPTED, WEIGHTS, Run, find_runs, read_run, step_of
 
 TAIL_BYTES = 1 << 20  # of metrics.jsonl
 MAX_EVALUATIONS = 8
 MAX_SAMPLE, MAX_VALUE = 600, 100  # characters shown
+COLUMNS = {"step": 0, "epoch": 2, "train_loss": 4, "val_loss": 4}  # of an evaluation, and the decimals shown
 LABEL = 13  # columns of the labels
 
 
@@ -43,38 +45,22 @@ def main(argv: Sequence[str]) -> int:
 
 def details(run: Run) -> dict[str, Any]:
     """The values of `--json`: those of `smallm runs --json` and more; sizes in bytes."""
+    evaluations = [line for line in run.metrics if line.get("kind") == "eval"][-MAX_EVALUATIONS:]
+    samples = [line["sample"] for line in run.metrics if isinstance(line.get("sample"), str)]
+    files = sorted(file for file in run.path.iterdir() if file.is_file() and file.name != LOCK)
     return as_json(run) | {
         "settings": run.changed_settings,
-        "evaluations": evaluations(run),
+        "evaluations": [{key: line.get(key) if isinstance(line.get(key), int | float) else None for key in COLUMNS}
+                        for line in evaluations],
         "old_text": next((line for line in reversed(run.metrics) if line.get("kind") == "old_text"), None),
         "baselines": {one.name: one.bits_per_char for one in read_baselines(run.path)},
-        "checkpoints": [{"name": folder.name, "step": step_of(folder), "bytes": bytes_in(folder),
+        "checkpoints": [{"name": folder.name, "step": step_of(folder), "bytes": _bytes_in(folder),
                          "best": folder == run.best_checkpoint} for folder in run.checkpoints],
-        "export_bytes": {name: bytes_in(run.path / name) for name in run.exports},
-        "files": files(run),
-        "sample": last_sample(run),
+        "export_bytes": {name: _bytes_in(run.path / name) for name in run.exports},
+        "files": {file.name: file.stat().st_size for file in files},
+        "sample": samples[-1][:MAX_SAMPLE] if samples else "",
         "next": what_next(run),
     }  # fmt: skip
-
-
-def evaluations(run: Run) -> list[dict[str, Any]]:
-    """Step and losses, in nats per character, of the last evaluations."""
-    keys = ("step", "epoch", "train_loss", "val_loss")
-    records = [line for line in run.metrics if line.get("kind") == "eval"][-MAX_EVALUATIONS:]
-    return [{key: line.get(key) if isinstance(line.get(key), int | float) else None for key in keys}
-            for line in records]  # fmt: skip
-
-
-def last_sample(run: Run) -> str:
-    """The text that the model generated at its last evaluation."""
-    samples = [line["sample"] for line in run.metrics if isinstance(line.get("sample"), str)]
-    return samples[-1][:MAX_SAMPLE] if samples else ""
-
-
-def files(run: Run) -> dict[str, int]:
-    """Size of each file directly in the folder, without the lock."""
-    found = sorted(file for file in run.path.iterdir() if file.is_file() and file.name != LOCK)
-    return {file.name: file.stat().st_size for file in found}
 
 
 def what_next(run: Run) -> list[str]:
@@ -109,9 +95,12 @@ def lines(run: Run) -> Iterator[str]:
     if (old := values["old_text"]) and all(isinstance(old.get(key), float) for key in ("before", "after")):
         yield _line("old text", f"{old['before']:.4f} nats per character before, {old['after']:.4f} after, of "
                     f"{old.get('name')}")  # fmt: skip
-    for key, value in values["settings"].items():
-        yield _line("" if key != next(iter(values["settings"])) else "settings", f"{key} = {_value(value)}")
-    yield from _block("evaluations", _evaluations(values["evaluations"]))
+    for i, (key, value) in enumerate(values["settings"].items()):
+        shown = shortened(json.dumps(value, ensure_ascii=False, default=str), MAX_VALUE)
+        yield _line("" if i else "settings", f"{key} = {shown}")
+    rows = [[MISSING if one[key] is None else f"{one[key]:,.{digits}f}" for key, digits in COLUMNS.items()]
+            for one in values["evaluations"]]  # fmt: skip
+    yield from _block("evaluations", table([["step", "epoch", "train", "validation"], *rows], left=()) if rows else [])
     stored = [(f"{CHECKPOINTS}/{one['name']}", one["bytes"], "best" if one["best"] else "")
               for one in values["checkpoints"]]  # fmt: skip
     stored += [(name, size, run.exports[name]) for name, size in values["export_bytes"].items()]
@@ -123,10 +112,13 @@ def lines(run: Run) -> Iterator[str]:
     yield from _block("next", [printable(command) for command in values["next"]])
 
 
-def _evaluations(found: list[dict[str, Any]]) -> list[str]:
-    rows = [[MISSING if one[key] is None else f"{one[key]:,.{digits}f}" for key, digits in
-             (("step", 0), ("epoch", 2), ("train_loss", 4), ("val_loss", 4))] for one in found]  # fmt: skip
-    return table([["step", "epoch", "train", "validation"], *rows], left=()) if rows else []
+def _bytes_in(folder: Path) -> int:
+    """The total size of all files in a folder and its subfolders."""
+    total = 0
+    with suppress(OSError):
+        for file in folder.rglob("*"):
+            total += file.lstat().st_size if file.is_file() and not file.is_symlink() else 0
+    return total
 
 
 def _line(label: str, value: str) -> str:
@@ -136,7 +128,3 @@ def _line(label: str, value: str) -> str:
 def _block(label: str, found: list[str]) -> Iterator[str]:
     for i, line in enumerate(found):
         yield f"{label if i == 0 else '':<{LABEL}}  {line}".rstrip()
-
-
-def _value(value: Any) -> str:
-    return shortened(json.dumps(value, ensure_ascii=False, default=str), MAX_VALUE)

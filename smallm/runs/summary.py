@@ -99,11 +99,12 @@ def read_run(run: Path, max_bytes: int | None = TAIL_BYTES) -> Run:
     """
     try:
         next(run.iterdir(), None)
-        checkpoints = _checkpoints(run)
+        folders = (run / CHECKPOINTS).glob("step-*")
+        checkpoints = tuple(sorted((f for f in folders if re.fullmatch(r"step-\d{6,15}", f.name)), key=step_of))
     except OSError as error:
         raise UserError(f"cannot read {run}: {error.strerror}") from None
     state, problem = _newest_state(checkpoints)
-    config = state.get("config") or read_config(run)
+    config = _section(state, "config") or read_config(run)
     config = {name: section for name, section in config.items() if isinstance(section, dict)}
     metrics = tuple(read_metrics(run, max_bytes))
     running = is_running(run)
@@ -111,12 +112,17 @@ def read_run(run: Path, max_bytes: int | None = TAIL_BYTES) -> Run:
     facts = _section(state, "facts")
     step = _whole(last.get("step", state.get("step")))
     epochs = [line["epoch"] for line in metrics if _whole(line.get("step")) == step and _number(line.get("epoch"))]
-    best, best_step = _best(state, metrics if running or not state else ())
+    losses = [(_number(state.get("best_val_loss")), _whole(state.get("best_step")))]
+    if running or not state:
+        losses += [(_number(line.get("val_loss")), _whole(line.get("step"))) for line in metrics]
+    known = ((loss, at) for loss, at in losses if loss is not None and at is not None)
+    best, best_step = min(known, default=(None, None))
+    source = _text(_section(config, "data").get("source")) or ""
     return Run(
         path=run,
         state=RUNNING if running else _state(state, checkpoints, config),
         problem=problem or ("" if state or config else f"it has no checkpoint and no complete {CONFIG}"),
-        text=_text(facts.get("text")) or _source(config),
+        text=_text(facts.get("text")) or Path(source).name or source or None,
         parameters=_whole(facts.get("parameters")),
         val_loss=best,
         best_step=best_step,
@@ -159,25 +165,11 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def bytes_in(folder: Path) -> int:
-    """The total size of all files in a folder and its subfolders."""
-    total = 0
-    with suppress(OSError):
-        for file in folder.rglob("*"):
-            total += file.lstat().st_size if file.is_file() and not file.is_symlink() else 0
-    return total
-
-
 def _is_begun(run: Path) -> bool:
     try:
         return any((run / name).exists() for name in (METRICS, CHECKPOINTS, CONFIG, LOCK))
     except OSError:  # `read_run` says why
         return True
-
-
-def _checkpoints(run: Path) -> tuple[Path, ...]:
-    found = [folder for folder in (run / CHECKPOINTS).glob("step-*") if re.fullmatch(r"step-\d{6,15}", folder.name)]
-    return tuple(sorted(found, key=step_of))
 
 
 def _newest_state(checkpoints: tuple[Path, ...]) -> tuple[dict[str, Any], str]:
@@ -204,12 +196,6 @@ def _state(state: dict[str, Any], checkpoints: tuple[Path, ...], config: dict[st
     return FINISHED if at_end or enough else INTERRUPTED
 
 
-def _best(state: dict[str, Any], metrics: tuple[dict[str, Any], ...]) -> tuple[float | None, int | None]:
-    losses = [(_number(state.get("best_val_loss")), _whole(state.get("best_step")))]
-    losses += [(_number(line.get("val_loss")), _whole(line.get("step"))) for line in metrics]
-    return min(((loss, step) for loss, step in losses if loss is not None and step is not None), default=(None, None))
-
-
 def _exports(run: Path) -> dict[str, str]:
     found = {}
     with suppress(OSError):
@@ -225,11 +211,6 @@ def _written(run: Path) -> float:
         with suppress(OSError):
             times.append(file.stat().st_mtime)
     return max(times)
-
-
-def _source(config: dict[str, Any]) -> str | None:
-    source = _text(_section(config, "data").get("source"))
-    return source and (Path(source).name or source)
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def _measure(corpus: Corpus) -> list[Baseline]:
     with ThreadPoolExecutor() as pool:  # the compressors release Python's lock
         sizes = [(name, pool.submit(size, before, val), how) for name, size, how in COMPRESSORS]
         order, bits = best_ngram(train_ids, val_ids[1:], corpus.vocabulary.size)
-        results = [Baseline(name, 8 * max(0, size.result()) / characters, f"{how}; {measured_on}") for name, size, how in sizes]
+        results = [Baseline(name, 8 * size.result() / characters, f"{how}; {measured_on}") for name, size, how in sizes]
     part = "the training text" if len(train_ids) == len(corpus.train_ids) else f"its last {len(train_ids):,} ids"
     how = (
         f"character n-gram model (interpolated modified Kneser-Ney) of order {order}, which was chosen on the end of "
@@ -101,7 +101,7 @@ def _gzip(before: bytes, val: bytes) -> int:
 
 def _bz2(before: bytes, val: bytes) -> int:
     primer = before[len(before) - min(len(before), max(0, BZIP2_BLOCK - len(val))) :]
-    return len(bz2.compress(primer + val)) - (len(bz2.compress(primer)) if primer else 0)
+    return max(0, len(bz2.compress(primer + val)) - (len(bz2.compress(primer)) if primer else 0))
 
 
 def _xz(before: bytes, val: bytes) -> int:
