@@ -1,11 +1,18 @@
-"""What the first bytes of a file tell about its format, and the byte-order mark."""
+"""Decodes the text of a file in pieces; a file that is not a plain text, or in another encoding, is one line."""
 
 import codecs
 import re
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from io import BufferedReader
+from itertools import chain
+from typing import Any
+
+from smallm.errors import UserError
 
 BYTE_ORDER_MARK = "\ufeff"
-HEAD_BYTES = 16
-"""How many bytes `format_problem` looks at."""
+HEAD_BYTES = 16  # enough to recognise a format
 _MARKS = {  # UTF-32 comes first, because its little-endian mark starts with the one of UTF-16
     "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
@@ -23,10 +30,50 @@ _FORMATS = {
 }
 
 
-def format_problem(head: bytes, encoding: str) -> str:
+def decoded(stream: "BufferedReader[Any]", name: object, encoding: str, piece_bytes: int) -> Iterator[tuple[str, int]]:
+    """The text of a stream without a byte-order mark, in pieces, each with its number of bytes; 0 for the last piece.
+
+    name: of the file, for messages. Raises `UserError` for an unknown encoding, for text in another encoding, and for a
+    file that is not a plain text.
+    """
+    try:
+        "a".encode(encoding)  # refuses codecs such as hex, which do not decode to text
+        decoder = codecs.getincrementaldecoder(encoding)()
+    except (LookupError, ValueError):
+        raise UserError(f"there is no encoding {encoding!r}; pass for example --encoding latin-1") from None
+    if problem := _format_problem(stream.peek(HEAD_BYTES)[:HEAD_BYTES], encoding):
+        raise UserError(f"{name} {problem}")
+    read, newlines, begun = 0, 0, False
+    for data in chain(iter(partial(stream.read, piece_bytes), b""), [b""]):
+        read += len(data)
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeError as error:
+            raise UserError(f"{name} {_decoding_problem(error, encoding, read, newlines)}") from None
+        newlines += text.count("\n")
+        if text and not begun:
+            text, begun = text.removeprefix(BYTE_ORDER_MARK), True
+        yield text, len(data)
+
+
+def _format_problem(head: bytes, encoding: str) -> str:
     """What is wrong with a file that begins with these bytes, and what to do; "" if nothing is."""
     codec = codecs.lookup(encoding).name
     marked = next((name for name, marks in _MARKS.items() if head.startswith(marks)), "")
     if not codec.startswith(marked):
         return f"looks like {marked.upper()}, not {encoding}; pass --encoding {marked}"
     return next((problem for pattern, problem in _FORMATS.items() if re.match(pattern, head)), "")
+
+
+def _decoding_problem(error: UnicodeError, encoding: str, read: int, newlines: int) -> str:
+    """What is wrong with a file. read: bytes read so far; newlines: decoded before the piece with the error."""
+    codec, what, hint = codecs.lookup(encoding).name, str(error), ""
+    example = "latin-1" if codec.startswith("utf-8") else "utf-8"
+    if isinstance(error, UnicodeDecodeError):
+        before = error.object[: error.start]  # error.object starts in the previous piece
+        what = f"byte 0x{error.object[error.start]:02x} at offset {read - len(error.object) + error.start}"
+        with suppress(UnicodeError):  # some codecs, such as idna, cannot ignore errors
+            what += f" (line {1 + newlines + before.decode(encoding, 'ignore').count(chr(10))})"
+        if b"\0" in error.object and not codec.startswith(("utf-16", "utf-32")):
+            hint, example = ", perhaps a binary file or UTF-16", "utf-16-le"
+    return f"is not valid {encoding}{hint}: {what}; pass --encoding NAME, for example --encoding {example}"

@@ -4,22 +4,20 @@ A byte-order mark at the beginning of a file is not part of the text. Newlines a
 `Tidy` asks for a change.
 """
 
-import codecs
 import difflib
 import io
 import os
 import re
 import unicodedata
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from smallm.errors import UserError
-from smallm.tokenizer.text_formats import BYTE_ORDER_MARK, HEAD_BYTES, format_problem
+from smallm.tokenizer.text_formats import decoded
 from smallm.training.output import Output
 
 PIECE_BYTES = 1 << 18  # small enough that a piece and its ids stay in the processor's cache
@@ -30,7 +28,6 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_HASH = "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 JSON_LINES = (".jsonl", ".ndjson")
-BINARY_HEAD = 4096  # a NUL among so many first bytes marks a binary file; other 8-bit encodings have none
 
 
 class Tidy(NamedTuple):
@@ -113,27 +110,13 @@ class Source:
             raise UserError(f"cannot read {error.filename or self.name}: {error.strerror}; check --data") from None
 
     def _read(self, part: Path | bytes, bar: tqdm) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder(self.encoding)("strict")
-        name = part if isinstance(part, Path) else self.name
-        offset, held, data, begun = 0, "", b"?", False
-        with part.open("rb") if isinstance(part, Path) else io.BytesIO(part) as stream:
-            if problem := format_problem(stream.read(HEAD_BYTES), self.encoding):
-                raise UserError(f"{name} {problem}")
-            stream.seek(0)
-            while data:
-                data = stream.read(PIECE_BYTES)
-                offset += len(data)
-                try:
-                    text = decoder.decode(data, final=not data)
-                except UnicodeError as error:
-                    problem = _decoding_problem(error, self.encoding, stream, offset)
-                    raise UserError(f"{name} {problem}") from None
-                if text and not begun:
-                    text, begun = text.removeprefix(BYTE_ORDER_MARK), True
-                text, held = self.tidy(held + text, final=not data)
+        held, name = "", part if isinstance(part, Path) else self.name
+        with part.open("rb") if isinstance(part, Path) else io.BufferedReader(io.BytesIO(part)) as stream:
+            for text, size in decoded(stream, name, self.encoding, PIECE_BYTES):
+                text, held = self.tidy(held + text, final=not size)
                 if text:
                     yield text
-                bar.update(len(data))
+                bar.update(size)
 
 
 def find_source(name: str, encoding: str, cache: Path) -> Source:
@@ -222,29 +205,3 @@ def _shakespeare(cache: Path) -> Source:
 
 
 BUILT_IN = {"python-docs": _python_docs, "shakespeare": _shakespeare}
-
-
-def _decoding_problem(error: UnicodeError, encoding: str, stream: BinaryIO, read: int) -> str:
-    """Says what is wrong with a file; `read`: bytes that had been read when the error was raised."""
-    codec = codecs.lookup(encoding).name
-    stream.seek(0)
-    if not codec.startswith(("utf-16", "utf-32")) and b"\0" in stream.read(BINARY_HEAD):
-        return "is a binary file, or UTF-16 (--encoding utf-16-le); pass plain text with --data FILE"
-    what = str(error)
-    if isinstance(error, UnicodeDecodeError):
-        # error.object holds the bytes kept from the previous piece, then this piece
-        offset = read - len(error.object) + error.start
-        what = f"byte 0x{error.object[error.start]:02x} at offset {offset}"
-        with suppress(UnicodeError):  # some codecs, such as idna, cannot ignore errors
-            what += f" (line {1 + _newlines(stream, offset, encoding)})"
-    example = "latin-1" if codec.startswith("utf-8") else "utf-8"
-    return f"is not valid {encoding}: {what}; pass --encoding NAME, for example --encoding {example}"
-
-
-def _newlines(stream: BinaryIO, size: int, encoding: str) -> int:
-    """The number of newlines in the first `size` bytes."""
-    decoder = codecs.getincrementaldecoder(encoding)("ignore")
-    stream.seek(0)
-    return sum(
-        decoder.decode(stream.read(min(PIECE_BYTES, size - start))).count("\n") for start in range(0, size, PIECE_BYTES)
-    )
