@@ -25,7 +25,7 @@ from smallm.inference.scoring import IGNORED, Perplexity, begins_character, nats
 from smallm.inference.session import Session
 from smallm.model_file.manifest import Manifest
 from smallm.model_file.sampling import Sampling
-from smallm.options import as_path, check_int
+from smallm.options import as_path, check_bool, check_int, with_hints
 from smallm.runs.layout import EXPORT, is_run
 from smallm.tokenizer.vocabulary import Vocabulary
 
@@ -34,6 +34,7 @@ MAX_LOGITS = 1 << 22  # logits computed at a time: 16 MB; more are not faster
 MIN_PROBABILITY = 1e-6  # below it, the beginning of a character is not followed to its end
 
 
+@with_hints
 class LanguageModel:
     """A character-level language model.
 
@@ -47,27 +48,31 @@ class LanguageModel:
     """
 
     def __init__(self, session: Session, draft_table: DraftTable | None = None):
+        if not isinstance(session, Session):
+            raise UserError("open a model with LanguageModel.load(path)")
         self._session, self._draft_table = session, draft_table
         self.metadata: Manifest = session.manifest
         self.vocabulary: Vocabulary = session.manifest.vocabulary
         self.vocab_size, self.block_size = session.manifest.vocab_size, session.manifest.block_size
 
     @classmethod
-    def load(cls, path: str | Path, threads: int | None = None) -> "LanguageModel":
+    def load(cls, path: str | Path, threads: int | None = None, speculative: bool = True) -> "LanguageModel":
         """Opens a run that was exported, an export folder or an .onnx file.
 
-        threads: threads of ONNX Runtime, 1 to 1024; None chooses by the size of the model. If the export left
-        `draft_table.npy` beside the model, generation is up to twice as fast; a damaged table is left aside, with a
-        warning. Raises `UserError` for a path without a model, or a model file that is damaged.
+        threads: threads of ONNX Runtime, 1 to 1024; None chooses by the size of the model. speculative: whether to
+        decode with `draft_table.npy` if the export left this file beside the model, which is up to twice as fast; with
+        int8 and int4, rounding may change the text. A damaged table is left aside, with a warning. Raises `UserError`
+        for a path without a model, or a model file that is damaged.
         """
+        check_bool("speculative", speculative)
         file = find_model(as_path("path", path))
         session = Session(file, threads)
         tables = (file.with_name(name) for name in (DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE))
-        table = next((path for path in tables if path.is_file()), None)
+        table = next((path for path in tables if speculative and path.is_file()), None)
         try:
             return cls(session, DraftTable.load(table, session.manifest.vocab_size) if table else None)
         except UserError as error:
-            warnings.warn(f"{error}; texts are the same without it, and come more slowly", stacklevel=2)
+            warnings.warn(f"{error}; texts are the same without it, and come more slowly", stacklevel=3)
             return cls(session)
 
     def close(self) -> None:
@@ -255,6 +260,7 @@ class LanguageModel:
         return TextsInTurn(self._session, states, self._draft_table)
 
     def _states(self, seeds: Sequence[str], config: GenerationConfig, logprobs: bool) -> list[SequenceState]:
+        check_bool("logprobs", logprobs)
         config = config.resolve(self.metadata)
         processor = LogitsProcessor(self.vocabulary, config)
         ids = (self._encode_seed(seed).tolist() for seed in seeds)

@@ -1,19 +1,23 @@
 """Options with one definition each: a dataclass field holds the default, the help text and the valid values."""
 
+import inspect
 import math
 import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from functools import wraps
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from types import FunctionType
+from typing import Any, TypeVar
 
 from smallm.errors import UserError
 
 KINDS: dict[type, tuple[Any, str]] = {int: (Integral, "a whole number"), float: (Real, "a number"),
                                       str: (str, "a string")}  # fmt: skip
+Class = TypeVar("Class")
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
@@ -109,7 +113,13 @@ def check_options(values: Any) -> None:
 
 def check_int(name: str, value: Any, at_least: int, at_most: float = math.inf, note: str = "") -> None:
     """Raises `UserError` unless the argument of this name is a whole number in the range."""
-    Option(int, "", name=name, at_least=at_least, at_most=at_most, note=note).check(value)
+    Option(int, "", name=name, default=0, at_least=at_least, at_most=at_most, note=note).check(value)
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raises `UserError` unless the argument of this name is True or False."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name} = {value!r:.40} is not a truth value; it must be True or False")
 
 
 def as_path(name: str, value: Any) -> Path:
@@ -127,6 +137,33 @@ def check_names(given: Iterable[str], known: Iterable[str]) -> None:
             near = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
             raise UserError(f"there is no option {name}; {hint}")
+
+
+def with_hints(cls: type[Class]) -> type[Class]:
+    """Calls of the class and of its public methods with wrong names or numbers of arguments raise `UserError`."""
+    for name, member in vars(cls).copy().items():
+        if isinstance(member, FunctionType) and (name == "__init__" or not name.startswith("_")):
+            setattr(cls, name, _with_hints(member))
+        elif isinstance(member, classmethod):
+            setattr(cls, name, classmethod(_with_hints(member.__func__)))
+    return cls
+
+
+def _with_hints(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def call(*args: Any, **named: Any) -> Any:
+        try:
+            return method(*args, **named)
+        except TypeError:
+            signature, shown = inspect.signature(method), method.__qualname__.removesuffix(".__init__")
+            try:
+                signature.bind(*args, **named)
+            except TypeError as error:
+                check_names(named, list(signature.parameters)[1:])
+                raise UserError(f"{shown}: {error}; see help({shown})") from None
+            raise
+
+    return call
 
 
 def unescaped(text: str) -> str:

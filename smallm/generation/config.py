@@ -14,7 +14,7 @@ from smallm.errors import UserError
 from smallm.generation.rng import MAX_SEED
 from smallm.model_file.manifest import Manifest
 from smallm.model_file.sampling import Sampling
-from smallm.options import Option, check_names, option, options_of
+from smallm.options import Option, option, options_of, with_hints
 
 Overflow = Literal["crop", "shift", "slide"]
 CHARACTERS = 0x110000 - 0x800  # Unicode code points without the surrogates
@@ -26,6 +26,7 @@ def _sampling_option(name: str) -> Any:
     return field(default=None, metadata=Sampling.__dataclass_fields__[name].metadata)
 
 
+@with_hints
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """Options of generation. Raises `UserError` for unknown names, wrong types and values out of range.
@@ -72,10 +73,6 @@ class GenerationConfig:
     stream_number: int = option(
         0, int, "Distinguishes several texts of one rng_seed.", metavar="N", at_least=0, at_most=MAX_SEED, flag=None
     )
-
-    def __new__(cls, **options: Any) -> "GenerationConfig":
-        check_names(options, (f.name for f in fields(cls)))
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for each in self.options():

@@ -1,8 +1,6 @@
 """The random generator of the sampler: draws are a function of (seed, stream, index), the same in every language."""
 
-from numbers import Integral
-
-from smallm.errors import UserError
+from smallm.options import check_int
 
 MAX_SEED = (1 << 32) - 1
 
@@ -16,9 +14,8 @@ class Rng:
 
     def __init__(self, seed: int, stream: int = 0):
         """seed and stream: 0 to 2**32 - 1. Raises `UserError` for other values."""
-        for name, value in (("rng_seed", seed), ("stream_number", stream)):
-            if not isinstance(value, Integral) or not 0 <= value <= MAX_SEED:
-                raise UserError(f"{name} = {value} is out of range; it must be a whole number from 0 to {MAX_SEED}")
+        check_int("rng_seed", seed, 0, MAX_SEED)
+        check_int("stream_number", stream, 0, MAX_SEED)
         self._key = mix(mix(int(seed)) + int(stream))
         self.draws = 0
 

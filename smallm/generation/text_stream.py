@@ -13,6 +13,7 @@ from smallm.generation.sequence_state import Prediction, SequenceState
 from smallm.generation.speculative import SpeculativeDecoder, drafts_per_pass
 from smallm.inference.kv_cache import KVCache
 from smallm.inference.session import Session
+from smallm.options import with_hints
 
 Piece = TypeVar("Piece")
 
@@ -70,6 +71,7 @@ class ResumableIterator(ABC, Generic[Piece]):
             self._undo = None
 
 
+@with_hints
 class TextStream(ResumableIterator[str]):
     """An iterator over the new text, in pieces of one or more whole characters.
 
@@ -110,9 +112,10 @@ class TextStream(ResumableIterator[str]):
         """A new stream that continues from here independently, without computing the text so far again.
 
         rng_seed, stream_number: the random numbers of the new stream; without rng_seed it would write the same text as
-        this stream. Raises `UserError` for a value out of range.
+        this stream. Raises `UserError` for a value of the wrong type or out of range.
         """
-        rng = None if rng_seed is None else Rng(rng_seed, stream_number)
+        new = Rng(0 if rng_seed is None else rng_seed, stream_number)
+        rng = None if rng_seed is None else new
         with self._lock:
             self._recover()
             other = copy(self)
