@@ -5,13 +5,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import TOY_VOCABULARY, random_model
 
 from smallm.generation.rng import Rng
 from smallm.generation.sampler import sample
 from smallm.model_file.sampling import Sampling
 from smallm.training import evaluate as evaluation
+from smallm.training.config import OptimConfig
 from smallm.training.evaluate import evaluate, ids_per_gpu_pass, sample_text
+from smallm.training.model.operations import cross_entropy
+from smallm.training.optim.optimizers import build_optimizer
 
 IDS = np.random.default_rng(1).integers(0, 128, 5000).astype(np.uint16)
 
@@ -89,3 +94,31 @@ def test_samples_with_a_cache_are_those_without(seed, changes):
     hook.remove()
     single = max(0, 16 - len(ids))
     assert passes == [min(len(ids), 16)] + [1] * single + [16] * (29 - single)
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """A device as Apple's GPUs, which have no float64."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves((args, kwargs, result)):
+            assert not (isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64), function
+        return result
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw", "adam"])
+def test_training_evaluation_and_samples_need_no_float64(gpu, name):
+    model = random_model(block_size=16)
+    optimizer = build_optimizer(model, OptimConfig(name=name))
+    ids = torch.from_numpy(IDS[:17].astype(np.int64))[None]
+    with WithoutFloat64():
+        cross_entropy(model(ids[:, :-1]), ids[:, 1:]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        assert evaluate(FakeGPU(), model, IDS, len(IDS), 16) > 0
+        assert len(sample_text(model, TOY_VOCABULARY, [1], 20, 16, Sampling(temperature=0.8))) > 0
+
+
+def test_the_device_without_float64_refuses_it():
+    with pytest.raises(AssertionError), WithoutFloat64():
+        torch.zeros(1).double()
