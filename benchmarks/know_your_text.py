@@ -40,6 +40,7 @@ from smallm.surprisal.spans import SpanFinder
 from smallm.training.analysis.baselines import _measure
 from smallm.training.analysis.memorisation import measure_memorisation
 from smallm.training.analysis.text_statistics import _compute
+from smallm.training.config import DataConfig
 from smallm.training.data.corpus import Corpus, open_corpus
 
 
@@ -79,7 +80,7 @@ MODEL_PARTS = {
 
 
 def open_text(text: Path, cache: Path) -> Corpus:
-    return open_corpus(str(text), min_count=10, val_fraction=0.1, cache=cache, progress=False)
+    return open_corpus(DataConfig(str(text)), cache=cache, progress=False)
 
 
 def measure(part: str, text: Path, given: Path) -> dict:

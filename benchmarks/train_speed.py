@@ -39,6 +39,7 @@ from smallm.inference.scoring import windows
 from smallm.runs.metrics import read_metrics
 from smallm.training.checkpoint.format import load_model
 from smallm.training.checkpoint.manager import best_checkpoint, saved_config
+from smallm.training.config import DataConfig
 from smallm.training.data.corpus import Corpus, open_corpus
 from smallm.training.devices import versions
 from smallm.training.model.operations import cross_entropy
@@ -151,7 +152,8 @@ def run_config(config: str, text: Path, out: Path, seed: int, peak: dict) -> Row
 
 def open_text(source: str | Path, min_count: int, cache: Path | None = None) -> Corpus:
     """The text with the split of all runs."""
-    return open_corpus(str(source), min_count=min_count, val_fraction=VAL_FRACTION, cache=cache, progress=False)
+    data = DataConfig(str(source), min_count=min_count, val_fraction=VAL_FRACTION)
+    return open_corpus(data, cache=cache, progress=False)
 
 
 @torch.no_grad()

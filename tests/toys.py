@@ -17,13 +17,20 @@ from smallm.model_file.manifest import Manifest
 from smallm.model_file.sampling import Sampling
 from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.checkpoint import format as checkpoint
-from smallm.training.config import ModelConfig
+from smallm.training.config import DataConfig, ModelConfig
+from smallm.training.data import corpus
+from smallm.training.data.corpus import Corpus
 from smallm.training.model.transformer import TransformerLanguageModel
 
 TOY_VOCABULARY = Vocabulary.from_characters("éñ€中")
 LATER_VOCABULARY = Vocabulary.from_characters("中é").extended("𝄞ñ").extended("€è")
 """Of a model that has learned on twice: not in the order of the code points."""
 GREEDY = Sampling(temperature=0)
+
+
+def open_corpus(source: str | Path, *, cache: Path | None = None, progress: bool = True, **settings) -> Corpus:
+    """The text with these settings of `DataConfig`."""
+    return corpus.open_corpus(DataConfig(source=str(source), **settings), cache=cache, progress=progress)
 
 
 def random_model(vocabulary: Vocabulary = TOY_VOCABULARY, **config) -> TransformerLanguageModel:

@@ -1,5 +1,6 @@
 """The cache on disk that runs share: encoded texts, statistics of texts, compiled kernels."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -42,14 +43,31 @@ def cached_json(file: Path, version: int, compute: Callable[[], dict[str, Any]])
     if values is None:
         values = compute()
         with suppress(OSError):
-            atomic_write(file, json.dumps({"version": version, "values": values}))
+            write_json(file, {"version": version, "values": values})
     return values
 
 
 def read_cached_json(file: Path, version: int) -> dict[str, Any] | None:
-    """The values in `file`, or None if the file is missing, damaged or of another version."""
+    """The values that `cached_json` wrote, or None if the file is missing, damaged or of another version."""
+    content = read_json(file)
+    return content["values"] if content and content["version"] == version else None
+
+
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """Writes the values with their checksum, for `read_json`. Raises `OSError`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(file, json.dumps({"values": values, "checksum": digest(values)}))
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The values that `write_json` wrote, or None if the file is missing or damaged."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return content["values"] if content["version"] == version else None
+        return content["values"] if content["checksum"] == digest(content["values"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def digest(values: Any) -> str:
+    """SHA-256 of the values as JSON, in hex."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

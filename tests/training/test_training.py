@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from toys import edit_state
+from toys import edit_state, open_corpus
 
 from smallm.inference.scoring import IGNORED
 from smallm.training import callbacks, cli, trainer
@@ -25,7 +25,7 @@ from smallm.training.checkpoint import format as checkpoint
 from smallm.training.checkpoint.format import load_model, load_vocabulary, read_state
 from smallm.training.checkpoint.manager import best_checkpoint, checkpoints
 from smallm.training.config import KEYS, MAY_CHANGE, Config
-from smallm.training.data.corpus import open_corpus
+from smallm.training.data.batch_loader import BatchLoader
 from smallm.training.data.dataset import CharDataset
 from smallm.training.model.operations import cross_entropy
 from smallm.training.model.transformer import TransformerLanguageModel
@@ -80,7 +80,7 @@ def names(run):
 @contextmanager
 def ctrl_c(step):
     """Presses Ctrl-C while the batch of this step is loaded."""
-    batch, pressed = CharDataset.batch, []
+    batch, pressed = BatchLoader.batch, []
 
     def pressing(self, wanted, *args, **options):
         if wanted == step and not pressed:
@@ -89,7 +89,7 @@ def ctrl_c(step):
         return batch(self, wanted, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CharDataset, "batch", pressing)
+        patch.setattr(BatchLoader, "batch", pressing)
         yield
 
 
@@ -168,8 +168,8 @@ def test_training_equals_a_plain_pytorch_loop(train, text_file):
     for step, share in enumerate([1 / 3, 2 / 3, 1, 1, 1, 1]):
         for group, peak in zip(optimizer.param_groups, (0.02, 0.005), strict=True):
             group["lr"] = peak * share
-        ids, targets = (torch.from_numpy(array) for array in dataset.batch(step, 8))
-        loss = cross_entropy(model(ids), targets)
+        windows = torch.from_numpy(dataset.windows(np.arange(8 * step, 8 * step + 8)))
+        loss = cross_entropy(model(windows[:, :-1]), windows[:, 1:])
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)

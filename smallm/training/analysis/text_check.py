@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from smallm.training.analysis.baselines import measure_baselines
 from smallm.training.analysis.text_statistics import CONTROLS, LEAK_WIDTH, RARE, TextStatistics, compute_statistics
 from smallm.training.config import DataConfig
-from smallm.training.data.corpus import Corpus, corpus_of
+from smallm.training.data.corpus import Corpus, open_corpus
 
 LEAK, REPEATED = 0.04, 0.1  # shares that are worth a warning; turns of phrase alone make up some percent
 BINARY = 0.01  # share of control characters above which a file is not text
@@ -19,7 +19,7 @@ EXAMPLE = 40  # characters of an example
 
 def check(data: DataConfig) -> int:
     """Prints the report on stdout and returns 0. Raises `UserError` for a text that cannot be read."""
-    corpus = corpus_of(data)
+    corpus = open_corpus(data)
     print(*report_lines(corpus, compute_statistics(corpus)), sep="\n", flush=True)
     figures = ", ".join(f"{one.name} {one.bits_per_char:.3f}" for one in measure_baselines(corpus))
     print(f"beat     {figures}: bits per character of the validation text; a useful model needs fewer")

@@ -14,7 +14,7 @@ from smallm.training.budget.clock import Clock
 from smallm.training.budget.planner import MAX_EPOCHS, SHAPE, Plan, choose_settings, choose_val_fraction
 from smallm.training.budget.probe import flops_per_second
 from smallm.training.config import Config, DataConfig, ModelConfig
-from smallm.training.data.corpus import BYTES, Corpus, corpus_of
+from smallm.training.data.corpus import BYTES, Corpus, open_corpus
 from smallm.training.distributed import broadcast_from_main
 from smallm.training.optim.schedule import divide_batch
 from smallm.training.output import Output
@@ -35,7 +35,7 @@ def open_text(accelerator: Accelerator, data: DataConfig, base: Vocabulary = BYT
     base: the vocabulary to which the characters of the text are added.
     """
     with accelerator.local_main_process_first():
-        return corpus_of(data, base, progress=accelerator.is_main_process)
+        return open_corpus(data, base, progress=accelerator.is_main_process)
 
 
 def plan_run(

@@ -33,19 +33,14 @@ class BatchLoader:
         window: block_size or a divisor of it; each sequence of block_size is then cut into pieces, which keeps the
         order of the text.
         """
-        ids, targets = self._full_windows(step, micro_step)
-        return ids.reshape(-1, window), targets.reshape(-1, window)
-
-    def _full_windows(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
-        first = (micro_step * self.ranks + self.rank) * self.micro_batch_size
-        share = slice(first, first + self.micro_batch_size)
+        first = step * self.batch_size + (micro_step * self.ranks + self.rank) * self.micro_batch_size
+        rows = np.arange(first, first + self.micro_batch_size)  # (B,)
         if self.text is None:
-            ids, targets = self.dataset.batch(step, self.batch_size, share)
-            return to_device(ids, self.device), to_device(targets, self.device)
-        rows = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[share]
-        starts = to_device(self.dataset.starts(rows), self.device)  # (B,)
-        windows = self.text[starts[:, None] + self._window].long()  # (B, T + 1)
-        return windows[:, :-1], windows[:, 1:]
+            windows = to_device(self.dataset.windows(rows), self.device)  # (B, T + 1)
+        else:
+            starts = to_device(self.dataset.starts(rows), self.device)  # (B,)
+            windows = self.text[starts[:, None] + self._window].long()
+        return windows[:, :-1].reshape(-1, window), windows[:, 1:].reshape(-1, window)
 
     def seed_dropout(self, step: int, micro_step: int) -> None:
         """Seeds dropout from (seed, step, micro-step, rank), so that a resumed run draws the same masks."""

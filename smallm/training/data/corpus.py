@@ -17,7 +17,7 @@ from smallm.training.config import DataConfig
 from smallm.training.data import store
 from smallm.training.data.encoding import Survey, encode, survey
 from smallm.training.data.source import Source, Tidy, find_source
-from smallm.training.data.store import MappedIds, StoredIds
+from smallm.training.data.store import MappedIds
 
 IDS_PER_PIECE = 1 << 18
 BYTES = Vocabulary()
@@ -59,79 +59,54 @@ class Corpus:
 
 
 def open_corpus(
-    source: str,
-    *,
-    encoding: str = "utf-8",
-    min_count: int,
-    val_fraction: float,
-    normalise: str = "none",
-    newlines: str = "keep",
-    base: Vocabulary = BYTES,
-    cache: Path | None = None,
-    progress: bool = True,
+    data: DataConfig, base: Vocabulary = BYTES, cache: Path | None = None, progress: bool = True
 ) -> Corpus:
-    """Opens a text; reads and encodes it only if the cache does not know it yet.
+    """Opens the text that the settings name; reads and encodes it only if the cache does not know it yet.
 
-    source: a file, a folder (every *.txt below it, joined) or a built-in name, looked for in this order.
-    encoding: of the files; built-in texts know theirs.
-    min_count: how many times the training part must contain a non-ASCII character for it to get its own id.
-    val_fraction: fraction of the characters, at the end of the text, that is held out for validation, in (0, 1).
-    normalise: "none", or "nfc", which joins accents with their letters.
-    newlines: "keep", or "lf", which turns CR LF and CR into LF.
     base: the vocabulary to which the characters of the text are added.
     cache: folder for encoded texts; by default $SMALLM_CACHE, or the user's cache folder.
     progress: show a bar on stderr while a long text is read.
     Raises `UserError` for a text that cannot be found, read, decoded, split or stored.
     """
-    if not 0 < val_fraction < 1:
-        raise UserError(f"--data.val_fraction must lie between 0 and 1, not {val_fraction}; try 0.1")
-    if min_count < 1:
-        raise UserError(f"--data.min_count must be at least 1, not {min_count}")
     try:
-        "a".encode(encoding)  # refuses codecs such as hex, which do not give text
-        codecs.getincrementaldecoder(encoding)
+        "a".encode(data.encoding)  # refuses codecs such as hex, which do not give text
+        codecs.getincrementaldecoder(data.encoding)
     except (LookupError, ValueError):
-        raise UserError(f"there is no encoding {encoding!r}; pass for example --encoding latin-1") from None
+        raise UserError(f"there is no encoding {data.encoding!r}; pass for example --encoding latin-1") from None
     cache = cache or cache_folder()
-    text = replace(find_source(source, encoding, cache), tidy=Tidy(normalise, newlines))
+    text = replace(find_source(data.source, data.encoding, cache), tidy=Tidy(data.normalise, data.newlines))
     try:
-        return _open(text, min_count, val_fraction, base, cache, progress)
+        return _open(text, data, base, cache, progress)
     except OSError as error:
         raise UserError(f"cannot write to {cache}: {error.strerror or error}; set SMALLM_CACHE elsewhere") from None
 
 
-def corpus_of(data: DataConfig, base: Vocabulary = BYTES, progress: bool = True) -> Corpus:
-    """Opens the text that the settings name; base, progress: see `open_corpus`."""
-    settings = {key: value for key, value in asdict(data).items() if key != "source"}
-    return open_corpus(data.source, **settings, base=base, progress=progress)
-
-
-def _open(
-    text: Source, min_count: int, val_fraction: float, base: Vocabulary, cache: Path, progress: bool
-) -> Corpus:
+def _open(text: Source, data: DataConfig, base: Vocabulary, cache: Path, progress: bool) -> Corpus:
     def split(known: Survey) -> tuple[int, Vocabulary, Path]:
-        train_characters = _train_characters(text.name, known.characters, val_fraction)
+        train_characters = _train_characters(text.name, known.characters, data.val_fraction)
         vocabulary = known.vocabulary(train_characters, base)
         return train_characters, vocabulary, store.ids_folder(cache, known.fingerprint, vocabulary.hex_tokens().split())
 
     stored = None
-    if remembered := store.recall(cache, text, min_count):
+    if remembered := store.recall(cache, text, data.min_count):
         known = Survey(**remembered)
         train_characters, vocabulary, folder = split(known)
         stored = store.load(folder)
     if stored is None:  # read it, also if it is remembered: `encode` must get the fingerprint of the text as it is now
         before = store.stamps(text)
-        known = survey(text, min_count, progress)
-        store.remember(cache, text, min_count, before, asdict(known))
+        known = survey(text, data.min_count, progress)
+        store.remember(cache, text, data.min_count, before, asdict(known))
         train_characters, vocabulary, folder = split(known)
         stored = store.load(folder) or store.build(
             folder, lambda folder: encode(text, vocabulary, known.fingerprint, folder, progress), progress
         )
     if stored is None:
         raise UserError(f"{cache} was changed while it was being written; run the command again")
-    cut = _ids_of(stored, train_characters)
+    ids, marks = stored
+    cut = _ids_of(ids, marks, train_characters)
+    train_ids, val_ids = (MappedIds(ids.path, ids.dtype, *part) for part in ((0, cut), (cut, None)))
     return Corpus(
-        text.name, vocabulary, stored.part(0, cut), stored.part(cut),
+        text.name, vocabulary, train_ids, val_ids,
         train_characters, known.characters - train_characters, known.fingerprint,
         start_text="\n" if known.first_newline < train_characters else known.first_character, folder=folder,
     )  # fmt: skip
@@ -149,11 +124,11 @@ def _train_characters(name: str, characters: int, val_fraction: float) -> int:
     return train
 
 
-def _ids_of(stored: StoredIds, characters: int) -> int:
+def _ids_of(ids: MappedIds, marks: store.Marks, characters: int) -> int:
     """The number of ids that the first `characters` of the text take."""
-    at, offset = stored.marks[bisect_right(stored.marks, characters, key=lambda mark: mark[0]) - 1]
-    while offset < len(stored.ids):  # an id that continues a character may be the first of its piece
-        starts = np.flatnonzero(begins_character(stored.ids[offset : offset + IDS_PER_PIECE]))
+    at, offset = marks[bisect_right(marks, characters, key=lambda mark: mark[0]) - 1]
+    while offset < len(ids):  # an id that continues a character may be the first of its piece
+        starts = np.flatnonzero(begins_character(ids[offset : offset + IDS_PER_PIECE]))
         if characters - at < len(starts):
             return offset + int(starts[characters - at])
         at, offset = at + len(starts), offset + IDS_PER_PIECE

@@ -1,7 +1,5 @@
 """Windows of the training text in an order that is a pure function of (seed, row); a resume needs no sampler state."""
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from smallm.training.data.store import MappedIds
@@ -29,26 +27,10 @@ class CharDataset:
         """The number of windows in an epoch."""
         return self._windows
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The rows of epoch 0."""
-        return (self[row] for row in range(len(self)))
-
-    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row `row` of epoch 0, 1, …: ids (T,) and targets (T,), the same shifted by one."""
-        if row < 0:
-            raise IndexError(row)
-        ids, targets = self.rows(np.array([row]))
-        return ids[0], targets[0]
-
-    def batch(self, step: int, batch_size: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-        """The global batch of a step, or a slice of its rows: ids and targets, each (B, T) int64."""
-        return self.rows(np.arange(step * batch_size, (step + 1) * batch_size)[rows])
-
-    def rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """ids and targets of some rows (B,), each (B, T) int64."""
+    def windows(self, rows: np.ndarray) -> np.ndarray:
+        """The windows of some rows (B,), each with the id after it: (B, T + 1) int64."""
         starts = self.starts(rows)  # (B,)
-        windows = self.ids[starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)  # (B, T + 1)
-        return windows[:, :-1], windows[:, 1:]
+        return self.ids[starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
 
     def starts(self, rows: np.ndarray) -> np.ndarray:
         """The offsets (B,) in the text of the windows of some rows (B,)."""

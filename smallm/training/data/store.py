@@ -5,7 +5,6 @@ writes a folder. A text that several runs split differently is stored once, as l
 """
 
 import hashlib
-import json
 import mmap
 import os
 import secrets
@@ -14,12 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 
-from smallm.atomic_write import atomic_write, sync
+from smallm.atomic_write import sync
+from smallm.training.cache import digest, read_json, write_json
 from smallm.training.data.source import Source
 from smallm.training.locks import file_lock
 from smallm.training.output import Output
@@ -35,6 +35,8 @@ RESIDENT_BYTES = 64 << 20  # how much of a mapped file may count as memory of th
 PAGE_BYTES = 2 << 20  # the largest page of the system's cache; reading one id may map all of it
 
 Stamps = list[list[Any]]
+Marks = list[list[int]]
+"""[characters, ids] up to some points of a text, from [0, 0] on."""
 
 
 # -- ids in a file
@@ -102,22 +104,16 @@ def stamps(source: Source) -> Stamps | None:
 
 def recall(cache: Path, source: Source, min_count: int) -> dict[str, Any] | None:
     """The survey that `remember` stored for these files, if they have not changed since; otherwise None."""
-    try:
-        now = stamps(source)
-        known = _unsealed(_entry(cache, source, min_count, now)) if now else None
-        return known["survey"] if known and known["stamps"] == now else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    now = stamps(source)
+    known = read_json(_entry(cache, source, min_count, now)) if now else None
+    return known["survey"] if known and known["stamps"] == now else None
 
 
 def remember(cache: Path, source: Source, min_count: int, before: Stamps | None, survey: dict[str, Any]) -> None:
     """Stores the survey of the files. before: their stamps when reading began; files changed since are not stored."""
     with suppress(OSError):  # a read-only cache is still useful
-        if not before or before != stamps(source) or not _settled(before):
-            return
-        entry = _entry(cache, source, min_count, before)
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(entry, _sealed({"stamps": before, "survey": survey}))
+        if before and before == stamps(source) and _settled(before):
+            write_json(_entry(cache, source, min_count, before), {"stamps": before, "survey": survey})
 
 
 def _settled(stamps: Stamps) -> bool:
@@ -127,47 +123,32 @@ def _settled(stamps: Stamps) -> bool:
 
 def _entry(cache: Path, source: Source, min_count: int, stamps: Stamps) -> Path:
     paths = (path for path, *_ in stamps)
-    return cache / "sources" / f"{_hash([INDEX_FORMAT, source.encoding, source.tidy, min_count, *paths])}.json"
+    return cache / "sources" / f"{digest([INDEX_FORMAT, source.encoding, source.tidy, min_count, *paths])}.json"
 
 
 # -- ids of texts
 
 
-class StoredIds(NamedTuple):
-    """The ids of a whole text."""
-
-    ids: MappedIds
-    marks: list[list[int]]
-    """[characters, ids] up to some points of the text, from [0, 0] on."""
-
-    @property
-    def folder(self) -> Path:
-        """The folder in which the ids lie."""
-        return self.ids.path.parent
-
-    def part(self, start: int, stop: int | None = None) -> MappedIds:
-        """The ids [start, stop), with a memory map of their own."""
-        return MappedIds(self.ids.path, self.ids.dtype, start, stop)
-
-
 def ids_folder(cache: Path, fingerprint: str, tokens: list[str]) -> Path:
     """The folder for the ids of a text under the vocabulary with these tokens, in hex."""
-    return cache / "corpora" / _hash([IDS_FORMAT, fingerprint, *tokens])
+    return cache / "corpora" / digest([IDS_FORMAT, fingerprint, *tokens])
 
 
-def load(folder: Path) -> StoredIds | None:
-    """The ids in this folder; None if they are missing or damaged."""
+def load(folder: Path) -> tuple[MappedIds, Marks] | None:
+    """The ids of a whole text in this folder, and its marks; None if they are missing or damaged."""
+    facts = read_json(folder / FACTS)
+    if facts is None:
+        return None
     try:
-        facts = _unsealed(folder / FACTS)
         ids = MappedIds(folder / IDS, facts["dtype"])
         if len(ids) != facts["ids"] or _checksum(folder / IDS) != facts["checksum"]:
             return None
-        return StoredIds(ids, facts["marks"])
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return ids, facts["marks"]
+    except (FileNotFoundError, ValueError):
         return None
 
 
-def build(folder: Path, encode: Callable[[Path], dict[str, Any]], progress: bool) -> StoredIds | None:
+def build(folder: Path, encode: Callable[[Path], dict[str, Any]], progress: bool) -> tuple[MappedIds, Marks] | None:
     """Lets `encode` write the ids into a new folder and return the facts about them; then `load`s the result.
 
     One process at a time does this; the others wait for its result. progress: tell the user about the wait.
@@ -181,7 +162,7 @@ def build(folder: Path, encode: Callable[[Path], dict[str, Any]], progress: bool
             unfinished.mkdir(parents=True)
             facts = encode(unfinished)
             facts["checksum"] = _checksum(unfinished / IDS)
-            (unfinished / FACTS).write_text(_sealed(facts), encoding="utf-8")
+            write_json(unfinished / FACTS, facts)
             for path in unfinished.iterdir():
                 sync(path)
             _move(unfinished, folder)
@@ -198,23 +179,6 @@ def _move(unfinished: Path, folder: Path) -> None:
             # The folder is damaged. The content follows from its name, so files of two processes fit together.
             for file in (IDS, FACTS):
                 (unfinished / file).replace(folder / file)
-
-
-def _hash(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-def _sealed(values: dict[str, Any]) -> str:
-    """JSON with a checksum, for `_unsealed`."""
-    return json.dumps({"values": values, "checksum": _hash(values)})
-
-
-def _unsealed(path: Path) -> dict[str, Any]:
-    """The values in the file. Raises `ValueError`, `KeyError` or `TypeError` if it is damaged."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content["checksum"] != _hash(content["values"]):
-        raise ValueError(f"{path} does not match its checksum")
-    return content["values"]
 
 
 def _checksum(path: Path) -> str | None:

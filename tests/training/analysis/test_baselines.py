@@ -8,13 +8,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from toys import open_corpus
 
 from smallm.runs.baselines_file import Baseline, read_baselines, write_baselines
 from smallm.training.analysis import baselines, ngram
 from smallm.training.analysis.baselines import comparison_line
 from smallm.training.analysis.ngram import NGram, best_ngram
 from smallm.training.cli import main
-from smallm.training.data.corpus import open_corpus
 
 rng = random.Random(3)
 SYLLABLES = ["ba", "do", "ki", "lu", "me", "né", "ro", "sa"]

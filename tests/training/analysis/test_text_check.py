@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toys import open_corpus
 
 from smallm.cli.main import run, train
 from smallm.tokenizer.vocabulary import CODE_POINTS, Vocabulary
@@ -18,7 +19,6 @@ from smallm.training.analysis.characters import pieces, spread
 from smallm.training.analysis.text_check import summary_lines, warnings
 from smallm.training.analysis.text_statistics import compute_statistics
 from smallm.training.data import source
-from smallm.training.data.corpus import open_corpus
 from smallm.training.data.source import Tidy
 
 WORDS = ["stone", "river", "candle", "window", "garden", "thunder", "little", "silver", "écho", "über", "naïve"]

@@ -20,13 +20,13 @@ import pytest
 from filelock import FileLock
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from toys import open_corpus
 
 from smallm.errors import UserError
 from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.data import corpus as corpus_module
 from smallm.training.data import encoding as encode
 from smallm.training.data import source
-from smallm.training.data.corpus import open_corpus
 from smallm.training.data.source import SHAKESPEARE_HASH, Source
 
 REPOSITORY = Path(__file__).parents[3]
@@ -284,8 +284,8 @@ def test_threads_and_processes_at_once(tmp_path, cache, monkeypatch):
     text = MIXED * 20
     file = write(tmp_path / "a.txt", text)
     program = (
-        "import sys; from smallm.training.data.corpus import open_corpus\n"
-        "corpus = open_corpus(sys.argv[1], min_count=1, val_fraction=0.25)\n"
+        "import sys; from smallm.training.data.corpus import DataConfig, open_corpus\n"
+        "corpus = open_corpus(DataConfig(sys.argv[1], min_count=1, val_fraction=0.25))\n"
         "sys.stdout.buffer.write((corpus.vocabulary.decode(corpus.train_ids) + corpus.val_text()).encode())"
     )
     processes = [
@@ -452,11 +452,11 @@ def test_too_short(tmp_path):
 @pytest.mark.parametrize("val_fraction", [0, 1, -0.1, 1.5, float("nan"), float("inf")])
 def test_val_fraction_out_of_range(val_fraction):
     text = message("python-docs", val_fraction=val_fraction)
-    assert text == f"--data.val_fraction must lie between 0 and 1, not {val_fraction}; try 0.1"
+    assert text.startswith(f"data.val_fraction = {val_fraction} must be ")
 
 
 def test_min_count_out_of_range(tmp_path):
-    assert "--data.min_count must be at least 1, not 0" in message(write(tmp_path / "a.txt", MIXED), min_count=0)
+    assert "data.min_count = 0 must be at least 1" in message(write(tmp_path / "a.txt", MIXED), min_count=0)
 
 
 @pytest.mark.parametrize("encoding", ["klingon", "hex", "rot13", "utf-8\0", ""])

@@ -18,16 +18,20 @@ def counting(N, T, seed=0):
     return CharDataset(np.arange(N, dtype=np.uint32), T, seed)
 
 
+def batch(dataset, step, size):
+    """The windows of a batch."""
+    return dataset.windows(np.arange(step * size, (step + 1) * size))
+
+
 @given(sizes, seeds, st.integers(0, 10**6), st.integers(1, 50))
-def test_windows_lie_inside_the_text_and_targets_are_the_next_ids(size, seed, step, batch_size):
+def test_windows_lie_inside_the_text(size, seed, step, batch_size):
     T, N = size
-    ids, targets = counting(N, T, seed).batch(step, batch_size)
-    assert ids.shape == targets.shape == (batch_size, T)
-    assert ids.dtype == targets.dtype == np.int64
-    assert ids.min() >= 0
-    assert targets.max() < N
-    assert (ids == ids[:, :1] + np.arange(T)).all()
-    assert (targets == ids + 1).all()
+    windows = batch(counting(N, T, seed), step, batch_size)
+    assert windows.shape == (batch_size, T + 1)
+    assert windows.dtype == np.int64
+    assert windows.min() >= 0
+    assert windows.max() < N
+    assert (windows == windows[:, :1] + np.arange(T + 1)).all()
 
 
 @given(sizes, seeds, st.integers(0, 1000))
@@ -42,19 +46,6 @@ def test_an_epoch_visits_each_window_once(size, seed, epoch):
     assert starts[0] < T
 
 
-@given(sizes, seeds, st.integers(0, 10**5), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]))
-def test_the_slices_of_the_processes_add_up_to_the_batch(size, seed, step, ranks, micro_steps):
-    T, N = size
-    whole = counting(N, T, seed).batch(step, 12 * ranks)
-    share = len(whole[0]) // (ranks * micro_steps)
-    parts = [
-        counting(N, T, seed).batch(step, 12 * ranks, slice(i * share, (i + 1) * share))
-        for i in range(ranks * micro_steps)
-    ]
-    for side in (0, 1):
-        assert np.array_equal(np.concatenate([part[side] for part in parts]), whole[side])
-
-
 @settings(max_examples=15)
 @given(sizes, seeds, st.integers(1, 40), st.integers(1, 40))
 def test_the_order_of_rows_does_not_depend_on_the_batch_size(size, seed, one, other):
@@ -62,7 +53,7 @@ def test_the_order_of_rows_does_not_depend_on_the_batch_size(size, seed, one, ot
     dataset = counting(N, T, seed)
 
     def starts(batch_size):
-        return np.concatenate([dataset.batch(step, batch_size)[0][:, 0] for step in range(-(-200 // batch_size))])[:200]
+        return np.concatenate([batch(dataset, step, batch_size)[:, 0] for step in range(-(-200 // batch_size))])[:200]
 
     assert np.array_equal(starts(one), starts(other))
 
@@ -86,9 +77,9 @@ def test_the_order_is_well_shuffled():
 
 
 def test_seeds_differ():
-    batches = {counting(5000, 32, seed).batch(0, 8)[0].tobytes() for seed in range(50)}
+    batches = {batch(counting(5000, 32, seed), 0, 8).tobytes() for seed in range(50)}
     assert len(batches) == 50
-    assert counting(5000, 32, 7).batch(3, 8)[0].tobytes() == counting(5000, 32, 7).batch(3, 8)[0].tobytes()
+    assert batch(counting(5000, 32, 7), 3, 8).tobytes() == batch(counting(5000, 32, 7), 3, 8).tobytes()
 
 
 def test_adjacent_seeds_are_not_shifts_of_each_other():
@@ -99,24 +90,10 @@ def test_adjacent_seeds_are_not_shifts_of_each_other():
     assert len({epoch for of_seed in epochs.values() for epoch in of_seed}) == 12
 
 
-def test_items_are_rows():
-    dataset = counting(1000, 16, seed=5)
-    ids, targets = dataset.batch(2, 8)
-    for i in range(8):
-        one, next_ids = dataset[16 + i]
-        assert np.array_equal(one, ids[i])
-        assert np.array_equal(next_ids, targets[i])
-        assert one.shape == (16,)
-    with pytest.raises(IndexError):
-        dataset[-1]
-
-
 def test_the_shortest_text_is_one_window():
     dataset = CharDataset(np.arange(9), 8)
     assert len(dataset) == 1
-    ids, targets = dataset.batch(4, 3)
-    assert (ids == np.arange(8)).all()
-    assert (targets == np.arange(1, 9)).all()
+    assert (batch(dataset, 4, 3) == np.arange(9)).all()
     with pytest.raises(ValueError, match="8 ids hold no window"):
         CharDataset(np.arange(8), 8)
 
@@ -125,13 +102,11 @@ def test_the_shortest_text_is_one_window():
 def test_memory_map(tmp_path, dtype):
     np.arange(1000, dtype=dtype).tofile(tmp_path / "ids.bin")
     mapped = CharDataset(np.memmap(tmp_path / "ids.bin", dtype, mode="r"), 16, seed=2)
-    ids, targets = mapped.batch(5, 8)
-    expected = counting(1000, 16, seed=2).batch(5, 8)
-    assert np.array_equal(ids, expected[0])
-    assert np.array_equal(targets, expected[1])
-    assert type(ids) is np.ndarray
-    ids[:] = 0  # a copy: the file stays what it is
-    assert np.array_equal(mapped.batch(5, 8)[0], expected[0])
+    windows, expected = batch(mapped, 5, 8), batch(counting(1000, 16, seed=2), 5, 8)
+    assert np.array_equal(windows, expected)
+    assert type(windows) is np.ndarray
+    windows[:] = 0  # a copy: the file stays as it was
+    assert np.array_equal(batch(mapped, 5, 8), expected)
 
 
 def test_a_text_of_any_length_is_shuffled_without_a_table():
@@ -144,4 +119,4 @@ def test_a_text_of_any_length_is_shuffled_without_a_table():
     assert starts.min() >= 0
     assert starts.max() + 257 <= 10**11
     assert starts.max() - starts.min() > 10**10
-    assert (dataset.batch(10**6, 4)[0] == 7).all()
+    assert (batch(dataset, 10**6, 4) == 7).all()

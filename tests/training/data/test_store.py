@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
+from toys import open_corpus
 
 from smallm.training.budget.configure import open_text
 from smallm.training.config import DataConfig
 from smallm.training.data import corpus as corpus_module
 from smallm.training.data import encoding as encode
 from smallm.training.data import store
-from smallm.training.data.corpus import open_corpus
 from smallm.training.data.source import Source
 
 REPOSITORY = Path(__file__).parents[3]
@@ -240,7 +240,7 @@ from smallm.training.budget.configure import open_text
 from smallm.training.config import DataConfig
 from smallm.training.data.corpus import open_corpus
 store.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
-open_corpus(sys.argv[1], min_count=int(sys.argv[2]), val_fraction=0.25)
+open_corpus(DataConfig(sys.argv[1], min_count=int(sys.argv[2]), val_fraction=0.25))
 """
 
 

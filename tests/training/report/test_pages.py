@@ -19,7 +19,7 @@ from smallm.html.escape import visible
 from smallm.runs.config_file import flatten
 from smallm.training import cli
 from smallm.training.config import Config
-from smallm.training.data.dataset import CharDataset
+from smallm.training.data.batch_loader import BatchLoader
 from smallm.training.report.history import read_histories
 from smallm.training.report.pages import comparison_page, write_report
 from smallm.training.report.plot import main as plot
@@ -188,7 +188,7 @@ def train(text_file, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_run_has_a_report_and_a_resumed_run_a_new_one(train, monkeypatch, capsys):
-    batch = CharDataset.batch
+    batch = BatchLoader.batch
 
     def pressing(self, wanted, *args, **options):
         if wanted == 7:
@@ -196,7 +196,7 @@ def test_an_interrupted_run_has_a_report_and_a_resumed_run_a_new_one(train, monk
         return batch(self, wanted, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CharDataset, "batch", pressing)
+        patch.setattr(BatchLoader, "batch", pressing)
         run = train(code=130)
     assert "report: run/report.html\n" in capsys.readouterr().err
     found = read(run / "report.html")
