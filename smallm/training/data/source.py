@@ -10,7 +10,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,15 +31,12 @@ JSON_LINES = (".jsonl", ".ndjson")
 
 
 class Tidy(NamedTuple):
-    """Changes made to a text while it is read; `bool(tidy)` is False if there are none."""
+    """Changes made to a text while it is read."""
 
     normalise: str = "none"
     """`none`, or `nfc`: a letter and its accents become one character where Unicode has one."""
     newlines: str = "keep"
     """`keep`, or `lf`: CR LF and CR become LF."""
-
-    def __bool__(self) -> bool:
-        return self != AS_IS
 
     def __call__(self, text: str, final: bool) -> tuple[str, str]:
         """Returns the changed text and an unchanged rest, whose form depends on the text that follows.
@@ -64,9 +61,6 @@ class Tidy(NamedTuple):
         return held if held < MAX_HELD else 0
 
 
-AS_IS = Tidy()
-
-
 def combines(character: str) -> bool:
     """Whether NFC may join the character to the one before it: marks, and vowels and finals of Hangul syllables."""
     return unicodedata.category(character)[0] == "M" or "\u1160" <= character <= "\u11ff"
@@ -82,12 +76,7 @@ class Source:
     name: str
     parts: list[Path | bytes]
     encoding: str = "utf-8"
-    tidy: Tidy = AS_IS
-
-    @property
-    def files(self) -> list[Path]:
-        """The parts that are files."""
-        return [part for part in self.parts if isinstance(part, Path)]
+    tidy: Tidy = field(default_factory=Tidy)
 
     def pieces(self, label: str, progress: bool) -> Iterator[str]:
         """Yields the text in pieces of bounded size, none of them empty.
@@ -143,12 +132,6 @@ def find_source(name: str, encoding: str, cache: Path) -> Source:
     if name in BUILT_IN:
         return BUILT_IN[name](cache)
     hint = f"pass --data FILE, FOLDER, {' or '.join(BUILT_IN)}"
-    if name == "-":
-        raise UserError(f"the text cannot be read from standard input; save it to a file, then {hint}")
-    if "://" in name:
-        raise UserError(f"{name[:80]!r} is a web address; download the text, then {hint}")
-    if set(name) & set("*?["):
-        raise UserError(f"no file has the name {name[:80]!r}, and patterns are not expanded; {hint}")
     raise UserError(f"there is no file or folder {name[:80]!r}{_nearest(path)}; {hint}")
 
 

@@ -93,10 +93,11 @@ class MappedIds:
 
 def stamps(source: Source) -> Stamps | None:
     """What the file system knows of each file and changes with its content; None if a part is not a readable file."""
-    if len(source.files) < len(source.parts):
+    files = [part for part in source.parts if isinstance(part, Path)]
+    if len(files) < len(source.parts):
         return None
     try:
-        status = [(str(file.resolve()), file.stat()) for file in source.files]
+        status = [(str(file.resolve()), file.stat()) for file in files]
     except OSError:
         return None
     return [[path, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev] for path, s in status]

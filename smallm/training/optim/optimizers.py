@@ -1,6 +1,7 @@
 """Adam, AdamW, and Muon combined with AdamW."""
 
 import inspect
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -114,7 +115,10 @@ class MuonAdamW(torch.optim.Optimizer):
               eps=group["eps"], maximize=False, found_inf=self.found_inf)  # fmt: skip
 
     def _muon_step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        gradients, momenta = _gradients(parameters), [self._momentum(p) for p in parameters]
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
+        gradients, momenta = _gradients(parameters), [self.state[p]["momentum_buffer"] for p in parameters]
         keep: Tensor | float = 1.0
         if self.found_inf is not None:  # computed on the device, so that the host need not wait for found_inf
             keep = 1 - self.found_inf
@@ -125,11 +129,15 @@ class MuonAdamW(torch.optim.Optimizer):
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * keep)
         # Orthogonalisation needs whole matrices. For a sharded parameter the update is collected in zeros of the full
         # shape, then sharded and added.
-        weights = [_full_zeros(p) if _is_sharded(p) else p for p in parameters]
+        weights = [torch.zeros(p.shape, dtype=p.dtype, device=p.device) if _is_sharded(p) else p for p in parameters]
         rows_of = dict(zip(group["params"], group["rows"], strict=True))
-        packed_rows = [rows_of[p] for p in parameters]
-        for matrices in _by_shape(_matrices(weights, nesterov, packed_rows)):
-            updates = divide_rows(self._orthogonalise, torch.stack([_wide(update) for _, update in matrices]))
+        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)  # (matrix, update), as views
+        for parameter, weight, update in zip(parameters, weights, nesterov, strict=True):
+            for pair in zip(weight.split(rows_of[parameter]), update.split(rows_of[parameter]), strict=True):
+                by_shape[tuple(sorted(pair[0].shape))].append(pair)
+        for matrices in by_shape.values():
+            wide = torch.stack([update if update.size(0) <= update.size(1) else update.mT for _, update in matrices])
+            updates = divide_rows(lambda x: orthogonalise(x, self.coefficients), wide)
             if self.found_inf is not None:
                 updates = updates * keep
             for (weight, _), update in zip(matrices, updates, strict=True):
@@ -139,15 +147,6 @@ class MuonAdamW(torch.optim.Optimizer):
         for parameter, weight in zip(parameters, weights, strict=True):
             if weight is not parameter:
                 parameter.add_(shard_like(parameter, weight))
-
-    def _orthogonalise(self, matrices: Tensor) -> Tensor:
-        return orthogonalise(matrices, self.coefficients)
-
-    def _momentum(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        return state["momentum_buffer"]
 
 
 def orthogonalise(matrices: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
@@ -178,30 +177,3 @@ def _gradients(parameters: list[Tensor]) -> list[Tensor]:
 
 def _is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "full_tensor")
-
-
-def _full_zeros(parameter: Tensor) -> Tensor:
-    return torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-
-
-def _matrices(
-    weights: list[Tensor], updates: list[Tensor], rows: list[tuple[int, ...]]
-) -> list[tuple[Tensor, Tensor]]:
-    """Pairs (matrix, update) of all matrices packed in the weights, as views."""
-    pairs: list[tuple[Tensor, Tensor]] = []
-    for weight, update, each in zip(weights, updates, rows, strict=True):
-        pairs += zip(weight.split(each), update.split(each), strict=True)
-    return pairs
-
-
-def _wide(matrix: Tensor) -> Tensor:
-    """The matrix, transposed if it has more rows than columns."""
-    return matrix if matrix.size(0) <= matrix.size(1) else matrix.mT
-
-
-def _by_shape(pairs: list[tuple[Tensor, Tensor]]) -> Iterable[list[tuple[Tensor, Tensor]]]:
-    """Groups of pairs whose matrices have the same shape up to transposition."""
-    groups: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
-    for weight, update in pairs:
-        groups.setdefault(tuple(sorted(weight.shape)), []).append((weight, update))
-    return groups.values()
