@@ -40,9 +40,9 @@ def main(argv: Sequence[str]) -> int:
     """Runs `train.py` with these arguments and returns its exit code. Raises `UserError`."""
     started = time.perf_counter()
     settings, options = _parse_flags(argv)
-    if options["check"] is not None:
-        return _check_text(settings, options)
-    request = resolve(settings, **_files(options))
+    if (text := options.pop("check")) is not None:
+        return _check_text(text, settings, options)
+    request = resolve(settings, **options)
     with ThreadPoolExecutor() as beside:  # the kernels compile while PyTorch is imported
         for bf16 in {False, has_bf16()}:
             beside.submit(compile_kernels, bf16)
@@ -60,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
 def parse(argv: Sequence[str]) -> Request:
     """The training that these arguments of `train.py` ask for. Raises `UserError`."""
     settings, options = _parse_flags(argv)
-    return resolve(settings, **_files(options))
+    del options["check"]
+    return resolve(settings, **options)
 
 
 def build_parser() -> ArgumentParser:
@@ -78,7 +79,7 @@ def build_parser() -> ArgumentParser:
     add("--encoding", dest="data.encoding", metavar="NAME", help="its encoding; the same as --data.encoding")
     add("--minutes", dest="train.minutes", metavar="N", help="time for the whole command; the same as --train.minutes")
     add("--init-from", dest="train.init_from", metavar="RUN", help="model to fine-tune; the same as --train.init_from")
-    add("--config", action="append", default=[], metavar="TOML",
+    add("--config", dest="configs", action="append", default=[], metavar="TOML",
         help="settings: a TOML file or the name of one in configs/; of several, later files win")  # fmt: skip
     add("--out", default=None, metavar="DIR", help="run folder (default: runs/<name of the config>)")
     add("--resume", default=None, metavar="RUN", help="continue this run")
@@ -94,21 +95,17 @@ def build_parser() -> ArgumentParser:
 def _parse_flags(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings that are given, by `section.field`, and the other options."""
     given = vars(build_parser().parse_args(argv))
-    options = {name: given.pop(name) for name in ("config", "out", "resume", "check")}
+    options = {name: given.pop(name) for name in ("configs", "out", "resume", "check")}
     types = {f"{name}.{f.name}": f.type for name, section in SECTIONS.items() for f in fields(section)}
     return {key: _read(text, types[key]) for key, text in given.items()}, options
 
 
-def _files(options: dict[str, Any]) -> dict[str, Any]:
-    return {"configs": options["config"], "out": options["out"], "resume": options["resume"]}
-
-
-def _check_text(settings: dict[str, Any], options: dict[str, Any]) -> int:
+def _check_text(text: str, settings: dict[str, Any], options: dict[str, Any]) -> int:
     if options["resume"] or options["out"]:
         raise UserError("--check only reports on a text; leave out --resume and --out, or --check")
     from smallm.training.analysis.text_check import check
 
-    return check(load_config(*options["config"], settings=settings | {"data.source": options["check"]}).data)
+    return check(load_config(*options["configs"], settings=settings | {"data.source": text}).data)
 
 
 def _read(text: str, kind: Any) -> Any:

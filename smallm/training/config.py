@@ -311,7 +311,9 @@ def check_keys(settings: Mapping[str, Any], file: object = "") -> None:
     """
     for key in settings:
         if key not in KEYS:
-            raise UserError(f"unknown setting {key}{f' in {file}' if file else ''}{_suggestion(key)}")
+            close = get_close_matches(key, KEYS, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"unknown setting {key}{f' in {file}' if file else ''}{hint}")
 
 
 def check_section(section: Any, name: str) -> None:
@@ -363,11 +365,3 @@ def _described(kind: Any) -> str:
         return f"{number} {_described(parts[0])}"
     words = {int: "a whole number", float: "a number", str: "a text that UTF-8 can encode", bool: "true or false"}
     return words.get(kind, str(kind))
-
-
-def _suggestion(key: str) -> str:
-    """`; did you mean model.n_layer?`, or nothing if no setting resembles `key`."""
-    close = get_close_matches(key, KEYS, n=1, cutoff=0.5)
-    if not close:  # the right name in the wrong section, or without a section
-        close = [known for known in KEYS if known.split(".")[1] == key.split(".")[-1]]
-    return f"; did you mean {close[0]}?" if close else ""

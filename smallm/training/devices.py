@@ -121,21 +121,16 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def describe_device(accelerator: Accelerator) -> tuple[str, str]:
-    """Name of the device, and precision: `fp32`, `bf16` or `fp16`."""
-    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    if accelerator.device.type == "cuda":
-        return torch.cuda.get_device_name(accelerator.device), precision
-    if accelerator.device.type == "cpu":
-        return f"cpu with {torch.get_num_threads()} thread(s)", precision
-    return str(accelerator.device), precision
-
-
 def environment_facts(accelerator: Accelerator) -> dict[str, str | int]:
     """Device, precision, numbers of processes and threads, and versions of Python and packages."""
-    device, precision = describe_device(accelerator)
+    device, threads = str(accelerator.device), torch.get_num_threads()
+    if accelerator.device.type == "cuda":
+        device = torch.cuda.get_device_name(accelerator.device)
+    elif accelerator.device.type == "cpu":
+        device = f"cpu with {threads} thread(s)"
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     return {"device": device, "precision": precision, "processes": accelerator.num_processes,
-            "threads": torch.get_num_threads(), **versions()}  # fmt: skip
+            "threads": threads, **versions()}  # fmt: skip
 
 
 def warnings(accelerator: Accelerator) -> list[str]:

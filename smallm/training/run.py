@@ -2,9 +2,9 @@
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,16 +17,14 @@ from smallm.errors import ProcessError, UserError
 from smallm.runs.layout import LOCK
 from smallm.training import trackers
 from smallm.training.analysis.baselines import seconds_to_reserve
-from smallm.training.budget.clock import Clock
+from smallm.training.budget.clock import END_SECONDS, Clock
 from smallm.training.budget.configure import open_text, plan_run
 from smallm.training.checkpoint.format import checkpoint_folder
 from smallm.training.checkpoint.manager import newest_checkpoint, quarantine, restore_interrupted
 from smallm.training.checkpoint.safe_load import check_fits
-from smallm.training.config import Config
-from smallm.training.data.corpus import Corpus
 from smallm.training.devices import build_accelerator
 from smallm.training.distributed import broadcast_from_main
-from smallm.training.finetune import Origin, base_vocabulary, load_origin
+from smallm.training.finetune import base_vocabulary, load_origin
 from smallm.training.locks import file_lock
 from smallm.training.output import Output
 from smallm.training.request import Request
@@ -42,7 +40,7 @@ def run_training(request: Request, started: float, last: bool = True) -> int:
     started: time.perf_counter() when the program began; a time budget counts from there. last: whether this process
     trains no more. Several processes keep their process group also then. Raises `UserError`.
     """
-    clock = Clock.after_imports(started)
+    imports = time.perf_counter() - started
     config, out = request.config, request.out
     trackers.check(config.train.trackers)
     accelerator = build_accelerator(config.train, request.precision, request.threads)
@@ -51,7 +49,10 @@ def run_training(request: Request, started: float, last: bool = True) -> int:
         origin = load_origin(accelerator, config, out) if config.train.init_from and folder is None else None
         base = origin.vocabulary if origin else base_vocabulary(folder)
         corpus = open_text(accelerator, config.data, base)
-        clock = _reserve_end(accelerator, clock, config, corpus, origin)
+        # The end takes about as long as the imports, since both depend on the machine, besides the measurements.
+        end = max(END_SECONDS, imports) + seconds_to_reserve(corpus, 60 * config.train.minutes)
+        end += origin.seconds if origin else 0
+        clock = Clock(started, *broadcast_from_main(accelerator, end))  # the same on all processes
         planned_steps = 0
         if config.train.minutes and folder is None:
             config, corpus, planned_steps = plan_run(accelerator, config, corpus, request.explicit, clock, base)
@@ -105,14 +106,6 @@ def _is_first_failure() -> bool:
         return store.add(f"smallm/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
     except (KeyError, ValueError, RuntimeError):
         return True
-
-
-def _reserve_end(
-    accelerator: Accelerator, clock: Clock, config: Config, corpus: Corpus, origin: Origin | None
-) -> Clock:
-    """Reserves time for the measurements after the last step, the same on all processes, so that their steps agree."""
-    end = clock.end_seconds + seconds_to_reserve(corpus, 60 * config.train.minutes) + (origin.seconds if origin else 0)
-    return replace(clock, end_seconds=broadcast_from_main(accelerator, end)[0])
 
 
 def _newest_checkpoint(accelerator: Accelerator, run: Path) -> Path | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from smallm.errors import UserError
-from smallm.training.budget.clock import Clock, build_budget
+from smallm.training.budget.clock import Clock, StepBudget, TimeBudget
 from smallm.training.callbacks import Callback, Evaluation, RunSnapshot, default_callbacks
 from smallm.training.checkpoint import format as checkpoint
 from smallm.training.checkpoint import manager
@@ -32,7 +32,7 @@ from smallm.training.model.operations import cross_entropy
 from smallm.training.model.transformer import TransformerLanguageModel
 from smallm.training.optim.guard import StepGuard
 from smallm.training.optim.optimizers import build_optimizer, set_learning_rate
-from smallm.training.optim.schedule import learning_rate_factor, window_length
+from smallm.training.optim.schedule import learning_rate_factor, total_steps, window_length
 from smallm.training.signals import SignalGuard
 from smallm.training.step_plan import StepPlan
 
@@ -53,8 +53,7 @@ class Trainer:
         self.callbacks = default_callbacks() if callbacks is None else callbacks
         dataset = CharDataset(corpus.train_ids, config.model.block_size, config.train.seed)
         self.plan = StepPlan.of(config, corpus, dataset, accelerator.num_processes)
-        self.budget = build_budget(config, planned_steps, self.plan.steps_per_epoch, self.plan.eval_every,
-                                   len(corpus.val_ids), clock.end_seconds)  # fmt: skip
+        self.budget = self._build_budget(planned_steps)
 
         self.model = TransformerLanguageModel(corpus.vocabulary.size, config.model, seed=config.train.seed)
         # `model` stays the plain module, for evaluation and checkpoints; `prepared` is only for training steps.
@@ -146,6 +145,15 @@ class Trainer:
 
     # The parts of the loop.
 
+    def _build_budget(self, planned_steps: int) -> StepBudget:
+        t, plan = self.config.train, self.plan
+        if not t.minutes:
+            return StepBudget(total_steps(t.max_steps, t.epochs, plan.steps_per_epoch))
+        # A forward pass takes a third of a step.
+        steps_per_evaluation = len(self.corpus.val_ids) / (3 * t.batch_size * self.config.model.block_size)
+        return TimeBudget(t.minutes, planned_steps, plan.steps_per_epoch, plan.eval_every, steps_per_evaluation,
+                          self.clock.end_seconds)  # fmt: skip
+
     def _start(self) -> None:
         """Creates the run folder, prints the summary, compiles the model and starts the clock."""
         main, s = self.accelerator.is_main_process, self.state
@@ -215,7 +223,8 @@ class Trainer:
     def _check_skipped_steps(self) -> None:
         """Warns of steps skipped since the last check. Raises `UserError` after too many in a row."""
         s, before = self.state, self.state.skipped_steps
-        s.skipped_steps, s.skipped_in_a_row = self.guard.check(s.step, self.folder)
+        s.skipped_steps, s.skipped_in_a_row = self.guard.counts
+        self.guard.check(s.step, self.folder)
         skipped = s.skipped_steps - before
         if skipped and self.accelerator.scaler is None:  # under fp16, skipping is how the loss scale is found
             self.logger.warning(f"{skipped} step(s) to step {s.step} had no finite gradient and were left out")

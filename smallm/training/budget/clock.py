@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from smallm.training.budget.planner import FORECAST_AT, FORECAST_FROM, MAX_EPOCHS, expected_loss
 from smallm.training.checkpoint.format import TrainingState
-from smallm.training.config import Config, TrainConfig
-from smallm.training.optim.schedule import total_steps
+from smallm.training.config import TrainConfig
 
 CHECKPOINT_SECONDS = 0.2  # estimate for a checkpoint before the first measurement
 MAX_FIRST_PAUSE = 0.1  # estimate for the first evaluation at most, as a fraction of all time
@@ -23,35 +22,10 @@ class Clock:
     end_seconds: float = END_SECONDS
     """Seconds reserved after the last step."""
 
-    @classmethod
-    def after_imports(cls, started: float) -> "Clock":
-        """A clock that reserves as much time for the end as the imports took, since both depend on the machine."""
-        return cls(started, max(END_SECONDS, time.perf_counter() - started))
-
     @property
     def seconds(self) -> float:
         """Seconds since the start of the program."""
         return time.perf_counter() - self.started
-
-
-def build_budget(
-    config: Config, planned_steps: int, steps_per_epoch: float, eval_every: int, val_ids: int, end_seconds: float
-) -> "StepBudget":
-    """A `TimeBudget` if train.minutes is set, otherwise a `StepBudget` of train.max_steps and train.epochs.
-
-    Args:
-        config: the resolved config.
-        planned_steps: the planner's estimate of the number of steps, under train.minutes.
-        steps_per_epoch: steps in which the training part is read once.
-        eval_every: steps between evaluations.
-        val_ids: number of ids of the validation part.
-        end_seconds: time to reserve after the last step.
-    """
-    t = config.train
-    if not t.minutes:
-        return StepBudget(total_steps(t.max_steps, t.epochs, steps_per_epoch))
-    steps_per_evaluation = val_ids / (3 * t.batch_size * config.model.block_size)  # forward = a third of a step
-    return TimeBudget(t.minutes, planned_steps, steps_per_epoch, eval_every, steps_per_evaluation, end_seconds)
 
 
 class StepBudget:

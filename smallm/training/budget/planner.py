@@ -69,11 +69,7 @@ class Plan:
 
     def config(self, config: Config) -> Config:
         """`config` with the chosen settings."""
-        sections: dict[str, dict[str, Any]] = {}
-        for key, value in (flatten(config.to_dict()) | self.settings).items():
-            section, name = key.split(".")
-            sections.setdefault(section, {})[name] = value
-        return Config.from_dict(sections)
+        return Config.from_dict(flatten(config.to_dict()) | self.settings)
 
 
 def choose_settings(

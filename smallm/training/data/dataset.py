@@ -14,12 +14,8 @@ class CharDataset:
     """
 
     def __init__(self, ids: MappedIds | np.ndarray, block_size: int, seed: int = 0):
-        """ids: (N,) with N > block_size; only the windows that are asked for are read, so a memory map will do.
-
-        Raises `ValueError` if the text is shorter than one window.
-        """
-        if len(ids) <= block_size:
-            raise ValueError(f"{len(ids)} ids hold no window of block_size + 1 = {block_size + 1}")
+        """ids: (N,) with N > block_size; only the windows that are asked for are read, so a memory map will do."""
+        assert len(ids) > block_size
         self.ids, self.block_size, self.seed = ids, block_size, seed
         self._windows = max(1, (len(ids) - block_size) // block_size)  # whole windows at any offset
 

@@ -43,15 +43,14 @@ class StepGuard:
         total, in_a_row = self._counts.tolist()
         return total, in_a_row
 
-    def check(self, step: int, run: Path) -> tuple[int, int]:
-        """Returns `counts` after `step`. Raises `UserError` if the last MAX_IN_A_ROW steps were all skipped."""
-        total, in_a_row = self.counts
+    def check(self, step: int, run: Path) -> None:
+        """Raises `UserError` if the last MAX_IN_A_ROW steps up to `step` were all skipped."""
+        in_a_row = self.counts[1]
         if in_a_row >= MAX_IN_A_ROW:
             raise UserError(
                 f"the last {in_a_row} steps up to step {step} had no finite gradient and were skipped; lower "
                 f"optim.learning_rate or raise optim.warmup_steps, then train again (checkpoints in {run} are intact)"
             )
-        return total, in_a_row
 
     def restore(self, total: int, in_a_row: int) -> None:
         """Continues counting from the counts of a checkpoint."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_training import ctrl_c, flags, metrics
 from toys import without_charts
 
-from smallm.training import cli
+from smallm.training import cli, run
 from smallm.training.budget import probe
 from smallm.training.budget.clock import END_SECONDS, Clock, Forecast, StepBudget, TimeBudget
 from smallm.training.budget.configure import compressed_bytes, open_text, plan_run
@@ -152,8 +152,15 @@ def test_time_is_reserved_for_the_final_evaluation():
     budget = TimeBudget(1, 500, 1e9, 10**6, 40.0, Clock(0.0, 10.0).end_seconds)
     _, seconds, _ = drive(budget, lambda *_: 0.1, eval_every=10**6, pause=4.5)
     assert seconds + 10 == pytest.approx(60, abs=1.0)
-    assert Clock.after_imports(time.perf_counter() - 10).end_seconds == pytest.approx(10, abs=1)
-    assert Clock.after_imports(time.perf_counter()).end_seconds == END_SECONDS
+
+
+@pytest.mark.parametrize(("imports", "reserved"), [(10, 10), (0, END_SECONDS)])
+def test_the_end_is_expected_to_take_as_long_as_the_imports(monkeypatch, text_file, imports, reserved):
+    clocks = []
+    monkeypatch.setattr(run, "Trainer", lambda *arguments: clocks.append(arguments[4]))
+    with pytest.raises(AttributeError):
+        run.run_training(parse(["--data", str(text_file)]), time.perf_counter() - imports)
+    assert clocks[0].end_seconds == pytest.approx(reserved, abs=1)
 
 
 def test_a_short_text_ends_the_run_before_its_time():
