@@ -17,21 +17,16 @@ def cache_folder() -> Path:
 
     Raises `UserError` if there is no such folder.
     """
-    if folder := os.environ.get("SMALLM_CACHE"):
-        return _expanded(folder)
-    import pooch
-
+    folder = os.environ.get("SMALLM_CACHE")
     try:
+        if folder:
+            return Path(folder).expanduser()
+        import pooch
+
         return Path(pooch.os_cache("smallm"))
     except (RuntimeError, KeyError):  # neither HOME nor an entry in the list of users
-        raise UserError("this user has no home folder for the cache; set SMALLM_CACHE to a folder") from None
-
-
-def _expanded(folder: str) -> Path:
-    try:
-        return Path(folder).expanduser()
-    except RuntimeError:
-        raise UserError(f"SMALLM_CACHE={folder}: there is no such home folder; set it to another folder") from None
+        missing = f"SMALLM_CACHE={folder}: there is no such home folder" if folder else "this user has no home folder"
+        raise UserError(f"{missing}; set SMALLM_CACHE to a folder for the cache") from None
 
 
 def cached_json(file: Path, version: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -112,10 +112,9 @@ def _newest_checkpoint(accelerator: Accelerator, run: Path) -> Path | None:
     """The newest intact checkpoint of a run, None before its first one; damaged ones are reported and quarantined."""
     step = -1.0
     if accelerator.is_main_process:
-        damaged: list[tuple[Path, str]] = []
         restore_interrupted(run)
-        newest = newest_checkpoint(run, lambda folder, problem: damaged.append((folder, problem)))
-        for folder, problem in damaged:
+        newest, damaged = newest_checkpoint(run)
+        for folder, problem in damaged.items():
             print(f"warning: {folder} is damaged ({problem}); an earlier checkpoint is used", file=Output("stderr"))
             quarantine(folder)
         step = step if newest is None else float(newest.name.removeprefix("step-"))

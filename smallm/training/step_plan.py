@@ -29,16 +29,10 @@ class StepPlan:
     def of(cls, config: Config, corpus: Corpus, dataset: CharDataset, ranks: int) -> "StepPlan":
         """Raises `UserError` if the batch cannot be divided over `ranks` processes."""
         c = config.train
-        micro_batch_size, grad_accum_steps = divide_batch(c.batch_size, c.micro_batch_size, ranks)
         steps_per_epoch = len(dataset) / c.batch_size
         eval_every = c.eval_every or max(1, round(steps_per_epoch))
         ids_per_character = len(corpus.train_ids) / corpus.train_characters
         return cls(
-            micro_batch_size=micro_batch_size,
-            grad_accum_steps=grad_accum_steps,
-            steps_per_epoch=steps_per_epoch,
-            eval_every=eval_every,
-            save_every=c.save_every or eval_every,
-            ids_per_character=ids_per_character,
-            characters_per_step=c.batch_size * config.model.block_size / ids_per_character,
-        )
+            *divide_batch(c.batch_size, c.micro_batch_size, ranks), steps_per_epoch, eval_every,
+            c.save_every or eval_every, ids_per_character, c.batch_size * config.model.block_size / ids_per_character,
+        )  # fmt: skip

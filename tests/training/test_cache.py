@@ -23,7 +23,7 @@ def no_home(*_):
 def test_without_a_home_the_message_names_the_variable(monkeypatch):
     monkeypatch.delenv("SMALLM_CACHE", raising=False)
     monkeypatch.setattr(pooch, "os_cache", no_home)
-    with pytest.raises(UserError, match="set SMALLM_CACHE to a folder"):
+    with pytest.raises(UserError, match="has no home folder; set SMALLM_CACHE to a folder"):
         cache_folder()
     monkeypatch.setenv("SMALLM_CACHE", "~nobody/x")
     monkeypatch.setattr(Path, "expanduser", no_home)

@@ -1,18 +1,7 @@
 """Chooses the settings of a run under `--minutes`: model size, batch, windows, dropout, schedule.
 
-The inputs are the speed of the machine, the time and the size of the text. The rules are fitted to measured runs of one
-to twenty minutes on two CPU cores (texts of 0.2 to 20 MB) and extrapolated to larger machines:
-
-model size  The blocks get 0.85 M parameters at 17e12 FLOP, growing with the power 0.6 of the FLOP. The nearest entry of
-            LADDER (layers x width) is taken. The number of parameters is limited to 12 per byte of the compressed text,
-            because a larger model would memorise the text.
-batch       768 ids per step in a run of 215,000 ids, growing with the power 0.29 of the length of the run.
-windows     64 ids in the shortest runs, then 128, 256, 512; shorter windows first; at most a quarter of the text.
-dropout     By the number of epochs: 0 up to 1.5 epochs, 0.1 at 6, 0.3 from 25. A run ends after 60 epochs, even if time
-            is left.
-optimiser   Muon with warm-up, a constant part and a long decay; momentum and number of Newton-Schulz steps by the
-            length of the run.
-
+The inputs are the speed of the machine, the time and the size of the text. The rules are the constants below, fitted to
+measured runs of one to twenty minutes on two CPU cores (texts of 0.2 to 20 MB) and extrapolated to larger machines.
 Settings that the user has set explicitly are kept, and the others are chosen to match.
 """
 
@@ -29,6 +18,7 @@ from smallm.training.config import Config
 LADDER = ((2, 64), (3, 96), (4, 128), (6, 128), (6, 160), (6, 192), (6, 256), (8, 320), (8, 384), (10, 512), (12, 640),
           (12, 768))  # fmt: skip
 SHAPE = ("model.n_layer", "model.n_head", "model.n_embd")
+# Parameters of the blocks at this number of FLOP, and growth. A larger model would memorise the text.
 PARAMETERS, COMPUTE, POWER = 0.85e6, 17e12, 0.6  # 4x128 beat 6x128 at 10e12 FLOP, 6x160 beat 6x128 at 45e12
 PARAMETERS_PER_BYTE = 12  # of compressed text: up to 3.5 M parameters help on Shakespeare's 290 KB, more do not
 NARROW, NARROW_HEAD, WIDE_HEAD = 256, 32, 64  # up to this width, heads of 32 are better than half the number of 64
@@ -45,9 +35,6 @@ CLIPPED_FROM = 30e6  # ids of the run; clipping costs time and does not help sho
 WARMUP, DECAY = 0.02, 0.7  # fractions of the run
 MAX_EVALUATIONS, EVALUATION_TIME = 5, 0.02  # number per run, and fraction of the time that each may take
 VALIDATION_PER_MINUTE, MIN_VALIDATION, MAX_VALIDATION = 60e3, 50e3, 2e6  # characters of the validation part
-FORECAST = (0.43, 0.41)  # final loss = first * loss after a tenth of the run + second * bz2 size; fitted
-FORECAST_SPREAD = 0.1  # relative error of the forecast on four texts; in one case the error was 0.17
-FORECAST_FROM, FORECAST_AT = 0.09, 0.1  # the forecast uses the mean loss in this part of the run
 
 
 @dataclass(frozen=True)
@@ -129,16 +116,6 @@ def choose_dropout(epochs: float) -> float:
         if epochs < after:
             return round(low + (high - low) * math.log(epochs / before) / math.log(after / before), 2)
     return DROPOUT[-1][1]
-
-
-def expected_loss(loss_at_tenth: float, compressed: float) -> tuple[float, float]:
-    """Forecast of the final validation loss and its error, in nats per character.
-
-    loss_at_tenth: mean training loss just before the end of the first tenth of the run, in nats per character.
-    compressed: size of the text compressed by bz2, in nats per character.
-    """
-    final = FORECAST[0] * loss_at_tenth + FORECAST[1] * compressed
-    return final, FORECAST_SPREAD * final
 
 
 def _shape(compute: float, compressed_bytes: float, explicit: Mapping[str, Any]) -> dict[str, int]:

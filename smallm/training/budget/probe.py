@@ -10,6 +10,7 @@ from torch import Tensor
 
 from smallm.training.config import Config
 from smallm.training.devices import prepare
+from smallm.training.distributed import sum_over_processes
 from smallm.training.model.compilation import compile_model, should_compile
 from smallm.training.model.operations import cross_entropy
 from smallm.training.model.transformer import TransformerLanguageModel
@@ -57,18 +58,11 @@ def flops_per_second(
             torch.accelerator.synchronize()
         return time.perf_counter() - start
 
-    step_seconds = _mean(accelerator, [step() for _ in range(WARMUP_STEPS)][-1])
+    ranks = accelerator.num_processes
+    step_seconds = sum_over_processes(accelerator, [step() for _ in range(WARMUP_STEPS)][-1]) / ranks
     count = min(MAX_STEPS, max(MIN_STEPS, int(seconds / step_seconds)))  # the same on each process
-    step_seconds = _mean(accelerator, median([step() for _ in range(count)]))
+    step_seconds = sum_over_processes(accelerator, median([step() for _ in range(count)])) / ranks
     accelerator.free_memory()  # drops the temporary model and optimiser
     if scaler is not None:
         accelerator.scaler.load_state_dict(scaler)
-    return accelerator.num_processes * ids.numel() * bare.flops_per_id() / step_seconds
-
-
-def _mean(accelerator: Accelerator, seconds: float) -> float:
-    """The mean over all processes."""
-    if accelerator.num_processes == 1:
-        return seconds
-    kind = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    return accelerator.reduce(torch.tensor(seconds, dtype=kind, device=accelerator.device), "mean").item()
+    return ranks * ids.numel() * bare.flops_per_id() / step_seconds

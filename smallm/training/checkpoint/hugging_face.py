@@ -40,10 +40,9 @@ def hugging_face_files(config: Config, vocabulary: Vocabulary) -> dict[str, dict
         "dtype": "float32",
         "torch_dtype": "float32",
     }
-    generation = {"do_sample": True, "max_new_tokens": 256, "temperature": sampling.temperature or 1.0,
+    generation = {"do_sample": sampling.temperature > 0, "max_new_tokens": 256,
+                  "temperature": sampling.temperature or 1.0,
                   "top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p}  # fmt: skip
-    if sampling.temperature == 0:
-        generation |= {"do_sample": False}
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": m.block_size,

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -43,19 +43,19 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
-def newest_checkpoint(run: Path, on_damaged: Callable[[Path, str], None]) -> Path | None:
-    """The newest intact checkpoint; None if the run has no checkpoint. Raises `UserError` if all are damaged.
+def newest_checkpoint(run: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest intact checkpoint, None if the run has no checkpoint; and newer, damaged ones with their problems.
 
-    on_damaged: called with each newer, damaged checkpoint and its problem.
+    Raises `UserError` if all are damaged.
     """
-    found, problem = checkpoints(run), ""
-    for folder in reversed(found):
+    damaged: dict[Path, str] = {}
+    for folder in reversed(checkpoints(run)):
         if not (problem := verify(folder)):
-            return folder
-        on_damaged(folder, problem)
-    if found:
-        raise _all_damaged(run, found[0], problem)
-    return None
+            return folder, damaged
+        damaged[folder] = problem
+    if damaged:
+        raise _all_damaged(run, *damaged.popitem())
+    return None, {}
 
 
 def restore_interrupted(run: Path) -> None:
@@ -101,7 +101,7 @@ def saved_config(run: Path) -> tuple[Config, dict[str, Any]]:
     Both come from the newest intact checkpoint. Before the first one, the config comes from config.toml, and there are
     no facts.
     """
-    folder = newest_checkpoint(run, on_damaged=lambda folder, problem: None)
+    folder, _ = newest_checkpoint(run)
     if folder is not None:
         state, config = read_state(folder)
         return config, state.facts

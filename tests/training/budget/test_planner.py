@@ -15,7 +15,6 @@ from smallm.training.budget.planner import (
     choose_dropout,
     choose_settings,
     choose_val_fraction,
-    expected_loss,
 )
 from smallm.training.config import Config
 from smallm.training.model.transformer import TransformerLanguageModel
@@ -160,9 +159,3 @@ def test_validation_takes_a_tenth_or_what_can_be_evaluated_in_time(characters, m
     fraction = choose_val_fraction(int(characters), minutes, 0.1)
     assert fraction * characters == pytest.approx(validation, rel=1e-3)
     assert 0 < fraction <= 0.1
-
-
-def test_expected_loss():
-    final, spread = expected_loss(2.0, 1.6)
-    assert 1.2 < final < 1.8
-    assert 0 < spread < 0.2

@@ -117,19 +117,19 @@ def run(tiny_run, tmp_path) -> Path:
 def test_the_newest_intact_checkpoint_is_used(tmp_path, save):
     for step in (5, 10, 15):
         save(step)
-    told = {}
-    assert newest_checkpoint(tmp_path, told.setdefault).name == "step-000015"
+    assert newest_checkpoint(tmp_path)[0].name == "step-000015"
     flip(tmp_path / "checkpoints/step-000015/model.safetensors")
     (tmp_path / "checkpoints/step-000005").touch()  # modification times do not matter
-    assert newest_checkpoint(tmp_path, told.setdefault).name == "step-000010"
+    assert newest_checkpoint(tmp_path)[0].name == "step-000010"
     (tmp_path / "checkpoints/step-000010/training_state.json").unlink()
-    assert newest_checkpoint(tmp_path, told.setdefault).name == "step-000005"
-    assert {folder.name: problem for folder, problem in told.items()} == {
+    newest, damaged = newest_checkpoint(tmp_path)
+    assert newest.name == "step-000005"
+    assert {folder.name: problem for folder, problem in damaged.items()} == {
         "step-000015": "model.safetensors does not match its checksum",
         "step-000010": "training_state.json is missing or broken; use another checkpoint",
     }
     flip(tmp_path / "checkpoints/step-000005/config.json")
-    assert "all checkpoints" in message(newest_checkpoint, tmp_path, told.setdefault)
+    assert "all checkpoints" in message(newest_checkpoint, tmp_path)
     assert "all checkpoints" in message(saved_config, tmp_path)
     assert "damaged" in message(best_checkpoint, tmp_path)
 
