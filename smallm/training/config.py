@@ -266,7 +266,11 @@ class Config:
         """
         flat = {key: tuple(value) if isinstance(value, list) else value for key, value in flatten(values).items()}
         check_keys(flat)
-        return cls(**{name: SECTIONS[name](**section) for name, section in nested(flat).items()})
+        sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+        for key, value in flat.items():
+            section, name = key.split(".")
+            sections[section][name] = value
+        return cls(**{name: SECTIONS[name](**section) for name, section in sections.items()})
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain sections of numbers, strings and lists, as TOML and JSON hold them."""
@@ -293,15 +297,6 @@ MAY_CHANGE = frozenset({
     "train.micro_batch_size", "train.compile",
 })  # fmt: skip
 """The settings that a resumed run may change: length, learning rate, logging, saving, samples, use of the device."""
-
-
-def nested(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """`{"model.n_layer": 6}` -> `{"data": {}, "model": {"n_layer": 6}, …}`; the keys must be known."""
-    sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-    for key, value in settings.items():
-        section, name = key.split(".")
-        sections[section][name] = value
-    return sections
 
 
 def check_keys(settings: Mapping[str, Any], file: object = "") -> None:

@@ -68,17 +68,17 @@ def inherit_model_config(values: dict[str, Any], explicit: Set[str]) -> frozense
     """
     if "data.source" not in explicit:
         raise UserError("--init-from trains on another text; name it: --data FILE")
-    folder = origin_folder(Path(values["train"]["init_from"]))
+    folder = origin_folder(Path(values["train.init_from"]))
     old = checkpoint.read_state(folder)[1].model
     shape, resolved = {name: getattr(old, name) for name in SHAPE}, {"n_kv_head": old.kv_heads, "n_inner": old.inner}
     for name, value in shape.items():
-        given, value = values["model"][name], resolved.get(name, value)
+        given, value = values[f"model.{name}"], resolved.get(name, value)
         if f"model.{name}" in explicit and given not in (shape[name], value):
             raise UserError(f"model.{name} = {given} contradicts {folder}, which has {value}; leave it out")
     if "model.block_size" not in explicit:
         shape["block_size"] = old.block_size
-    values["model"] |= shape
-    values["train"]["init_from"] = str(folder)
+    values |= {f"model.{name}": value for name, value in shape.items()}
+    values["train.init_from"] = str(folder)
     return frozenset(explicit) | {f"model.{name}" for name in (*SHAPE, "block_size")}
 
 

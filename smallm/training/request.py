@@ -12,7 +12,7 @@ from smallm.errors import UserError
 from smallm.runs.config_file import flatten, read_toml
 from smallm.runs.layout import check_path, new_run
 from smallm.training.checkpoint.safe_load import check_memory
-from smallm.training.config import KEYS, MAY_CHANGE, Config, check_keys, nested
+from smallm.training.config import KEYS, MAY_CHANGE, Config, check_keys
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 """Precision in the facts of a checkpoint -> train.mixed_precision."""
@@ -53,12 +53,12 @@ def resolve(
     else:
         files = [find_config(config) for config in configs]
         values, explicit = _merge(settings, files)
-        if values["train"]["init_from"]:
+        if values["train.init_from"]:
             from smallm.training.finetune import inherit_model_config
 
             explicit = inherit_model_config(values, explicit)
-        if values["train"]["minutes"]:
-            values["model"] |= _matching_shape(values["model"], explicit)
+        if values["train.minutes"]:
+            values |= _matching_shape(values, explicit)
         config = Config.from_dict(_one_length(values, settings))
         request = Request(config, new_run(out, files[-1].stem if files else "quickstart"), False, explicit)
     check_memory(request.config.model)
@@ -104,7 +104,7 @@ def _resumed(settings: Mapping[str, Any], run: Path, more: bool) -> Request:
     old = flatten(saved.to_dict())
     if settings.get("train.mixed_precision") == precision != "":
         settings = {**settings, "train.mixed_precision": saved.train.mixed_precision}
-    config = Config.from_dict(_one_length(nested(old | dict(settings)), settings))
+    config = Config.from_dict(_one_length(old | dict(settings), settings))
     for key, value in flatten(config.to_dict()).items():
         if value != old[key] and key not in MAY_CHANGE:
             if key == "train.mixed_precision" and precision:
@@ -114,34 +114,30 @@ def _resumed(settings: Mapping[str, Any], run: Path, more: bool) -> Request:
     return Request(config, run, True, frozenset(KEYS), precision, threads if type(threads) is int else 0)
 
 
-def _merge(settings: Mapping[str, Any], files: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], frozenset[str]]:
-    """All values by section, and the settings that are not defaults."""
+def _merge(settings: Mapping[str, Any], files: Sequence[Path]) -> tuple[dict[str, Any], frozenset[str]]:
+    """All values, and the settings that are not defaults."""
     given: dict[str, Any] = {}
     for file in files:
         settings_of_file = flatten(read_toml(file))
         check_keys(settings_of_file, file)
         given |= settings_of_file
     given |= settings
-    return nested(flatten(Config().to_dict()) | given), frozenset(given)
+    return flatten(Config().to_dict()) | given, frozenset(given)
 
 
-def _one_length(values: dict[str, dict[str, Any]], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _one_length(values: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """A length of the run in `settings` (minutes, or steps and epochs) replaces one from a file or a resumed run."""
-    train = values["train"]
-    by_time = "train.minutes" in settings
-    if by_time and not train["minutes"]:
+    by_time, by_steps = "train.minutes" in settings, settings.get("train.max_steps") or settings.get("train.epochs")
+    if by_time and not values["train.minutes"]:
         raise UserError("minutes = 0 leaves no time to train; give more, such as 5")
-    by_steps = any(f"train.{name}" in settings and train[name] for name in ("max_steps", "epochs"))
     if by_time and not by_steps:
-        return values | {"train": train | {"max_steps": 0, "epochs": 0.0}}
-    if by_steps and not by_time:
-        return values | {"train": train | {"minutes": 0.0}}
-    return values
+        return values | {"train.max_steps": 0, "train.epochs": 0.0}
+    return values | {"train.minutes": 0.0} if by_steps and not by_time else values
 
 
-def _matching_shape(model: Mapping[str, Any], explicit: Set[str]) -> dict[str, int]:
+def _matching_shape(values: Mapping[str, Any], explicit: Set[str]) -> dict[str, int]:
     """The number of heads for a given width, or the width for a given number of heads, until the planner chooses it."""
     width, heads = "model.n_embd" in explicit, "model.n_head" in explicit
     if width and not heads:
-        return {"n_head": 1}
-    return {"n_embd": 32 * model["n_head"]} if heads and not width else {}
+        return {"model.n_head": 1}
+    return {"model.n_embd": 32 * values["model.n_head"]} if heads and not width else {}
