@@ -4,7 +4,7 @@ The same folder always gives the same page. What a run folder does not hold, suc
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -16,24 +16,22 @@ from smallm.html.characters import CHARACTERS_STATIC, characters, legend
 from smallm.html.escape import escape
 from smallm.html.page import page, save, table
 from smallm.inference.scoring import perplexity
-from smallm.runs.baselines_file import Baseline
 from smallm.runs.config_file import flatten
 from smallm.runs.next_commands import next_commands
 from smallm.training.analysis.baselines import verdict
 from smallm.training.config import Config
 from smallm.training.report.charts import page_charts, spread
 from smallm.training.report.history import Row, RunHistory, number, read_histories
+from smallm.training.report.record import Passage
 
 REPORT = "report.html"
 MAX_SAMPLES = 6  # shown, the first and the last among them
-Rows = Sequence[tuple[str, Sequence[str]]]  # the name of a figure, and its value for each run
 STATES = {
     "training": "unfinished: the run still trains, or was killed",
     "finished": "finished",
     "out of patience": "ended early because the validation loss no longer fell",
     "interrupted": "interrupted; the run can be resumed",
 }
-MACHINE = ("device", "processor", "cores", "processes", "precision", "system")
 LOSS_EXPLAINED = (
     "The loss measures how badly the model predicts the next character: it is the mean surprisal of a character, in "
     "nats. Lower is better. The validation loss is measured on text that the model does not train on. If it rises "
@@ -54,44 +52,75 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     histories, out = read_histories(runs), out or runs[0] / REPORT
     with suppress(OSError):  # save() then fails too, with a message
         out.parent.mkdir(parents=True, exist_ok=True)
-    save(out, run_page(histories[0]) if len(histories) == 1 else comparison_page(histories))
+    save(out, report_page(histories))
     return out
 
 
-def run_page(run: RunHistory) -> str:
-    """The page of one run."""
-    return _page(run.name, [
-        _header(run),
-        _section("Loss", _soft(LOSS_EXPLAINED) + page_charts([run])),
-        _section("Baselines", _baseline_bars(run.baselines)),
-        _section("Samples", _samples(run)),
-        _section("Memorisation", _memorisation(run)),
-        _section("Surprisal", _surprisal(run)),
-        _section("Text", _text_check(run)),
-        _section("Configuration", _configuration(run)),
-        _section("Speed, machine, versions", _machine(run)),
-        _section("Commands", _commands(run)),
-    ])  # fmt: skip
-
-
-def comparison_page(runs: Sequence[RunHistory]) -> str:
-    """The page of several runs; each run has a colour and a column."""
+def report_page(runs: Sequence[RunHistory]) -> str:
+    """The page of one run, or of several, of which each has a colour and a column."""
     title = " · ".join(run.name for run in runs)
     title = title if len(title) < 90 else f"{len(runs)} runs"
-    baselines = [{one.name: f"{one.bits_per_char:.3f}" for one in run.baselines} for run in runs]
-    memorisation = [{row[0]: row[1] for row in run.record.memorisation if len(row) > 1} for run in runs]
-    return _page(title, [
-        f"<header><h1>{escape(title)}</h1></header>",
-        _section("Results", _results(runs)),
-        _section("Loss", _soft(LOSS_EXPLAINED) + page_charts(runs)),
-        _section("Configuration", _differences(runs)),
-        _section("Baselines", _table(runs, baselines, "Bits per character of the validation text. Lower is better.")),
-        _section("Memorisation", _table(runs, memorisation, MEMORISATION_EXPLAINED)),
-        _section("Samples", _last_samples(runs)),
-    ])  # fmt: skip
+    sections = {
+        "Results": _results(runs),
+        "Loss": _soft(LOSS_EXPLAINED) + page_charts(runs),
+        "Baselines": _baselines(runs),
+        "Samples": _samples(runs),
+        "Memorisation": _memorisation(runs),
+        "Configuration": _configuration(runs),
+    }
+    if len(runs) == 1:
+        run = runs[0]
+        facts = [(name, str(value)) for name, value in run.record.facts.items()]
+        findings = [line.split(maxsplit=1) for line in run.record.findings]  # the first word is the subject
+        sections |= {
+            "Surprisal": _surprisal(run.record.passage),
+            "Text": table(["", ""], findings) if findings else "",
+            "Machine and versions": table(["", ""], facts) if facts else "",
+            "Commands": _commands(run),
+        }
+    body = "\n".join(
+        f"<section>\n<h2>{name}</h2>\n{content}\n</section>" for name, content in sections.items() if content
+    )
+    header = f"<header>\n<h1>{escape(title)}</h1>\n{''.join(map(_about, runs))}</header>\n"
+    return page(title, header + body, (*CHARACTERS_STATIC, "report.css", "report.js"))
 
 
-def figures(run: RunHistory) -> dict[str, str]:
+def changed_settings(config: dict[str, object]) -> dict[str, object]:
+    """The settings that differ from their defaults; with train.minutes, which would choose the others, all settings."""
+    defaults = flatten(Config().to_dict())
+    return {key: value for key, value in config.items() if config.get("train.minutes") or value != defaults.get(key)}
+
+
+# Sections.
+
+
+def _about(run: RunHistory) -> str:
+    """How the run ended, how its model compares with the best baseline, and a warning if the loss has risen."""
+    record, last = run.record, run.val["loss"][-1:]
+    text = f"trained on {record.facts['text']}" if "text" in record.facts else ""
+    began = f"started {record.began}" if record.began else ""
+    state = " · ".join(filter(None, [run.name, text, STATES.get(record.state, ""), began]))
+    model = [one.bits_per_char for one in run.baselines if one.name == "model"]
+    others = [one for one in run.baselines if one.name != "model"]
+    best = min(others, key=lambda one: one.bits_per_char, default=None)
+    words = f"In bits per character {verdict(best, model[0])}." if model and best else ""
+    risen = (
+        f"<p>Since step {run.best_step:,} the validation loss has risen to {last[0]:.4f}: the model overfits, that is, "
+        "it memorises its training text. More text, <code>--model.dropout 0.2</code> or fewer steps help. The "
+        "checkpoint with the lowest validation loss is kept, and is exported.</p>\n"
+    ) if len(last) and last[0] > 1.01 * run.best_loss else ""  # fmt: skip
+    return f'{_soft(state)}<p class="verdict">{escape(words)}</p>\n{risen}'
+
+
+def _results(runs: Sequence[RunHistory]) -> str:
+    found = [_figures(run) for run in runs]
+    texts = {values["text"] for values in found} - {""}
+    note = _soft("The runs used different texts, so their losses cannot be compared.") if len(texts) > 1 else ""
+    names = list(found[0])
+    return note + _columns(runs, found, best=names[:3])
+
+
+def _figures(run: RunHistory) -> dict[str, str]:
     """The most important figures of a run, by their names; empty strings where they are unknown."""
     best, facts, known = run.best_loss, run.record.facts, math.isfinite(run.best_loss)
     of = f" of {run.record.planned_steps:,}" if run.record.planned_steps else ""
@@ -110,91 +139,65 @@ def figures(run: RunHistory) -> dict[str, str]:
     }
 
 
-def changed_settings(config: dict[str, object]) -> dict[str, object]:
-    """The settings that differ from their defaults; with train.minutes, which would choose the others, all settings."""
+def _baselines(runs: Sequence[RunHistory]) -> str:
+    """Bits per character of the model, compressors and the n-gram model; for one run also how each was measured."""
+    if not any(run.baselines for run in runs):
+        return ""
+    what = _soft("Bits per character of the validation text, beside simpler ways to predict it. Lower is better.")
+    if len(runs) > 1:
+        return what + _columns(runs, [{one.name: f"{one.bits_per_char:.3f}" for one in run.baselines} for run in runs])
+    ordered = sorted(runs[0].baselines, key=lambda one: one.bits_per_char)
+    rows = [(one.name, f"{one.bits_per_char:.3f}", one.how) for one in ordered]
+    return what + table(["", "bits per character", "how it was measured"], rows)
+
+
+def _samples(runs: Sequence[RunHistory]) -> str:
+    """Samples of the whole run; of several runs the last of each."""
+    found = [(run.name, sample) for run in runs for sample in (run.samples if len(runs) == 1 else run.samples[-1:])]
+    chosen = spread(len(found), MAX_SAMPLES if len(runs) == 1 else len(runs))
+    more = _soft(f"{MAX_SAMPLES} of {len(found)} samples; all of them are in metrics.jsonl.")
+    shown = "".join(_sample(name, *sample) for name, sample in (found[i] for i in chosen))
+    return f'<div class="samples">{shown}</div>{more if len(chosen) < len(found) else ""}' if found else ""
+
+
+def _sample(name: str, row: Row, text: str) -> str:
+    title = f"{name}, step {number(row, 'step'):,.0f}, {number(row, 'val_loss'):.3f} nats"
+    return f'<figure><figcaption>{escape(title)}</figcaption><pre class="sample">{escape(text)}</pre></figure>'
+
+
+def _memorisation(runs: Sequence[RunHistory]) -> str:
+    tables = [run.record.memorisation for run in runs]
+    if not any(tables):
+        return ""
+    if len(runs) == 1:
+        return _soft(MEMORISATION_EXPLAINED) + table(["", "samples", "validation text"], tables[0])
+    found = [{row[0]: row[1] for row in rows if len(row) > 1} for rows in tables]
+    return _soft(MEMORISATION_EXPLAINED) + _columns(runs, found)
+
+
+def _configuration(runs: Sequence[RunHistory]) -> str:
+    """All settings of a run, or those in which several runs differ; with the default where a run differs from it."""
+    if not any(run.config for run in runs):
+        return ""
     defaults = flatten(Config().to_dict())
-    return {key: value for key, value in config.items() if config.get("train.minutes") or value != defaults.get(key)}
+    names = [name for name in defaults | {key: None for run in runs for key in run.config}
+             if len({str(run.config.get(name)) for run in runs}) > 1 or len(runs) == 1]  # fmt: skip
+    rows = []
+    for name in names:
+        values = [run.config.get(name, "") for run in runs]
+        default = defaults.get(name, "")
+        rows.append([name, *map(_setting, values), "" if {*map(str, values)} == {str(default)} else _setting(default)])
+    heads = ["", *(run.name for run in runs), "default, if it differs"]
+    return table(heads, rows) if rows else _soft("All runs have the same settings.")
 
 
-def setting(value: object) -> str:
+def _setting(value: object) -> str:
     """A value of the configuration as TOML spells it."""
     return repr(value) if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-# Sections of the page of a run.
-
-
-def _header(run: RunHistory) -> str:
-    record = run.record
-    shown = {what: value for what, value in figures(run).items() if value and what != "device"}
-    text = f"trained on {shown.pop('text')}" if "text" in shown else ""
-    began = f"started {record.began}" if record.began else ""
-    about = " · ".join(filter(None, [text, STATES.get(record.state, ""), began]))
-    tiles = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>" for what, value in shown.items())
-    return (
-        f'<header>\n<h1>{escape(run.name)}</h1>\n{_soft(about)}\n<dl class="tiles">{tiles}</dl>\n'
-        f"{_verdict(run.baselines)}{_overfitting(run)}</header>"
-    )
-
-
-def _verdict(baselines: Sequence[Baseline]) -> str:
-    """One sentence that compares the model with the best baseline."""
-    model = [one.bits_per_char for one in baselines if one.name == "model"]
-    others = [one for one in baselines if one.name != "model"]
-    if not model or not others:
-        return ""
-    words = verdict(min(others, key=lambda one: one.bits_per_char), model[0])
-    return f'<p class="verdict">{escape(words[0].upper() + words[1:])}.</p>\n'
-
-
-def _overfitting(run: RunHistory) -> str:
-    """A warning if the last validation loss is well above the best."""
-    last = run.val["loss"][-1:]
-    if not len(last) or not last[0] > 1.01 * run.best_loss:
-        return ""
-    return (
-        f"<p>Since step {run.best_step:,} the validation loss has risen to {last[0]:.4f}: the model overfits, that is, "
-        "it memorises its training text. More text, <code>--model.dropout 0.2</code> or fewer steps help. The "
-        "checkpoint with the lowest validation loss is kept, and is exported.</p>\n"
-    )
-
-
-def _baseline_bars(baselines: Sequence[Baseline]) -> str:
-    """Bars with the bits per character of the model, the compressors and the n-gram model, best first."""
-    if not baselines:
-        return ""
-    highest = max(one.bits_per_char for one in baselines) or 1.0
-    rows = "".join(
-        f'<tr class="{"model" if one.name == "model" else ""}"><th scope="row">{escape(one.name)}</th><td class="bar">'
-        f'<i style="width:{100 * max(0.0, one.bits_per_char) / highest:.1f}%"></i></td>'
-        f'<td class="number">{one.bits_per_char:.3f}</td></tr>'
-        for one in sorted(baselines, key=lambda one: one.bits_per_char)
-    )
-    how = "".join(f"<dt>{escape(one.name)}</dt><dd>{escape(one.how)}</dd>" for one in baselines)
-    return (
-        f"{_soft('Bits per character of the validation text, beside simpler ways to predict it. Lower is better.')}"
-        f'<table class="bars">{rows}</table>'
-        f"<details><summary>How each was measured</summary><dl>{how}</dl></details>"
-    )
-
-
-def _samples(run: RunHistory) -> str:
-    found = run.samples
-    if not found:
-        return ""
-    shown = "".join(_sample("", *found[i]) for i in spread(len(found), MAX_SAMPLES))
-    more = _soft(f"{MAX_SAMPLES} of {len(found)} samples; all of them are in metrics.jsonl.")
-    return f'<div class="samples">{shown}</div>{more if len(found) > MAX_SAMPLES else ""}'
-
-
-def _memorisation(run: RunHistory) -> str:
-    rows = run.record.memorisation
-    return _soft(MEMORISATION_EXPLAINED) + table(["", "samples", "validation text"], rows) if rows else ""
-
-
-def _surprisal(run: RunHistory) -> str:
+def _surprisal(passage: Passage) -> str:
     """A passage of the validation text, coloured by surprisal; the candidates are passed by index."""
-    passage = run.record.passage
     if not passage.text:
         return ""
     names = sorted(set(chain(*passage.expected)))
@@ -211,28 +214,6 @@ def _surprisal(run: RunHistory) -> str:
     return f"{_soft(what)}{legend()}{text}"
 
 
-def _text_check(run: RunHistory) -> str:
-    """The lines of the text check; the first word of each is its subject."""
-    rows = [line.partition(" ")[::2] for line in run.record.findings]
-    return table(["", ""], [(subject, finding.strip()) for subject, finding in rows]) if rows else ""
-
-
-def _configuration(run: RunHistory) -> str:
-    defaults = flatten(Config().to_dict())
-    rows = [(name, setting(value), setting(defaults.get(name)) if value != defaults.get(name) else "")
-            for name, value in run.config.items()]  # fmt: skip
-    return table(["setting", "value", "default, where it differs"], rows) if rows else ""
-
-
-def _machine(run: RunHistory) -> str:
-    facts = run.record.facts
-    rows = [(what, figures(run)[what]) for what in ("characters per second", "time")]
-    rows += [(name, str(facts[name])) for name in MACHINE if name in facts]
-    elsewhere = {*MACHINE, "text", "characters", "parameters"}
-    rows += [(name, str(value)) for name, value in facts.items() if name not in elsewhere]
-    return table(["", ""], rows)
-
-
 def _commands(run: RunHistory) -> str:
     record, changed = run.record, changed_settings(run.config)
     commands = next_commands(run.run, run.config, record.state, record.planned_steps or run.last_step, changed)
@@ -240,81 +221,25 @@ def _commands(run: RunHistory) -> str:
     return f'<dl class="commands">{shown}</dl>'
 
 
-# Sections of a comparison.
-
-
-def _columns(runs: Sequence[RunHistory], rows: Rows, best: Sequence[str] = ()) -> str:
-    """A table with a column for each run.
+def _columns(runs: Sequence[RunHistory], values: Sequence[dict[str, str]], best: Sequence[str] = ()) -> str:
+    """A table with a column for each run, of the values of the runs by their names; missing values are blank.
 
     best: names of the rows in which the lowest value is marked.
     """
-    heads = "".join(
-        f'<th scope="col"><i class="swatch c{i % 8}"></i>{escape(run.name)}</th>' for i, run in enumerate(runs)
-    )
-    body = "\n".join(
-        f'<tr><th scope="row">{escape(what)}</th>{_cells(values, what in best)}</tr>' for what, values in rows
-    )
+    heads = "".join(f'<th scope="col"><i class="swatch c{i % 8}"></i>{escape(run.name)}</th>'
+                    for i, run in enumerate(runs))  # fmt: skip
+    rows = []
+    for name in dict.fromkeys(chain(*values)):
+        row = [found.get(name, "") for found in values]
+        lowest = min(filter(None, row), key=float, default=None) if name in best and len(runs) > 1 else None
+        cells = "".join(f'<td class="{"best" if value == lowest else ""}">{escape(value)}</td>' for value in row)
+        rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
     return (
         f'<div class="wide"><table class="runs"><thead><tr><td></td>{heads}</tr></thead>\n'
-        f"<tbody>{body}</tbody></table></div>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
-
-
-def _cells(values: Sequence[str], mark: bool) -> str:
-    lowest = min(filter(None, values), key=float, default=None) if mark else None
-    kinds = ["best" if mark and value == lowest else "" for value in values]
-    return "".join(f'<td class="{kind}">{escape(value)}</td>' for kind, value in zip(kinds, values, strict=True))
-
-
-def _results(runs: Sequence[RunHistory]) -> str:
-    found = [figures(run) for run in runs]
-    rows = [(name, [values[name] for values in found]) for name in found[0]]
-    texts = {values["text"] for values in found} - {""}
-    note = _soft("The runs used different texts, so their losses cannot be compared.") if len(texts) > 1 else ""
-    return note + _columns(runs, rows, best=[name for name, _ in rows[:3]])
-
-
-def _differences(runs: Sequence[RunHistory]) -> str:
-    """The settings in which the runs differ."""
-    if not any(run.config for run in runs):
-        return ""
-    names = flatten(Config().to_dict()) | {key: None for run in runs for key in run.config}
-    rows = [(name, [setting(run.config.get(name, "")) for run in runs]) for name in names]
-    rows = [(name, values) for name, values in rows if len(set(values)) > 1]
-    return _columns(runs, rows) if rows else _soft("All runs have the same settings.")
-
-
-def _table(runs: Sequence[RunHistory], values: Sequence[dict[str, str]], explanation: str) -> str:
-    """A table of the values that each run has, by their names; values that a run lacks are blank."""
-    names = list(dict.fromkeys(name for found in values for name in found))
-    rows = [(name, [found.get(name, "") for found in values]) for name in names]
-    return _soft(explanation) + _columns(runs, rows) if rows else ""
-
-
-def _last_samples(runs: Sequence[RunHistory]) -> str:
-    """The last sample of each run, side by side."""
-    shown = "".join(_sample(f"{run.name}, ", *sample) for run in runs for sample in run.samples[-1:])
-    return f'<div class="samples">{shown}</div>' if shown else ""
-
-
-# Parts of both.
-
-
-def _page(title: str, parts: Iterable[str]) -> str:
-    """An HTML document; empty parts are left out."""
-    return page(title, "\n".join(filter(None, parts)), (*CHARACTERS_STATIC, "report.css", "report.js"))
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>" if content else ""
 
 
 def _soft(text: str) -> str:
     """A paragraph of explanation, in a softer colour."""
     return f'<p class="soft">{escape(text)}</p>'
-
-
-def _sample(name: str, row: Row, text: str) -> str:
-    """A sample with its title: a name, and the step and loss of its evaluation."""
-    title = f"{name}step {number(row, 'step'):,.0f}, {number(row, 'val_loss'):.3f} nats"
-    return f'<figure><figcaption>{escape(title)}</figcaption><pre class="sample">{escape(text)}</pre></figure>'

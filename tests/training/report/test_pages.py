@@ -21,7 +21,7 @@ from smallm.training import cli
 from smallm.training.config import Config
 from smallm.training.data.batch_loader import BatchLoader
 from smallm.training.report.history import read_histories
-from smallm.training.report.pages import comparison_page, write_report
+from smallm.training.report.pages import report_page, write_report
 from smallm.training.report.plot import main as plot
 from smallm.training.report.record import FILE, RecordWriter, RunRecord, read_record
 
@@ -110,15 +110,15 @@ def test_a_finished_run_has_a_report(tiny_run, text_file):
         assert one["name"] in found.words
         assert f"{one['bits_per_char']:.3f}" in found.words
         assert one["how"] in found.words
-    assert found.headings == ["Loss", "Baselines", "Samples", "Memorisation", "Surprisal", "Text", "Configuration",
-                              "Speed, machine, versions", "Commands"]  # fmt: skip
+    assert found.headings == ["Results", "Loss", "Baselines", "Samples", "Memorisation", "Configuration", "Surprisal",
+                              "Text", "Machine and versions", "Commands"]  # fmt: skip
     assert text_file.name in found.text
     assert torch.__version__ in found.text
 
 
 def test_all_settings_are_shown_and_changed_ones_marked(tiny_run):
     text = (tiny_run / "report.html").read_text(encoding="utf-8")
-    section = text[text.index("<h2>Configuration") : text.index("<h2>Speed")]
+    section = text[text.index("<h2>Configuration") : text.index("<h2>Surprisal")]
     rows = re.findall(r"<tr><td>([a-z_.]+)</td><td>(.*?)</td><td>(.*?)</td></tr>", section)
     config, defaults = flatten(tomllib.loads((tiny_run / "config.toml").read_text())), flatten(Config().to_dict())
     assert [name for name, _, _ in rows] == list(config)
@@ -235,7 +235,7 @@ def test_the_report_of_an_old_run_leaves_out_what_is_missing(run):
     for name in (FILE, "config.toml", "baselines.json", "validation.txt", "report.html", "loss.png"):
         (run / name).unlink()
     found = page_of(run)
-    assert found.headings == ["Loss", "Samples", "Speed, machine, versions", "Commands"]
+    assert found.headings == ["Results", "Loss", "Samples", "Commands"]
     assert "nan" not in found.text.lower().split()
 
 
@@ -371,7 +371,7 @@ def test_comparison(run, train, tmp_path):
     other = train("--optim.schedule=cosine")
     assert plot([str(run), str(other), "--html", str(tmp_path / "compare.html")]) == 0
     found = read(tmp_path / "compare.html")
-    assert found.headings == ["Results", "Loss", "Configuration", "Baselines", "Memorisation", "Samples"]
+    assert found.headings == ["Results", "Loss", "Baselines", "Samples", "Memorisation", "Configuration"]
     for one in (run, other):
         best = min(values["val_loss"] for values in metrics(one, "eval"))
         assert f"{best:.4f}" in found.words
@@ -388,10 +388,10 @@ def test_comparison(run, train, tmp_path):
 
 
 def test_comparison_of_equal_runs_and_of_old_runs(run):
-    assert "All runs have the same settings." in comparison_page(read_histories([run, run]))
+    assert "All runs have the same settings." in report_page(read_histories([run, run]))
     for name in (FILE, "config.toml", "baselines.json"):
         (run / name).unlink()
-    assert Page(comparison_page(read_histories([run, run]))).headings == ["Results", "Loss", "Samples"]
+    assert Page(report_page(read_histories([run, run]))).headings == ["Results", "Loss", "Samples"]
 
 
 def test_the_benchmark_adds_up(monkeypatch, text_file, tmp_path, capsys):
