@@ -133,8 +133,8 @@ class Trainer:
             raise UserError(f"{self.folder} has another vocabulary; do not change data.min_count or data.val_fraction")
         self.budget.resume(state, before.train)
         if state.step >= self.total_steps and state.val_loss is not None:
-            longer = self.budget.extend_flag
-            raise UserError(f"{self.folder} is finished ({state.step} steps); train longer with {longer}")
+            used = f"{state.step} steps, {state.seconds / 60:.1f} minutes"
+            raise UserError(f"{self.folder} is finished ({used}); train longer with {self.budget.extend_flag}")
         checkpoint.load_weights(folder, self.model)
         checkpoint.load_optimizer(folder, self.model, self.optimizer)
         if self.accelerator.scaler is not None and state.scaler:

@@ -20,7 +20,7 @@ from smallm.training.analysis.ngram import best_ngram
 from smallm.training.cache import cached_json, read_cached_json
 from smallm.training.data.corpus import Corpus
 
-VERSION = 1  # of the cached results
+VERSION = 2  # of the cached results
 MAX_VAL = 1 << 20  # ids of the validation part that are measured on
 MAX_NGRAM = 1 << 22  # ids of the training part that the n-gram model learns from
 DEFLATE_WINDOW = 1 << 15
@@ -108,7 +108,7 @@ def _xz(before: bytes, val: bytes) -> int:
     primer = before[-XZ_WINDOW:]
     settings = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 2 * XZ_WINDOW}]
     with_val, alone = (len(lzma.compress(data, lzma.FORMAT_RAW, filters=settings)) for data in (primer + val, primer))
-    return with_val - alone
+    return max(0, with_val - alone)
 
 
 COMPRESSORS = (

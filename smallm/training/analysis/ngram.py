@@ -60,14 +60,14 @@ class NGram:
         starts = _starts(keys)
         self._grams, self._counts = keys[starts], np.diff(starts, append=len(keys))
 
-    def bits(self, before: np.ndarray, ids: np.ndarray) -> Iterator[float]:
-        """Yields the bits that the model of order 1, 2, ... needs for `ids` (n,), which follow `before`."""
+    def bits(self, before: np.ndarray, ids: np.ndarray) -> Iterator[np.ndarray]:
+        """Yields the bits (n,) that the model of order 1, 2, ... needs for each of `ids`, which follow `before`."""
         codes = self._codes(np.concatenate([before[len(before) - min(len(before), self.max_order) :], ids]))
         shorter = np.full(len(ids), self._uniform)
         for order in range(1, self.max_order + 1):
             grams = self._pack(np.concatenate([np.zeros(order, np.uint64), codes]), order)[-len(ids) :]
             level = Level.of(*self._plain(order), self._bits)
-            yield float(-np.log2(level.probabilities(grams, shorter)).sum())
+            yield -np.log2(level.probabilities(grams, shorter))
             if order < self.max_order:
                 shorter = Level.of(*self._continued(order), self._bits).probabilities(grams, shorter)
 
@@ -102,10 +102,10 @@ def best_ngram(train: np.ndarray, val: np.ndarray, vocabulary_size: int) -> tupl
     train, val: ids (N,); `val` follows `train`. The final model is trained on all of `train`.
     """
     cut = len(train) - max(1, min(MAX_HELD_OUT, int(len(train) * HELD_OUT)))
-    trials = list(NGram(train[:cut], vocabulary_size).bits(train[:cut], train[cut:]))
+    trials = [bits.sum() for bits in NGram(train[:cut], vocabulary_size).bits(train[:cut], train[cut:])]
     order = 1 + int(np.argmin(trials))
     *_, bits = NGram(train, vocabulary_size, order).bits(train, val)
-    return order, bits
+    return order, float(bits.sum())
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:

@@ -11,6 +11,9 @@ from smallm.training.data.corpus import Corpus, open_corpus
 LEAK, REPEATED = 0.04, 0.1  # shares that are worth a warning; turns of phrase alone make up some percent
 BINARY = 0.01  # share of control characters above which a file is not text
 UNSEEN = 0.001
+SORTED = 0.95  # share of the lines
+TAIL_DISTANCE, TAIL_BITS = 1.4, 1.03  # standard deviations, and factor, by which the end of a text is harder to predict
+MIN_LINES = 100
 LONG_LINE = 10_000  # characters
 SHORT_TEXT = 50_000  # characters of a training part that any useful model soon memorises
 MISREAD = 5  # pairs; fewer may be intended
@@ -45,7 +48,7 @@ def report_lines(corpus: Corpus, statistics: TextStatistics) -> list[str]:
         f"parts    {s.train_characters:,} characters to train on, {corpus.val_characters:,} to validate on{sample}",
         f"letters  {_characters(s)}; vocabulary of {corpus.vocabulary.size:,} ids",
         f"rare     characters that occur fewer than {RARE} times: {rare}",
-        f"lines    line ends: {', '.join(kinds) or 'none'}; longest line: {s.longest_line:,} characters "
+        f"lines    line ends: {', '.join(kinds) or 'none'}; longest line: {_longest(s)} characters "
         f"(line {s.longest_line_number:,})",
         f"repeats  {_percent(s.repeated)} of the training text repeats an earlier part of it{most}",
         f"leak     {_percent(s.leak)} of the validation text also occurs in the training text "
@@ -112,6 +115,16 @@ def _loss_problems(s: TextStatistics) -> Iterator[str]:
             f"{_percent(s.unseen_share)} of the validation text are characters that never occur in the training text "
             f"({_quoted(s.unseen)}): the end differs from the rest; shuffle the documents before joining them"
         )
+    elif s.sorted_lines >= SORTED and s.lf >= MIN_LINES:
+        yield (
+            f"{_percent(s.sorted_lines)} of the lines are in alphabetical order, so the end, on which the loss is "
+            "measured, has other words than the rest; shuffle the lines"
+        )
+    elif s.tail_distance >= TAIL_DISTANCE and s.tail_bits >= TAIL_BITS * s.middle_bits:
+        yield (
+            f"the end, on which the loss is measured, differs from the rest: an n-gram model needs {s.tail_bits:.2f} "
+            f"bits per character there and {s.middle_bits:.2f} elsewhere; shuffle the documents, or the lines of a list"
+        )
     if s.train_characters < SHORT_TEXT:
         yield (
             f"only {s.train_characters:,} characters to train on: the model will soon memorise them; "
@@ -137,8 +150,8 @@ def _style_problems(s: TextStatistics) -> Iterator[str]:
             "needed, and most prompts are typed otherwise; --data.normalise nfc makes each of them one character"
         )
     if s.longest_line > LONG_LINE:
-        found = "the text has no line ends" if not s.crlf + s.lf else f"line {s.longest_line_number:,} is very long"
-        yield f"{found} ({s.longest_line:,} characters); this is harmless if intended, otherwise check the file"
+        found = f"line {s.longest_line_number:,} is very long" if s.crlf + s.lf else "the text has no line ends"
+        yield f"{found} ({_longest(s)} characters); this is harmless if intended, otherwise check the file"
 
 
 def _characters(s: TextStatistics) -> str:
@@ -146,6 +159,11 @@ def _characters(s: TextStatistics) -> str:
     main = {name: share for name, share in s.scripts.items() if share >= 0.001}
     scripts = [f"{name} {_percent(share)}" if share < 0.995 else name for name, share in main.items()]
     return f"{s.distinct:,} distinct characters, {', '.join(scripts) or 'no letters'}"
+
+
+def _longest(s: TextStatistics) -> str:
+    """The length of the longest line, of which only a part may have been read."""
+    return f"{'' if s.characters_read == s.train_characters else 'at least '}{s.longest_line:,}"
 
 
 def _percent(share: float) -> str:

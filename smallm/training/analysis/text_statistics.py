@@ -8,19 +8,20 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
 
 from smallm.tokenizer.vocabulary import CODE_POINTS
 from smallm.training.analysis.characters import code_points, pieces
+from smallm.training.analysis.tail import compare_tail
 from smallm.training.analysis.windows import WindowSet, window_hashes
 from smallm.training.cache import cached_json
 from smallm.training.data.corpus import Corpus
 from smallm.training.data.source import combines
 
-VERSION = 2  # of the cached results; raise when a field changes its meaning
+VERSION = 3  # of the cached results; raise when a field changes its meaning
 MAX_TRAIN = 1 << 27  # ids of the training part to read
 MAX_VAL = 1 << 24  # ids of the validation part to read
 LEAK_WIDTH = 64  # characters of a window; shorter windows are often turns of phrase
@@ -64,6 +65,8 @@ class TextStatistics:
     longest_line: int
     longest_line_number: int
     """From 1, among the lines that were read."""
+    sorted_lines: float
+    """Share of the lines that begin with a letter and follow their predecessor in alphabetical order."""
     composed: int
     """Letters that are one character together with their accent."""
     decomposed: int
@@ -79,6 +82,12 @@ class TextStatistics:
     leak_characters: int
     """Characters of the validation part that were searched for."""
     leak_example: str
+    middle_bits: float
+    """Bits per character that an n-gram model of the rest needs for stretches of the training part; 0 if unknown."""
+    tail_bits: float
+    """The same for the validation part, which is the end of the text."""
+    tail_distance: float
+    """By how many standard deviations the validation part is harder to predict than these stretches."""
 
 
 def compute_statistics(corpus: Corpus) -> TextStatistics:
@@ -94,6 +103,8 @@ def _compute(corpus: Corpus) -> TextStatistics:
     train, val = np.zeros((2, CODE_POINTS), np.int64)
     before = ""
     for text in pieces(corpus.train_ids, vocabulary, MAX_TRAIN):
+        if len(corpus.train_ids) > MAX_TRAIN:
+            reading.open_line = 0  # the pieces are not adjacent
         reading.add(text, train)
         joined = before + text  # a window may begin in the piece before
         hashes = window_hashes(code_points(joined), LEAK_WIDTH)
@@ -128,7 +139,9 @@ def _compute(corpus: Corpus) -> TextStatistics:
         leak=leak.covered() / max(1, leak.characters),
         leak_characters=leak.characters,
         leak_example="".join(leak.text[start : start + LEAK_WIDTH] for start in found),
+        sorted_lines=reading.sorted_lines / max(1, int(counts[LF])),
         **repeats.fields(),
+        **compare_tail(corpus),
     )
 
 
@@ -136,8 +149,10 @@ class Reading:
     """What is counted while a text is read piece by piece."""
 
     def __init__(self) -> None:
-        self.crlf = self.misread = self.decomposed = self.longest_line = self.longest_line_number = 0
-        self._complete_lines = self._open_line = 0  # the number of lines, and the length of the line that may go on
+        self.crlf = self.misread = self.decomposed = 0
+        self.sorted_lines = self.longest_line = self.longest_line_number = 0
+        self.open_line = 0  # characters of the line that may go on
+        self._complete_lines = 0
         self._last = ""  # character
 
     def add(self, text: str, counts: np.ndarray) -> None:
@@ -146,12 +161,14 @@ class Reading:
         counts[: len(found)] += found
         self.crlf += text.count("\r\n") + (self._last == "\r" and text.startswith("\n"))
         self._last = text[-1:] or self._last
-        lengths = list(map(len, text.split("\n")))
-        lengths[0] += self._open_line
+        lines = text.split("\n")
+        self.sorted_lines += sum(a <= b and b[:1].isalpha() for a, b in pairwise(map(str.casefold, lines)))
+        lengths = list(map(len, lines))
+        lengths[0] += self.open_line
         if (longest := max(lengths)) > self.longest_line:
             self.longest_line, self.longest_line_number = longest, self._complete_lines + lengths.index(longest) + 1
         self._complete_lines += len(lengths) - 1
-        self._open_line = lengths[-1]
+        self.open_line = lengths[-1]
         if any(found[mark : mark + 1].any() for mark in map(ord, "ÂÃâ")):
             self.misread += len(MISREAD_PAIR.findall(text))
         if not unicodedata.is_normalized("NFC", text):

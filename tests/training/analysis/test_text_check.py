@@ -171,6 +171,48 @@ def test_a_validation_part_in_another_language(statistics_of):
     only(statistics_of(prose(90_000) + "Совсем другой язык.\n" * 499, min_count=1), "never occur", "С", "shuffle")
 
 
+# -- the order of the text
+
+
+def names(number: int, seed: int = 1) -> list[str]:
+    """Invented names, the frequent ones first: the rarer a name, the more and the rarer syllables it has."""
+    rng, found = random.Random(seed), {}
+    syllables = [a + b for b in "aeiou" for a in "lnmrstkdbvgfhpzjwcyqx"]
+    for i in range(3 * number):
+        share = (i + 1) / (3 * number)
+        length = 2 + (rng.random() < 0.2 + 0.5 * share) + (rng.random() < 0.5 * share)
+        chosen = (syllables[int(len(syllables) * (0.3 + 0.7 * share) * rng.random() ** 2)] for _ in range(length))
+        found["".join(chosen)] = None
+    return list(found)[:number]
+
+
+@pytest.mark.parametrize("order", ["by frequency", "by alphabet"])
+def test_a_list_in_order_has_another_end(statistics_of, order):
+    listed = names(20_000) if order == "by frequency" else sorted(names(20_000))
+    found = statistics_of("\n".join(listed) + "\n")
+    if order == "by frequency":
+        only(found, "bits per character", f"{found.tail_bits:.2f}", f"{found.middle_bits:.2f}", "shuffle")
+    else:
+        assert any("in alphabetical order" in line and "shuffle" in line for line in warnings(found))
+    random.Random(2).shuffle(listed)
+    assert warnings(statistics_of("\n".join(listed) + "\n")) == []
+
+
+def test_works_of_another_kind_at_the_end(statistics_of):
+    reversed_words = "".join(" ".join(word[::-1] for word in line.split()) + "\n" for line in prose(10_000).split("\n"))
+    only(statistics_of(prose(90_000) + reversed_words[:10_000]), "bits per character", "shuffle")
+
+
+def test_ordinary_texts_do_not_end_differently(statistics_of):
+    for text in (prose(300_000), prose(60_000, seed=3)):
+        found = statistics_of(text)
+        assert abs(found.tail_distance) < 1
+        assert found.tail_bits == pytest.approx(found.middle_bits, rel=0.02)
+    texts = sorted((Path(__file__).parents[3] / "docs").glob("*.md"))
+    found = statistics_of("\n".join(path.read_text(encoding="utf-8") for path in texts))
+    assert not [line for line in warnings(found) if "shuffle" in line]
+
+
 def test_scripts_and_rare_characters(statistics_of):
     found = statistics_of("Ещё немного русского текста, " * 900 + "and some English. " * 1450 + "ж§§")
     assert list(found.scripts) == ["Cyrillic", "Latin"]
@@ -322,6 +364,14 @@ def test_a_longer_text_than_is_characters_read(statistics_of, monkeypatch):
     found = statistics_of(prose(100_000))
     assert 29_000 < found.characters_read <= 30_000
     assert warnings(replace(found, train_characters=90_000)) == []
+
+
+def test_the_longest_line_of_a_text_that_is_read_in_part(statistics_of, monkeypatch):
+    monkeypatch.setattr(text_statistics, "MAX_TRAIN", 40_000)
+    monkeypatch.setattr(characters, "PIECE", 20_000)
+    found = statistics_of(prose(200_000).replace("\n", " "), val_fraction=0.001)
+    assert 19_900 < found.longest_line <= 20_200  # the last piece and the validation part, not all pieces together
+    assert f"(at least {found.longest_line:,} characters)" in warnings(found)[-1]
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])  # of a Windows console, and of LC_ALL=C
