@@ -108,7 +108,7 @@ def _xz(before: bytes, val: bytes) -> int:
     primer = before[-XZ_WINDOW:]
     settings = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 2 * XZ_WINDOW}]
     with_val, alone = (len(lzma.compress(data, lzma.FORMAT_RAW, filters=settings)) for data in (primer + val, primer))
-    return max(0, with_val - alone)
+    return with_val - alone
 
 
 COMPRESSORS = (
