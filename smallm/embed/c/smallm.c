@@ -1100,7 +1100,6 @@ static smallm_status read_model(smallm_model *model, span file)
     return status == SMALLM_OK ? copy_metadata(model, file) : status;
 }
 
-
 /* -- the weights: initialisers of the graph, found by their names -- */
 
 typedef struct {
@@ -2773,6 +2772,13 @@ const double *smallm_logprobs(const smallm_context *context, size_t *count)
 {
     if (count != NULL) *count = context != NULL ? context->state.chunk_characters : 0;
     return context != NULL ? context->state.chunk_logprobs : NULL;
+}
+
+void smallm_reseed(smallm_context *context, uint32_t rng_seed, uint32_t stream_number)
+{
+    if (context == NULL) return;
+    context->state.key = rng_key(rng_seed, stream_number);
+    context->state.draws = 0;
 }
 
 void smallm_cancel(smallm_context *context)

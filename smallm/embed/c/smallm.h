@@ -184,6 +184,9 @@ SMALLM_API double smallm_logprob(const smallm_context *context);
 /* The same for each character of the last chunk; *count = number of characters. Valid as long as the chunk. */
 SMALLM_API const double *smallm_logprobs(const smallm_context *context, size_t *count);
 
+/* The text continues with other random numbers, those of this rng_seed and stream_number: for a copy of a context. */
+SMALLM_API void smallm_reseed(smallm_context *context, uint32_t rng_seed, uint32_t stream_number);
+
 /* Stops a call of smallm_next or smallm_step in another thread as soon as possible; if no call is running, the next one
    for this text stops. That call returns SMALLM_CANCELLED, and the text can be continued. */
 SMALLM_API void smallm_cancel(smallm_context *context);

@@ -1,14 +1,9 @@
-/** The parts of onnxruntime-web or onnxruntime-node, 1.21 or newer, that this module uses. */
-export interface OnnxRuntime {
-  InferenceSession: { create(bytes: Uint8Array, options?: object): Promise<any> };
-  Tensor: new (...parts: any[]) => any;
-}
+/** A file: its bytes, its URL or, outside of browsers, its path. */
+export type Source = string | URL | ArrayBuffer | ArrayBufferView;
 
 export interface LoadOptions {
-  /** `import * as ort from "onnxruntime-web"`, or from "onnxruntime-node". */
-  ort: OnnxRuntime | { default: OnnxRuntime };
-  /** Number of compute threads, from 1 to 1024; default 1. On a page, more than 1 needs cross-origin isolation. */
-  threads?: number;
+  /** smallm.wasm, or the compiled module; default: the file beside smallm.js. */
+  wasm?: Source | WebAssembly.Module;
 }
 
 /** A missing or undefined option has its default; a value out of range or an unknown name is an `Error`. */
@@ -35,7 +30,7 @@ export interface GenerateOptions {
   rngSeed?: number;
   /** Distinguishes texts of the same rngSeed; from 0 to 4294967295, default 0. */
   streamNumber?: number;
-  /** Stop strings: generation ends before the first of them in the new text. */
+  /** Stop strings, without U+0000: generation ends before the first of them in the new text. */
   stop?: string | readonly string[];
   /** Stop strings that begin within this number of new characters are ignored; default 0. */
   minLength?: number;
@@ -45,6 +40,8 @@ export interface GenerateOptions {
    * model.window, is exact and fast. Default: "slide" for models with a window, otherwise "shift".
    */
   overflow?: "crop" | "shift" | "slide";
+  /** Ends the call with the signal's reason as error, within about 16 milliseconds; `stream` has then yielded the text so far. */
+  signal?: AbortSignal;
 }
 
 /** One generated character. */
@@ -90,8 +87,8 @@ export interface Manifest {
 export class LanguageModel {
   private constructor();
 
-  /** Opens a model given as the bytes of its .onnx file, as a URL or, in Node, as a path. */
-  static load(model: string | URL | ArrayBuffer | ArrayBufferView, options: LoadOptions): Promise<LanguageModel>;
+  /** Opens a model.onnx. Each call loads its own copy of the model, with its own memory. */
+  static load(model: Source, options?: LoadOptions): Promise<LanguageModel>;
 
   readonly metadata: Readonly<Manifest>;
   /** Longest context, in ids. */
@@ -101,8 +98,17 @@ export class LanguageModel {
   /** Returns the seed text followed by new characters. */
   generate(seed?: string, options?: GenerateOptions): Promise<string>;
 
-  /** Yields new characters; each is computed when it is requested. Throws at once for a value out of range. */
-  stream(seed?: string, options?: GenerateOptions): AsyncGenerator<Piece, void, undefined>;
+  /**
+   * For each seed text, this text followed by new characters. Text i equals that of `generate` with streamNumber + i; the
+   * texts are computed together, 32 at a time.
+   */
+  generateMany(seeds: Iterable<string>, options?: GenerateOptions): Promise<string[]>;
+
+  /**
+   * Yields new characters; each is computed when it is requested. Throws at once for a value out of range. Every 16
+   * milliseconds the event loop gets a turn; to keep a page free of longer tasks, use the module in a worker.
+   */
+  stream(seed?: string, options?: GenerateOptions): TextStream;
 
   /**
    * The n likeliest next characters at temperature 1, the likeliest first; default 10. A character of several ids may be
@@ -110,48 +116,31 @@ export class LanguageModel {
    */
   nextCharacters(text: string, n?: number): Promise<{ character: string; probability: number }[]>;
 
-  /** Surprisal of each character (code point) in nats; NaN for the first, which has no context. */
+  /** Surprisal of each character (code point) in nats; NaN for the first, which has no context. Blocks until it is done. */
   score(text: string): Promise<Float64Array>;
+
+  /** How well the model predicts a text of at least two characters. Blocks until it is done. */
+  perplexity(text: string): Promise<Perplexity>;
 
   /** Frees the memory; no other method may be called afterwards. */
   release(): Promise<void>;
 }
 
-/** The random generator that all smallm hosts share. */
-export class Rng {
-  constructor(seed: number, stream?: number);
-  /** The next number in [0, 1), a multiple of 2 ** -24. */
-  uniform(): number;
+/** The characters of a text. A `for await` loop that is left ends the stream. */
+export interface TextStream extends AsyncIterableIterator<Piece> {
+  return(value?: any): Promise<IteratorResult<Piece>>;
+  /**
+   * A new stream that continues from here independently, without computing the text so far again. Without rngSeed it
+   * yields the same text as this stream.
+   */
+  branch(random?: { rngSeed?: number; streamNumber?: number }): TextStream;
 }
 
-/** The mixing function of `Rng`, a bijection of the 32-bit integers. */
-export function mix(x: number): number;
-
-/** The vocabulary of a model. */
-export class Vocabulary {
-  /** tokens: `metadata.tokens`. */
-  constructor(tokens: string);
-  readonly size: number;
-  /** The ids of a well-formed text. */
-  encode(text: string): number[];
-  /** The UTF-8 bytes of an id: a character or a part of one. */
-  bytes(id: number): Uint8Array;
+/** The loss of a model on a text, per character. */
+export interface Perplexity {
+  natsPerChar: number;
+  bitsPerChar: number;
+  perplexity: number;
+  /** Number of predicted characters: all but the first. */
+  characters: number;
 }
-
-/** Finds the ids that may come next so that only allowed characters are generated. */
-export class AllowedCharacters {
-  /** allowed: undefined = all characters. Throws if no character is left. */
-  constructor(vocabulary: Vocabulary, allowed: string | undefined, banned: string);
-  /** For the bytes of an incomplete character: for each id whether it may follow them. */
-  after(pending: readonly number[]): boolean[];
-}
-
-/** The id that u in [0, 1) selects from logits (vocabSize,). Options as in `GenerateOptions`; by default all ids. */
-export function sample(
-  logits: Float32Array,
-  u: number,
-  sampling: { temperature: number; topK?: number; topP?: number; minP?: number },
-): number;
-
-/** Logits with the repetition penalty on these ids; the same array if there are no ids. */
-export function applyRepetitionPenalty(logits: Float32Array, ids: readonly number[], penalty: number): Float32Array;
