@@ -17,6 +17,7 @@ import pytest
 from smallm import LanguageModel
 
 ROOT = Path(__file__).parents[2]
+HOSTS = ROOT / "tests" / "hosts" / "node_modules"
 EXAMPLES = ROOT / "examples"
 SEED = "the “café” "
 
@@ -148,9 +149,9 @@ def test_generate_cpp(exported, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="Node is not installed")
-@pytest.mark.skipif(not (ROOT / "tests/js/node_modules/onnxruntime-web").is_dir(), reason="run npm ci in tests/js")
+@pytest.mark.skipif(not (HOSTS / "onnxruntime-web").is_dir(), reason="run npm ci in tests/hosts")
 def test_generate_mjs(exported, tmp_path):
-    (tmp_path / "node_modules").symlink_to(ROOT / "tests" / "js" / "node_modules")
+    (tmp_path / "node_modules").symlink_to(HOSTS)
     script = shutil.copy(EXAMPLES / "javascript" / "generate.mjs", tmp_path)
     done = subprocess.run(["node", script, exported, SEED, "20"], capture_output=True, check=True)
     text = done.stdout.decode("utf-8")

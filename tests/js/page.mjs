@@ -30,8 +30,8 @@ const scenarios = {
     const page = await opened();
     const calls = JSON.parse(await readFile(callsFile, "utf8"));
     return page.evaluate(`(async () => {
-      const [{ LanguageModel }, ort] = await Promise.all([import("${url}smallm.js"), import("${url}onnxruntime/ort.js")]);
-      return (${answer})(LanguageModel, ort, "${url}model.onnx", ${JSON.stringify(calls)});
+      const { LanguageModel } = await import("${url}smallm.js");
+      return (${answer})(LanguageModel, "${url}model.onnx", ${JSON.stringify(calls)});
     })()`);
   },
 

@@ -246,7 +246,7 @@ class Engine {
     if (status !== 0) {
       const message = this.#string(exports.smallm_model_error(this.#model));
       const isPage = /^\s*</.test(new TextDecoder().decode(bytes.subarray(0, 100)));
-      throw new Error(isPage ? `${name} is a web page, not a model; check the address` : message.replace("the model", name));
+      throw new Error(isPage ? `${name} is a web page, not a model; check the address` : message.replace("the model", name).replaceAll("smallm.c", "smallm.js"));
     }
     this.metadata = this.#metadata(name);
   }
@@ -491,6 +491,9 @@ function resolve(options, manifest) {
   }
   if (overflow !== undefined && !OVERFLOWS.includes(overflow)) {
     throw new Error(`overflow = ${overflow} is out of range; it must be "crop", "shift" or "slide"`);
+  }
+  if (overflow === "slide" && !manifest.window) {
+    throw new Error('overflow = slide needs a model that was trained with model.window; use "crop" or "shift"');
   }
   if (signal !== undefined && typeof signal.throwIfAborted !== "function") {
     throw new Error("signal is not an AbortSignal; pass the signal of an AbortController");

@@ -1,5 +1,4 @@
 // Writes 500 characters after the seed text: node example.mjs "The " [rngSeed]
-import * as ort from "onnxruntime-node";
 import { LanguageModel } from "./smallm.js";
 
 process.on("uncaughtException", ({ message }) => {
@@ -7,7 +6,7 @@ process.on("uncaughtException", ({ message }) => {
   process.exit(1);
 });
 const [seed = "", rngSeed] = process.argv.slice(2);
-const lm = await LanguageModel.load(new URL("model.onnx", import.meta.url), { ort });
+const lm = await LanguageModel.load(new URL("model.onnx", import.meta.url));
 process.stdout.write(seed);
 for await (const { text } of lm.stream(seed, { maxLength: 500, rngSeed: rngSeed && Number(rngSeed) })) {
   process.stdout.write(text);

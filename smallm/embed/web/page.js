@@ -1,47 +1,29 @@
-// The script of the page: loads the model and shows the text that it generates.
+// The script of the page: shows the text that worker.js generates.
 
 const at = (id) => document.getElementById(id);
 const MAX_LENGTH = Number(at("maxLength").max);
 const MAX_SURPRISAL = Number(at("max-surprisal").value); // nats at which a character gets the full colour
-const LOADED_BYTES = Number(at("loaded").value);
+const MODEL_BYTES = Number(at("loaded").value);
 const FIELDS = ["seed", "temperature", "topK", "maxLength", "rngSeed"].map(at); // the ids are option names of `stream`
-let lm;
-let run = null; // the running generation: { stopped }
+const worker = new Worker("worker.js", { type: "module" });
+let model = null; // its metadata and blockSize once it is loaded
+let run = null; // the text that is being written: { start, written }
+at("status").textContent = "Loading the model…";
 
-async function load() {
-  let received = 0;
-  at("status").textContent = "Loading the model…";
-  async function download(path) {
-    const response = await fetch(path);
-    if (!response.ok) throw new Error(`cannot load ${path}: the server answers ${response.status}; reload the page`);
-    const parts = [];
-    for (const reader = response.body.getReader(); ; ) {
-      const { done, value } = await reader.read();
-      if (done) return new Uint8Array(await new Blob(parts).arrayBuffer());
-      parts.push(value);
-      received += value.length;
-      at("progress").textContent = `${Math.min(100, Math.round((100 * received) / LOADED_BYTES))} %`;
-    }
-  }
-  const [ort, { LanguageModel }, wasm, model] = await Promise.all([
-    import("./onnxruntime/ort.js"),
-    import("./smallm.js"),
-    download("onnxruntime/ort.wasm"),
-    download("model.onnx"),
-  ]);
-  ort.env.wasm.wasmBinary = wasm.buffer;
-  lm = await LanguageModel.load(model, { ort });
-  const { sampling, training, precision } = lm.metadata;
+function showModel() {
+  const { metadata, blockSize } = model;
+  const { sampling, training, precision } = metadata;
   at("temperature").value = sampling.temperature ?? at("temperature").value;
   at("topK").value = sampling.top_k ?? at("topK").value;
   const { text = "some text", parameters, characters } = training;
   at("about").textContent =
     `A language model of ${parameters ? `${count(parameters)} parameters in ` : ""}${precision}. It was trained on ${text}` +
     `${characters ? `, ${count(characters)} characters,` : ""} and continues the text that you enter.`;
-  if (lm.metadata.window) at("overflow").add(new Option("slide: fast and exact", "slide", true, true), 0);
-  at("overflow-hint").textContent = `beyond ${count(lm.blockSize)} characters`;
+  if (metadata.window) at("overflow").add(new Option("slide: fast and exact", "slide", true, true), 0);
+  at("overflow-hint").textContent = `beyond ${count(blockSize)} characters`;
   at("status").textContent = "Ready";
   at("progress").textContent = "";
+  at("write").disabled = at("another").disabled = false;
 }
 
 function count(number) {
@@ -65,48 +47,50 @@ function fail(field, message) {
   throw Object.assign(new Error(message), { field });
 }
 
-async function write() {
+function write() {
   showError(null);
-  const current = (run = { stopped: false });
-  let written = 0;
-  let pending = document.createDocumentFragment();
-  const output = at("text");
   try {
-    const seed = at("seed").value;
-    const chunks = lm.stream(seed, readFields());
-    output.replaceChildren(Object.assign(document.createElement("span"), { className: "seed", textContent: seed }));
-    output.setAttribute("aria-busy", "true"); // screen readers read the text when it is complete
+    const [seed, options] = [at("seed").value, readFields()];
+    run = { start: performance.now(), written: 0 };
+    worker.postMessage({ seed, options });
+    at("text").replaceChildren(Object.assign(document.createElement("span"), { className: "seed", textContent: seed }));
+    at("text").setAttribute("aria-busy", "true"); // screen readers read the text when it is complete
     at("write").textContent = "Stop";
     at("status").textContent = "Writing…";
-    const start = performance.now();
-    const speed = () => `${count(Math.round((1000 * written) / (performance.now() - start)))} characters per second`;
-    let shown = start;
-    const show = () => {
-      output.append(pending);
-      pending = document.createDocumentFragment();
-      shown = performance.now();
-    };
-    for await (const chunk of chunks) {
-      if (current.stopped) break;
-      pending.append(coloured(chunk));
-      written++;
-      if (performance.now() - shown > 30) {
-        show();
-        at("progress").textContent = speed();
-      }
-    }
-    at("progress").textContent = written ? speed() : "";
-    at("status").textContent = `${current.stopped ? "Stopped" : "Done"}: ${count(written)} characters`;
-    show();
+    at("progress").textContent = "";
   } catch (error) {
-    output.append(pending);
-    at("status").textContent = at("progress").textContent = "";
     showError(error);
   }
-  output.setAttribute("aria-busy", "false");
+}
+
+function showPieces(pieces) {
+  at("text").append(...pieces.map(coloured));
+  run.written += pieces.length;
+  const speed = (1000 * run.written) / (performance.now() - run.start);
+  if (run.written) at("progress").textContent = `${count(Math.round(speed))} characters per second`;
+}
+
+function finish() {
+  at("text").setAttribute("aria-busy", "false");
   at("write").textContent = "Write";
   run = null;
 }
+
+worker.onmessage = ({ data }) => {
+  if (data.received) at("progress").textContent = `${Math.min(100, Math.round((100 * data.received) / MODEL_BYTES))} %`;
+  if (data.metadata) {
+    model = data;
+    showModel();
+  }
+  if (data.pieces) showPieces(data.pieces);
+  if (data.done) at("status").textContent = `${data.stopped ? "Stopped" : "Done"}: ${count(run.written)} characters`;
+  if (data.error) {
+    at("status").textContent = at("progress").textContent = "";
+    showError(new Error(data.error));
+  }
+  if (run && (data.done || data.error)) finish();
+};
+worker.onerror = () => worker.onmessage({ data: { error: "cannot start worker.js; reload the page" } });
 
 function coloured({ text, surprisal }) {
   const element = document.createElement("span");
@@ -132,30 +116,22 @@ function showError(error) {
   at("error").hidden = !message;
 }
 
-function stopOrWrite() {
-  if (run) run.stopped = true;
-  else write();
+function stop() {
+  worker.postMessage({ stop: true });
 }
 
 at("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (lm) stopOrWrite();
+  if (run) stop();
+  else if (model) write();
 });
 at("seed").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("form").requestSubmit();
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && run) run.stopped = true;
+  if (event.key === "Escape" && run) stop();
 });
 at("another").addEventListener("click", () => {
   at("rngSeed").value = crypto.getRandomValues(new Uint32Array(1))[0];
   if (!run) write();
 });
-
-load().then(
-  () => (at("write").disabled = at("another").disabled = false),
-  (error) => {
-    at("status").textContent = at("progress").textContent = "";
-    showError(error);
-  },
-);
