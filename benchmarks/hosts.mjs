@@ -13,9 +13,8 @@ const require = createRequire(join(modules, "x.js"));
 
 const hosts = {
   async node() {
-    const ort = require("onnxruntime-node");
     const { LanguageModel } = await import(pathToFileURL(join(model, "smallm.js")));
-    const lm = await LanguageModel.load(join(model, "model.onnx"), { ort, threads: 1 });
+    const lm = await LanguageModel.load(join(model, "model.onnx"));
     process.stdout.write(seed);
     for await (const { text } of lm.stream(seed, { maxLength: length, temperature, topK, rngSeed })) {
       process.stdout.write(text);

@@ -9,9 +9,8 @@ Python in the same round. The size counts what the host's package manager instal
 and its library, and the model, but not Python, Node and the browser. Prints a table, then all figures as one line of
 JSON.
 
-Hosts that are not installed are named and skipped. C needs a compiler; Node and Chromium need
-`npm ci --ignore-scripts` in tests/js; transformers.js needs the same in tests/hosts; genai needs the package
-onnxruntime-genai.
+Hosts that are not installed are named and skipped. C needs a compiler; Chromium needs `npm ci --ignore-scripts` in
+tests/js; transformers.js needs the same in tests/hosts; genai needs the package onnxruntime-genai.
 """
 
 import argparse
@@ -39,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 from smallm.cli.main import run
 from smallm.errors import UserError
 from smallm.export.folder import export_checkpoint
-from smallm.export.kits import ORT_FILES, write_c, write_node, write_web
+from smallm.export.kits import PAGE_FILES, write_c, write_node, write_web
 from smallm.generation.draft_table import DRAFT_TABLE_FILE
 from smallm.language_model import MODEL_FILE
 from smallm.runs.layout import validation_text
@@ -105,13 +104,13 @@ def c(folder: Path, work: Path) -> Host:
 
 
 def node(folder: Path, work: Path) -> Host:
-    """The Node kit, with onnxruntime-node."""
-    modules, kit = javascript(KIT_MODULES, "onnxruntime-node"), work / "kit-node"
+    """The Node kit."""
+    if not shutil.which("node"):
+        raise MissingError("Node")
+    kit = work / "kit-node"
     write_node(folder, kit)
     return Host(
-        partial(script, "node", modules, kit),
-        [*onnxruntime_node(modules), kit / "smallm.js"],
-        [kit / MODEL_FILE],
+        partial(script, "node", kit, kit), [kit / name for name in ("smallm.js", "smallm.wasm")], [kit / MODEL_FILE]
     )
 
 
@@ -121,12 +120,11 @@ def chromium(folder: Path, work: Path, serve: Callable[[Path], str]) -> Host:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         raise MissingError("Chromium; on Debian: apt-get install chromium")
-    write_web(folder, kit, modules / "onnxruntime-web")
+    write_web(folder, kit)
     address = serve(kit)
-    page = [kit / name for name in ("index.html", "style.css", "page.js", "smallm.js")]
     return Host(
         lambda task: [*script("chromium", modules, address, task), browser],
-        [*(kit / "onnxruntime" / name for name in ORT_FILES), *page],
+        [kit / name for name in (*PAGE_FILES, "smallm.js", "smallm.wasm")],
         [kit / MODEL_FILE],
     )
 
@@ -291,7 +289,7 @@ def table(found: Mapping[str, Mapping]) -> str:
     lines.append("|" + "---|" * 8)
     for name, each in found.items():
         figures = f"{each['start']:.2f} | {each['speed']:.0f} | {each['to_python']:.2f}"
-        sizes = f"{each['library_mb']:.1f} | {each['model_mb']:.1f} | {each['library_mb'] + each['model_mb']:.1f}"
+        sizes = f"{each['library_mb']:.2f} | {each['model_mb']:.2f} | {each['library_mb'] + each['model_mb']:.2f}"
         lines.append(f"| {name} | {figures} | {sizes} | {'yes' if each['same_text'] else 'no'} |")
     return "\n".join(lines)
 

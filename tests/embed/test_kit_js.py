@@ -1,8 +1,7 @@
 """The JavaScript kits in Node and in Chromium generate the texts of the C kit and of Python, and report mistakes.
 
 What they need is installed by `npm ci --ignore-scripts --prefix tests/js`, and Chromium by the system's packages.
-A host takes seconds for 200 characters of each golden text; SMALLM_GOLDEN_CHARACTERS=2000 with pytest's --timeout 0 is
-the whole proof, which takes minutes. SMALLM_SHOTS names a folder for screenshots of the page.
+SMALLM_SHOTS names a folder for screenshots of the page.
 """
 
 import ctypes
@@ -37,7 +36,7 @@ PACKAGES = JS / "node_modules"
 MODULE = SOURCES / "js" / "smallm.js"
 GOLDEN_FILE = Path(__file__).parents[1] / "golden.json"
 GOLDEN = json.loads(GOLDEN_FILE.read_text(encoding="utf-8"))
-CHARACTERS = int(os.environ.get("SMALLM_GOLDEN_CHARACTERS", "200"))  # of each golden text
+CHARACTERS = 2000  # of each golden text
 INSTALL = "npm ci --ignore-scripts --prefix tests/js"
 OPTIONS = [
     {"overflow": "shift"},
@@ -477,7 +476,7 @@ def broken_models(exported, tmp_path_factory) -> dict[str, tuple[Path, str]]:
         "page": (b"\n<!doctype html><p>Not found", "page is a web page, not a model; check the address"),
         "half": (data[: len(data) // 2], "is truncated or not an ONNX model"),
         "short": (data[:-1], "is truncated or not an ONNX model"),
-        "foreign": (foreign.SerializeToString(), "foreign is not a smallm model: it has no smallm metadata; write one with export.py"),
+        "foreign": (foreign.SerializeToString(), "is not a smallm model: it has no smallm metadata; write one with"),
         "other graph": (other.SerializeToString(), "it uses an operator that smallm models do not use"),
     }
     found = {}

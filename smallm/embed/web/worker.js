@@ -25,7 +25,7 @@ async function write(seed, options) {
   running = new AbortController();
   const { signal } = running;
   let pieces = [];
-  let sent = performance.now();
+  let sent = -Infinity; // the first character is shown at once
   try {
     for await (const piece of lm.stream(seed, { ...options, signal })) {
       pieces.push(piece);
