@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from smallm.cli.repl_state import ReplState
-from smallm.cli.terminal import bold, line_editing
+from smallm.cli.terminal import bold, line_editing, takes_colours
 from smallm.errors import UserError
 from smallm.generation.config import GenerationConfig
 from smallm.html.escape import printable
@@ -53,7 +53,7 @@ class Console:
     def __init__(self, state: ReplState, flush: bool = True):
         self.state, self._flush = state, flush
         self._interactive, self._escapes = sys.stdin.isatty(), sys.stdout.isatty()
-        self._bold = self._escapes and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+        self._bold = takes_colours(sys.stdout, os.environ)
         self._saved: set[Path] = set()  # files that /save may overwrite
         names = [name.removeprefix("do_") for name in vars(Console) if name.startswith("do_")]
         self.commands: dict[str, Callable[..., Any]] = {name: getattr(self, f"do_{name}") for name in names}
@@ -162,10 +162,9 @@ class Console:
             path = path.expanduser()
             with path.open("w" if path in self._saved else "x", encoding="utf-8", newline="") as stream:
                 stream.write(text)
-        except FileExistsError:
-            raise UserError(f"{path} exists already; choose another name") from None
         except (OSError, ValueError, RuntimeError) as error:  # a NUL in the name; ~ without a home folder
-            raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+            problem = getattr(error, "strerror", None) or error
+            raise UserError(f"cannot write {path}: {problem}; choose another name") from None
         self._saved.add(path)
         self._print(f"wrote {len(text):,} characters to {path}")
 

@@ -25,7 +25,10 @@ LEFT = {"run", "text", "state", "export"}
 
 def main(argv: Sequence[str]) -> int:
     """Runs `smallm runs` with these arguments."""
-    options = _parser().parse_args(argv)
+    parser = ArgumentParser(prog="smallm runs", description="Lists the runs in a folder, newest first.")
+    parser.add_argument("folder", nargs="?", type=Path, help="folder of runs, or one run; default: runs")
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
+    options = parser.parse_args(argv)
     folder = RUNS if options.folder is None else options.folder
     found = find_runs(folder) if options.folder or folder.is_dir() else []
     runs = sorted(_readable(found), key=lambda run: run.written, reverse=True)
@@ -90,10 +93,3 @@ def as_json(run: Run) -> dict[str, Any]:
         "total_steps": run.total_steps, "epoch": run.epoch, "seconds": run.seconds,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.written)), "exports": run.exports,
     }  # fmt: skip
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="smallm runs", description="Lists the runs in a folder, newest first.")
-    parser.add_argument("folder", nargs="?", type=Path, help="folder of runs, or one run; default: runs")
-    parser.add_argument("--json", action="store_true", help="print a JSON list")
-    return parser

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from smallm.cli import text_file
+from smallm.cli.terminal import takes_colours
 from smallm.errors import UserError
 from smallm.html.escape import visible
 from smallm.html.page import save
@@ -15,7 +16,7 @@ from smallm.language_model import LanguageModel
 from smallm.surprisal.measure import Measured, measure
 from smallm.surprisal.page import PAGE_CHARACTERS, summary, surprisal_page
 from smallm.surprisal.spans import SpanFinder
-from smallm.surprisal.terminal_view import legend, painted, span_list, takes_colours
+from smallm.surprisal.terminal_view import legend, painted, span_list
 
 
 def surprise(

@@ -35,14 +35,11 @@ def table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str
     """
     widths = [max(map(columns_of, column)) for column in zip(*rows, strict=True)]
 
-    def line(row: Sequence[str]) -> str:
-        cells = []
-        for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
-            space = " " * (width - columns_of(cell))
-            cells.append(cell + space if i in left else space + cell)
-        return "  ".join(cells).rstrip()
+    def padded(i: int, cell: str) -> str:
+        space = " " * (widths[i] - columns_of(cell))
+        return cell + space if i in left else space + cell
 
-    return [line(row) for row in rows]
+    return ["  ".join(padded(i, cell) for i, cell in enumerate(row)).rstrip() for row in rows]
 
 
 def short_count(number: float | None) -> str:

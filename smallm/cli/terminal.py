@@ -1,9 +1,10 @@
-"""What the REPL needs of a terminal: lines with a history, and bold text."""
+"""Terminals: colours, bold text, and lines with a history."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 HISTORY_LINES = 1000
 
@@ -11,6 +12,11 @@ HISTORY_LINES = 1000
 def bold(text: str) -> str:
     """The text with the escape codes for bold."""
     return f"\x1b[1m{text}\x1b[0m" if text else ""
+
+
+def takes_colours(stream: TextIO, environment: Mapping[str, str]) -> bool:
+    """Whether a stream is a terminal with colours, and the user has not switched colours off with NO_COLOR."""
+    return stream.isatty() and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
 
 
 @contextmanager

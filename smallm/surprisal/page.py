@@ -32,7 +32,13 @@ def surprisal_page(
     total, n = figures.characters + 1, len(stored.text)
     anchors = {span: f"span-{number}" for number, span in enumerate([*passages, *words], start=1)}
     inside = {span: anchor for span, anchor in anchors.items() if span.end <= n}
-    body = [f"<h1>What the model did not expect in {escape(name)}</h1>", _figures(model, figures)]
+    body = [
+        f"<h1>What the model did not expect in {escape(name)}</h1>",
+        f"<p>{escape(summary(model, figures))}.</p>",
+        f'<p class="soft">Each character is predicted from the {model.block_size // 2:,} to {model.block_size:,} '
+        "ids before it, or from all of them near the beginning. Nats are -ln of the probability that the model gave "
+        "it.</p>",
+    ]
     if passages:
         body.append("<h2>Passages, by nats above the usual surprisal of the text</h2>")
         body.append(_list(_passage(span, inside.get(span)) for span in passages))
@@ -45,11 +51,10 @@ def surprisal_page(
     if n < total:
         body.append(f"<p>This page holds the first {n:,} of its {total:,} characters; of the rest it lists only "
                     "the spans above.</p>")  # fmt: skip
-    body.append(HOW_TO_READ)
-    body.append(legend())
     marked = sorted((span.offset, span.end, anchor) for span, anchor in inside.items())
     name_of = partial(id_name, model.vocabulary)
-    body.append(characters(stored.text, stored.nats, stored.expected, stored.probabilities, name_of, marked))
+    text = characters(stored.text, stored.nats, stored.expected, stored.probabilities, name_of, marked)
+    body += [HOW_TO_READ, legend(), text]
     return page(f"Surprisal: {name}", "\n".join(body), (*CHARACTERS_STATIC, "spans.css"))
 
 
@@ -60,14 +65,6 @@ def summary(model: LanguageModel, figures: Perplexity) -> str:
     return (
         f"{figures.nats_per_char:.4f} nats per character ({figures.bits_per_char:.4f} bits), over "
         f"{figures.characters:,} characters{beside}"
-    )
-
-
-def _figures(model: LanguageModel, figures: Perplexity) -> str:
-    return (
-        f"<p>{escape(summary(model, figures))}.</p>\n"
-        f'<p class="soft">Each character is predicted from the {model.block_size // 2:,} to {model.block_size:,} ids '
-        "before it, or from all of them near the beginning. Nats are -ln of the probability that the model gave it.</p>"
     )
 
 

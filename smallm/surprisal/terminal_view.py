@@ -1,7 +1,6 @@
 """A text in the terminal, coloured by surprisal, and the list of its most surprising spans."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TextIO
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -12,11 +11,6 @@ from smallm.surprisal.spans import Span
 COLOURS = ((16, 230), (16, 222), (16, 215), (16, 209), (16, 203), (231, 160))
 """Foreground and background of each level, as numbers of the 256-colour palette."""
 MAX_EXCERPT = 60  # characters
-
-
-def takes_colours(stream: TextIO, environment: Mapping[str, str]) -> bool:
-    """Whether a stream is a terminal with colours, and the user has not switched colours off with NO_COLOR."""
-    return stream.isatty() and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
 
 
 def legend() -> str:

@@ -19,11 +19,12 @@ import pytest
 from smallm import LanguageModel
 from smallm.cli import main as cli
 from smallm.cli import surprise as surprise_command
+from smallm.cli.terminal import takes_colours
 from smallm.html import page as html
 from smallm.html.characters import CHARACTERS_STATIC, LEVELS, characters, level, percent, runs
 from smallm.html.escape import HIDDEN, escape, visible
 from smallm.surprisal.measure import EXPECTED, Measured, id_name, measure
-from smallm.surprisal.terminal_view import painted, takes_colours
+from smallm.surprisal.terminal_view import painted
 
 SCRIPT = Path(__file__).parents[2] / "infer.py"
 HOSTILE = "</script><script>alert(1)</script> & \"quotes\" <!-- \x1b[31m\x07\x00\x9b \u202eflip\u2028 \r\n\tend é中🎉"
