@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from smallm.cli.repl_state import ReplState
-from smallm.cli.terminal import bold, line_editing, takes_colours
+from smallm.cli.terminal import line_editing, takes_colours
 from smallm.errors import UserError
 from smallm.generation.config import GenerationConfig
 from smallm.html.escape import printable
@@ -201,7 +201,9 @@ class Console:
         """Prints to stdout; on a terminal with control characters escaped, and with typed text in bold."""
         if self._escapes:
             text = printable(text, keep="\n\t")
-        print(bold(text) if typed and self._bold else text, end=end, flush=self._flush)
+        if typed and text and self._bold:
+            text = f"\x1b[1m{text}\x1b[0m"
+        print(text, end=end, flush=self._flush)
 
     def _stream(self, chunks: Iterator[str]) -> None:
         """Prints a text while it is generated, until its end or Ctrl-C."""

@@ -1,4 +1,4 @@
-"""Terminals: colours, bold text, and lines with a history."""
+"""Terminals: colours, and lines with a history."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -7,11 +7,6 @@ from pathlib import Path
 from typing import TextIO
 
 HISTORY_LINES = 1000
-
-
-def bold(text: str) -> str:
-    """The text with the escape codes for bold."""
-    return f"\x1b[1m{text}\x1b[0m" if text else ""
 
 
 def takes_colours(stream: TextIO, environment: Mapping[str, str]) -> bool:

@@ -4,8 +4,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from smallm.runs.state_file import read_json
+
 FILE, OLD_FILE = "baselines.json", "yardsticks.json"  # the old name is only read
-MAX_BYTES = 1 << 16
 MAX_BITS = 1e6
 
 
@@ -33,16 +34,9 @@ def read_baselines(run: Path) -> list[Baseline]:
     """Reads the file of a run; an empty list if the file is missing or damaged."""
     file = run / FILE if (run / FILE).exists() else run / OLD_FILE
     try:
-        if file.stat().st_size > MAX_BYTES:
-            return []
-        found = [Baseline(**one) for one in json.loads(file.read_text(encoding="utf-8"))]
-        return found if all(map(_is_valid, found)) else []
-    except (OSError, ValueError, TypeError, RecursionError):
+        found = [Baseline(**one) for one in read_json(file, list)]
+        valid = all(isinstance(one.name, str) and isinstance(one.how, str) and 0 <= one.bits_per_char < MAX_BITS
+                    for one in found)  # fmt: skip
+        return found if valid else []
+    except (OSError, ValueError, TypeError):
         return []
-
-
-def _is_valid(one: Baseline) -> bool:
-    if type(one.bits_per_char) not in (int, float) or not 0 <= one.bits_per_char < MAX_BITS:  # NaN fails, too
-        return False
-    texts = (one.name, one.how)
-    return all(isinstance(text, str) and not any("\ud800" <= c <= "\udfff" for c in text) for text in texts)

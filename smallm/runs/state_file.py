@@ -20,7 +20,7 @@ def read_state_file(folder: Path) -> dict[str, Any]:
     """The values in the state file of a checkpoint, without the checksum. Raises `UserError` if they were altered."""
     file = folder / STATE_FILE
     try:
-        values = read_json(file)
+        values: dict[str, Any] = read_json(file)
         version = values["format_version"]
         expected = values.pop(CHECKSUM if CHECKSUM in values else OLD_CHECKSUM)
     except (OSError, ValueError, KeyError):
@@ -37,8 +37,8 @@ def checksum(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises `ValueError` for any other content, `OSError` if the file cannot be read."""
+def read_json(file: Path, kind: type = dict) -> Any:
+    """A JSON object, or a value of another `kind`. Raises `ValueError` for any other content, or `OSError`."""
     if file.stat().st_size > MAX_BYTES:
         raise ValueError("larger than 8 MB")
     try:
@@ -46,7 +46,7 @@ def read_json(file: Path) -> dict[str, Any]:
         json.dumps(content, ensure_ascii=False).encode()  # JSON can spell lone surrogates, which are not valid text
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if not isinstance(content, dict) or _is_deeper(content, MAX_DEPTH):
+    if not isinstance(content, kind) or _is_deeper(content, MAX_DEPTH):
         raise ValueError("not a JSON object, or nested too deeply")
     return content
 
