@@ -80,7 +80,6 @@ def main(argv: Sequence[str]) -> int:
         run_repl(model, options.seed, _given(options), options.stream)
     else:
         _generate(model, options)
-    print(end="", flush=True)  # a closed pipe (head) is noticed here, not when Python shuts down
     return 0
 
 

@@ -27,6 +27,7 @@ HELP = r"""TEXT                 is added to the text, and the model continues it
                      with a slash type two slashes
 (empty line)         same as /more; Ctrl-C stops only the model"""
 OPTIONS = {each.flag: each for each in GenerationConfig.options() if each.flag}
+ALIASES = {"again": "retry", "new": "go"}
 PROMPT = "> "
 END_SHOWN = 48  # characters of a text in a list
 
@@ -90,7 +91,8 @@ class Console:
         if not line.startswith("/") or line.startswith("//"):
             return self._add(unescaped(line.removeprefix("/")))
         typed, _, argument = line[1:].partition(" ")
-        name = "retry" if typed == "again" else typed.replace("_", "-")  # /again is the old name
+        name = typed.replace("_", "-")
+        name = ALIASES.get(name, name)
         arguments = [argument] if argument.strip() else []
         if name in OPTIONS:
             return self._set_option(name, *arguments)
@@ -136,13 +138,11 @@ class Console:
             text = "".join(turn.text for turn in turns)
             self._print(f"{'*' if turns == self.state.turns else ' '} {name}  {_end_of(text)}")
 
-    def do_go(self, name: str) -> None:
-        """/go NAME: switches to a stored text; the current text is stored first"""
-        self._switch(name)
-
-    def do_new(self) -> None:
-        """/new: starts an empty text; the current text is stored first"""
-        self._switch(None)
+    def do_go(self, name: str = "") -> None:
+        """/go [NAME]: switches to a stored text, or without NAME to a new one; the current text is stored first"""
+        if stored := self.state.switch(name):
+            self._print(f"stored the other text as {stored}")
+        self._print(_end_of(self.state.text))
 
     def do_text(self) -> None:
         """/text: shows the whole text"""
@@ -222,11 +222,6 @@ class Console:
         self.state.add(text)
         self._print(text, end="", typed=True)
         self._stream(self.state.generate())
-
-    def _switch(self, name: str | None) -> None:
-        if stored := self.state.switch(name):
-            self._print(f"stored the other text as {stored}")
-        self._print(_end_of(self.state.text))
 
     def _set_option(self, flag: str, argument: str = "") -> None:
         """Sets an option if a value is given, and prints its value."""

@@ -110,16 +110,16 @@ class ReplState:
         self.branches[name] = self.turns.copy()
         return name
 
-    def switch(self, name: str | None) -> str:
-        """Switches to a branch, or with None to an empty text, and stores the current text if no branch has it.
+    def switch(self, name: str = "") -> str:
+        """Switches to a branch, or without a name to an empty text, and stores the current text if no branch has it.
 
         Returns the name under which the current text was stored, or "". Raises `UserError` for an unknown branch.
         """
-        if name is not None and name not in self.branches:
+        if name and name not in self.branches:
             known = f"there are: {', '.join(self.branches)}" if self.branches else "/branch makes one"
             raise UserError(f"there is no branch {name}; {known}")
         stored = self.branch() if self.turns and self.turns not in self.branches.values() else ""
-        self.turns = [] if name is None else self.branches[name].copy()
+        self.turns = self.branches[name].copy() if name else []
         self._waiting = None
         return stored
 
