@@ -10,8 +10,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from smallm.command_line import command
-from smallm.errors import UserError
+from smallm.errors import UserError, command
 from smallm.generation.batch import Batch, suits_batch
 from smallm.generation.config import GenerationConfig, GenerationOptions, with_options
 from smallm.generation.draft_table import DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE, DraftTable

@@ -10,8 +10,7 @@ from typing import Any
 
 from smallm.cli.arguments import ArgumentParser
 from smallm.cli.table import MISSING, columns_of, duration, short_count, shortened, table
-from smallm.command_line import command
-from smallm.errors import UserError
+from smallm.errors import UserError, command
 from smallm.html.escape import printable
 from smallm.runs.layout import EXPORT, RUNS
 from smallm.runs.summary import Run, find_runs, read_run

@@ -10,8 +10,7 @@ from typing import Any
 from smallm.cli.arguments import ArgumentParser
 from smallm.cli.runs import as_json
 from smallm.cli.table import MISSING, duration, short_count, shortened, table
-from smallm.command_line import command
-from smallm.errors import UserError
+from smallm.errors import UserError, command
 from smallm.html.escape import printable
 from smallm.runs.baselines_file import read_baselines
 from smallm.runs.config_file import flatten

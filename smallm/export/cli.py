@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smallm.cli.arguments import ArgumentParser
-from smallm.command_line import command
-from smallm.errors import UserError
+from smallm.errors import UserError, command
 from smallm.language_model import MODEL_FILE
 
 DESCRIPTION = """\

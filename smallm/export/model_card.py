@@ -57,8 +57,8 @@ def model_card(
     length = len(manifest.vocabulary.encode(seed))
     new = max(1, min(MAX_NEW, manifest.block_size - length))
     loss, rows = manifest.training.get("val_loss"), [each for each in baselines if each.name != "model"]
-    compared = [[each.name, f"{each.bits_per_char:.4f}", each.how] for each in rows if loss is not None]
-    if compared:
+    compared = [[each.name, f"{each.bits_per_char:.4f}", each.how] for each in rows]
+    if compared and loss is not None:
         compared.insert(0, ["the model", f"{loss / math.log(2):.4f}", "on the whole validation text"])
     kilobytes = {file: f"{size / 1000:,.1f}" for file, size in sizes.items()}
     gguf = next((file for file in sizes if file.endswith(".gguf")), None)
@@ -69,7 +69,7 @@ def model_card(
         "mark": MARK,
         "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0)),
         "sample": shown,
-        "baselines": _rows(compared) if compared else None,
+        "baselines": _rows(compared) if compared and loss is not None else None,
         "precisions": _rows(each.cells() for each in measured),
         "seed": json.dumps(seed, ensure_ascii=False),
         "new": new,

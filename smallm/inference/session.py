@@ -8,8 +8,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from smallm.command_line import command
-from smallm.errors import UserError
+from smallm.errors import UserError, command
 from smallm.inference.processors import usable_processors
 from smallm.model_file.manifest import Manifest
 from smallm.model_file.onnx_reader import FLOAT, INT64, read_onnx

@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
-from smallm.command_line import command
-from smallm.errors import UserError
+from smallm.errors import UserError, command
 from smallm.model_file.onnx_reader import OnnxFile
 from smallm.model_file.sampling import Sampling
 from smallm.tokenizer.vocabulary import Vocabulary

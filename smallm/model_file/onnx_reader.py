@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smallm.command_line import command
-from smallm.errors import UserError
+from smallm.errors import UserError, command
 
 _OPERATORS = """
     Add ArgMax Cast Concat ConstantOfShape Div Expand Gather Greater GroupQueryAttention Less MatMul MatMulNBits Max Mul

@@ -3,8 +3,7 @@
 import os
 from pathlib import Path
 
-from smallm.command_line import command
-from smallm.errors import UserError
+from smallm.errors import UserError, command
 
 RUNS = Path("runs")
 CONFIG = "config.toml"

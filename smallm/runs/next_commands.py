@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smallm.command_line import command
+from smallm.errors import command
 from smallm.runs.layout import CONFIG
 
 

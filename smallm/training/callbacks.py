@@ -13,8 +13,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from smallm.command_line import command
-from smallm.errors import UserError
+from smallm.errors import UserError, command
 from smallm.inference.scoring import perplexity
 from smallm.runs.baselines_file import Baseline, write_baselines
 from smallm.runs.layout import OLD_VALIDATION, VALIDATION

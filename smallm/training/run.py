@@ -12,8 +12,7 @@ from accelerate import Accelerator
 from filelock import Timeout
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not re-exported for checkers
 
-from smallm.command_line import command
-from smallm.errors import ProcessError, UserError
+from smallm.errors import ProcessError, UserError, command
 from smallm.runs.layout import LOCK
 from smallm.training import trackers
 from smallm.training.analysis.baselines import seconds_to_reserve

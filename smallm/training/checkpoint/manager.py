@@ -10,8 +10,7 @@ from typing import Any
 import tomli_w
 
 from smallm.atomic_write import atomic_write, rename
-from smallm.command_line import command
-from smallm.errors import UserError
+from smallm.errors import UserError, command
 from smallm.runs.config_file import read_toml
 from smallm.runs.layout import CHECKPOINTS, CONFIG, VALIDATION, is_run
 from smallm.training.checkpoint.format import REPLACED, checkpoint_folder, read_state, verify

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smallm.command_line import command, quoted
-from smallm.errors import UserError
+from smallm.errors import UserError, command, quoted
 from smallm.language_model import find_model
 from smallm.runs.next_commands import next_commands
 
