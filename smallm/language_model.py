@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Unpack
 
 import numpy as np
@@ -15,15 +14,14 @@ from smallm.generation.batch import Batch, suits_batch
 from smallm.generation.config import GenerationConfig, GenerationOptions, with_options
 from smallm.generation.draft_table import DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE, DraftTable
 from smallm.generation.logits_processors import LogitsProcessor
-from smallm.generation.sampler import ranked
+from smallm.generation.sampler import probabilities
 from smallm.generation.sequence_state import SequenceState
 from smallm.generation.speculative import drafts_per_pass
 from smallm.generation.text_stream import TextChunk, TextsInTurn, TextStream
 from smallm.inference.kv_cache import KVCache
-from smallm.inference.scoring import IGNORED, Perplexity, begins_character, nats, windows
+from smallm.inference.scoring import IDS_PER_BATCH, IGNORED, Perplexity, begins_character, nats, windows
 from smallm.inference.session import Session
 from smallm.model_file.manifest import Manifest
-from smallm.model_file.sampling import Sampling
 from smallm.options import as_path, check_bool, check_int, with_hints
 from smallm.runs.layout import EXPORT, is_run
 from smallm.tokenizer.vocabulary import Vocabulary
@@ -81,9 +79,7 @@ class LanguageModel:
     def __enter__(self) -> "LanguageModel":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @with_options
@@ -186,11 +182,10 @@ class LanguageModel:
                 if tuple(self.vocabulary.encode(character)) == path:  # not the bytes of a character that has an id
                     found.append((character, -negative))
             elif len(path) < 4 and negative < -MIN_PROBABILITY:
-                ids, weights = ranked(after(path), Sampling(temperature=1.0))
-                fits = begins_character(ids) == (not path)  # other ids could not become a character
-                probabilities = -negative * weights[fits] / weights.sum()
-                for id, p in zip(ids[fits].tolist(), probabilities.tolist(), strict=True):
-                    heapq.heappush(paths, (-p, (*path, id)))
+                fits = begins_character(np.arange(self.vocab_size)) == (not path)  # others cannot become a character
+                p = negative * probabilities(after(path))
+                for id in np.flatnonzero(fits).tolist():
+                    heapq.heappush(paths, (p.item(id), (*path, id)))
         return found
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
@@ -218,7 +213,7 @@ class LanguageModel:
         starts = np.flatnonzero(begins_character(ids))
         if not len(starts):
             return np.empty(0)
-        scored = [self._nats(*batch)[batch[1] != IGNORED] for batch in windows([ids], self.block_size)]
+        scored = [self._nats(*batch)[batch[1] != IGNORED] for batch in self._windows([ids])]
         predicted = np.concatenate([np.empty(0), *scored])  # of the ids after the first character
         return np.add.reduceat(np.concatenate([np.full(len(ids) - len(predicted), np.nan), predicted]), starts)
 
@@ -243,7 +238,7 @@ class LanguageModel:
                 characters += len(piece)
                 yield self.vocabulary.encode(piece)
 
-        total = sum(float(self._nats(*batch).sum()) for batch in windows(pieces(), self.block_size, stride))
+        total = sum(float(self._nats(*batch).sum()) for batch in self._windows(pieces(), stride))
         if characters < 2:
             raise UserError(f"the text has {characters} character(s); perplexity needs at least 2")
         return Perplexity.of(total, characters - 1)
@@ -290,12 +285,13 @@ class LanguageModel:
         seen = (seed or self.metadata.start_text)[-self.block_size :]  # a character has at least one id
         return self.vocabulary.encode(seen).astype(np.int64)
 
+    def _windows(
+        self, pieces: Iterable[np.ndarray], stride: int | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return windows(pieces, self.block_size, stride, min(IDS_PER_BATCH, MAX_LOGITS // self.vocab_size))
+
     def _nats(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """The nats (B, T) float64 of targets (B, T) after inputs (B, T); 0 where the target does not count."""
-        rows = max(1, MAX_LOGITS // (inputs.shape[1] * self.vocab_size))
-        if len(inputs) > rows:
-            parts = range(0, len(inputs), rows)
-            return np.concatenate([self._nats(inputs[i : i + rows], targets[i : i + rows]) for i in parts])
         used = 1 + np.flatnonzero((targets != IGNORED).any(axis=0)).max(initial=0)  # the last window may be short
         found = np.zeros(targets.shape)
         found[:, :used] = nats(self._session.logits(inputs[:, :used]), targets[:, :used])

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -12,7 +13,8 @@ import torch
 from smallm.errors import UserError
 from smallm.export.graph import build_graph
 from smallm.generation.rng import Rng
-from smallm.generation.sampler import sample
+from smallm.generation.sampler import MIN_TEMPERATURE, sample
+from smallm.inference.scoring import NOT_FINITE
 from smallm.model_file.manifest import Manifest
 from smallm.model_file.sampling import Sampling
 from smallm.tokenizer.vocabulary import Vocabulary
@@ -118,3 +120,19 @@ def message(call, *args) -> str:
     text = str(caught.value)
     assert "\n" not in text
     return text
+
+
+def ranked(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """What `sample` follows: the ids that may be taken (K,), most likely first, and their weights (K,), the first 1."""
+    order = np.argsort(-logits, kind="stable")  # NaN goes to the end
+    if not np.isfinite(logits[order[0]]) or np.isnan(logits[order[-1]]):
+        raise UserError(NOT_FINITE)
+    kept = logits[order[: 1 if sampling.temperature == 0 else sampling.top_k or None]].astype(np.float64)
+    weights = np.exp((kept - kept[0]) / max(sampling.temperature, MIN_TEMPERATURE))
+    keep = len(weights)
+    if sampling.top_p < 1:
+        cumulative = weights.cumsum()
+        keep = int(cumulative.searchsorted(sampling.top_p * cumulative[-1])) + 1
+    if sampling.min_p > 0:
+        keep = min(keep, int((-weights).searchsorted(-sampling.min_p, side="right")))
+    return order[:keep], weights[:keep]

@@ -30,18 +30,8 @@ from smallm.model_file.sampling import Sampling
 MIN_TEMPERATURE = 1e-200  # a lower temperature gives the same ids, but the division could overflow
 
 
-def ranked(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """The ids that may be taken (K,), most likely first, and their weights (K,) float64, the first 1.
-
-    logits: (V,). Raises `UserError` if a logit is NaN or the largest is infinite.
-    """
-    order = np.argsort(-logits, kind="stable")  # NaN goes to the end
-    weights = _ranked_weights(-logits[order], sampling)
-    return order[: len(weights)], weights
-
-
 def sample(logits: np.ndarray, u: float, sampling: Sampling) -> int:
-    """The id that u in [0, 1) takes from logits (V,). Raises `UserError` as `ranked` does."""
+    """The id that u in [0, 1) takes from logits (V,). Raises `UserError` for a NaN and an infinite largest logit."""
     most_likely = logits.argmax()  # the first NaN, if there is one
     largest = logits.item(most_likely)
     if not math.isfinite(largest):
@@ -84,6 +74,16 @@ def pick(cumulative: np.ndarray, u: float) -> int:
     return int(cumulative.searchsorted(u * cumulative.item(-1), side="right"))
 
 
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """The probability of each id (V,) float64 at temperature 1. Raises `UserError` as `sample` does."""
+    largest = logits.max().item()  # NaN if any logit is NaN
+    if not math.isfinite(largest):
+        raise UserError(NOT_FINITE)
+    weights = _weights(logits, largest, 1.0)
+    weights /= weights.sum()
+    return weights
+
+
 def log_probability(logits: np.ndarray, id: int) -> float:
     """ln of the probability of an id at temperature 1, given the model's logits (V,)."""
     shifted = logits.astype(np.float64)
@@ -110,22 +110,6 @@ def _kept(logits: np.ndarray, largest: float, sampling: Sampling) -> np.ndarray 
     ids = (logits >= lowest).nonzero()[0]
     surplus = len(ids) - count
     return ids if surplus == 0 else np.delete(ids, (logits[ids] == lowest).nonzero()[0][-surplus:])
-
-
-def _ranked_weights(descending: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Weights (K,) float64 of the ids that may be taken, given the negated logits (V,) in ascending order."""
-    first = descending.item(0)
-    if not math.isfinite(first) or math.isnan(descending.item(-1)):
-        raise UserError(NOT_FINITE)
-    kept = descending[: 1 if sampling.temperature == 0 else sampling.top_k or None]
-    weights = _weights(-kept, -first, sampling.temperature)
-    keep = len(weights)
-    if sampling.top_p < 1:
-        cumulative = weights.cumsum()
-        keep = int(cumulative.searchsorted(sampling.top_p * cumulative[-1])) + 1
-    if sampling.min_p > 0:
-        keep = min(keep, int((-weights).searchsorted(-sampling.min_p, side="right")))
-    return weights[:keep]
 
 
 def _weights(logits: np.ndarray, largest: float | np.ndarray, temperature: float) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The state of one sequence, apart from the model: from logits to the next id, and from ids to characters."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import copy
 
 import numpy as np
@@ -9,7 +9,6 @@ from smallm.generation.config import GenerationConfig
 from smallm.generation.logits_processors import LogitsProcessor
 from smallm.generation.rng import Rng
 from smallm.generation.sampler import cumulative_weights, log_probability, pick, sample
-from smallm.generation.stop_strings import StopStrings
 from smallm.tokenizer.vocabulary import Vocabulary
 
 Prediction = tuple[np.ndarray, np.ndarray | None]
@@ -46,8 +45,7 @@ class SequenceState:
         self.done = config.max_length == 0
         self._processes = processor.active
         self._decoder = vocabulary.decoder()
-        stops = [stop for stop in config.stop if len(stop) <= config.max_length]  # longer stops cannot occur
-        self._stops = StopStrings(stops) if stops else None
+        self._stops = [stop for stop in config.stop if len(stop) <= config.max_length]  # longer stops cannot occur
         self._min_length, self._max_length = config.min_length, config.max_length
         self.ready = ""
         """New characters that are final and not taken yet."""
@@ -132,21 +130,28 @@ class SequenceState:
         if self.keeps_logprobs:
             self._logprobs = [*self._logprobs, *[0.0] * (len(text) - 1), self._logprob]  # `mark` keeps the old list
             self._logprob = 0.0
-        if self._stops is None:
-            self.ready = self.ready + text if self.ready else text
+        if self._stops:
+            self._hold_back(text)
         else:
-            self._hold_back(text, self._stops)
+            self.ready = self.ready + text if self.ready else text
         if self._length == self._max_length:
             self.done = True
             self.ready, self._held = self.ready + self._held, ""
 
-    def _hold_back(self, text: str, stops: StopStrings) -> None:
+    def _hold_back(self, text: str) -> None:
         """Moves characters that cannot be part of a stop string to `ready`; ends the text before a stop string."""
         for number, character in enumerate(text, self._length - len(text)):
             self._held += character
-            complete, begun = stops.match(self._held) if number >= self._min_length else (0, 0)
+            complete, begun = match_stops(self._stops, self._held) if number >= self._min_length else (0, 0)
             free = len(self._held) - (complete or begun)
             self.ready, self._held = self.ready + self._held[:free], self._held[free:]
             if complete:
                 self._held, self.done = "", True
                 return
+
+
+def match_stops(stops: Sequence[str], tail: str) -> tuple[int, int]:
+    """(length of the longest stop string at the end of the tail, length of the longest end that begins a stop)."""
+    complete = max((len(stop) for stop in stops if tail.endswith(stop)), default=0)
+    ends = (tail[start:] for start in range(len(tail)))
+    return complete, next((len(end) for end in ends if any(stop.startswith(end) for stop in stops)), 0)

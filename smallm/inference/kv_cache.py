@@ -1,23 +1,10 @@
 """The KV cache: keys and values that the model reads and extends in place, so that a step copies nothing."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from smallm.inference.session import Session
-
-
-class Snapshot(NamedTuple):
-    """A copy of one stream of a `KVCache`."""
-
-    keys_values: np.ndarray
-    """Keys and values of every layer (2 n_layer, n_kv_head, length, head_dim)."""
-
-    @property
-    def length(self) -> int:
-        """Number of ids that the stream holds."""
-        return int(self.keys_values.shape[2])
 
 
 class KVCache:
@@ -36,7 +23,7 @@ class KVCache:
         self.longest = 0
         """The largest of `lengths`."""
         self._slid = np.zeros(streams, np.int64)  # ids of each stream that `slide` has removed
-        self._unfinished: _Slide | None = None  # a slide that is complete but for the changes of the cache
+        self._unfinished: tuple[int, np.ndarray, int] | None = None  # arguments of `_complete` that are not stored yet
         self._session = session
         self._keys_values = np.zeros((2 * m.n_layer, streams, m.n_kv_head, m.block_size, m.head_dim), np.float32)
         self._mask = np.zeros((streams, m.block_size), np.int64)  # 1 where the cache holds an id
@@ -112,7 +99,7 @@ class KVCache:
         before, and after `reset` the contents are lost, but not the length. May be repeated.
         """
         if self._unfinished:
-            self._complete(self._unfinished)
+            self._complete(*self._unfinished)
         self.lengths = np.minimum(end - self._slid, self.block_size)
         self.longest = int(self.lengths.max())
         self._mask[:] = np.arange(self.block_size) < self.lengths[:, None]
@@ -138,44 +125,34 @@ class KVCache:
         keys = moved[0::2]
         low, high = keys[..., :half].copy(), keys[..., half:].copy()
         keys[..., :half], keys[..., half:] = low * cos + high * sin, high * cos - low * sin
-        self._unfinished = slide = _Slide(stream, moved, int(self._slid[stream]) + length - kept)
-        self._complete(slide)
+        self._unfinished = slide = stream, moved, int(self._slid[stream]) + length - kept
+        self._complete(*slide)
 
-    def _complete(self, slide: "_Slide") -> None:
-        """Stores the result of a slide; may be repeated if it is interrupted."""
-        stream, moved, slid = slide
+    def _complete(self, stream: int, moved: np.ndarray, slid: int) -> None:
+        """Stores the result of a slide: keys and values at their new positions, and the ids removed since the reset."""
         kept = moved.shape[2]
         self._keys_values[:, stream, :, :kept] = moved
         self._mask[stream, kept:], self.lengths[stream], self._slid[stream] = 0, kept, slid
         self.longest = int(self.lengths.max())
         self._unfinished = None
 
-    def snapshot(self, stream: int = 0) -> Snapshot:
-        """A copy of one stream, for `restore`."""
-        return Snapshot(self._keys_values[:, stream, :, : self.lengths[stream]].copy())
+    def snapshot(self, stream: int = 0) -> np.ndarray:
+        """A copy of one stream, for `restore`: keys and values (2 n_layer, n_kv_head, length, head_dim)."""
+        return self._keys_values[:, stream, :, : self.lengths[stream]].copy()
 
-    def restore(self, snapshot: Snapshot, stream: int = 0) -> None:
+    def restore(self, snapshot: np.ndarray, stream: int = 0) -> None:
         """Replaces one stream by a snapshot, which may come from another cache of the same model."""
         self.reset(stream)
-        self._keys_values[:, stream, :, : snapshot.length] = snapshot.keys_values
-        self._mask[stream, : snapshot.length], self.lengths[stream] = 1, snapshot.length
-        self.longest = max(self.longest, snapshot.length)
+        length = snapshot.shape[2]
+        self._keys_values[:, stream, :, :length] = snapshot
+        self._mask[stream, :length], self.lengths[stream] = 1, length
+        self.longest = max(self.longest, length)
 
     def _bind(self) -> None:
         self._stream_indices, self._first_mask = np.arange(self.streams), self._mask[0]
         self._rows = _Rows(self._session, self._keys_values, self._mask, 0, self.streams)
         self._row = self._rows if self.streams == 1 else _Rows(self._session, self._keys_values, self._mask, 0, 1)
         self._verifier = None
-
-
-class _Slide(NamedTuple):
-    """What `KVCache.slide` leaves of a stream."""
-
-    stream: int
-    moved: np.ndarray
-    """Keys and values (2 n_layer, n_kv_head, kept, head_dim) at their new positions."""
-    slid: int
-    """Number of ids that the stream has lost since it was last empty."""
 
 
 class _Rows:

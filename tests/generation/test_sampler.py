@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import ranked
 
 from smallm.errors import UserError
 from smallm.generation.logits_processors import apply_repetition_penalty
 from smallm.generation.rng import Rng, mix
-from smallm.generation.sampler import cumulative_weights, log_probability, pick, ranked, sample
+from smallm.generation.sampler import cumulative_weights, log_probability, pick, sample
 from smallm.model_file.sampling import Sampling
 
 LAST_U = 1 - 2.0**-24
@@ -306,7 +307,7 @@ def test_options_out_of_range(name, value):
 
 @pytest.mark.parametrize(("seed", "stream"), [(-1, 0), (1 << 32, 0), (1.5, 0), ("a", 0), (0, -1), (0, 1 << 32)])
 def test_seeds_out_of_range(seed, stream):
-    with pytest.raises(UserError, match=r"(rng_seed|stream_number) = .* is out of range"):
+    with pytest.raises(UserError, match=r"(rng_seed|stream_number) = .* is (out of range|not a whole number)"):
         Rng(seed, stream)
 
 

@@ -180,7 +180,7 @@ def test_a_pass_of_several_ids(lm):
     assert decoder.lengths.tolist() == [6]
     assert np.abs(decoder.verify(ids[6:10].tolist()) - whole[6:10]).max() < 1e-4
     assert np.abs(decoder.decode_one(ids[10]) - whole[10]).max() < 1e-4
-    assert decoder.snapshot().length == decoder.longest == 11
+    assert decoder.snapshot().shape[2] == decoder.longest == 11
 
 
 # -- made at the export
