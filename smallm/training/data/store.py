@@ -113,13 +113,11 @@ def recall(cache: Path, source: Source, min_count: int) -> dict[str, Any] | None
 def remember(cache: Path, source: Source, min_count: int, before: Stamps | None, survey: dict[str, Any]) -> None:
     """Stores the survey of the files. before: their stamps when reading began; files changed since are not stored."""
     with suppress(OSError):  # a read-only cache is still useful
-        if before and before == stamps(source) and _settled(before):
+        if not before or before != stamps(source):
+            return
+        newest = max(max(mtime, ctime) for _, _, mtime, ctime, _, _ in before)
+        if time.time() - newest / 1e9 > SETTLED_SECONDS:
             write_json(_entry(cache, source, min_count, before), {"stamps": before, "survey": survey})
-
-
-def _settled(stamps: Stamps) -> bool:
-    newest = max(max(mtime, ctime) for _, _, mtime, ctime, _, _ in stamps)
-    return time.time() - newest / 1e9 > SETTLED_SECONDS
 
 
 def _entry(cache: Path, source: Source, min_count: int, stamps: Stamps) -> Path:

@@ -46,19 +46,15 @@ def build_optimizer(model: TransformerLanguageModel, config: OptimConfig) -> tor
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim == 2 and name != "wte.weight"]
     rest = [p for name, p in named if p.ndim != 2 or name == "wte.weight"]
-    if config.name == "muon":
-        groups = [
-            {"params": matrices, "peak_lr": config.learning_rate, "weight_decay": config.weight_decay, "muon": True},
-            {"params": rest, "peak_lr": config.adam_learning_rate, "weight_decay": 0.0, "muon": False},
-        ]
+    muon, decay = config.name == "muon", 0.0 if config.name == "adam" else config.weight_decay
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "peak_lr": config.learning_rate, "weight_decay": decay, "muon": muon},
+        {"params": rest, "peak_lr": config.adam_learning_rate if muon else config.learning_rate, "weight_decay": 0.0},
+    ]
+    if muon:
         packed = {p: model.config.packed_rows.get(name.split(".", 2)[-1]) for name, p in named}
         groups[0]["rows"] = [packed[p] or (p.size(0),) for p in matrices]
         return MuonAdamW(groups, config)
-    decay = config.weight_decay if config.name == "adamw" else 0.0
-    groups = [
-        {"params": matrices, "peak_lr": config.learning_rate, "weight_decay": decay},
-        {"params": rest, "peak_lr": config.learning_rate, "weight_decay": 0.0},
-    ]
     adam = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return adam(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 

@@ -336,7 +336,7 @@ def test_a_normalised_file_is_another_text(tmp_path, monkeypatch):
     """The cache tells the tidied text from the unchanged one, also when the file is not read again."""
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\r\ntwo\r\n" * 20)
-    monkeypatch.setattr("smallm.training.data.store._settled", lambda stamps: True)
+    monkeypatch.setattr("smallm.training.data.store.SETTLED_SECONDS", -60.0)
     options = {"min_count": 1, "val_fraction": 0.5, "cache": tmp_path / "cache"}
     corpora = [open_corpus(str(path), newlines=newlines, **options) for newlines in ("keep", "lf", "keep", "lf")]
     assert [corpus.train_characters + corpus.val_characters for corpus in corpora] == [200, 160, 200, 160]
