@@ -68,7 +68,10 @@ def train(
         raise UserError(f"{missing}; install it with: pip install 'smallm[train]'") from None
     shortcuts = {"source": source, "encoding": encoding, "minutes": minutes, "init_from": init_from}
     given = _settings(settings, shortcuts)
-    for name, path in (("config", config), ("out", out), ("resume", resume), ("init_from", init_from)):
+    if isinstance(source, str) and ("\n" in source or len(source) > MAX_SOURCE):
+        raise UserError("source is the path or the name of a text, not the text itself; write the text to a file first")
+    paths = {"source": source, "config": config, "out": out, "resume": resume, "init_from": init_from}
+    for name, path in paths.items():
         if path is not None:
             as_path(name, path)
     request = resolve(given, configs=() if config is None else (config,), out=out, resume=resume)
@@ -85,11 +88,6 @@ def train(
 
 def _settings(sections: Mapping[str, Any], shortcuts: Mapping[str, Any]) -> dict[str, Any]:
     """All settings that are given, by `section.field`."""
-    source = shortcuts["source"]
-    if isinstance(source, str) and ("\n" in source or len(source) > MAX_SOURCE):
-        raise UserError("source is the path or the name of a text, not the text itself; write the text to a file first")
-    if source is not None:
-        as_path("source", source)
     settings = flatten(sections)
     for name, value in shortcuts.items():
         if value is not None:

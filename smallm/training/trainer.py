@@ -17,7 +17,7 @@ from smallm.training.budget.clock import Clock, StepBudget, TimeBudget
 from smallm.training.callbacks import Callback, Evaluation, RunSnapshot, default_callbacks
 from smallm.training.checkpoint import format as checkpoint
 from smallm.training.checkpoint import manager
-from smallm.training.checkpoint.format import TrainingState, TrainingTensors
+from smallm.training.checkpoint.format import TrainingState
 from smallm.training.config import Config
 from smallm.training.data.batch_loader import BatchLoader
 from smallm.training.data.corpus import Corpus
@@ -265,7 +265,7 @@ class Trainer:
             return
         s = self.state
         with self.meter.paused():
-            tensors = TrainingTensors.gather(self.model, self.optimizer)
+            tensors = checkpoint.gather_tensors(self.model, self.optimizer)
             s.skipped_steps, s.skipped_in_a_row = self.guard.counts
             if self.accelerator.is_main_process:
                 s.seconds, s.planned_steps = self.meter.seconds, self.total_steps

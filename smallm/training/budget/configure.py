@@ -47,16 +47,9 @@ def plan_run(
     Measures the speed twice: with a standard model, to choose a shape, and with the chosen shape, to choose the rest;
     the second time with the compiled model if the run will compile it.
 
-    Args:
-        accelerator: of the run; all processes must call this.
-        config: the config so far, with train.minutes.
-        corpus: the text.
-        explicit: settings that the user has set, as "section.field".
-        clock: of the program; the time that has passed is deducted.
-        base: see `open_text`.
-
-    Returns:
-        The complete config, the corpus with the chosen validation part, and the estimated number of steps.
+    explicit: the settings that the user has set, as "section.field". clock: the time that has passed is deducted.
+    base: see `open_text`. All processes must call this. Returns the complete config, the corpus with the chosen
+    validation part, and the estimated number of steps.
     """
     minutes, on_cpu, ranks = config.train.minutes, accelerator.device.type == "cpu", accelerator.num_processes
     config, corpus = _choose_validation(accelerator, config, corpus, explicit, base)

@@ -74,28 +74,20 @@ class TrainingState:
     """Name and size of the text, device, versions: copied into exports."""
 
 
-@dataclass(frozen=True)
-class TrainingTensors:
-    """Weights and optimiser state, unsharded and on the CPU, as a checkpoint stores them."""
+def gather_tensors(
+    model: TransformerLanguageModel, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights by Qwen3's names and optimiser state by `parameter.exp_avg`, unsharded and on the CPU.
 
-    weights: dict[str, Tensor]
-    """Qwen3's parameter name -> tensor."""
-    moments: dict[str, Tensor]
-    """`parameter.exp_avg` -> tensor, for each tensor of the optimiser state."""
-
-    @classmethod
-    def gather(cls, model: TransformerLanguageModel, optimizer: torch.optim.Optimizer) -> "TrainingTensors":
-        """Collects the tensors of model and optimiser. All processes must call this if the model is sharded.
-
-        A GPU holds only one whole tensor at a time.
-        """
-        weights = to_qwen3({name: _whole(tensor) for name, tensor in model.state_dict().items()}, model.config)
-        moments = {
-            f"{name}.{key}": _whole(tensor).contiguous()
-            for name, parameter in model.named_parameters()
-            for key, tensor in optimizer.state.get(parameter, {}).items()
-        }
-        return cls(weights, moments)
+    All processes must call this if the model is sharded. A GPU holds only one whole tensor at a time.
+    """
+    weights = to_qwen3({name: _whole(tensor) for name, tensor in model.state_dict().items()}, model.config)
+    moments = {
+        f"{name}.{key}": _whole(tensor).contiguous()
+        for name, parameter in model.named_parameters()
+        for key, tensor in optimizer.state.get(parameter, {}).items()
+    }
+    return weights, moments
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -104,9 +96,10 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    run: Path, state: TrainingState, config: Config, tensors: TrainingTensors, vocabulary: Vocabulary
-) -> Path:
-    """Writes the folder `checkpoints/step-NNNNNN` and returns its path.
+    run: Path, state: TrainingState, config: Config, tensors: tuple[dict[str, Tensor], dict[str, Tensor]],
+    vocabulary: Vocabulary,
+) -> Path:  # fmt: skip
+    """Writes the folder `checkpoints/step-NNNNNN` with the result of `gather_tensors`, and returns its path.
 
     A checkpoint of the same step is replaced. If anything fails, the old checkpoint stays and nothing else is left
     behind. Raises `OSError`.
@@ -116,8 +109,9 @@ def save_checkpoint(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        save_file(tensors.weights, unfinished / "model.safetensors", metadata={"format": "pt"})
-        save_file(tensors.moments, unfinished / "optimizer.safetensors")
+        weights, moments = tensors
+        save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
+        save_file(moments, unfinished / "optimizer.safetensors")
         for name, content in hugging_face_files(config, vocabulary).items():
             _write_json(unfinished / name, content)
         values = {"format_version": FORMAT_VERSION, **asdict(state), "config": config.to_dict(),

@@ -20,7 +20,7 @@ from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.checkpoint import format as checkpoint
 from smallm.training.checkpoint.format import (
     TrainingState,
-    TrainingTensors,
+    gather_tensors,
     load_model,
     load_optimizer,
     load_vocabulary,
@@ -65,7 +65,7 @@ def save(run, step=1, config=None, val_loss=None, model=None, optimizer=None):
     if model is None:
         model, optimizer = trained(config)
     state = TrainingState(step=step, val_loss=val_loss)
-    return save_checkpoint(run, state, config, TrainingTensors.gather(model, optimizer), VOCABULARY)
+    return save_checkpoint(run, state, config, gather_tensors(model, optimizer), VOCABULARY)
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_the_state_is_restored(tmp_path):
     config = Config(model=GROUPED, optim=OptimConfig(betas=(0.7, 0.8)))
     state = TrainingState(step=7, val_loss=1.5, best_val_loss=1.25, best_step=5, evaluations_since_best=1, seconds=2.5,
                           fingerprint="ab", start_text="é", scaler={"scale": 4.0}, facts={"text": "ö"})  # fmt: skip
-    folder = save_checkpoint(tmp_path, state, config, TrainingTensors.gather(*trained(config)), VOCABULARY)
+    folder = save_checkpoint(tmp_path, state, config, gather_tensors(*trained(config)), VOCABULARY)
     assert folder == tmp_path / "checkpoints" / "step-000007"
     assert read_state(folder) == (state, config)
 

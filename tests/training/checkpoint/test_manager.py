@@ -9,7 +9,7 @@ from toys import message
 
 from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training import cli
-from smallm.training.checkpoint.format import TrainingState, TrainingTensors, read_state, save_checkpoint
+from smallm.training.checkpoint.format import TrainingState, gather_tensors, read_state, save_checkpoint
 from smallm.training.checkpoint.manager import (
     best_checkpoint,
     checkpoints,
@@ -27,9 +27,9 @@ CONFIG = Config(model=ModelConfig(n_layer=1, n_head=1, n_embd=32, block_size=8))
 
 
 @pytest.fixture(scope="module")
-def tensors() -> TrainingTensors:
+def tensors():
     model = TransformerLanguageModel(VOCABULARY.size, CONFIG.model, seed=1)
-    return TrainingTensors.gather(model, build_optimizer(model, CONFIG.optim))
+    return gather_tensors(model, build_optimizer(model, CONFIG.optim))
 
 
 @pytest.fixture
