@@ -65,13 +65,10 @@ def characters(
     edges = {0, len(text), *range(0, len(text), CHARACTERS_PER_ELEMENT)}
     edges |= {edge for start, end, _ in spans for edge in (start, end)}
     anchors = {start: anchor for start, _, anchor in spans}
-    inside = np.zeros(len(text) + 1, bool)
-    for start, end, _ in spans:
-        inside[start:end] = True
     elements = []
     for start, end in pairwise(sorted(edges)):
         id = f' id="{escape(anchors[start])}"' if start in anchors else ""
-        mark = ' class="span"' if inside[start] else ""
+        mark = ' class="span"' if any(first <= start < last for first, last, _ in spans) else ""
         elements.append(f'<span data-at="{start}"{id}{mark}>{_coloured(shown[start:end], levels[start:end])}</span>')
     return (
         '<div class="characters"><div class="text" tabindex="0" role="group" aria-label="The text: the arrow keys move '

@@ -1,16 +1,5 @@
 """The surprisal of each character of a text: -ln of the probability that a model gave it, in nats.
 
->>> from smallm import LanguageModel
->>> from smallm.surprisal.measure import measure
->>> from smallm.surprisal.spans import SpanFinder
->>> lm = LanguageModel.load("runs/shakespeare")
->>> finder = SpanFinder(lm.vocabulary)
->>> for part in measure(lm, ["To be, or not to bxe: that is the question."]):
-...     finder.add(part)
->>> passages, words = finder.finish()
->>> for span in words:
-...     print(span.peak.line, span.peak.column, span.text, span.peak.expected)
-
 Texts are processed in pieces, so a text may be larger than memory.
 """
 
@@ -87,12 +76,13 @@ def _measure_batch(model: LanguageModel, inputs: np.ndarray, targets: np.ndarray
     counts = targets != IGNORED
     logits, ids = model.logits(inputs)[counts], targets[counts]  # (m, V), (m,)
     found = nats(logits[None].copy(), ids[None])[0]
-    best = np.argpartition(logits, -EXPECTED, axis=1)[:, -EXPECTED:]
-    order = np.take_along_axis(logits, best, 1).argsort(axis=1)[:, ::-1]
-    expected = np.take_along_axis(best, order, 1)
-    own = logits[np.arange(len(ids)), ids].astype(np.float64)
-    probabilities = np.exp(np.take_along_axis(logits, expected, 1) - own[:, None] - found[:, None])
-    return ids, found, expected.astype(np.int32), probabilities.astype(np.float32)
+    rows, probabilities = np.arange(len(ids)), np.empty((len(ids), EXPECTED), np.float32)
+    own, expected = logits[rows, ids].astype(np.float64), np.empty((len(ids), EXPECTED), np.int32)
+    for k in range(EXPECTED):
+        expected[:, k] = best = logits.argmax(axis=1)
+        probabilities[:, k] = np.exp(logits[rows, best] - own - found)
+        logits[rows, best] = -np.inf
+    return ids, found, expected, probabilities
 
 
 def id_name(vocabulary: Vocabulary, id: int) -> str:
