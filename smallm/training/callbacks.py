@@ -15,16 +15,10 @@ from accelerate import Accelerator
 
 from smallm.errors import UserError, command
 from smallm.inference.scoring import perplexity
-from smallm.runs.baselines_file import Baseline, write_baselines
+from smallm.runs.baselines_file import write_baselines
 from smallm.runs.layout import OLD_VALIDATION, VALIDATION
 from smallm.runs.metrics import read_metrics
-from smallm.training.analysis.baselines import (
-    MAX_TIME_SHARE,
-    cached_baselines,
-    comparison_line,
-    measure_baselines,
-    seconds_needed,
-)
+from smallm.training.analysis.baselines import affordable_baselines, comparison_line
 from smallm.training.analysis.memorisation import measure_memorisation
 from smallm.training.analysis.text_check import report_lines, summary_lines
 from smallm.training.analysis.text_statistics import compute_statistics
@@ -258,7 +252,7 @@ class BaselineComparison(Callback):
         if not run.is_main:
             return
         try:
-            measured = self._baselines(run)
+            measured = affordable_baselines(run.corpus, 60 * run.config.train.minutes)
         except KeyboardInterrupt:  # the run is finished; only the comparison is missing
             measured = None
         if measured is None:
@@ -272,14 +266,6 @@ class BaselineComparison(Callback):
         except OSError as error:
             run.logger.warning(f"cannot write the baselines into {run.folder} ({error.strerror})")
         run.logger.result(comparison_line(measured, bits))
-
-    def _baselines(self, run: RunSnapshot) -> list[Baseline] | None:
-        """Measured once for each text. A run under train.minutes reserves time for that, unless it is too much of it;
-        then only known figures are used, if there are any.
-        """
-        seconds = 60 * run.config.train.minutes
-        too_long = 0 < MAX_TIME_SHARE * seconds < seconds_needed(run.corpus)
-        return cached_baselines(run.corpus) if too_long else measure_baselines(run.corpus)
 
 
 class Report(Callback):

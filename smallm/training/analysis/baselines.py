@@ -37,6 +37,12 @@ def measure_baselines(corpus: Corpus) -> list[Baseline]:
     return [Baseline(**one) for one in values["baselines"]]
 
 
+def affordable_baselines(corpus: Corpus, seconds: float) -> list[Baseline] | None:
+    """The baselines; None if they are not cached and take too much of a time budget of `seconds` (0: no budget)."""
+    too_long = 0 < MAX_TIME_SHARE * seconds < seconds_needed(corpus)
+    return cached_baselines(corpus) if too_long else measure_baselines(corpus)
+
+
 def cached_baselines(corpus: Corpus) -> list[Baseline] | None:
     """The baselines if they were measured before; otherwise None."""
     values = read_cached_json(_cache(corpus), VERSION)
@@ -108,7 +114,7 @@ def _xz(before: bytes, val: bytes) -> int:
     primer = before[-XZ_WINDOW:]
     settings = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 2 * XZ_WINDOW}]
     with_val, alone = (len(lzma.compress(data, lzma.FORMAT_RAW, filters=settings)) for data in (primer + val, primer))
-    return with_val - alone
+    return max(0, with_val - alone)
 
 
 COMPRESSORS = (

@@ -139,15 +139,10 @@ def _style_problems(s: TextStatistics) -> Iterator[str]:
         used = [f"{number:,} {kind}" for kind, number in kinds.items() if number > 0]
         found = "line ends are mixed" if len(used) > 1 else "line ends are not LF"
         yield f"{found} ({', '.join(used)}); the model would imitate them, and --data.newlines lf converts them to LF"
-    if s.decomposed and s.composed:
+    if s.decomposed:
         yield (
-            f"accented letters are written in two ways: {s.composed:,} as one character (NFC) and {s.decomposed:,} as "
-            "letter and accent (NFD); --data.normalise nfc makes each of them one character"
-        )
-    elif s.decomposed:
-        yield (
-            f"{s.decomposed:,} accented letters are written as letter and accent (NFD): the text is longer than "
-            "needed, and most prompts are typed otherwise; --data.normalise nfc makes each of them one character"
+            f"{s.decomposed:,} accented letters are written as letter and accent (NFD): the text is longer "
+            "than needed, and most prompts are typed otherwise; --data.normalise nfc makes each of them one character"
         )
     if s.longest_line > LONG_LINE:
         found = f"line {s.longest_line_number:,} is very long" if s.crlf + s.lf else "the text has no line ends"

@@ -19,7 +19,6 @@ from smallm.training.analysis.tail import compare_tail
 from smallm.training.analysis.windows import WindowSet, window_hashes
 from smallm.training.cache import cached_json
 from smallm.training.data.corpus import Corpus
-from smallm.training.data.source import combines
 
 VERSION = 3  # of the cached results; raise when a field changes its meaning
 MAX_TRAIN = 1 << 27  # ids of the training part to read
@@ -67,8 +66,6 @@ class TextStatistics:
     """From 1, among the lines that were read."""
     sorted_lines: float
     """Share of the lines that begin with a letter and follow their predecessor in alphabetical order."""
-    composed: int
-    """Letters that are one character together with their accent."""
     decomposed: int
     """Letters whose accent is a separate character, although Unicode has one for both."""
     repeated: float
@@ -134,7 +131,6 @@ def _compute(corpus: Corpus) -> TextStatistics:
         cr=int(counts[CR]) - reading.crlf,
         longest_line=reading.longest_line,
         longest_line_number=reading.longest_line_number,
-        composed=_composed(counts),
         decomposed=reading.decomposed,
         leak=leak.covered() / max(1, leak.characters),
         leak_characters=leak.characters,
@@ -217,17 +213,6 @@ def _scripts(counts: np.ndarray) -> dict[str, float]:
             letters[name.split()[0].replace("CJK", "HAN").capitalize()] += int(counts[code])
     total = letters.total()
     return {name: number / total for name, number in letters.most_common(6)}
-
-
-def _composed(counts: np.ndarray) -> int:
-    """How many characters NFD would split."""
-    codes = np.flatnonzero(counts[0xC0:]) + 0xC0
-    return sum(int(counts[code]) for code in codes.tolist() if _is_composed(chr(code)))
-
-
-def _is_composed(character: str) -> bool:
-    parts = unicodedata.normalize("NFD", character)
-    return len(parts) > 1 and unicodedata.normalize("NFC", parts) == character and combines(parts[-1])
 
 
 def _most_frequent(counts: np.ndarray, limit: int = 12) -> str:

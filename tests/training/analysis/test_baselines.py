@@ -199,8 +199,7 @@ def test_baselines_of_earlier_runs_are_read(tmp_path):
 @pytest.mark.slow
 def test_a_run_with_a_time_budget_measures_them_if_they_take_little_of_it(tmp_path, monkeypatch, capsys, needed):
     monkeypatch.setenv("SMALLM_CACHE", str(tmp_path / "cache"))
-    for module in ("callbacks", "analysis.baselines"):
-        monkeypatch.setattr(f"smallm.training.{module}.seconds_needed", lambda corpus: needed)
+    monkeypatch.setattr(baselines, "seconds_needed", lambda corpus: needed)
     (tmp_path / "a.txt").write_text(TEXT[:20_000], encoding="utf-8")
     shape = ["--model.n_layer", "1", "--model.n_head", "1", "--model.n_embd", "32", "--model.block_size", "32"]
     run = tmp_path / "run"
@@ -211,10 +210,10 @@ def test_a_run_with_a_time_budget_measures_them_if_they_take_little_of_it(tmp_pa
 
 
 def test_ctrl_c_skips_them_in_a_finished_run(tmp_path, monkeypatch, capsys):
-    def interrupted(corpus):
+    def interrupted(corpus, seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("smallm.training.callbacks.measure_baselines", interrupted)
+    monkeypatch.setattr("smallm.training.callbacks.affordable_baselines", interrupted)
     (tmp_path / "a.txt").write_text(TEXT[:20_000], encoding="utf-8")
     shape = ["--model.n_layer", "1", "--model.n_head", "1", "--model.n_embd", "32", "--model.block_size", "32"]
     run = tmp_path / "run"
@@ -227,13 +226,13 @@ def test_a_model_that_copies_is_reported(tmp_path, monkeypatch, capsys):
     """A training text that repeats one line, and a validation part without that line."""
     monkeypatch.setenv("SMALLM_CACHE", str(tmp_path / "cache"))
     line = "the quick brown fox jumps over the lazy dog while seven wizards look on.\n"
-    text = line * 400 + "".join(rng.choices("abcdefgh", k=3000))
+    text = line * 400 + "".join(rng.choices("abcdefgh", k=4000))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     settings = {"model.n_layer": 1, "model.n_head": 1, "model.n_embd": 32, "model.block_size": 32,
                 "train.max_steps": 150, "train.eval_every": 150, "sample.temperature": 0.0}  # fmt: skip
     argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     assert main(["--data", str(tmp_path / "a.txt"), "--out", str(tmp_path / "run"), *argv]) == 0
-    assert "copies" in capsys.readouterr().out
+    assert "the samples repeat the training text" in capsys.readouterr().out
 
 
 def test_the_order_is_chosen_without_the_validation_part():

@@ -139,12 +139,11 @@ def test_lines_are_counted_across_pieces(size):
 
 def test_mixed_nfc_and_nfd(statistics_of):
     text = prose(100_000)
-    accents = sum(text.count(c) for c in "éüï")
     half = text[:50_000] + unicodedata.normalize("NFD", text[50_000:])
     later = sum(text[50_000:].count(c) for c in "éüï")
     found = statistics_of(half)
-    assert (found.composed, found.decomposed) == (accents - later, later)
-    only(found, f"{later:,} as letter and accent", "--data.normalise nfc")
+    assert found.decomposed == later
+    only(found, f"{later:,} accented letters are written as letter and accent", "--data.normalise nfc")
     assert warnings(statistics_of(half, normalise="nfc")) == []
     only(statistics_of(unicodedata.normalize("NFD", text)), "NFD", "--data.normalise nfc")
 
