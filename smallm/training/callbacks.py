@@ -108,10 +108,7 @@ class Callback:
 
 def default_callbacks() -> list[Callback]:
     """The callbacks of `train.py`, in the order of their output."""
-    return [
-        StartupSummary(), LossForecast(), MetricsLog(), FinalSummary(), Forgetting(), BaselineComparison(), Report(),
-        NextCommand(),
-    ]  # fmt: skip
+    return [StartupSummary(), MetricsLog(), FinalSummary(), Forgetting(), BaselineComparison(), Report(), NextCommand()]
 
 
 class StartupSummary(Callback):
@@ -143,8 +140,11 @@ class StartupSummary(Callback):
         return f"init   {run.config.train.init_from}: {new:,} ids are new{loss}\n"
 
 
-class LossForecast(Callback):
-    """After a tenth of a run under train.minutes, prints the loss to expect at the end."""
+class MetricsLog(Callback):
+    """Writes metrics.jsonl, shows loss and speed beside the bar, prints evaluations with a sample of the model.
+
+    After a tenth of a run under train.minutes, prints the loss to expect at the end.
+    """
 
     def __init__(self) -> None:
         self._forecast: Forecast | None = None
@@ -156,12 +156,6 @@ class LossForecast(Callback):
     def on_log(self, run: RunSnapshot, metrics: dict[str, Any]) -> None:
         if self._forecast and (line := self._forecast.update(run.progress, metrics["loss"])):
             run.logger.info(line)
-
-
-class MetricsLog(Callback):
-    """Writes metrics.jsonl, shows loss and speed beside the bar, prints evaluations with a sample of the model."""
-
-    def on_log(self, run: RunSnapshot, metrics: dict[str, Any]) -> None:
         run.logger.show(f"loss {metrics['loss']:.3f}, {metrics['characters_per_second']:,.0f} chars/s")
         run.logger.write("train", metrics)
 

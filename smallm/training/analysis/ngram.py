@@ -9,42 +9,12 @@ all orders.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
 MAX_ORDER = 8  # ids of an n-gram: up to seven before the predicted one
 KEY_BITS = 64
 HELD_OUT, MAX_HELD_OUT = 0.05, 50_000  # share of the training ids, at their end, on which the order is chosen
-
-
-@dataclass(frozen=True, eq=False)
-class Level:
-    """The sorted n-grams of one order with their discounted probabilities; their contexts with the freed mass."""
-
-    bits: int
-    grams: np.ndarray
-    shares: np.ndarray
-    contexts: np.ndarray
-    left: np.ndarray
-
-    @classmethod
-    def of(cls, grams: np.ndarray, counts: np.ndarray, bits: int) -> "Level":
-        """grams: (n,) uint64, sorted and distinct; counts: (n,)."""
-        contexts = grams >> np.uint64(bits)
-        starts = _starts(contexts)
-        totals = np.add.reduceat(counts, starts)
-        discounts = _discounts(counts)[np.minimum(counts, 3)]
-        left = np.add.reduceat(discounts, starts) / totals
-        shares = (counts - discounts) / np.repeat(totals, np.diff(starts, append=len(grams)))
-        return cls(bits, grams, shares, contexts[starts], left)
-
-    def probabilities(self, grams: np.ndarray, shorter: np.ndarray) -> np.ndarray:
-        """Probabilities (n,) of the last id of each n-gram given the others; shorter: with one id less of context."""
-        known, place = _find(self.contexts, grams >> np.uint64(self.bits))
-        result = np.where(known, self.left[place], 1.0) * shorter
-        known, place = _find(self.grams, grams)
-        return result + np.where(known, self.shares[place], 0.0)
 
 
 class NGram:
@@ -66,10 +36,9 @@ class NGram:
         shorter = np.full(len(ids), self._uniform)
         for order in range(1, self.max_order + 1):
             grams = self._pack(np.concatenate([np.zeros(order, np.uint64), codes]), order)[-len(ids) :]
-            level = Level.of(*self._plain(order), self._bits)
-            yield -np.log2(level.probabilities(grams, shorter))
+            yield -np.log2(_probabilities(grams, shorter, *self._plain(order), self._bits))
             if order < self.max_order:
-                shorter = Level.of(*self._continued(order), self._bits).probabilities(grams, shorter)
+                shorter = _probabilities(grams, shorter, *self._continued(order), self._bits)
 
     def _plain(self, order: int) -> tuple[np.ndarray, np.ndarray]:
         """The n-grams of this order and their counts."""
@@ -106,6 +75,26 @@ def best_ngram(train: np.ndarray, val: np.ndarray, vocabulary_size: int) -> tupl
     order = 1 + int(np.argmin(trials))
     *_, bits = NGram(train, vocabulary_size, order).bits(train, val)
     return order, float(bits.sum())
+
+
+def _probabilities(
+    grams: np.ndarray, shorter: np.ndarray, known: np.ndarray, counts: np.ndarray, bits: int
+) -> np.ndarray:
+    """Probabilities (n,) of the last id of each of `grams` given the others.
+
+    shorter: (n,), the same with one id less of context. known: (m,) uint64, the n-grams of the training text, sorted
+    and distinct; counts: (m,). bits: of an id.
+    """
+    contexts = known >> np.uint64(bits)
+    starts = _starts(contexts)
+    totals = np.add.reduceat(counts, starts)
+    discounts = _discounts(counts)[np.minimum(counts, 3)]
+    left = np.add.reduceat(discounts, starts) / totals
+    shares = (counts - discounts) / np.repeat(totals, np.diff(starts, append=len(known)))
+    found, place = _find(contexts[starts], grams >> np.uint64(bits))
+    result = np.where(found, left[place], 1.0) * shorter
+    found, place = _find(known, grams)
+    return result + np.where(found, shares[place], 0.0)
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:

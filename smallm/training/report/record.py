@@ -6,6 +6,7 @@ With this file the report can be written at any time without the weights and the
 import json
 import platform
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -114,13 +115,9 @@ def read_record(run: Path) -> RunRecord:
 
 def machine_facts() -> dict[str, str | int]:
     """Name of the processor, number of cores that this process may use, and operating system."""
-    system = f"{platform.system()} {platform.release()}"
-    return {"processor": _processor(), "cores": usable_processors(), "system": system}
-
-
-def _processor() -> str:
-    try:
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError):  # only Linux has the file
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
+    system = f"{platform.system()} {platform.release()}"
+    return {"processor": processor, "cores": usable_processors(), "system": system}
