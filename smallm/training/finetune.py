@@ -110,7 +110,10 @@ def load_origin(accelerator: Accelerator, config: Config, run: Path) -> Origin:
     started, loss = time.perf_counter(), None
     if text := _old_text(folder):
         if accelerator.is_main_process:
-            _store_old_text(text, run)
+            try:
+                (run / OLD_VALIDATION).write_text(text, encoding="utf-8", newline="")
+            except OSError as error:
+                raise UserError(f"cannot write to {run}: {error.strerror}; choose another --out") from None
         accelerator.wait_for_everyone()
         loss, _ = old_text_loss(accelerator, checkpoint.load_model(folder, accelerator.device), vocabulary, run)
     (seconds,) = broadcast_from_main(accelerator, time.perf_counter() - started)
@@ -153,13 +156,6 @@ def _old_text(folder: Path) -> str:
     except (UserError, OSError):
         return ""
     return text if len(text) > 1 else ""
-
-
-def _store_old_text(text: str, run: Path) -> None:
-    try:
-        (run / OLD_VALIDATION).write_text(text, encoding="utf-8", newline="")
-    except OSError as error:
-        raise UserError(f"cannot write to {run}: {error.strerror}; choose another --out") from None
 
 
 def _read(file: Path) -> str:

@@ -10,6 +10,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -57,7 +58,8 @@ def started(accelerator: Accelerator, config: Config, run: Path, step: int) -> I
     for variable, value in OFFLINE.items():
         os.environ.setdefault(variable, value)
     folder = run / LOGS
-    settings = None if step else {key: _plain(value) for key, value in flatten(config.to_dict()).items()}
+    settings = None if step else {key: value if isinstance(value, int | float | str) else " ".join(map(str, value))
+                                  for key, value in flatten(config.to_dict()).items()}  # fmt: skip
     try:
         folder.mkdir(exist_ok=True)
         accelerator.project_configuration.logging_dir = str(folder)
@@ -90,18 +92,23 @@ def _hide_thread_errors() -> Iterator[None]:
 
 def log_record(record: dict[str, Any], trackers: list[GeneralTracker], say: Callable[[str], None]) -> None:
     """Sends a record of metrics.jsonl to all trackers; `say` reports one that fails, which leaves the list."""
-    kind, step = record["kind"], record["step"]
-    numbers = {f"{kind}/{key}": value for key, value in record.items() if isinstance(value, int | float)}
-    del numbers[f"{kind}/step"]
-    for tracker in list(trackers):
+    trackers[:] = [tracker for tracker in trackers if _guarded(tracker, partial(_log, tracker, record), say)]
 
-        def log(tracker: GeneralTracker = tracker) -> None:
-            tracker.log(numbers, step=step)
-            if record.get("sample"):
-                _log_text(tracker, f"{kind}/sample", record["sample"], step)
 
-        if not _guarded(tracker, log, say):
-            trackers.remove(tracker)
+def _log(tracker: GeneralTracker, record: dict[str, Any]) -> None:
+    """Logs the numbers and the sample of a record. Trackers differ in how they take a text; some take none."""
+    kind, step, text = record["kind"], record["step"], record.get("sample")
+    numbers = {f"{kind}/{key}": value for key, value in record.items()
+               if isinstance(value, int | float) and key != "step"}  # fmt: skip
+    tracker.log(numbers, step=step)
+    if not text:
+        return
+    if tracker.name == "tensorboard":  # shows Markdown; an indented block keeps line breaks and symbols
+        tracker.log({f"{kind}/sample": indent(text, "    ", lambda _: True)}, step=step)
+    elif hasattr(tracker, "log_table"):
+        tracker.log_table(f"{kind}/sample", ["step", "text"], [[step, text]], step=step)
+    elif hasattr(tracker.tracker, "log_text"):
+        tracker.tracker.log_text(text, step=step)
 
 
 def _guarded(tracker: GeneralTracker, call: Callable[[], None], say: Callable[[str], None]) -> bool:
@@ -111,16 +118,6 @@ def _guarded(tracker: GeneralTracker, call: Callable[[], None], say: Callable[[s
         say(f"warning: {tracker.name} failed ({_reason(error)}); training continues without it")
         return False
     return True
-
-
-def _log_text(tracker: GeneralTracker, key: str, text: str, step: int) -> None:
-    """Trackers differ in how they take a text; a tracker that takes none is skipped."""
-    if tracker.name == "tensorboard":  # shows Markdown; an indented block keeps line breaks and symbols
-        tracker.log({key: indent(text, "    ", lambda _: True)}, step=step)
-    elif hasattr(tracker, "log_table"):
-        tracker.log_table(key, ["step", "text"], [[step, text]], step=step)
-    elif hasattr(tracker.tracker, "log_text"):
-        tracker.tracker.log_text(text, step=step)
 
 
 def _tracker_settings(folder: Path, step: int) -> dict[str, dict[str, Any]]:
@@ -133,10 +130,6 @@ def _tracker_settings(folder: Path, step: int) -> dict[str, dict[str, Any]]:
         "tensorboard": {"purge_step": step + 1},  # the steps after the checkpoint are repeated
         "wandb": {"dir": str(folder), "name": name, "id": id, "resume": "allow"},
     }
-
-
-def _plain(value: Any) -> int | float | str:
-    return value if isinstance(value, int | float | str) else " ".join(map(str, value))
 
 
 def _reason(error: Exception) -> str:
