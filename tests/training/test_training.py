@@ -443,7 +443,7 @@ def test_a_run_interrupted_before_its_first_evaluation_can_be_resumed(train, ref
 def test_resuming_a_finished_run_names_the_option_to_train_longer(refused, tiny_run):
     before = (tiny_run / "metrics.jsonl").read_bytes()
     line = refused("--resume", str(tiny_run))
-    assert "finished (60 steps)" in line
+    assert "finished (60 steps, " in line
     assert "--train.max_steps" in line
     assert (tiny_run / "metrics.jsonl").read_bytes() == before
 
