@@ -1,6 +1,6 @@
 """A page with a text coloured by surprisal, the details of each character, and the most surprising spans."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 from smallm.html.characters import CHARACTERS_STATIC, characters, legend, percent
@@ -41,10 +41,10 @@ def surprisal_page(
     ]
     if passages:
         body.append("<h2>Passages, by nats above the usual surprisal of the text</h2>")
-        body.append(_list(_passage(span, inside.get(span)) for span in passages))
+        body.append(_list(passages, inside, are_words=False))
     if words:
         body.append("<h2>Words, by the nats of their most surprising character</h2>")
-        body.append(_list(_word(span, inside.get(span)) for span in words))
+        body.append(_list(words, inside, are_words=True))
     if not anchors:
         body.append("<p>No span of the text is surprising.</p>")
     body.append("<h2>The text</h2>")
@@ -68,31 +68,23 @@ def summary(model: LanguageModel, figures: Perplexity) -> str:
     )
 
 
-def _list(items: Iterable[str]) -> str:
-    return '<ol class="spans">\n' + "\n".join(items) + "\n</ol>"
-
-
-def _passage(span: Span, anchor: str | None) -> str:
-    more = "…" if len(span.text) < span.characters else ""
-    text = f"{_line(span.before)}<mark>{_line(span.text)}</mark>{more or _line(span.after)}"
-    most = f"most at {span.peak.line}:{span.peak.column}, "
-    return _item(span.line, span.column, f"{span.excess:,.1f}", anchor, text, most + _alternatives(span))
-
-
-def _word(span: Span, anchor: str | None) -> str:
-    at = span.peak.offset - span.offset
-    before, after = span.before + span.text[:at], span.text[at + 1 :] + span.after
-    text = f"{_line(before)}<mark>{_line(span.peak.character)}</mark>{_line(after)}"
-    return _item(span.peak.line, span.peak.column, f"{span.peak.nats:.1f}", anchor, text, _alternatives(span))
-
-
-def _item(line: int, column: int, value: str, anchor: str | None, text: str, alternatives: str) -> str:
-    where = f"{line}:{column}"
-    where = f'<a href="#{anchor}">{where}</a>' if anchor else where
-    return (
-        f'<li><span class="where">{where}</span> <span class="value">{value}</span>\n'
-        f'<span class="excerpt">{text}</span> <span class="soft">{alternatives}</span></li>'
-    )
+def _list(spans: Iterable[Span], anchors: Mapping[Span, str], are_words: bool) -> str:
+    """A list of passages, each shown whole, or of words, each with the character at its peak marked."""
+    items = []
+    for span in spans:
+        at, peak, place, value = span.peak.offset - span.offset, span.peak, f"{span.line}:{span.column}", span.excess
+        before, marked, after = span.before, span.text, "…" if len(span.text) < span.characters else span.after
+        alternatives = f"most at {peak.line}:{peak.column}, {_alternatives(span)}"
+        if are_words:
+            place, value, alternatives = f"{peak.line}:{peak.column}", peak.nats, _alternatives(span)
+            before, marked, after = before + span.text[:at], peak.character, span.text[at + 1 :] + span.after
+        where = f'<a href="#{anchors[span]}">{place}</a>' if span in anchors else place
+        items.append(
+            f'<li><span class="where">{where}</span> <span class="value">{value:,.1f}</span>\n'
+            f'<span class="excerpt">{_line(before)}<mark>{_line(marked)}</mark>{_line(after)}</span> '
+            f'<span class="soft">{alternatives}</span></li>\n'
+        )
+    return f'<ol class="spans">\n{"".join(items)}</ol>'
 
 
 def _alternatives(span: Span) -> str:

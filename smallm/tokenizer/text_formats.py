@@ -30,17 +30,22 @@ _FORMATS = {
 }
 
 
+def decoder_of(encoding: str) -> codecs.IncrementalDecoder:
+    """A new decoder. Raises `UserError` for an unknown encoding."""
+    try:
+        "a".encode(encoding)  # refuses codecs such as hex, which do not decode to text
+        return codecs.getincrementaldecoder(encoding)()
+    except (LookupError, ValueError):
+        raise UserError(f"there is no encoding {encoding!r}; pass for example --encoding latin-1") from None
+
+
 def decoded(stream: "BufferedReader[Any]", name: object, encoding: str, piece_bytes: int) -> Iterator[tuple[str, int]]:
     """The text of a stream without a byte-order mark, in pieces, each with its number of bytes; 0 for the last piece.
 
     name: of the file, for messages. Raises `UserError` for an unknown encoding, for text in another encoding, and for a
     file that is not a plain text.
     """
-    try:
-        "a".encode(encoding)  # refuses codecs such as hex, which do not decode to text
-        decoder = codecs.getincrementaldecoder(encoding)()
-    except (LookupError, ValueError):
-        raise UserError(f"there is no encoding {encoding!r}; pass for example --encoding latin-1") from None
+    decoder = decoder_of(encoding)
     if problem := _format_problem(stream.peek(HEAD_BYTES)[:HEAD_BYTES], encoding):
         raise UserError(f"{name} {problem}")
     read, newlines, begun = 0, 0, False

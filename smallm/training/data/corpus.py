@@ -11,6 +11,7 @@ import numpy as np
 
 from smallm.errors import UserError
 from smallm.inference.scoring import begins_character
+from smallm.tokenizer.text_formats import decoder_of
 from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.cache import cache_folder
 from smallm.training.config import DataConfig
@@ -68,11 +69,7 @@ def open_corpus(
     progress: show a bar on stderr while a long text is read.
     Raises `UserError` for a text that cannot be found, read, decoded, split or stored.
     """
-    try:
-        "a".encode(data.encoding)  # refuses codecs such as hex, which do not give text
-        codecs.getincrementaldecoder(data.encoding)
-    except (LookupError, ValueError):
-        raise UserError(f"there is no encoding {data.encoding!r}; pass for example --encoding latin-1") from None
+    decoder_of(data.encoding)  # an unknown encoding is an error for built-in texts, too
     cache = cache or cache_folder()
     text = replace(find_source(data.source, data.encoding, cache), tidy=Tidy(data.normalise, data.newlines))
     try:
