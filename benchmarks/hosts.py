@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 from smallm.cli.main import run
 from smallm.errors import UserError
 from smallm.export.folder import export_checkpoint
-from smallm.export.kits import PAGE_FILES, write_c, write_node, write_web
+from smallm.export.kits import PAGE_FILES, write_sources
 from smallm.generation.draft_table import DRAFT_TABLE_FILE
 from smallm.language_model import MODEL_FILE
 from smallm.runs.layout import validation_text
@@ -97,7 +97,7 @@ def c(folder: Path, work: Path) -> Host:
         raise MissingError("a C compiler")
     kit = work / "kit-c"
     kit.mkdir()
-    write_c(folder / MODEL_FILE, kit)
+    write_sources("c", folder / MODEL_FILE, kit)
     subprocess.run(["make", "--silent"], cwd=kit, check=True, stdout=subprocess.DEVNULL)
     program = kit / "smallm_generate"
     return Host(lambda task: [str(program), str(kit / MODEL_FILE), *flags(task)], [program], [kit / MODEL_FILE])
@@ -108,7 +108,7 @@ def node(folder: Path, work: Path) -> Host:
     if not shutil.which("node"):
         raise MissingError("Node")
     kit = work / "kit-node"
-    write_node(folder, kit)
+    write_sources("node", folder, kit)
     return Host(
         partial(script, "node", kit, kit), [kit / name for name in ("smallm.js", "smallm.wasm")], [kit / MODEL_FILE]
     )
@@ -120,7 +120,7 @@ def chromium(folder: Path, work: Path, serve: Callable[[Path], str]) -> Host:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         raise MissingError("Chromium; on Debian: apt-get install chromium")
-    write_web(folder, kit)
+    write_sources("web", folder, kit)
     address = serve(kit)
     return Host(
         lambda task: [*script("chromium", modules, address, task), browser],

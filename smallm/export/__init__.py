@@ -48,7 +48,7 @@ def export(
         UserError: The run or an option is not usable, the exported model differs from the PyTorch model, the
             precision costs too much, or the folder cannot be written. Nothing has been written then.
     """
-    from smallm.export.exporter import export_run  # imports torch and onnx
+    from smallm.export.folder import export_run  # imports torch and onnx
 
     path: Any = getattr(run, "path", run)  # any type: `export_run` checks it
     return export_run(

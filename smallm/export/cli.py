@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smallm.cli.arguments import ArgumentParser
-from smallm.errors import UserError, command
+from smallm.errors import command
 from smallm.language_model import MODEL_FILE
 
 DESCRIPTION = """\
@@ -20,18 +20,16 @@ KITS = ("c", "node", "web")
 def main(argv: Sequence[str]) -> int:
     """Runs `export.py` with these arguments and returns the exit code."""
     options = _parser().parse_args(argv)
-    if options.kit and (options.gguf or options.portable):
-        raise UserError("--gguf and --portable belong to the export folder; leave out --kit")
     # torch and onnx take seconds to import; mistakes in the options are reported before.
-    from smallm.export.exporter import export_run
+    from smallm.export.folder import export_run
 
-    found = export_run(**vars(options))
-    _print_summary(found)
+    export = export_run(**vars(options))
+    _print_summary(export)
     if options.kit:
-        print(f"next: read {found.path / 'README.md'}")
+        print(f"next: read {export.path / 'README.md'}")
     else:
         is_default = options.run is None and options.out is None
-        model = () if is_default else ("--model", found.path)
+        model = () if is_default else ("--model", export.path)
         print(f"next: {command('infer', *model, '--seed', 'Once')}")
     return 0
 
@@ -56,21 +54,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _print_summary(found) -> None:
+def _print_summary(export) -> None:
     """Prints sizes, differences and losses of what `export_run` returned."""
     from smallm.export.portable_graph import PORTABLE_FILE
     from smallm.export.precision import quality_table
 
-    export = found.export
     quality, loss = export.quality, export.manifest.training["val_loss"]
     print(
-        f"{found.checkpoint} -> {found.path / MODEL_FILE}: {quality.bytes / 1e6:.2f} MB, {quality.precision}, "
+        f"{export.checkpoint} -> {export.path / MODEL_FILE}: {quality.bytes / 1e6:.2f} MB, {quality.precision}, "
         f"logits within {export.difference:.1e} of PyTorch's"
         + (f", validation loss {loss:.4f}" if loss is not None else "")
     )
     for name, size in export.sizes.items():
         if name == PORTABLE_FILE or name.endswith(".gguf"):
-            print(f"{found.path / name}: {size / 1e6:.2f} MB")
+            print(f"{export.path / name}: {size / 1e6:.2f} MB")
     print(quality_table(export.measured))
     if quality.loss is not None:
         print(f"{quality.precision} costs {quality.loss:.4f} bits per character")

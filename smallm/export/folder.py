@@ -1,11 +1,11 @@
-"""The export folder: the model file, the files that other runtimes read, and the model card."""
+"""From a run to the written export folder: the model file, the files that other runtimes read, and the model card."""
 
 import json
 import os
 import shutil
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import onnx
 from onnx import helper
@@ -15,6 +15,7 @@ from smallm.export.draft_table import write_draft_table
 from smallm.export.genai import GENAI_FILE, genai_config
 from smallm.export.gguf import check_gguf, write_gguf
 from smallm.export.graph import build_graph
+from smallm.export.kits import FILES, write_kit
 from smallm.export.model_card import CARD_FILE, WEIGHTS_FILE, is_card, licence_of, model_card
 from smallm.export.output_folder import check_replaceable, replacing
 from smallm.export.parity import check_parity
@@ -25,10 +26,13 @@ from smallm.generation.speculative import drafts_per_pass
 from smallm.language_model import MODEL_FILE, LanguageModel
 from smallm.model_file.manifest import MANIFEST_FILE, Manifest
 from smallm.model_file.onnx_reader import read_onnx
+from smallm.options import as_path
 from smallm.runs.baselines_file import read_baselines
-from smallm.runs.layout import CHECKPOINTS, validation_text
-from smallm.training.checkpoint.format import load_model, load_vocabulary, read_state
+from smallm.runs.layout import CHECKPOINTS, EXPORT, check_path, newest_run, out_folder, validation_text
+from smallm.runs.state_file import STATE_FILE
+from smallm.training.checkpoint.format import load_model, load_vocabulary, read_state, verify
 from smallm.training.checkpoint.hugging_face import hugging_face_files
+from smallm.training.checkpoint.manager import best_checkpoint
 from smallm.training.model.transformer import TransformerLanguageModel
 
 ONNX_FOLDER = "onnx"
@@ -46,8 +50,12 @@ MIN_SAMPLE, SAMPLE_LENGTH = 200, 400
 
 @dataclass(frozen=True)
 class Export:
-    """What an export folder holds, and what was measured."""
+    """What was written, and what was measured."""
 
+    path: Path
+    """The export folder or the kit."""
+    checkpoint: Path
+    """The checkpoint that was exported."""
     manifest: Manifest
     difference: float
     """Largest difference between a logit and PyTorch's, computed with the same weights."""
@@ -60,6 +68,49 @@ class Export:
     def quality(self) -> Quality:
         """The measurements of the exported model file."""
         return next(quality for quality in self.measured if quality.precision == self.manifest.precision)
+
+
+def export_run(
+    run: str | os.PathLike[str] | None = None,
+    *,
+    precision: str = "fp32",
+    kit: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    allow_loss: bool = False,
+    gguf: bool = False,
+    portable: bool = False,
+) -> Export:
+    """Writes the export folder or the kit of a run; for the options and errors see `smallm.export`."""
+    for name, value, known in (("precision", precision, [*PRECISIONS]), ("kit", kit, [*FILES])):
+        if value not in known and not (value is kit is None):
+            raise UserError(f"unknown {name} {value!r}; use one of: {', '.join(known)}")
+    if kit and (gguf or portable):
+        raise UserError("a kit holds neither a GGUF file nor the portable model; leave out one or the other")
+    path = None if out is None else out_folder(out)
+    run = newest_run() if run is None else as_path("run", run)
+    check_path(run)
+    checkpoint = _checkpoint_of(run)
+    if path is None:
+        is_in_run = checkpoint == run and run.parent.name == CHECKPOINTS
+        path = (run.parent.parent if is_in_run else run) / (f"kit-{kit}" if kit else EXPORT)
+    if kit is None:
+        return export_checkpoint(checkpoint, path, precision, allow_loss, gguf, portable)
+    with TemporaryDirectory(prefix="smallm-") as folder:
+        export = export_checkpoint(checkpoint, Path(folder) / EXPORT, precision, allow_loss)
+        write_kit(kit, export.path, path)
+        return replace(export, path=path)
+
+
+def _checkpoint_of(run: Path) -> Path:
+    """The checkpoint that `run` is, or the best one of the run. Raises `UserError` if the checkpoint is damaged."""
+    try:
+        if not (run / STATE_FILE).is_file():
+            return best_checkpoint(run)
+        if problem := verify(run):
+            raise UserError(f"{run} is damaged ({problem}); export another checkpoint")
+        return run
+    except OSError as error:
+        raise UserError(f"cannot read {run}: {error.strerror}") from None
 
 
 def export_checkpoint(
@@ -90,11 +141,11 @@ def export_checkpoint(
     model = load_model(checkpoint)
     text, name = _validation_text(checkpoint), name_of(checkpoint)
     try:
-        out = out.resolve()
-        card = out / CARD_FILE
-        check_replaceable(out, [file for file in _names(name) if file != CARD_FILE or is_card(card)], "smallm export")
+        target = out.resolve()
+        card = target / CARD_FILE
+        check_replaceable(target, [file for file in _names(name) if file != CARD_FILE or is_card(card)])
         licence = licence_of(card)
-        with replacing(out) as folder:
+        with replacing(target) as folder:
             path = folder / MODEL_FILE
             manifest, difference, measured = _write_model(
                 model, manifest, path, PRECISIONS[precision], text, allow_loss
@@ -112,8 +163,8 @@ def export_checkpoint(
             content = model_card(name, manifest, measured, sizes, _sample(path), licence, baselines)
             (folder / CARD_FILE).write_text(content, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
-    return Export(manifest, difference, measured, sizes)
+        raise UserError(f"cannot write {target}: {error.strerror}; choose another --out") from None
+    return Export(out, checkpoint, manifest, difference, measured, sizes)
 
 
 def _sample(path: Path) -> str:
@@ -191,10 +242,10 @@ def _write_json_files(folder: Path, checkpoint: Path, manifest: Manifest) -> Non
 def _link(file: Path, other: Path) -> None:
     """Makes `other` a hard link to the file, or a copy where the file system has no hard links."""
     other.parent.mkdir(exist_ok=True)
-    with suppress(OSError):
+    try:
         os.link(file, other)
-        return
-    shutil.copyfile(file, other)
+    except OSError:
+        shutil.copyfile(file, other)
 
 
 def _validation_text(checkpoint: Path) -> str:

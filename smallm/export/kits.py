@@ -7,10 +7,11 @@ import gzip
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from smallm.errors import UserError
+from smallm.export.model_card import filled
 from smallm.language_model import MODEL_FILE, find_model
 from smallm.model_file.manifest import MANIFEST_FILE
 
@@ -18,8 +19,13 @@ SOURCES = Path(__file__).parents[1] / "embed"
 SPECIFICATION = "SAMPLING.md"
 SUMS_FILE = "SHA256SUMS"
 """Digests of the files that a kit was written with, in the format of `sha256sum`: other files were edited."""
-MODULE_FILES = ("smallm.js", "smallm.d.ts", "smallm.wasm")
-PACKAGE_FILES = ("smallm.cjs", "smallm.d.cts", "LICENSE")
+MODULE = ("js/smallm.js", "js/smallm.d.ts", "js/smallm.wasm")
+FILES: Mapping[str, Sequence[str]] = {
+    "c": ("c/*",),
+    "node": (*MODULE, "js/smallm.cjs", "js/smallm.d.cts", "js/LICENSE", "node/*"),
+    "web": (*MODULE, "web/*"),
+}
+"""Kit -> its sources in `smallm/embed/`."""
 PAGE_FILES = ("index.html", "style.css", "page.js", "worker.js")
 
 
@@ -34,8 +40,9 @@ def write_kit(name: str, export_folder: Path, out: Path) -> None:
         parent = next(folder for folder in out.parents if folder.exists())
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=parent) as temporary:
             folder = Path(temporary)
-            WRITERS[name](export_folder, folder)
-            _copy([export_folder / MANIFEST_FILE, SOURCES / SPECIFICATION], folder)
+            write_sources(name, export_folder, folder)
+            shutil.copyfile(export_folder / MANIFEST_FILE, folder / MANIFEST_FILE)
+            shutil.copyfile(SOURCES / SPECIFICATION, folder / SPECIFICATION)
             _move_files(folder, out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
@@ -62,55 +69,16 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def write_c(model: Path, out: Path) -> None:
-    """Writes the sources of a C program and the model into `out`.
-
-    model: a .onnx file or an export folder. Raises `UserError`.
-    """
-    _copy_model(model, out)
-    _copy((file for file in (SOURCES / "c").iterdir() if file.is_file()), out)
-
-
-def write_node(model: Path, out: Path) -> None:
-    """Writes an npm package with the model into `out`.
-
-    model: a .onnx file or an export folder. Raises `UserError`.
-    """
-    _copy_model(model, out)
-    _copy((SOURCES / "js" / name for name in (*MODULE_FILES, *PACKAGE_FILES)), out)
-    _copy((SOURCES / "node").iterdir(), out)
-
-
-def write_web(model: Path, out: Path) -> None:
-    """Writes a static web page with the model into `out`.
-
-    model: a .onnx file or an export folder. Raises `UserError`.
-    """
-    _copy_model(model, out)
-    _copy((SOURCES / "js" / name for name in MODULE_FILES), out)
-    _copy((SOURCES / "web").iterdir(), out)
-    for name in ("index.html", "README.md"):
-        _fill_in(out / name, _sizes(out))
-
-
-WRITERS: Mapping[str, Callable[[Path, Path], None]] = {"c": write_c, "node": write_node, "web": write_web}
-"""Kit -> the function that fills its folder, given the model."""
-
-
-def _copy(files: Iterable[Path], folder: Path) -> None:
-    """Copies files into a folder, which is created if it is missing. Raises `UserError`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in files:
-            shutil.copyfile(file, folder / file.name)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from None
-
-
-def _copy_model(model: Path, out: Path) -> None:
-    path = find_model(Path(model))
-    _copy([path], out)
-    (out / path.name).replace(out / MODEL_FILE)
+def write_sources(kit: str, model: Path, out: Path) -> None:
+    """Writes a model, which is a .onnx file or an export folder, and the sources of a kit into a folder."""
+    files = {file.name: file for pattern in FILES[kit] for file in SOURCES.glob(pattern) if file.is_file()}
+    model = find_model(model)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, file in {**files, MODEL_FILE: model}.items():
+        shutil.copyfile(file, out / name)
+    for name in ("index.html", "README.md") if kit == "web" else ():
+        text = (out / name).read_text(encoding="utf-8")
+        (out / name).write_text(filled(text, _sizes(out)), encoding="utf-8")
 
 
 def _sizes(out: Path) -> dict[str, str]:
@@ -122,14 +90,6 @@ def _sizes(out: Path) -> dict[str, str]:
     sizes["compressed"] = sum(len(gzip.compress(file, 6)) for files in contents.values() for file in files)
     loaded = {"loaded": str((out / MODEL_FILE).stat().st_size)}
     return {name: _readable(size) for name, size in sizes.items()} | loaded
-
-
-def _fill_in(file: Path, values: dict[str, str]) -> None:
-    """Replaces each `{{name}}` by its value."""
-    text = file.read_text(encoding="utf-8")
-    for name, value in values.items():
-        text = text.replace(f"{{{{{name}}}}}", value)
-    file.write_text(text, encoding="utf-8")
 
 
 def _readable(size: int) -> str:

@@ -78,7 +78,7 @@ def model_card(
         "gguf_file": _cell(_code(gguf)),
         "gguf_kilobytes": kilobytes[gguf] if gguf else None,
     }  # fmt: skip
-    return _filled(TEMPLATE.read_text(encoding="utf-8"), {k: v for k, v in values.items() if v is not None})
+    return filled(TEMPLATE.read_text(encoding="utf-8"), {k: v for k, v in values.items() if v is not None})
 
 
 def _facts(m: Manifest) -> dict[str, object]:
@@ -102,7 +102,7 @@ def _facts(m: Manifest) -> dict[str, object]:
     }
 
 
-def _filled(template: str, values: Mapping[str, object]) -> str:
+def filled(template: str, values: Mapping[str, object]) -> str:
     """Fills in each `{{name}}`; blocks `<!-- if name -->` and table rows whose names have no value are left out."""
     blocks = re.compile("<!-- if (.+?) -->\n?(.*?)<!-- end -->\n?", re.DOTALL)
     text = blocks.sub(lambda block: block[2] if block[1] in values else "", template)

@@ -1,4 +1,4 @@
-"""Output folders: written under a temporary name, then moved into place; nothing else is ever overwritten."""
+"""The export folder is written under a temporary name, then moved into place; nothing else is ever overwritten."""
 
 import os
 import shutil
@@ -10,25 +10,16 @@ from smallm.errors import UserError
 from smallm.model_file.manifest import MANIFEST_FILE
 
 
-def check_replaceable(out: Path, names: Iterable[str], kind: str) -> None:
-    """Raises `UserError` unless `out` is missing, empty, or an earlier output that may be replaced.
-
-    Args:
-        out: The folder that will be written.
-        names: Relative paths of the files and folders that such an output may hold; a folder includes its content.
-        kind: What such an output is called in the message.
-    """
+def check_replaceable(out: Path, names: Iterable[str]) -> None:
+    """Raises `UserError` unless `out` is missing, empty, or an earlier export that holds only files of these names."""
     if not out.exists():
         return
     if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST_FILE).exists()):
-        raise UserError(f"{out} exists and is not a {kind}; choose another --out")
-    known = [Path(name) for name in names]
-    folders = {folder for path in known for folder in path.parents}
-    found = (path.relative_to(out) for path in out.rglob("*"))
-    others = [path for path in found if path not in folders and not {path, *path.parents} & set(known)]
-    if others:
-        first = min(path.as_posix() for path in others)
-        raise UserError(f"{out} also holds {first}, which would be lost; move it, or choose another --out")
+        raise UserError(f"{out} exists and is not a smallm export; choose another --out")
+    known = {parent for name in names for parent in (Path(name), *Path(name).parents)}
+    found = (path.relative_to(out) for path in sorted(out.rglob("*")))
+    if other := next((path for path in found if path not in known), None):
+        raise UserError(f"{out} also holds {other.as_posix()}, which would be lost; move it, or choose another --out")
 
 
 @contextmanager

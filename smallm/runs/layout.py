@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from smallm.errors import UserError, command
+from smallm.options import as_path
 
 RUNS = Path("runs")
 CONFIG = "config.toml"
@@ -37,10 +38,11 @@ def new_run(out: str | Path | None, name: str) -> Path:
 
 def out_folder(out: str | os.PathLike[str]) -> Path:
     """The folder that --out names. Raises `UserError` if the name is empty or not valid UTF-8."""
-    if not os.fspath(out):
+    if out == "":
         raise UserError("--out is empty; name a folder, or leave out --out")
-    check_path(Path(out))
-    return Path(out)
+    path = as_path("out", out)
+    check_path(path)
+    return path
 
 
 def check_path(path: Path) -> None:

@@ -22,8 +22,9 @@ from toys import LATER_VOCABULARY, random_model, save_onnx
 from smallm import LanguageModel, Vocabulary
 from smallm.cli import main as cli
 from smallm.errors import UserError
+from smallm.export import kits
 from smallm.export.cli import KITS
-from smallm.export.kits import SOURCES, WRITERS, write_kit
+from smallm.export.kits import SOURCES, write_kit
 from smallm.generation.sampler import sample
 from smallm.model_file.onnx_reader import BITS, MODEL, OPERATORS
 from smallm.model_file.sampling import Sampling
@@ -114,7 +115,7 @@ def refusal(program: Path, *argv) -> str:
 
 def test_a_kit_is_whole(kit):
     assert {file.name for file in kit.iterdir()} == FILES
-    assert set(KITS) == set(WRITERS)
+    assert set(KITS) == set(kits.FILES)
 
 
 def test_a_kit_is_written_again_around_what_the_user_added(exported, tmp_path):

@@ -27,7 +27,7 @@ from toys import LATER_VOCABULARY, random_model, save_onnx
 
 from smallm import LanguageModel, UserError
 from smallm.cli import main as cli
-from smallm.export.kits import PAGE_FILES, SOURCES, write_node, write_web
+from smallm.export.kits import PAGE_FILES, SOURCES, write_sources
 from smallm.generation.config import GenerationOptions
 from smallm.language_model import MODEL_FILE
 
@@ -545,7 +545,7 @@ def test_damaged_models_never_crash(ask, exported, tmp_path):
 
 
 def test_types(node, exported, tmp_path):
-    write_node(exported, tmp_path)
+    write_sources("node", exported, tmp_path)
     for name in ("types.ts", "types.cts"):
         shutil.copy(JS / name, tmp_path)
     options = ["--noEmit", "--strict", "--module", "nodenext", "--target", "es2022", "--lib", "es2022,dom,dom.iterable"]
@@ -564,7 +564,7 @@ def test_the_types_name_all_options():
 
 
 def test_node_kit(node, exported, c_program, tmp_path):
-    write_node(exported, tmp_path / "kit")
+    write_sources("node", exported, tmp_path / "kit")
     names = {"README.md", "example.mjs", "model.onnx", "package.json", "LICENSE", "smallm.js", "smallm.d.ts",
              "smallm.cjs", "smallm.d.cts", "smallm.wasm"}  # fmt: skip
     assert {file.name for file in (tmp_path / "kit").iterdir()} == names
@@ -579,7 +579,7 @@ def test_node_kit(node, exported, c_program, tmp_path):
 
 def test_the_node_kit_is_a_package(node, exported, model, tmp_path):
     """For import and for require(); `npm pack` takes what is needed and no more."""
-    write_node(exported, tmp_path / "kit")
+    write_sources("node", exported, tmp_path / "kit")
     (tmp_path / "app" / "node_modules").mkdir(parents=True)
     (tmp_path / "app" / "node_modules" / "smallm-model").symlink_to(tmp_path / "kit")
     code = """lm = await LanguageModel.load(require.resolve("smallm-model/model.onnx"));
@@ -607,7 +607,7 @@ def test_the_licence_of_the_package():
 
 
 def test_the_readme_of_the_node_kit(node, exported, tmp_path):
-    write_node(exported, tmp_path / "kit")
+    write_sources("node", exported, tmp_path / "kit")
     text = (tmp_path / "kit" / "README.md").read_text()
     first, install = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     assert (first, install) == ('node example.mjs "The "\n', "npm install ./path/to/folder\n")
@@ -624,7 +624,7 @@ def test_the_readme_of_the_node_kit(node, exported, tmp_path):
 @pytest.fixture(scope="session")
 def web_kit(node, exported, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("web") / "kit"
-    write_web(exported, out)
+    write_sources("web", exported, out)
     return out
 
 
@@ -751,4 +751,4 @@ def test_the_page_without_its_model(page):
 
 def test_a_kit_without_a_model(tmp_path):
     with pytest.raises(UserError, match="there is no model in"):
-        write_node(tmp_path, tmp_path / "kit")
+        write_sources("node", tmp_path, tmp_path / "kit")

@@ -25,10 +25,10 @@ from smallm.errors import UserError
 from smallm.export import cli as export_cli
 from smallm.export import folder as export_folder
 from smallm.export import graph as export_graph
+from smallm.export import kits
 from smallm.export import precision as export_precision
 from smallm.export.folder import export_checkpoint
 from smallm.export.gguf import check_gguf
-from smallm.export.kits import WRITERS
 from smallm.export.parity import TOLERANCE, check_parity
 from smallm.inference.session import Session
 from smallm.language_model import MODEL_FILE
@@ -413,7 +413,7 @@ def test_mistakes_are_one_line(run, capsys, spoil):
     assert contents(run.parent) == before
 
 
-@pytest.mark.parametrize("argv", [["--nonsense"], ["a", "b"], ["--out"], ["x" * 5000], ["no\nrun"]])
+@pytest.mark.parametrize("argv", [["--nonsense"], ["a", "b"], ["--out"], ["--out", ""], ["x" * 5000], ["no\nrun"]])
 def test_bad_arguments(tmp_path, monkeypatch, capsys, argv):
     monkeypatch.chdir(tmp_path)
     code, out, err = run_export(capsys, *argv)
@@ -492,7 +492,7 @@ def test_export_refuses_unknown_options(options, message, run):
 
 def test_the_flags_name_every_precision_and_kit():
     assert tuple(export_precision.PRECISIONS) == export_cli.PRECISIONS
-    assert set(WRITERS) == set(export_cli.KITS)
+    assert set(kits.FILES) == set(export_cli.KITS)
 
 
 def test_help_of_export_lists_every_option():
