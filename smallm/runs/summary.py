@@ -99,6 +99,8 @@ def read_run(run: Path, max_bytes: int | None = TAIL_BYTES) -> Run:
     """
     try:
         next(run.iterdir(), None)
+        files = (run, run / METRICS, run / CHECKPOINTS)
+        written = max(file.stat().st_mtime for file in files if file.exists())
         folders = (run / CHECKPOINTS).glob("step-*")
         checkpoints = tuple(sorted((f for f in folders if re.fullmatch(r"step-\d{6,15}", f.name)), key=step_of))
     except OSError as error:
@@ -130,7 +132,7 @@ def read_run(run: Path, max_bytes: int | None = TAIL_BYTES) -> Run:
         total_steps=_whole(state.get("planned_steps")) or _whole(_section(config, "train").get("max_steps")) or None,
         epoch=epochs[-1] if epochs else None,
         seconds=_number(last.get("seconds", state.get("seconds"))),
-        written=_written(run),
+        written=written,
         exports=_exports(run),
         checkpoints=checkpoints,
         config=config,
@@ -203,14 +205,6 @@ def _exports(run: Path) -> dict[str, str]:
             with suppress(OSError, ValueError):
                 found[file.parent.name] = _text(read_json(file).get("precision")) or "?"
     return found
-
-
-def _written(run: Path) -> float:
-    times = [0.0]
-    for file in (run, run / METRICS, run / CHECKPOINTS):
-        with suppress(OSError):
-            times.append(file.stat().st_mtime)
-    return max(times)
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
