@@ -114,7 +114,7 @@ static INLINE int32x4_t K(dot4)(int32x4_t sum, int8x16_t x, int8x16_t w)
 }
 #endif
 #elif SMALLM_WASM
-enum { K(LANES) = 4, K(ROWS) = 3, K(PANELS) = 2 };
+enum { K(LANES) = 4, K(ROWS) = 4, K(PANELS) = 1 };
 typedef v128_t K(vec);
 typedef v128_t K(ints);
 #define LOAD(p) wasm_v128_load(p)

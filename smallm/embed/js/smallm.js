@@ -60,10 +60,19 @@ export class LanguageModel {
   }
 
   async generate(seed = "", options = {}) {
-    const texts = [seed];
+    const chunks = [seed];
     const text = new Text(this.#engine, seed, resolve(options, this.metadata));
-    for await (const chunk of text.chunks()) texts.push(chunk);
-    return texts.join("");
+    const breath = new Breath(options.signal);
+    try {
+      for (;;) {
+        if (breath.isDue()) await breath.take();
+        const chunk = text.next();
+        if (chunk === null) return chunks.join("");
+        chunks.push(chunk);
+      }
+    } finally {
+      text.close();
+    }
   }
 
   async generateMany(seeds, options = {}) {
@@ -77,7 +86,8 @@ export class LanguageModel {
       const texts = [];
       try {
         group.forEach(([seed], i) => texts.push(new Text(engine, seed, { ...config, streamNumber: streamNumber + from + i })));
-        for (let running = texts; running.length > 0; await breath.take()) {
+        for (let running = texts; running.length > 0; ) {
+          if (breath.isDue()) await breath.take();
           engine.step(running.map((text) => text.context));
           running = running.filter((text) => {
             const chunk = engine.chunk("take", text.context);
@@ -176,35 +186,29 @@ class Text {
     return other;
   }
 
-  async *chunks() {
+  /** The next chunk, or null at the end. */
+  next() {
+    return this.context === 0 ? null : this.engine.chunk("next", this.context);
+  }
+
+  async *pieces() {
     const breath = new Breath(this.config.signal);
     try {
       for (;;) {
-        await breath.take();
-        const chunk = this.context && this.engine.chunk("next", this.context);
-        if (!chunk) return;
-        yield chunk;
+        while (this.#ready.length > 0) yield this.#ready.shift();
+        if (breath.isDue()) await breath.take();
+        const chunk = this.next();
+        if (chunk === null) return;
+        const logprobs = this.engine.logprobs(this.context);
+        this.#ready = Array.from(chunk, (text, i) => ({ text, surprisal: 0 - logprobs[i] }));
       }
     } finally {
       this.close();
     }
   }
-
-  async *pieces() {
-    if (this.#ready.length > 0) yield* this.#take();
-    for await (const chunk of this.chunks()) {
-      const logprobs = this.engine.logprobs(this.context);
-      this.#ready = Array.from(chunk, (text, i) => ({ text, surprisal: 0 - logprobs[i] }));
-      yield* this.#take();
-    }
-  }
-
-  *#take() {
-    while (this.#ready.length > 0) yield this.#ready.shift();
-  }
 }
 
-/** Throws if a signal is aborted, and now and then lets the page paint and handle input. */
+/** Lets the page paint and handle input now and then, and throws if a signal is aborted. */
 class Breath {
   #taken = performance.now();
 
@@ -212,18 +216,21 @@ class Breath {
     this.signal = signal;
   }
 
+  isDue() {
+    this.signal?.throwIfAborted();
+    return performance.now() - this.#taken > YIELD_AFTER;
+  }
+
   async take() {
-    if (performance.now() - this.#taken > YIELD_AFTER) {
-      await new Promise((resolve) => {
-        const { port1, port2 } = new MessageChannel(); // a timer would take four milliseconds
-        port1.onmessage = () => {
-          port1.close();
-          resolve();
-        };
-        port2.postMessage(0);
-      });
-      this.#taken = performance.now();
-    }
+    await new Promise((resolve) => {
+      const { port1, port2 } = new MessageChannel(); // a timer would take four milliseconds
+      port1.onmessage = () => {
+        port1.close();
+        resolve();
+      };
+      port2.postMessage(0);
+    });
+    this.#taken = performance.now();
     this.signal?.throwIfAborted();
   }
 }
