@@ -39,7 +39,7 @@ const hosts = {
         const text = output.textContent;
         if (text.length > shown) window.wrote(text.slice(shown));
         shown = text.length;
-      }).observe(output, { childList: true });
+      }).observe(output, { childList: true, subtree: true });
       document.getElementById("write").click();
     }, { seed, temperature, topK, maxLength: length, rngSeed });
     await page.waitForFunction(() => /^Done/.test(document.querySelector("#status").textContent));

@@ -3,6 +3,7 @@
 const at = (id) => document.getElementById(id);
 const MAX_LENGTH = Number(at("maxLength").max);
 const MAX_SURPRISAL = Number(at("max-surprisal").value); // nats at which a character gets the full colour
+const MAX_BLOCK = 2000; // characters of a block of the text
 const MODEL_BYTES = Number(at("loaded").value);
 const FIELDS = ["seed", "temperature", "topK", "maxLength", "rngSeed"].map(at); // the ids are option names of `stream`
 const worker = new Worker("worker.js", { type: "module" });
@@ -53,7 +54,8 @@ function write() {
     const [seed, options] = [at("seed").value, readFields()];
     run = { start: performance.now(), written: 0 };
     worker.postMessage({ seed, options });
-    at("text").replaceChildren(Object.assign(document.createElement("span"), { className: "seed", textContent: seed }));
+    at("text").replaceChildren(document.createElement("div"));
+    at("text").lastChild.append(Object.assign(document.createElement("span"), { className: "seed", textContent: seed }));
     at("text").setAttribute("aria-busy", "true"); // screen readers read the text when it is complete
     at("write").textContent = "Stop";
     at("status").textContent = "Writing…";
@@ -64,7 +66,13 @@ function write() {
 }
 
 function showPieces(pieces) {
-  at("text").append(...pieces.map(coloured));
+  let block = at("text").lastChild;
+  for (const piece of pieces) {
+    if (block.lastChild.textContent.endsWith("\n") || block.childElementCount > MAX_BLOCK) {
+      at("text").append((block = document.createElement("div"))); // only the last block is laid out again
+    }
+    block.append(coloured(piece));
+  }
   run.written += pieces.length;
   const speed = (1000 * run.written) / (performance.now() - run.start);
   if (run.written) at("progress").textContent = `${count(Math.round(speed))} characters per second`;
