@@ -103,10 +103,10 @@ class Session:
         try:
             return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors share no base class
-            needed = str(self.manifest.quality.get("onnxruntime", ""))
-            if _version(ort.__version__) < _version(needed):
+            needed = _version(self.manifest.quality.get("onnxruntime") or "")
+            if _version(ort.__version__) < needed:
                 raise UserError(
-                    f"{self.path} needs ONNX Runtime {needed} or newer, this is {ort.__version__}; "
+                    f"{self.path} needs ONNX Runtime {'.'.join(map(str, needed))} or newer, this is {ort.__version__}; "
                     "install that, or export with another --precision"
                 ) from None
             raise self.failure(error) from None

@@ -1,6 +1,7 @@
 """The manifest of an exported model: everything that a host needs besides the weights."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -15,6 +16,8 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "smallm.json"
 MAX_SAMPLING = 1 << 53  # of temperature and top_k: exact in the numbers of every host
 MIN_CACHE_LIMIT = 64 << 20  # bytes that the KV cache of any model may take, however small its file is
+FACTS = {"text": str, "onnxruntime": str, "characters": int, "parameters": int, "step": int, "val_loss": float}
+"""The facts that pages, cards and messages show, with their types."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +110,25 @@ class Manifest:
         sane = all(type(size) is int and 0 < size < 1 << 24 for size in sizes) and self.n_layer < 1000
         sane = sane and self.n_head % self.n_kv_head == 0 and self.head_dim % 2 == 0
         sane &= type(self.window) is int and 0 <= self.window <= self.block_size
-        sane &= isinstance(self.rope_theta, (int, float)) and 0 < self.rope_theta < 1e30
+        sane &= type(self.rope_theta) in (int, float) and 0 < self.rope_theta < 1e30
         sane &= isinstance(self.tokens, str) and self.vocabulary.size == self.vocab_size
         sane &= isinstance(self.start_text, str) and 0 < len(self.vocabulary.encode(self.start_text)) < 1000
         sane &= all(isinstance(each, dict) for each in (self.sampling, self.training, self.quality))
-        sane &= isinstance(self.precision, str) and type(self.checksum) is int and 0 <= self.checksum < 1 << 32
+        sane &= isinstance(self.precision, str) and re.fullmatch("[a-z0-9]{1,16}", self.precision) is not None
+        sane &= type(self.checksum) is int and 0 <= self.checksum < 1 << 32
         if not sane:
             raise ValueError
+        check_facts(self.training)
+        check_facts(self.quality)
         defaults = Sampling.resolve({}, self.sampling)
         if max(defaults.temperature, defaults.top_k) > MAX_SAMPLING:
             raise ValueError
+
+
+def check_facts(values: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if one of FACTS has another type, or is a number out of range. None is valid."""
+    for name in FACTS.keys() & values.keys():
+        value, kind = values[name], FACTS[name]
+        is_count = type(value) is int and kind is not str and 0 <= value < 1 << 53
+        if not (value is None or is_count or (type(value) is kind and kind is not int)):
+            raise ValueError(f"{name} = {value!r:.40} is out of range")

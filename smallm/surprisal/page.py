@@ -61,7 +61,7 @@ def surprisal_page(
 def summary(model: LanguageModel, figures: Perplexity) -> str:
     """The figures of the text in one line, with the loss on the model's own validation text for comparison."""
     usual = model.metadata.training.get("val_loss")
-    beside = "" if not isinstance(usual, int | float) else f"; the model's own validation text has {usual:.4f}"
+    beside = "" if usual is None else f"; the model's own validation text has {usual:.4f}"
     return (
         f"{figures.nats_per_char:.4f} nats per character ({figures.bits_per_char:.4f} bits), over "
         f"{figures.characters:,} characters{beside}"

@@ -96,6 +96,26 @@ def test_sampling_defaults_are_valid_if_the_sampler_accepts_them(sampling):
     assert (manifest is None) == (accepted is None) or any(type(value) is bool for value in sampling.values())
 
 
+NONSENSE = [
+    ("training", {"val_loss": "x"}), ("training", {"val_loss": True}), ("training", {"val_loss": 10**400}),
+    ("training", {"text": 5}), ("training", {"characters": "many"}), ("training", {"parameters": 1.5}),
+    ("training", {"step": -1}), ("quality", {"onnxruntime": 1.21}),
+    ("precision", "<b>"), ("precision", "int8\n"), ("precision", ""), ("precision", "x" * 99),
+    ("rope_theta", True), ("rope_theta", 10**400),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), NONSENSE)
+def test_facts_that_a_page_or_a_message_could_not_show(name, value):
+    assert read_or_refused(lambda: Manifest.from_dict(asdict(MANIFEST) | {name: value}, "x")) is None
+
+
+@pytest.mark.parametrize("value", [None, 2, 1.25, float("nan")])
+def test_facts_that_are_shown(value):
+    training = {"val_loss": value, "text": None, "later": [1], "parameters": 1000}
+    assert Manifest.from_dict(asdict(MANIFEST) | {"training": training}, "x").training is training
+
+
 @given(st.sampled_from([f.name for f in fields(Manifest)]), st.text())
 def test_any_string_in_the_metadata(name, text):
     read_or_refused(lambda: Manifest.from_metadata(MANIFEST.to_metadata() | {f"smallm.{name}": text}, "x"))

@@ -16,10 +16,11 @@ function showModel() {
   const { sampling, training, precision } = metadata;
   at("temperature").value = sampling.temperature ?? at("temperature").value;
   at("topK").value = sampling.top_k ?? at("topK").value;
-  const { text = "some text", parameters, characters } = training;
+  const { parameters, characters } = training;
+  const text = typeof training.text === "string" ? training.text : "some text";
   at("about").textContent =
-    `A language model of ${parameters ? `${count(parameters)} parameters in ` : ""}${precision}. It was trained on ${text}` +
-    `${characters ? `, ${count(characters)} characters,` : ""} and continues the text that you enter.`;
+    `A language model of ${Number.isSafeInteger(parameters) ? `${count(parameters)} parameters in ` : ""}${precision}. It was trained on ${text}` +
+    `${Number.isSafeInteger(characters) ? `, ${count(characters)} characters,` : ""} and continues the text that you enter.`;
   if (metadata.window) at("overflow").add(new Option("slide: fast and exact", "slide", true, true), 0);
   at("overflow-hint").textContent = `beyond ${count(blockSize)} characters`;
   at("status").textContent = "Ready";

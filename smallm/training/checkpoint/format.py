@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from smallm.atomic_write import rename, sync
 from smallm.errors import UserError
+from smallm.model_file.manifest import check_facts
 from smallm.runs.layout import CHECKPOINTS
 from smallm.runs.state_file import CHANGED, CHECKSUM, FORMAT_VERSION, STATE_FILE, checksum, read_json, read_state_file
 from smallm.tokenizer.vocabulary import Vocabulary
@@ -146,6 +147,7 @@ def read_state(folder: Path) -> tuple[TrainingState, Config]:
         values.pop(CHANGED, None)
         config, state = Config.from_dict(values.pop("config")), TrainingState(**values)
         check_types(state)
+        check_facts(state.facts)
         if not all(type(n) is int and n >= 0 for n in (state.step, state.best_step, state.evaluations_since_best)):
             raise ValueError("step counts must not be negative")
         return state, config

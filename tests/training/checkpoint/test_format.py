@@ -193,6 +193,13 @@ def test_the_state_is_restored(tmp_path):
     assert read_state(folder) == (state, config)
 
 
+def test_facts_that_no_card_could_show(tmp_path):
+    config = Config(model=GROUPED)
+    state = TrainingState(facts={"text": "ö", "characters": "many"})
+    folder = save_checkpoint(tmp_path, state, config, TrainingTensors.gather(*trained(config)), VOCABULARY)
+    assert "training_state.json is broken" in message(read_state, folder)
+
+
 @pytest.mark.parametrize("broken", ["model.safetensors", "optimizer.safetensors", "fsync", "rename", "ctrl-c"])
 def test_a_failed_save_leaves_nothing_behind_and_damages_nothing(tmp_path, monkeypatch, broken):
     model, optimizer = trained(Config(model=GROUPED))
