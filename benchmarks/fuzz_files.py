@@ -34,7 +34,7 @@ from fuzz_formats import DEFAULT, FORMATS, Home, make_home, run
 from smallm.cli.table import table
 
 MAX_SECONDS = 30  # for one case
-MAX_BYTES = 1 << 30  # resident memory of one case
+MAX_BYTES = 500_000_000  # resident memory of one case
 POLL_SECONDS = 0.02
 EXTRA_BYTES = 4 << 30  # limit of the address space that a worker may add, which protects the machine
 GOOD = ("success", "refused")
@@ -227,7 +227,7 @@ def record(row: Row, number: int, outcome: dict, scratch: Path, keep: Path) -> N
     target = keep / f"{row.name.replace(' ', '-')}-{number}"
     shutil.rmtree(target, ignore_errors=True)
     shutil.move(scratch / f"case-{number}", target)
-    log(f"{row.name} {number}: {outcome['kind']}; see {target}\n{outcome['words']}")
+    log(f"{row.name} {number}: {outcome['kind']}; see {target}\n{outcome['message']}")
 
 
 def log(message: str) -> None:

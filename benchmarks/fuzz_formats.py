@@ -101,9 +101,10 @@ def onnx_case(home: Home, folder: Path, rng: random.Random) -> Case:
 
 
 def folder_case(home: Home, folder: Path, rng: random.Random) -> Case:
-    """An export folder with mutated JSON files and metadata, or with a file replaced by something else."""
+    """An export folder with mutated JSON files, metadata or draft table, or with a file replaced by something else."""
     shutil.copytree(home.export, folder / "export")
-    model, file = folder / "export" / "model.onnx", rng.choice(sorted((folder / "export").glob("*.json")))
+    table, model = folder / "export" / "draft_table.npy", folder / "export" / "model.onnx"
+    file = rng.choice((table, rng.choice(sorted((folder / "export").glob("*.json")))))
     kind = rng.randrange(6)
     if kind < 4:
         manifest = json.loads((home.export / "smallm.json").read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ below list the fields that a smallm model may have, by message. All other fields
 """
 
 import math
+import mmap
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ _OPERATORS = """
 OPERATORS = frozenset(_OPERATORS.split())
 """The operators that smallm exports; a test compares them with real exports. No control flow, nothing random."""
 DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
-MAX_BYTES = 1 << 31  # protobuf allows no larger message
 MAX_NODES = 20_000
 MAX_PARTS = 150_000  # messages in a file, or values of a repeated field; with MAX_NODES, bounds the memory of a parse
 MAX_DIMENSIONS = 8
@@ -69,19 +69,23 @@ class OnnxFile:
 
     data: bytes
     """The bytes that were checked."""
-    checksum: int
-    """Adler-32 (RFC 1950) of the graph, weights included."""
     metadata: dict[str, str]
     values: dict[str, tuple[int, list[int]]]
     """Input or output -> its element type and its fixed dimensions."""
+
+    @property
+    def checksum(self) -> int:
+        """Adler-32 (RFC 1950) of the graph, weights included."""
+        return next(zlib.adler32(value) for number, _, value in fields(memoryview(self.data)) if number == GRAPH_FIELD)
 
 
 def read_onnx(path: Path) -> OnnxFile:
     """Reads and checks a file. Raises `UserError` if the file is not an ONNX model as smallm writes it."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UserError("it is larger than 2 GB")
-        return _checked(path.read_bytes())
+        with path.open("rb") as file:
+            _checked(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))  # takes no memory, however large the file is
+            data = file.read()
+            return OnnxFile(data, *_checked(data))  # again, because another program may write to the file meanwhile
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UserError as error:
@@ -90,8 +94,8 @@ def read_onnx(path: Path) -> OnnxFile:
         raise UserError(f"{path} is truncated or not an ONNX model ({error}); export the model again") from None
 
 
-def _checked(data: bytes) -> OnnxFile:
-    """Raises `UserError` if smallm did not write the file, `ValueError` if the file is not ONNX."""
+def _checked(data: bytes | mmap.mmap) -> tuple[dict[str, str], dict[str, tuple[int, list[int]]]]:
+    """Metadata and values. Raises `UserError` if smallm did not write the file, `ValueError` if it is not ONNX."""
     model = read_message(memoryview(data), MODEL)
     if "graph" not in model:
         raise ValueError("it has no graph")
@@ -108,8 +112,7 @@ def _checked(data: bytes) -> OnnxFile:
     metadata = {entry.get("key", ""): entry.get("value", "") for entry in model["metadata_props"]}
     if len(metadata) != len(model["metadata_props"]):
         raise UserError("its metadata has a key twice")
-    checksum = next(zlib.adler32(value) for number, _, value in fields(memoryview(data)) if number == GRAPH_FIELD)
-    return OnnxFile(data, checksum, metadata, dict(map(_value, graph["input"] + graph["output"])))
+    return metadata, dict(map(_value, graph["input"] + graph["output"]))
 
 
 def _check_tensor(tensor: dict[str, Any]) -> None:
