@@ -38,7 +38,7 @@ MAX_BYTES = 500_000_000  # resident memory of one case
 POLL_SECONDS = 0.02
 EXTRA_BYTES = 4 << 30  # limit of the address space that a worker may add, which protects the machine
 GOOD = ("success", "refused")
-CASES_PER_PROCESS = 250  # afterwards a worker starts a new process
+CASES_PER_PROCESS = 50  # afterwards a worker starts a new process: a training leaves about 1 MB behind
 
 
 @dataclass

@@ -46,7 +46,7 @@ class DraftTable:
             if mapped.dtype != ROW or mapped.ndim != 1 or mapped.offset + mapped.nbytes != path.stat().st_size:
                 raise ValueError
             table = np.array(mapped)
-        except (ValueError, OSError, EOFError, SyntaxError, TypeError, MemoryError, OverflowError):
+        except Exception:  # numpy's parser of the header raises errors of many kinds
             raise UserError(f"{path} is damaged; export the model again, or delete the file") from None
         if not ((table["ids"] < vocab_size).all() and (table["nats"] == 0).any(axis=1).all()):
             raise UserError(f"{path} belongs to another model; export the model again, or delete the file")
