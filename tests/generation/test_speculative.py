@@ -244,7 +244,9 @@ def test_the_old_name_of_the_file_is_still_read(tmp_path):
 # -- bad input
 
 
-DAMAGES = ["empty", "no npy", "zip", "cut", "longer", "another type", "two dimensions", "pickle", "header", "tokens", "shape"]
+DAMAGES = [
+    "empty", "no npy", "zip", "cut", "longer", "another type", "two dimensions", "pickle", "header", "tokens", "shape",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -263,7 +265,8 @@ def test_a_damaged_table_is_left_aside_with_a_warning(tmp_path, damage):
         shape = f"({len(table)},)".encode()
         contents = {
             "empty": b"", "no npy": b"draft_table", "cut": whole[:-5], "longer": whole + b"x",
-            "tokens": whole.replace(b"{", b"[", 1), "header": b"\x93NUMPY\1\0\xff\xff{(", "shape": whole.replace(shape, b"(1099511627776,)"),
+            "tokens": whole.replace(b"{", b"[", 1),
+            "header": b"\x93NUMPY\1\0\xff\xff{(", "shape": whole.replace(shape, b"(1099511627776,)"),
         }  # fmt: skip
         file.write_bytes(contents[damage])
     tracemalloc.start()

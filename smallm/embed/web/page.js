@@ -18,9 +18,10 @@ function showModel() {
   at("topK").value = sampling.top_k ?? at("topK").value;
   const { parameters, characters } = training;
   const text = typeof training.text === "string" ? training.text : "some text";
+  const size = Number.isSafeInteger(parameters) ? `${count(parameters)} parameters in ` : "";
+  const length = Number.isSafeInteger(characters) ? `, ${count(characters)} characters,` : "";
   at("about").textContent =
-    `A language model of ${Number.isSafeInteger(parameters) ? `${count(parameters)} parameters in ` : ""}${precision}. It was trained on ${text}` +
-    `${Number.isSafeInteger(characters) ? `, ${count(characters)} characters,` : ""} and continues the text that you enter.`;
+    `A language model of ${size}${precision}. It was trained on ${text}${length} and continues the text that you enter.`;
   if (metadata.window) at("overflow").add(new Option("slide: fast and exact", "slide", true, true), 0);
   at("overflow-hint").textContent = `beyond ${count(blockSize)} characters`;
   at("status").textContent = "Ready";
