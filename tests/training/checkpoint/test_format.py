@@ -196,7 +196,7 @@ def test_the_state_is_restored(tmp_path):
 def test_facts_that_no_card_could_show(tmp_path):
     config = Config(model=GROUPED)
     state = TrainingState(facts={"text": "ö", "characters": "many"})
-    folder = save_checkpoint(tmp_path, state, config, TrainingTensors.gather(*trained(config)), VOCABULARY)
+    folder = save_checkpoint(tmp_path, state, config, gather_tensors(*trained(config)), VOCABULARY)
     assert "training_state.json is broken" in message(read_state, folder)
 
 
