@@ -93,7 +93,7 @@ class ReplState:
         return self.generate(rng_seed)
 
     def undo(self) -> Turn:
-        """Removes the last turn and returns it. Raises `UserError` if there is none."""
+        """Removes the last turn and returns it. Raises `UserError` for an empty text."""
         if not self.turns:
             raise UserError("there is no turn to undo")
         self._waiting = None

@@ -17,14 +17,11 @@ def shortened(text: str, max_columns: int) -> str:
     """The text cut in the middle to at most `max_columns` columns, so that beginning and end can be recognised."""
     if columns_of(text) <= max_columns:
         return text
-    half = min(max_columns, -(-len(text) // 2))
-    head, tail = text[:half], text[max(half, len(text) - max_columns) :]
-    while (head or tail) and columns_of(f"{head}…{tail}") > max_columns:
-        if columns_of(head) > columns_of(tail):
-            head = head[:-1]
-        else:
-            tail = tail[1:]
-    return f"{head}…{tail}"
+    for kept in range(max_columns - 1, 0, -1):
+        cut = f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
+        if columns_of(cut) <= max_columns:
+            return cut
+    return "…"
 
 
 def table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
