@@ -52,7 +52,8 @@ class ReplState:
             self._waiting = None
 
     def add(self, text: str) -> None:
-        """Adds a typed turn."""
+        """Adds a typed turn. Raises `UserError` for a text that UTF-8 cannot encode."""
+        self.model.vocabulary.encode(text)
         self._waiting = None
         self.turns.append(Turn(typed=True, text=text))
 

@@ -20,7 +20,7 @@ def legend() -> str:
 
 
 def painted(text: str, nats: np.ndarray) -> str:
-    """text of n characters, surprisals (n,) -> the text with colour codes; control characters of the text are replaced."""
+    """text of n characters, surprisals (n,) -> the text with colour codes; its control characters are replaced."""
     return "".join(_paint(run, number) for run, number in runs(visible(text), level(nats)))
 
 

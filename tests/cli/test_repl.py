@@ -227,6 +227,8 @@ def test_a_mistake_changes_nothing(state):
     for rng_seed in (-1, 1 << 32):
         with pytest.raises(UserError, match="rng_seed"):
             state.retry(rng_seed)
+    with pytest.raises(UserError, match="surrogate"):
+        state.add("\udcff")
     assert state.text == text
 
 
