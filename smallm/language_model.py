@@ -14,19 +14,22 @@ from smallm.generation.batch import Batch, suits_batch
 from smallm.generation.config import GenerationConfig, GenerationOptions, with_options
 from smallm.generation.draft_table import DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE, DraftTable
 from smallm.generation.logits_processors import LogitsProcessor
+from smallm.generation.native_stream import NativeStream
 from smallm.generation.sampler import probabilities
 from smallm.generation.sequence_state import SequenceState
 from smallm.generation.speculative import drafts_per_pass
 from smallm.generation.text_stream import TextChunk, TextsInTurn, TextStream
 from smallm.inference.kv_cache import KVCache
+from smallm.inference.native import NativeModel
 from smallm.inference.scoring import IDS_PER_BATCH, IGNORED, Perplexity, begins_character, nats, windows
 from smallm.inference.session import Session
 from smallm.model_file.manifest import Manifest
-from smallm.options import as_path, check_bool, check_int, with_hints
+from smallm.options import Option, as_path, check_bool, check_int, with_hints
 from smallm.runs.layout import EXPORT, is_run
 from smallm.tokenizer.vocabulary import Vocabulary
 
 MODEL_FILE = "model.onnx"
+ENGINES = ("onnxruntime", "native")
 MAX_LOGITS = 1 << 22  # logits computed at a time: 16 MB; more are not faster
 MIN_PROBABILITY = 1e-6  # below it, the beginning of a character is not followed to its end
 
@@ -44,26 +47,35 @@ class LanguageModel:
     A text may be longer than `block_size` ids; the option `overflow` says what the model sees then.
     """
 
-    def __init__(self, session: Session, draft_table: DraftTable | None = None):
+    def __init__(
+        self, session: Session, draft_table: DraftTable | None = None, native: NativeModel | None = None
+    ):
         if not isinstance(session, Session):
             raise UserError("open a model with LanguageModel.load(path)")
-        self._session, self._draft_table = session, draft_table
+        self._session, self._draft_table, self._native = session, draft_table, native
         self.metadata: Manifest = session.manifest
         self.vocabulary: Vocabulary = session.manifest.vocabulary
         self.vocab_size, self.block_size = session.manifest.vocab_size, session.manifest.block_size
 
     @classmethod
-    def load(cls, path: str | Path, threads: int | None = None, speculative: bool = True) -> "LanguageModel":
+    def load(
+        cls, path: str | Path, threads: int | None = None, speculative: bool = True, engine: str = "onnxruntime"
+    ) -> "LanguageModel":
         """Opens a run that was exported, an export folder or an .onnx file.
 
         threads: threads of ONNX Runtime, 1 to 1024; None chooses by the size of the model. speculative: whether to
         decode with `draft_table.npy` if the export left this file beside the model, which is up to twice as fast; with
-        int8 and int4, rounding may change the text. A damaged table is left aside, with a warning. Raises `UserError`
-        for a path without a model, or a model file that is damaged.
+        int8 and int4, rounding may change the text. A damaged table is left aside, with a warning. engine: what
+        generates text, "onnxruntime", or "native" for the C kit, which a C compiler on this machine compiles at first
+        use: faster, in one thread, the same text but for rounding; all other results are those of ONNX Runtime. Raises
+        `UserError` for a path without a model, a model file that is damaged, and "native" without a compiler.
         """
         check_bool("speculative", speculative)
+        Option(str, "", choices=ENGINES, name="engine", default="").check(engine)
         file = find_model(as_path("path", path))
         session = Session(file, threads)
+        if engine == "native":
+            return cls(session, native=NativeModel(file))
         tables = (file.with_name(name) for name in (DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE))
         table = next((path for path in tables if speculative and path.is_file()), None)
         try:
@@ -75,6 +87,7 @@ class LanguageModel:
     def close(self) -> None:
         """Frees the memory of the model. Later calls raise `UserError`; streams that exist keep their part of it."""
         self._session.close()
+        self._native = None  # which the streams keep
 
     def __enter__(self) -> "LanguageModel":
         return self
@@ -244,14 +257,20 @@ class LanguageModel:
         return Perplexity.of(total, characters - 1)
 
     def _stream(self, seed: str, config: GenerationConfig, logprobs: bool) -> TextStream:
-        return TextStream(self._session, self._states([seed], config, logprobs)[0], self._draft_table)
+        return self._streams([seed], config, logprobs)(0)
 
     def _chunks(self, seeds: Sequence[str], config: GenerationConfig, logprobs: bool) -> Iterator[TextChunk]:
-        states = self._states(seeds, config, logprobs)
         drafts = drafts_per_pass(self.metadata.precision, self._session.layer_bytes) if self._draft_table else 0
-        if suits_batch(self.metadata, len(states), drafts):
-            return Batch(self._session, states)
-        return TextsInTurn(self._session, states, self._draft_table)
+        if self._native is None and suits_batch(self.metadata, len(seeds), drafts):
+            return Batch(self._session, self._states(seeds, config, logprobs))
+        return TextsInTurn(len(seeds), self._streams(seeds, config, logprobs))
+
+    def _streams(self, seeds: Sequence[str], config: GenerationConfig, logprobs: bool) -> Callable[[int], TextStream]:
+        """A function from the number of a text to its stream."""
+        states, native = self._states(seeds, config, logprobs), self._native
+        if native is None:
+            return lambda number: TextStream(self._session, states[number], self._draft_table)
+        return lambda number: NativeStream(native, self.vocabulary.decode(states[number].history), states[number])
 
     def _states(self, seeds: Sequence[str], config: GenerationConfig, logprobs: bool) -> list[SequenceState]:
         check_bool("logprobs", logprobs)

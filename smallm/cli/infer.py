@@ -31,8 +31,8 @@ examples:
   python infer.py --surprise my.txt --html surprise.html"""
 GENERATION = {each.name for each in GenerationConfig.options() if each.flag}
 MODES = {  # mode -> the options that it uses; "" = generate text. All modes use --model and --threads.
-    "": GENERATION | {"seed", "num_samples", "stream", "json"},
-    "interactive": GENERATION | {"seed", "stream"},
+    "": GENERATION | {"engine", "seed", "num_samples", "stream", "json"},
+    "interactive": GENERATION | {"engine", "seed", "stream"},
     "next": {"seed", "json"},
     "perplexity": {"stride", "encoding", "json"},
     "surprise": {"html", "spans", "encoding", "json"},
@@ -42,7 +42,10 @@ OVERFLOW_NOTE = (
     "--overflow crop always shows it all {size}, but computes them again for each character"
 )
 MAX_SAMPLES = 10_000  # texts of one call
-DEFAULTS = {"seed": "", "num_samples": 1, "stream": True, "json": False, "encoding": "utf-8", "spans": 10}
+DEFAULTS = {
+    "engine": "onnxruntime", "seed": "", "num_samples": 1, "stream": True, "json": False, "encoding": "utf-8",
+    "spans": 10,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         path = newest_run()
         print(f"model: {path}", file=sys.stderr)
     with warnings.catch_warnings(record=True, action="default") as caught:
-        model = LanguageModel.load(path, threads=options.threads)
+        model = LanguageModel.load(path, threads=options.threads, engine=options.engine)
     for each in caught:
         print(f"warning: {printable(str(each.message))}", file=sys.stderr)
     if mode == "perplexity":
@@ -170,6 +173,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", "--model_path", metavar="PATH", help="run, export folder or .onnx file (default: the newest run)")
+    add("--engine", choices=("onnxruntime", "native"), help="what computes the text; native = the C kit, "
+        "faster, compiled at first use by this machine's C compiler (default: onnxruntime)")
     add("--threads", type=int, metavar="N", help="threads of ONNX Runtime (default: by the size of the model)")
     add("--seed", "--seed_string", metavar="TEXT", help="text to continue; --seed=-x if it begins with a dash")
     for each in GenerationConfig.options():

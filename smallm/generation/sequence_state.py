@@ -40,7 +40,8 @@ class SequenceState:
         """
         self.config, self.sampling, self._processor = config, config.sampling, processor
         assert config.rng_seed is not None  # `resolve` draws one
-        self.rng = Rng(config.rng_seed, config.stream_number + stream)
+        self.stream_number = config.stream_number + stream
+        self.rng = Rng(config.rng_seed, self.stream_number)
         self.history, self._block_size = ids[-block_size:], block_size
         self.done = config.max_length == 0
         self._processes = processor.active

@@ -1,7 +1,7 @@
 """`TextStream`: one text as it is generated, which can be left, continued and branched."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import copy
 from threading import Lock
 from typing import Any, Generic, NamedTuple, Self, TypeVar
@@ -162,17 +162,18 @@ class TextStream(ResumableIterator[str]):
 class TextsInTurn(ResumableIterator[TextChunk]):
     """The chunks of several texts, one text after the other."""
 
-    def __init__(self, session: Session, states: Sequence[SequenceState], table: DraftTable | None):
+    def __init__(self, texts: int, stream_of: Callable[[int], TextStream]):
+        """texts: their number. stream_of: makes the stream of a text when its turn comes."""
         super().__init__()
-        self._session, self._states, self._table = session, states, table
+        self._texts, self._stream_of = texts, stream_of
         self._number = 0  # of the present text
         self._stream: TextStream | None = None  # None between two texts
 
     def _next(self) -> TextChunk | None:
         number = self._number
-        if number == len(self._states):
+        if number == self._texts:
             return None
-        stream = self._stream or TextStream(self._session, self._states[number], self._table)
+        stream = self._stream or self._stream_of(number)
         self._stream, stream._undo, self._undo = stream, None, (self._rewind, (number, stream))
         text = stream._next()
         if stream.done:

@@ -1,32 +1,13 @@
-"""The cache on disk that runs share: encoded texts, statistics of texts, compiled kernels."""
+"""Values in the cache folder: JSON files with a version and a checksum."""
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from smallm.atomic_write import atomic_write
-from smallm.errors import UserError
-
-
-def cache_folder() -> Path:
-    """The folder named by the environment variable SMALLM_CACHE; without it, `smallm` in the user's cache folder.
-
-    Raises `UserError` if there is no such folder.
-    """
-    folder = os.environ.get("SMALLM_CACHE")
-    try:
-        if folder:
-            return Path(folder).expanduser()
-        import pooch
-
-        return Path(pooch.os_cache("smallm"))
-    except (RuntimeError, KeyError):  # neither HOME nor an entry in the list of users
-        missing = f"SMALLM_CACHE={folder}: there is no such home folder" if folder else "this user has no home folder"
-        raise UserError(f"{missing}; set SMALLM_CACHE to a folder for the cache") from None
 
 
 def cached_json(file: Path, version: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from smallm import __version__
 from smallm.errors import UserError
+from smallm.inference.compiler import INSTALL
 from smallm.training.config import TrainConfig
 from smallm.training.distributed import broadcast_from_main
 from smallm.training.model.kernels import loader as kernels
-from smallm.training.model.kernels.compiler import INSTALL
 from smallm.training.precision import best_precision
 
 # How long processes wait for the one that encodes the text, writes a checkpoint or measures baselines. The defaults, 10

@@ -11,9 +11,9 @@ import numpy as np
 
 from smallm.errors import UserError
 from smallm.inference.scoring import begins_character
+from smallm.runs.cache_folder import cache_folder
 from smallm.tokenizer.text_formats import decoder_of
 from smallm.tokenizer.vocabulary import Vocabulary
-from smallm.training.cache import cache_folder
 from smallm.training.config import DataConfig
 from smallm.training.data import store
 from smallm.training.data.encoding import Survey, encode, survey

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
-import pooch
 import pytest
 from filelock import FileLock
 from hypothesis import assume, given, settings
@@ -341,7 +340,7 @@ def test_cache_that_cannot_be_written(tmp_path, cache, monkeypatch):
 
 def test_the_cache_folder_belongs_to_the_user(tmp_path, monkeypatch):
     monkeypatch.delenv("SMALLM_CACHE")
-    monkeypatch.setattr(pooch, "os_cache", lambda project: tmp_path / project)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     opened(write(tmp_path / "a.txt", MIXED))
     assert len(list((tmp_path / "smallm" / "corpora").iterdir())) == 1
 

@@ -1,0 +1,146 @@
+"""The C kit as a library: `smallm/embed/c/smallm.c`, compiled on this machine at first use, generates a text."""
+
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+import weakref
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+from smallm.errors import UserError
+from smallm.inference.compiler import INSTALL, compile_library
+
+SOURCE = Path(__file__).parents[1] / "embed" / "c" / "smallm.c"
+FLAGS = ("-O2", "-std=c99", "-shared", "-fPIC")
+OK, DONE = 0, 1
+OVERFLOW = {"crop": 0, "shift": 1, "slide": 2}
+
+
+class Options(ctypes.Structure):
+    """The struct smallm_options of smallm.h."""
+
+    _fields_ = [
+        ("size", ctypes.c_size_t), ("max_length", ctypes.c_int64), ("temperature", ctypes.c_double),
+        ("top_k", ctypes.c_int64), ("top_p", ctypes.c_double), ("min_p", ctypes.c_double),
+        ("repetition_penalty", ctypes.c_double), ("repetition_window", ctypes.c_int64), ("rng_seed", ctypes.c_uint32),
+        ("stream_number", ctypes.c_uint32), ("stops", ctypes.POINTER(ctypes.c_char_p)), ("stop_count", ctypes.c_size_t),
+        ("min_length", ctypes.c_int64), ("overflow", ctypes.c_int32), ("logprobs", ctypes.c_int32),
+        ("allowed", ctypes.c_char_p), ("banned", ctypes.c_char_p),
+    ]  # fmt: skip
+
+
+class NativeModel:
+    """A model file that the C library has opened; threads may share it."""
+
+    def __init__(self, path: Path):
+        """Raises `UserError` without a C compiler, and for a file that is damaged."""
+        self.path, self.library, self.pointer = path, _library(), ctypes.c_void_p()
+        status = self.library.smallm_open(str(path).encode(), None, ctypes.byref(self.pointer))
+        message = str(self.library.smallm_model_error(self.pointer).decode())
+        weakref.finalize(self, self.library.smallm_close, self.pointer)
+        if status != OK:
+            raise UserError(message)
+
+    def __reduce__(self) -> tuple[type["NativeModel"], tuple[Path]]:
+        return NativeModel, (self.path.absolute(),)
+
+
+class NativeContext:
+    """One text and its KV cache."""
+
+    def __init__(self, model: NativeModel, original: "NativeContext | None" = None):
+        """original: the context to copy; None = without a text."""
+        self._model, self._library, self._context = model, model.library, ctypes.c_void_p()
+        self._text, self._bytes, self._count = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
+        self._outputs = ctypes.byref(self._text), ctypes.byref(self._bytes)
+        if original is None:
+            status = self._library.smallm_context_new(model.pointer, ctypes.byref(self._context))
+        else:
+            status = self._library.smallm_context_copy(original._context, ctypes.byref(self._context))
+        if status != OK:
+            raise UserError("there is not enough memory for this; use a smaller model")
+        weakref.finalize(self, _free, model, self._context)
+
+    def __reduce__(self) -> NoReturn:
+        raise UserError("a text that is being written cannot be copied or pickled; use its method branch")
+
+    def start(self, seed: str, options: Mapping[str, Any]) -> None:
+        """Begins a text. options: the fields of `GenerationConfig`, resolved for the model, and logprobs."""
+        fields = {name: value for name, value in options.items() if name not in ("stop", "overflow")}
+        for name in ("allowed", "banned"):
+            fields[name] = None if fields[name] is None else _encoded(name, fields[name])
+        stops = [_encoded("stop", each) for each in options["stop"]]
+        fields |= {"stops": (ctypes.c_char_p * len(stops))(*stops), "stop_count": len(stops)}
+        fields["overflow"] = OVERFLOW[options["overflow"]]
+        struct, text = Options(size=ctypes.sizeof(Options), **fields), seed.encode()
+        self._check(self._library.smallm_generate_start(self._context, text, len(text), ctypes.byref(struct)))
+
+    def piece(self) -> str:
+        """The next characters; "" at the end. After an exception within this call it returns the same characters."""
+        if not self._bytes.value:
+            self._check(self._library.smallm_next(self._context, *self._outputs))
+        return self.computed_piece()
+
+    def computed_piece(self) -> str:
+        """The piece that was computed and is not finished; "" without one."""
+        return ctypes.string_at(self._text.value or 0, self._bytes.value).decode() if self._bytes.value else ""
+
+    def logprobs(self) -> list[float]:
+        """The log-probability of each character of the piece."""
+        found = self._library.smallm_logprobs(self._context, ctypes.byref(self._count))
+        return list(found[: self._count.value])
+
+    def finish_piece(self) -> bool:
+        """Frees the piece; whether the text is complete. The call may be repeated."""
+        done = self._check(self._library.smallm_take(self._context, ctypes.byref(ctypes.c_void_p()),
+                                                     ctypes.byref(ctypes.c_size_t()))) == DONE  # fmt: skip
+        self._bytes.value = 0
+        return done
+
+    def copy(self) -> "NativeContext":
+        """A context that continues from here independently."""
+        return NativeContext(self._model, self)
+
+    def reseed(self, rng_seed: int, stream_number: int) -> None:
+        """Continues with the random numbers of another seed."""
+        self._library.smallm_reseed(self._context, ctypes.c_uint32(rng_seed), ctypes.c_uint32(stream_number))
+
+    def _check(self, status: int) -> int:
+        if status > DONE:
+            raise UserError(self._library.smallm_error(self._context).decode())
+        return status
+
+
+def _free(model: NativeModel, context: ctypes.c_void_p) -> None:
+    model.library.smallm_context_free(context)  # before the model, which this reference keeps
+
+
+def _encoded(name: str, text: str) -> bytes:
+    if "\0" in text:
+        raise UserError(f"{name} = {text!r:.40} has a NUL, which engine = 'native' does not accept; remove it")
+    return text.encode()
+
+
+@cache
+def _library() -> Any:
+    """The C library, compiled if necessary. Raises `UserError`."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None or platform.system() not in INSTALL:
+        install = INSTALL.get(platform.system())
+        raise UserError(
+            "engine = 'native' needs a C compiler, and this machine has none; "
+            + (f"install one ({install}), or leave out the engine" if install else "leave out the engine")
+        )
+    try:
+        library = ctypes.CDLL(str(compile_library(compiler, FLAGS, SOURCE)))
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"{compiler} cannot compile {SOURCE.name}: {error}; leave out engine = 'native'") from None
+    for name in ("smallm_model_error", "smallm_error"):
+        getattr(library, name).restype = ctypes.c_char_p
+    library.smallm_logprobs.restype = ctypes.POINTER(ctypes.c_double)
+    library.smallm_generate_start.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p]
+    return library
