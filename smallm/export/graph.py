@@ -16,7 +16,7 @@ of all heads are normalised together, gate and up projection are one product, ea
 after it, and the first layer's queries, keys and values are looked up in a table with one row per id.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,13 +92,16 @@ class Graph:
 
     def _positions(self) -> None:
         """Inputs shared by all attention nodes: index of the last key (B,), length of the mask (1,), RoPE tables."""
-        c = self.config
         last = self._add("ArgMax", "/last_key", "attention_mask", axis=1, keepdims=0, select_last_index=1)
         self.seqlens_k = self._add("Cast", "/seqlens_k", last, to=TensorProto.INT32)
         length = self._add("Shape", "/mask_length", "attention_mask", start=1, end=2)
         self.total_length = self._add("Cast", "/total_length", length, to=TensorProto.INT32)
-        cos, sin = rotary_tables(c.head_dim, c.block_size, c.rope_theta)  # (block_size, hd / 2)
-        self.cos, self.sin = self._constant("cos_cache", cos.numpy()), self._constant("sin_cache", sin.numpy())
+        self.cos, self.sin = self._rotary_rows()
+
+    def _rotary_rows(self) -> tuple[str, str]:
+        """Cosines and sines of all positions (block_size, hd / 2)."""
+        cos, sin = rotary_tables(self.config.head_dim, self.config.block_size, self.config.rope_theta)
+        return self._constant("cos_cache", cos.numpy()), self._constant("sin_cache", sin.numpy())
 
     def _packed(self, i: int, x: str) -> str:
         """(B, T, C) -> queries, keys, values (B, T, (nh + 2 nkv) hd), the first two normalised, all heads at once."""
@@ -106,8 +109,7 @@ class Graph:
         heads = c.n_head + c.kv_heads
         qkv = self._matmul(f"{at}/c_attn", x, f"h.{i}.attn.c_attn")
         sizes = self._constant("qk_v_sizes", [heads * c.head_dim, c.kv_heads * c.head_dim])
-        qk, v = f"{at}/qk", f"{at}/v"
-        self.nodes.append(helper.make_node("Split", [qkv, sizes], [qk, v], name=f"{at}/split", axis=-1))
+        qk, v = self._split(f"{at}/split", qkv, sizes, f"{at}/qk", f"{at}/v")
         qk = self._add("Reshape", f"{at}/to_heads", qk, self._constant("to_heads", [0, 0, heads, c.head_dim]))
         qk = self._norm(f"{at}/qk_norm", qk, self._constant("ones", np.ones(c.head_dim, np.float32)))
         qk = self._add("Mul", f"{at}/gain", qk, self._constant(f"h.{i}.attn.qk_gain", self._qk_gain(i)))
@@ -135,23 +137,19 @@ class Graph:
     def _attention(self, i: int, packed: str) -> str:
         """(B, T, (nh + 2 nkv) hd) -> (B, T, C)."""
         c, at = self.config, f"/h.{i}/attn"
-        past = [f"past_key_values.{i}.key", f"past_key_values.{i}.value"]
-        y, outputs = f"{at}/y", [f"present.{i}.key", f"present.{i}.value"]
-        self.nodes.append(helper.make_node(
-            "GroupQueryAttention",
-            [packed, "", "", *past, self.seqlens_k, self.total_length, self.cos, self.sin],
-            [y, *outputs], name=f"{at}/attention", domain=MICROSOFT,
-            num_heads=c.n_head, kv_num_heads=c.kv_heads, do_rotary=1, scale=1.0, local_window_size=c.window or -1,
-        ))  # fmt: skip
+        y, *present = f"{at}/y", f"present.{i}.key", f"present.{i}.value"
+        self._add("GroupQueryAttention", f"{at}/attention", packed, "", "", f"past_key_values.{i}.key",
+                  f"past_key_values.{i}.value", self.seqlens_k, self.total_length, self.cos, self.sin,
+                  outputs=[y, *present], domain=MICROSOFT, num_heads=c.n_head, kv_num_heads=c.kv_heads, do_rotary=1,
+                  scale=1.0, local_window_size=c.window or -1)  # fmt: skip
         return self._matmul(f"{at}/c_proj", y, f"h.{i}.attn.c_proj")
 
     def _feed_forward(self, i: int, x: str) -> str:
         """(B, T, C) -> (B, T, C)."""
         at, inner = f"/h.{i}/mlp", self.config.inner
         both = self._matmul(f"{at}/c_fc", x, f"h.{i}.mlp.c_fc")  # (B, T, 2 inner)
-        gate, up = f"{at}/gate", f"{at}/up"
         sizes = self._constant("gate_up_sizes", [inner, inner])
-        self.nodes.append(helper.make_node("Split", [both, sizes], [gate, up], name=f"{at}/split", axis=-1))
+        gate, up = self._split(f"{at}/split", both, sizes, f"{at}/gate", f"{at}/up")
         gated = self._add("Mul", f"{at}/gated", self._silu(f"{at}/silu", gate), up)
         return self._matmul(f"{at}/c_proj", gated, f"h.{i}.mlp.c_proj")
 
@@ -163,9 +161,7 @@ class Graph:
         if "wte.weight" in self.quantised:
             self._matmul("logits", kept, "wte")
         else:
-            head = self._add(
-                "Transpose", "/lm_head", self._weight("wte"), perm=[1, 0]
-            )  # constant-folded when the model is loaded
+            head = self._add("Transpose", "/lm_head", self._weight("wte"), perm=[1, 0])  # folded at load
             self._add("MatMul", "logits", kept, head)
 
     def _model(self, manifest: Manifest) -> onnx.ModelProto:
@@ -191,19 +187,22 @@ class Graph:
 
     # Helpers that add nodes.
 
-    def _add(self, kind: str, name: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(kind, list(inputs), [name], name=name, domain=domain, **attributes))
+    def _add(self, kind: str, name: str, *inputs: str, outputs: Sequence[str] = (), **attributes: Any) -> str:
+        """Adds a node, whose output has the same name unless `outputs` are given."""
+        self.nodes.append(helper.make_node(kind, inputs, outputs or [name], name=name, **attributes))
         return name
+
+    def _split(self, name: str, x: str, sizes: str, *outputs: str, axis: int = -1) -> tuple[str, ...]:
+        self._add("Split", name, x, sizes, outputs=outputs, axis=axis)
+        return outputs
 
     def _norm(self, name: str, x: str, gain: str) -> str:
         return self._add("SimplifiedLayerNormalization", name, x, gain, axis=-1, epsilon=NORM_EPS, stash_type=1)
 
     def _add_and_norm(self, name: str, x: str, change: str, gain: str) -> tuple[str, str]:
         """Returns the norm of x + change, and x + change."""
-        outputs = [name, "", "", f"{name}/sum"]
-        kind = "SkipSimplifiedLayerNormalization"
-        node = helper.make_node(kind, [x, change, gain], outputs, name=name, domain=MICROSOFT, epsilon=NORM_EPS)
-        self.nodes.append(node)
+        self._add("SkipSimplifiedLayerNormalization", name, x, change, gain,
+                  outputs=[name, "", "", f"{name}/sum"], domain=MICROSOFT, epsilon=NORM_EPS)  # fmt: skip
         return name, f"{name}/sum"
 
     def _silu(self, name: str, x: str) -> str:

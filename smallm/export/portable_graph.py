@@ -7,12 +7,12 @@ ids, is padded to the length of the mask first. This graph is slower: nothing is
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from smallm.export.graph import Graph
 from smallm.model_file.manifest import Manifest
 from smallm.training.model.operations import NORM_EPS
-from smallm.training.model.transformer import TransformerLanguageModel, rotary_tables
+from smallm.training.model.transformer import TransformerLanguageModel
 
 PORTABLE_FILE = "model.portable.onnx"
 
@@ -57,20 +57,17 @@ class PortableGraph(Graph):
             first_seen = self._add("Sub", "/first_seen", column, axis("window_minus_1", [c.window - 1]))
             hidden = self._add("Or", "/hidden_from_id", hidden, self._add("Less", "/before_window", keys, first_seen))
         repeats = axis("group_rows", [1, 1, c.n_head // c.kv_heads, 1])
-        as_float = self._add(
-            "Cast", "/hidden_as_float", hidden, to=TensorProto.FLOAT
-        )  # not all engines can tile booleans
+        # Not all engines can tile booleans.
+        as_float = self._add("Cast", "/hidden_as_float", hidden, to=TensorProto.FLOAT)
         repeated = self._add("Tile", "/hidden_repeated", as_float, repeats)
         self.hidden = self._add("Cast", "/hidden", repeated, to=TensorProto.BOOL)
 
     def _rotary_tables(self, positions: str) -> None:
         """Cosines and sines (B, T, 1, hd / 2)."""
-        c = self.config
-        tables = zip(("cos", "sin"), rotary_tables(c.head_dim, c.block_size, c.rope_theta), strict=True)
         axes = self._constant("axis_2", [2])
         self.cos, self.sin = (
             self._add("Unsqueeze", f"/{name}_of_heads", self._add("Gather", f"/{name}", rows, positions), axes)
-            for name, rows in ((name, self._constant(f"{name}_cache", table.numpy())) for name, table in tables)
+            for name, rows in zip(("cos", "sin"), self._rotary_rows(), strict=True)
         )
 
     def _attention(self, i: int, packed: str) -> str:
@@ -79,9 +76,9 @@ class PortableGraph(Graph):
         sizes = self._constant("head_sizes", [c.n_head + c.kv_heads, c.kv_heads])
         split = self._constant("split_heads", [0, 0, c.n_head + 2 * c.kv_heads, c.head_dim])
         heads = self._add("Reshape", f"{at}/heads", packed, split)
-        qk, v = self._split(heads, sizes, f"{at}/qk_heads", f"{at}/v_heads", axis=2)
+        qk, v = self._split(f"{at}/qk_heads/split", heads, sizes, f"{at}/qk_heads", f"{at}/v_heads", axis=2)
         sizes = self._constant("q_k_sizes", [c.n_head, c.kv_heads])
-        q, k = self._split(self._rotated(at, qk), sizes, f"{at}/q", f"{at}/k", axis=2)
+        q, k = self._split(f"{at}/q/split", self._rotated(at, qk), sizes, f"{at}/q", f"{at}/k", axis=2)
         q, k, v = (self._add("Transpose", f"{x}_by_head", x, perm=[0, 2, 1, 3]) for x in (q, k, v))
         keys, values = (self._written(f"{i}.{part}", x) for part, x in (("key", k), ("value", v)))
 
@@ -101,7 +98,7 @@ class PortableGraph(Graph):
     def _rotated(self, at: str, x: str) -> str:
         """RoPE on (B, T, heads, hd): rotates each pair of channels (j, j + hd / 2) by the angle of its position."""
         half = self._constant("half_heads", [self.config.head_dim // 2] * 2)
-        a, b = self._split(x, half, f"{at}/first_half", f"{at}/second_half", axis=3)
+        a, b = self._split(f"{at}/first_half/split", x, half, f"{at}/first_half", f"{at}/second_half", axis=3)
         turned = {
             name: self._add(kind, f"{at}/{name}", self._add("Mul", f"{at}/{name}_cos", one, self.cos),
                             self._add("Mul", f"{at}/{name}_sin", other, self.sin))
@@ -122,10 +119,6 @@ class PortableGraph(Graph):
         zero, one = self._constant("zero_scalar", 0), self._constant("one_scalar", 1)
         end = self._add("Squeeze", f"{name}_end", length, self._constant("axis_0", [0]))
         return self._add("Range", name, zero, end, one)
-
-    def _split(self, x: str, sizes: str, *names: str, axis: int) -> tuple[str, ...]:
-        self.nodes.append(helper.make_node("Split", [x, sizes], list(names), name=f"{names[0]}/split", axis=axis))
-        return names
 
     def _norm(self, name: str, x: str, gain: str) -> str:
         square = self._add("Mul", f"{name}/square", x, x)
