@@ -126,7 +126,7 @@ class LlamaCpp:
 
         if not folder.exists():
             folder.mkdir(parents=True)
-            write_gguf(checkpoint, folder / "model.gguf", precision)
+            write_gguf(checkpoint, folder / "model.gguf", precision, "model")
         context = json.loads((checkpoint / "config.json").read_text())["max_position_embeddings"]
         self._open = lambda **options: Llama(
             str(folder / "model.gguf"),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smallm.cli.arguments import ArgumentParser
+from smallm.cli.table import table
 from smallm.errors import command
 from smallm.language_model import MODEL_FILE
 
@@ -57,7 +58,6 @@ def _parser() -> argparse.ArgumentParser:
 def _print_summary(export) -> None:
     """Prints sizes, differences and losses of what `export_run` returned."""
     from smallm.export.portable_graph import PORTABLE_FILE
-    from smallm.export.precision import quality_table
 
     quality, loss = export.quality, export.manifest.training["val_loss"]
     print(
@@ -68,6 +68,7 @@ def _print_summary(export) -> None:
     for name, size in export.sizes.items():
         if name == PORTABLE_FILE or name.endswith(".gguf"):
             print(f"{export.path / name}: {size / 1e6:.2f} MB")
-    print(quality_table(export.measured))
+    heads = ["precision", "MB", "bits/char", "characters/s", "ONNX Runtime"]
+    print(*table([heads, *(row.cells() for row in export.measured)]), sep="\n")
     if quality.loss is not None:
         print(f"{quality.precision} costs {quality.loss:.4f} bits per character")

@@ -35,13 +35,6 @@ from smallm.training.checkpoint.hugging_face import hugging_face_files
 from smallm.training.checkpoint.manager import best_checkpoint
 from smallm.training.model.transformer import TransformerLanguageModel
 
-ONNX_FOLDER = "onnx"
-TRANSFORMERS_JS = {
-    "fp32": ("fp32", f"{ONNX_FOLDER}/model.onnx"),
-    "int8": ("int8", f"{ONNX_FOLDER}/model_int8.onnx"),
-    "int4": ("q4", f"{ONNX_FOLDER}/model_q4.onnx"),
-}
-"""Precision -> its name in transformers.js, and the file that transformers.js loads for it."""
 MAX_MEASURED = 100_000
 """Characters of the validation text that the loss is measured on."""
 MIN_SAMPLE, SAMPLE_LENGTH = 200, 400
@@ -151,7 +144,7 @@ def export_checkpoint(
                 model, manifest, path, PRECISIONS[precision], text, allow_loss
             )
             _write_json_files(folder, checkpoint, manifest)
-            _link(path, folder / TRANSFORMERS_JS[precision][1])
+            _link(path, folder / PRECISIONS[precision].transformers_js[1])
             if precision == "fp32":  # a quantised export is meant to be small
                 shutil.copyfile(checkpoint / WEIGHTS_FILE, folder / WEIGHTS_FILE)
             if gguf:
@@ -183,7 +176,7 @@ def name_of(checkpoint: Path) -> str:
 def _names(name: str) -> list[str]:
     """All files that an export folder may hold."""
     own = [MODEL_FILE, MANIFEST_FILE, "config.json", "generation_config.json", "tokenizer.json"]
-    own += ["tokenizer_config.json", GENAI_FILE, *(file for _, file in TRANSFORMERS_JS.values())]
+    own += ["tokenizer_config.json", GENAI_FILE, *(each.transformers_js[1] for each in PRECISIONS.values())]
     return [*own, DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE, WEIGHTS_FILE, PORTABLE_FILE, f"{name}.gguf", CARD_FILE]
 
 
@@ -233,7 +226,7 @@ def _write_json_files(folder: Path, checkpoint: Path, manifest: Manifest) -> Non
     """Writes the JSON files that hosts read besides the model."""
     files = hugging_face_files(read_state(checkpoint)[1], load_vocabulary(checkpoint))
     # Without this entry transformers.js loads different files in a browser and in Node.
-    files["config.json"] |= {"transformers.js_config": {"dtype": TRANSFORMERS_JS[manifest.precision][0]}}
+    files["config.json"] |= {"transformers.js_config": {"dtype": PRECISIONS[manifest.precision].transformers_js[0]}}
     files |= {MANIFEST_FILE: asdict(manifest), GENAI_FILE: genai_config(manifest, MODEL_FILE)}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

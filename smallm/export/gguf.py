@@ -8,11 +8,10 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from smallm.errors import UserError
+from smallm.export.precision import PRECISIONS
 
 Q8_BLOCK = 32
 """Number of weights in a row that share a scale in q8_0."""
-KINDS = {"fp32": "F32", "int8": "Q8_0"}
-"""Precision of the export -> type of the matrices in the GGUF file."""
 NEVER = 255
 """The id of the byte 0xFF, which never occurs in UTF-8. llama.cpp needs an end-of-text id; its default is id 11."""
 
@@ -23,26 +22,27 @@ def check_gguf(precision: str, window: int = 0) -> None:
         raise UserError(
             f"llama.cpp does not support sliding windows for Qwen3, and model.window = {window}; leave out --gguf"
         )
-    if precision not in KINDS:
-        raise UserError(f"--gguf goes with --precision {' or '.join(KINDS)}, not {precision}")
+    if PRECISIONS[precision].gguf is None:
+        fitting = " or ".join(name for name, each in PRECISIONS.items() if each.gguf)
+        raise UserError(f"--gguf goes with --precision {fitting}, not {precision}")
     try:
         import gguf  # noqa: F401
     except ImportError:
         raise UserError("--gguf needs the package 'gguf'; install it with: pip install 'smallm[gguf]'") from None
 
 
-def write_gguf(checkpoint: Path, path: Path, precision: str, name: str = "") -> None:
+def write_gguf(checkpoint: Path, path: Path, precision: str, name: str) -> None:
     """Writes a checkpoint as a GGUF file: matrices in f32, or in q8_0 for int8; everything else in f32.
 
-    name: the model's name in the file; "" takes the name of the file. Raises `UserError` for an int8 model whose widths
-    are not multiples of Q8_BLOCK. Needs the package gguf, see `check_gguf`.
+    name: the model's name in the file. Raises `UserError` for an int8 model whose widths are not multiples of Q8_BLOCK.
+    Needs the package gguf, see `check_gguf`.
     """
     import gguf
 
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     tensors = load_file(checkpoint / "model.safetensors")
-    kind = gguf.GGMLQuantizationType[KINDS[precision]]
+    kind = gguf.GGMLQuantizationType[PRECISIONS[precision].gguf]
     rows = {tensor.shape[1] for tensor in tensors.values() if tensor.ndim == 2}
     if precision == "int8" and any(row % Q8_BLOCK for row in rows):
         raise UserError(
@@ -52,15 +52,14 @@ def write_gguf(checkpoint: Path, path: Path, precision: str, name: str = "") -> 
     writer = gguf.GGUFWriter(path, "qwen3")
     _add_shape(writer, config)
     _add_vocabulary(writer, tokenizer)
-    writer.add_name(name or path.stem)
+    writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if precision == "int8" else gguf.LlamaFileType.ALL_F32)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
     for parameter, tensor in tensors.items():
-        gguf_name = names.get_name(parameter, try_suffixes=(".weight",))
-        if tensor.ndim == 2:
-            writer.add_tensor(gguf_name, gguf.quantize(tensor.astype(np.float32), kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(gguf_name, tensor.astype(np.float32))
+        is_matrix = tensor.ndim == 2
+        stored = gguf.quantize(tensor.astype(np.float32), kind) if is_matrix else tensor.astype(np.float32)
+        gguf_name = str(names.get_name(parameter, try_suffixes=(".weight",)))
+        writer.add_tensor(gguf_name, stored, raw_dtype=kind if is_matrix else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

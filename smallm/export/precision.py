@@ -1,16 +1,13 @@
 """Precisions of an exported model: how each is written, the loss that it may cost, and its measured quality."""
 
 import time
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
 
-from smallm.cli.table import table
 from smallm.errors import UserError
 from smallm.export.calibration import generated_ids, second_moments
 from smallm.export.graph import EXACT, build_graph, has_table, set_accuracy
@@ -33,6 +30,10 @@ class Precision:
     name: str
     onnxruntime: str
     """The oldest version of ONNX Runtime that runs it."""
+    transformers_js: tuple[str, str]
+    """Its name in transformers.js, and the file that transformers.js loads."""
+    gguf: str | None
+    """Type of the matrices in a GGUF file; None if GGUF has no such type."""
     bits: int = 32
     block: int = 0
     """Number of inputs that share a scale."""
@@ -43,9 +44,9 @@ class Precision:
 PRECISIONS = {
     precision.name: precision
     for precision in (
-        Precision("fp32", "1.21"),
-        Precision("int8", "1.23", bits=8, block=128, max_loss=0.002),  # x86-64: 1.22
-        Precision("int4", "1.21", bits=4, block=128, max_loss=0.02),
+        Precision("fp32", "1.21", ("fp32", "onnx/model.onnx"), "F32"),
+        Precision("int8", "1.23", ("int8", "onnx/model_int8.onnx"), "Q8_0", 8, 128, max_loss=0.002),  # x86-64: 1.22
+        Precision("int4", "1.21", ("q4", "onnx/model_q4.onnx"), None, 4, 128, max_loss=0.02),
     )
 }
 
@@ -105,7 +106,8 @@ def write_quantised(model: TransformerLanguageModel, manifest: Manifest, path: P
     fp32 arithmetic, the written graph rounds the inputs of the products to 8 bits. Raises `UserError`.
     """
     quantised = _quantised(model, precision, path)
-    model = with_weights(model, {name: matrix.dequantised() for name, matrix in quantised.items()})
+    model = deepcopy(model)
+    model.load_state_dict({n: torch.from_numpy(q.dequantised()) for n, q in quantised.items()}, strict=False)
     proto = build_graph(model, manifest, quantised)
     exact = deepcopy(proto)
     set_accuracy(exact, EXACT)
@@ -113,15 +115,6 @@ def write_quantised(model: TransformerLanguageModel, manifest: Manifest, path: P
     difference = check_parity(model, path, PARITY_IDS)
     onnx.save(proto, path)
     return difference
-
-
-def with_weights(model: TransformerLanguageModel, weights: Mapping[str, np.ndarray]) -> TransformerLanguageModel:
-    """A copy of the model with parameters replaced. weights: parameter name -> array."""
-    changed = deepcopy(model)
-    with torch.no_grad():
-        for name, values in weights.items():
-            changed.get_parameter(name).copy_(torch.from_numpy(values))
-    return changed
 
 
 def _quantised(model: TransformerLanguageModel, precision: Precision, reference: Path) -> dict[str, Quantised]:
@@ -143,8 +136,6 @@ def _quantised(model: TransformerLanguageModel, precision: Precision, reference:
 
 def check_loss(quality: Quality, precision: Precision) -> None:
     """Raises `UserError` if the precision costs more than it may, or if its cost is unknown."""
-    if precision.bits == 32:
-        return
     advice = "choose another --precision, or pass --allow-loss"
     if quality.loss is None:
         raise UserError(f"there is no validation text to measure the loss of {precision.name} on; {advice}")
@@ -153,9 +144,3 @@ def check_loss(quality: Quality, precision: Precision) -> None:
             f"{precision.name} loses {quality.loss:.4f} bits per character on the validation text, at most "
             f"{precision.max_loss:g} is allowed, so nothing was written; {advice}"
         )
-
-
-def quality_table(rows: list[Quality]) -> str:
-    """The measured files as lines of text, for a terminal."""
-    heads = ["precision", "MB", "bits/char", "characters/s", "ONNX Runtime"]
-    return "\n".join(table([heads, *(row.cells() for row in rows)]))

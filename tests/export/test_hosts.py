@@ -276,7 +276,7 @@ def test_llama_cpp(run, tmp_path, vocabulary, greedy):
     package("gguf")
     reason = "the package llama-cpp-python is not installed: pip install llama-cpp-python, which takes minutes"
     llama_cpp = pytest.importorskip("llama_cpp", reason=reason)
-    write_gguf(best_checkpoint(run), tmp_path / "owls.gguf", "fp32")
+    write_gguf(best_checkpoint(run), tmp_path / "owls.gguf", "fp32", "owls")
     model = llama_cpp.Llama(str(tmp_path / "owls.gguf"), n_ctx=256, verbose=False)
     assert model.tokenize(TEXT.encode(), add_bos=False, special=False) == vocabulary.encode(TEXT).tolist()
     assert model.token_eos() == NEVER
@@ -305,7 +305,7 @@ def test_gguf_in_int8_needs_rows_of_whole_blocks(tmp_path):
     for name, content in {"config.json": {}, "tokenizer.json": {"model": {}}}.items():
         (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"multiples of 32, this model has \[48\]; pass --precision fp32 with --gguf$"):
-        write_gguf(tmp_path, tmp_path / "owls.gguf", "int8")
+        write_gguf(tmp_path, tmp_path / "owls.gguf", "int8", "owls")
     assert not (tmp_path / "owls.gguf").exists()
 
 
