@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
+import pooch
 import pytest
 from filelock import FileLock
 from hypothesis import assume, given, settings
