@@ -9,6 +9,7 @@ from smallm.training.analysis.characters import PIECE, code_points
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 SEPARATOR = "\ud800"  # between texts; a text that was read from a file cannot contain this character
 MAX_FILTER_BITS = 25  # 32 MB
+REBUILD_SHARE = 0.02  # of the windows must be newly found before the filter is built again without them
 
 
 def window_hashes(codes: np.ndarray, width: int) -> np.ndarray:
@@ -36,13 +37,21 @@ class WindowSet:
         bits = min(MAX_FILTER_BITS, max(10, (32 * len(self._hashes)).bit_length()))
         self._shift = np.uint64(64 - bits)
         self._filter = np.zeros(1 << bits, bool)  # a fast test that lets few other hashes pass
-        self._filter[self._rows(self._hashes)] = True
+        self._build_filter()
+
+    def _build_filter(self) -> None:
+        """Leaves out the windows that were found: a text with many repeats would contain them again and again."""
+        self._filter[:] = False
+        self._filter[self._rows(self._hashes[~self._found])] = True
+        self._left_out = np.count_nonzero(self._found)
 
     def find(self, hashes: np.ndarray) -> None:
         """Marks the windows that another text, of whose windows these are the hashes, contains."""
         hashes = hashes[self._filter[self._rows(hashes)]]
         place = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
         self._found[place[self._hashes[place] == hashes]] = True
+        if np.count_nonzero(self._found) > self._left_out + REBUILD_SHARE * len(self._found):
+            self._build_filter()
 
     def search(self, codes: np.ndarray) -> "WindowSet":
         """Marks the windows that another text with these code points (n,) contains; returns this set."""
