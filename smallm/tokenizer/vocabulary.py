@@ -71,8 +71,10 @@ class Vocabulary:
         for c in chosen:
             if not isinstance(c, str) or len(c) != 1 or "\ud800" <= c <= "\udfff":
                 raise UserError(f"vocabulary: {_show(c)} is not a character; pass single characters, no surrogates")
-        tokens = _with_helpers(c.encode() for c in chosen if not c.isascii())
-        return Vocabulary((*self.tokens, *(token for token in tokens if token not in self._ids)))
+        encoded = (c.encode() for c in chosen if not c.isascii())
+        tokens = {data[:length] for data in encoded for length in range(2, len(data) + 1)}
+        # UTF-8 bytes sort like code points, and a prefix sorts before its extensions: exactly the order needed.
+        return Vocabulary((*self.tokens, *sorted(tokens - self._ids.keys())))
 
     def __len__(self) -> int:
         return self.size
@@ -104,16 +106,11 @@ class Vocabulary:
         if unknown.size == 0:
             return ids.astype(self.dtype)
         rare, which = np.unique(codes[unknown], return_inverse=True)
-        spellings = [self._spell(chr(c)) for c in rare]
-        lengths = np.array([len(s) for s in spellings])[which]
+        spelled = np.array([(*self._spell(chr(c)), -1, -1, -1)[:4] for c in rare])[which]  # -1: no further id
         repeats = np.ones(len(ids), np.int64)
-        repeats[unknown] = lengths
-        starts = (np.cumsum(repeats) - repeats)[unknown]
+        repeats[unknown] = (spelled >= 0).sum(axis=1)
         result = np.repeat(ids, repeats)
-        padded = np.array([(*s, -1, -1, -1)[:4] for s in spellings])[which]
-        for i in range(4):
-            has = lengths > i
-            result[starts[has] + i] = padded[has, i]
+        result[result < 0] = spelled[spelled >= 0]
         return result.astype(self.dtype)
 
     def _spell(self, character: str) -> list[int]:
@@ -208,16 +205,13 @@ class Vocabulary:
     @classmethod
     def from_tokenizer_json(cls, content: dict[str, Any]) -> "Vocabulary":
         """The inverse of `tokenizer_json`, also if another tool has rewritten the file. Raises `UserError`."""
-        model = content.get("model") if isinstance(content, dict) else None
-        vocab = model.get("vocab") if isinstance(model, dict) else None
-        if not (
-            isinstance(model, dict) and isinstance(vocab, dict) and all(isinstance(i, int) for i in vocab.values())
-        ):
-            raise _foreign_tokenizer("it has no vocabulary of pieces and ids")
         byte_of = {c: b for b, c in _alphabet().items()}
         try:
+            model, vocab = content["model"], content["model"]["vocab"]
+            if not all(isinstance(id, int) for id in vocab.values()):
+                raise TypeError
             vocabulary = cls([bytes(byte_of[c] for c in piece) for piece in sorted(vocab, key=vocab.__getitem__)[256:]])
-        except (KeyError, TypeError, UserError):
+        except (KeyError, TypeError, AttributeError, UserError):
             raise _foreign_tokenizer("its pieces are not the 256 bytes and then non-ASCII characters") from None
         expected = vocabulary.tokenizer_json()
         if content.get("post_processor") == _NO_POST_PROCESSOR:
@@ -251,11 +245,6 @@ def _chunks(text: str) -> Iterator[str]:
 
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), "<u4")
-
-
-def _with_helpers(characters: Iterable[bytes]) -> list[bytes]:
-    # UTF-8 bytes sort like code points, and a prefix sorts before its extensions: exactly the order needed.
-    return sorted({data[:length] for data in characters for length in range(2, len(data) + 1)})
 
 
 def _is_character(token: bytes) -> bool:
