@@ -36,6 +36,11 @@ def command(name: str, *arguments: str | Path) -> str:
     return quoted(*words, *(_path(each) if isinstance(each, Path) else each for each in arguments))
 
 
+def pip_install(package: str) -> str:
+    """The command that installs a package, such as "smallm[train]", quoted for a shell."""
+    return quoted("pip", "install", package)
+
+
 def quoted(*words: str) -> str:
     """A command line for sh, bash and zsh; words with control characters as $'…', which sh does not know.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smallm.errors import UserError, command, quoted
+from smallm.errors import UserError, command, pip_install, quoted
 from smallm.language_model import find_model
 from smallm.runs.next_commands import next_commands
 
@@ -53,10 +53,12 @@ def test_quoting_on_windows(monkeypatch):
     """cmd.exe knows no single quotes."""
     monkeypatch.setattr("sys.platform", "win32")
     line = quoted("python", "train.py", "--resume", "C:\\Users\\Zoë Q\\runs\\a", "--out", "runs\\b")
+    assert pip_install("smallm[train]") == "pip install smallm[train]"
     assert line == 'python train.py --resume "C:\\Users\\Zoë Q\\runs\\a" --out runs\\b'
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="test_quoting_on_windows")
 def test_quoting():
     assert quoted("a", "b c", "", "x\ny'") == "a 'b c' '' $'x\\ny\\''"
+    assert pip_install("smallm[train]") == "pip install 'smallm[train]'"
     assert next_commands(Path("-run"), {}, "")["resume"] == "python -m smallm train --resume ./-run"

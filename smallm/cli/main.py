@@ -10,7 +10,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from smallm.errors import ProcessError, UserError
+from smallm.errors import ProcessError, UserError, pip_install
 from smallm.html.escape import printable
 
 USAGE = """\
@@ -123,8 +123,8 @@ def _call(command: str, argv: Sequence[str]) -> int | None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "smallm":
             raise
-        extra = "smallm[train]" if command in NEED_TRAIN_EXTRA else "smallm"
-        raise UserError(f"{command} needs the package {error.name!r}; install it with: pip install '{extra}'") from None
+        install = pip_install("smallm[train]" if command in NEED_TRAIN_EXTRA else "smallm")
+        raise UserError(f"{command} needs the package {error.name!r}; install it with: {install}") from None
 
 
 train, export, infer, runs, show, plot = (partial(_call, name) for name in COMMANDS)

@@ -1,6 +1,7 @@
 """Calibration of GPTQ: second moments of the inputs of each matrix, on text that the model generates."""
 
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,20 +40,16 @@ def second_moments(model: TransformerLanguageModel, ids: np.ndarray) -> dict[str
     """Parameter name of each projection -> sum of x x^T (K, K) float64 over its inputs x, for ids (streams, T)."""
     moments: dict[str, np.ndarray] = {}
 
-    def watch(name: str, layer: nn.Linear) -> None:
-        def add(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-            x = inputs[0].flatten(0, -2).double()
-            moments[name] = moments.get(name, 0) + (x.T @ x).numpy()
-
-        layer.register_forward_pre_hook(add)
+    def add(name: str, _: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        x = inputs[0].flatten(0, -2).double()
+        moments[name] = moments.get(name, 0) + (x.T @ x).numpy()
 
     model = deepcopy(model)
-    for block in model.modules():
-        if isinstance(block, TransformerBlock):
-            block.fits_kernels = False  # the fused path would bypass the hooks
-    layers = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    for name, layer in layers.items():
-        watch(name, layer)
+    for name, layer in model.named_modules():
+        if isinstance(layer, TransformerBlock):
+            layer.fits_kernels = False  # the fused path would bypass the hooks
+        elif isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(partial(add, f"{name}.weight"))
     for row in torch.from_numpy(ids):
         model(row[None])
     return moments

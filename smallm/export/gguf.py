@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from smallm.errors import UserError
+from smallm.errors import UserError, pip_install
 from smallm.export.precision import PRECISIONS
 
 Q8_BLOCK = 32
@@ -28,7 +28,7 @@ def check_gguf(precision: str, window: int = 0) -> None:
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise UserError("--gguf needs the package 'gguf'; install it with: pip install 'smallm[gguf]'") from None
+        raise UserError(f"--gguf needs the package 'gguf'; install it with: {pip_install('smallm[gguf]')}") from None
 
 
 def write_gguf(checkpoint: Path, path: Path, precision: str, name: str) -> None:

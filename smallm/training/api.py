@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smallm.errors import UserError
+from smallm.errors import UserError, pip_install
 from smallm.options import as_path
 from smallm.runs.config_file import flatten
 from smallm.runs.summary import Run, read_run
@@ -65,7 +65,7 @@ def train(
         from smallm.training.run import run_training
     except ModuleNotFoundError as error:
         missing = f"train needs the package {error.name!r}"
-        raise UserError(f"{missing}; install it with: pip install 'smallm[train]'") from None
+        raise UserError(f"{missing}; install it with: {pip_install('smallm[train]')}") from None
     shortcuts = {"source": source, "encoding": encoding, "minutes": minutes, "init_from": init_from}
     given = _settings(settings, shortcuts)
     if isinstance(source, str) and ("\n" in source or len(source) > MAX_SOURCE):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smallm.errors import UserError
+from smallm.errors import UserError, pip_install
 from smallm.html.escape import escape
 from smallm.training.report.history import RunHistory
 
@@ -146,7 +146,7 @@ def _figure(**options: Any) -> "Figure":
     try:
         from matplotlib.figure import Figure  # not pyplot, which has global state and opens windows
     except ImportError as error:
-        raise UserError("drawing charts needs matplotlib: pip install 'smallm[train]'") from error
+        raise UserError(f"drawing charts needs matplotlib: {pip_install('smallm[train]')}") from error
     return Figure(**options)
 
 
