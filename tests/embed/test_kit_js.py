@@ -159,6 +159,16 @@ def test_the_same_compiler_builds_the_same_module(rebuilt):
 # -- the numbers, in Node
 
 
+def test_golden_draws_and_ids(node, rebuilt, tmp_path):
+    """The functions inside smallm.c, as the compiler of this machine translates them."""
+    out = tmp_path / "golden.wasm"
+    subprocess.run(["sh", SOURCES / "wasm" / "build.sh", out, JS / "golden.c"], check=True, capture_output=True)
+    found = json.loads(run_node(node, JS / "golden.mjs", out, GOLDEN_FILE))
+    assert found["draws"] == [case["x"] for case in GOLDEN["draws"]]
+    assert found["ids"] == [case["ids"] for case in GOLDEN["ids"]]
+    assert found["allowed"] == [case["ids"] for case in GOLDEN["allowed"]]
+
+
 def test_golden_texts(ask, exported, model):
     assert values(ask(exported / MODEL_FILE, golden_calls(CHARACTERS))) == golden_texts(model, CHARACTERS)
 

@@ -240,6 +240,7 @@ class Breath {
 /** An instance of smallm.wasm with a model. Pointers are numbers; each instance has its own memory. */
 class Engine {
   #c; // the functions of smallm.h
+  #decoder = new TextDecoder("utf-8", { ignoreBOM: true });
   #result; // 8 bytes for results that a function returns through pointers
   #model;
 
@@ -295,7 +296,7 @@ class Engine {
   }
 
   #text(at, length) {
-    return new TextDecoder("utf-8", { ignoreBOM: true }).decode(this.#bytes(at, length));
+    return this.#decoder.decode(this.#bytes(at, length));
   }
 
   /** A text that ends with NUL. */
