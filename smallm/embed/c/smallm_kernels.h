@@ -14,10 +14,11 @@
 #define JOIN(a, b) JOIN_(a, b)
 #define K(name) JOIN(name, SUFFIX)
 
-/* -- vectors of LANES floats, and of LANES integers -- */
+/* -- vectors of LANES floats, and of LANES integers. At a time a product computes at most ROWS rows, PANELS panels and TILES
+      pairs of both: as many as there are registers for their sums. -- */
 
 #if SMALLM_AVX512
-enum { K(LANES) = 16, K(ROWS) = 6, K(PANELS) = 6 };
+enum { K(LANES) = 16, K(ROWS) = 6, K(PANELS) = 6, K(TILES) = 6 };
 typedef __m512 K(vec);
 typedef __m512i K(ints);
 #define LOAD(p) _mm512_loadu_ps(p)
@@ -38,7 +39,7 @@ typedef __m512i K(ints);
     _mm512_dpbusd_epi32(sum, _mm512_xor_si512(x, _mm512_set1_epi8((char)0x80)), w)
 #define START(p) LOAD_INTS(p)
 #elif SMALLM_AVX2
-enum { K(LANES) = 8, K(ROWS) = 6, K(PANELS) = 4 };
+enum { K(LANES) = 8, K(ROWS) = 6, K(PANELS) = 6, K(TILES) = 6 };
 typedef __m256 K(vec);
 typedef __m256i K(ints);
 #define LOAD(p) _mm256_loadu_ps(p)
@@ -59,7 +60,7 @@ typedef __m256i K(ints);
     _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)), \
                                             _mm256_set1_epi16(1)))
 #elif SMALLM_SSE2
-enum { K(LANES) = 4, K(ROWS) = 3, K(PANELS) = 2 };
+enum { K(LANES) = 4, K(ROWS) = 3, K(PANELS) = 3, K(TILES) = 3 };
 typedef __m128 K(vec);
 typedef __m128i K(ints);
 #define LOAD(p) _mm_loadu_ps(p)
@@ -86,7 +87,7 @@ static INLINE TARGET __m128i K(dot4)(__m128i sum, __m128i x, __m128i w)
     return _mm_add_epi32(sum, _mm_add_epi32(_mm_castps_si128(even), _mm_castps_si128(odd)));
 }
 #elif SMALLM_NEON
-enum { K(LANES) = 4, K(ROWS) = 4, K(PANELS) = 4 };
+enum { K(LANES) = 4, K(ROWS) = 4, K(PANELS) = 4, K(TILES) = 6 };
 typedef float32x4_t K(vec);
 typedef int32x4_t K(ints);
 #define LOAD(p) vld1q_f32(p)
@@ -114,7 +115,7 @@ static INLINE int32x4_t K(dot4)(int32x4_t sum, int8x16_t x, int8x16_t w)
 }
 #endif
 #elif SMALLM_WASM
-enum { K(LANES) = 4, K(ROWS) = 4, K(PANELS) = 1 };
+enum { K(LANES) = 4, K(ROWS) = 4, K(PANELS) = 1, K(TILES) = 4 };
 typedef v128_t K(vec);
 typedef v128_t K(ints);
 #define LOAD(p) wasm_v128_load(p)
@@ -139,7 +140,7 @@ static INLINE v128_t K(dot4)(v128_t sum, v128_t x, v128_t w)
     return wasm_i32x4_add(sum, wasm_i32x4_add(even, odd));
 }
 #else
-enum { K(LANES) = 1, K(ROWS) = 2, K(PANELS) = 1 };
+enum { K(LANES) = 1, K(ROWS) = 2, K(PANELS) = 1, K(TILES) = 2 };
 typedef float K(vec);
 typedef int32_t K(ints);
 #define LOAD(p) (*(p))
@@ -183,6 +184,17 @@ static INLINE int32_t K(dot4)(int32_t sum, int32_t x, int32_t w)
 #define START(p) ALL_INTS(0)
 #endif
 
+/* Runs `call` for all rows: for `count` of them from row r on, at most ROWS. count is a constant in each of the calls. */
+#define EACH_STRIPE(call)                                \
+    for (size_t r = 0, end_ = rows; r < end_;)           \
+        STRIPE(6, call) STRIPE(5, call) STRIPE(4, call) STRIPE(3, call) STRIPE(2, call) STRIPE(1, call) {}
+#define STRIPE(n, call)                                  \
+    if ((n) <= K(ROWS) && end_ - r >= (n)) {             \
+        enum { count = (n) <= K(ROWS) ? (n) : 1 };       \
+        call;                                            \
+        r += (n);                                        \
+    } else
+
 enum { K(PARTS) = 16 / K(LANES) }; /* vectors in a panel */
 
 /* -- products: y (rows, panels * 16) = x (rows, inputs) times panels (panels, inputs, 16) -- */
@@ -191,7 +203,7 @@ enum { K(PARTS) = 16 / K(LANES) }; /* vectors in a panel */
 static INLINE TARGET void K(tile)(const float *x, size_t x_stride, const float *w, size_t panel_stride, size_t inputs,
                                   float *y, size_t y_stride, const int rows, const int panels)
 {
-    K(vec) sum[K(ROWS) * K(PANELS)][K(PARTS)];
+    K(vec) sum[K(TILES)][K(PARTS)];
     UNROLL for (int t = 0; t < rows * panels; t++)
         UNROLL for (int v = 0; v < K(PARTS); v++) sum[t][v] = ALL(0.0f);
     for (size_t k = 0; k < inputs; k++) {
@@ -212,26 +224,27 @@ static INLINE TARGET void K(tile)(const float *x, size_t x_stride, const float *
                 STORE(y + (size_t)r * y_stride + 16 * p + v * K(LANES), sum[r * panels + p][v]);
 }
 
+/* All panels of a few rows, a constant number. */
+static INLINE TARGET void K(stripe)(const float *x, size_t x_stride, const float *w, size_t panel_stride, size_t inputs,
+                                    size_t panels, float *y, size_t y_stride, const int rows)
+{
+    const int together = K(TILES) / rows < K(PANELS) ? K(TILES) / rows : K(PANELS);
+    size_t p = 0;
+    for (; p + (size_t)together <= panels; p += (size_t)together)
+        K(tile)(x, x_stride, w + p * panel_stride, panel_stride, inputs, y + 16 * p, y_stride, rows, together);
+    for (; together > 2 && p + 2 <= panels; p += 2)
+        K(tile)(x, x_stride, w + p * panel_stride, panel_stride, inputs, y + 16 * p, y_stride, rows, 2);
+    for (; p < panels; p++)
+        K(tile)(x, x_stride, w + p * panel_stride, panel_stride, inputs, y + 16 * p, y_stride, rows, 1);
+}
+
 static TARGET void K(product)(const float *x, size_t x_stride, size_t rows, const float *w, size_t panel_stride,
                               size_t inputs, size_t panels, float *y, size_t y_stride)
 {
-    size_t p = 0;
-    if (rows == 1) {
-        for (; p + K(PANELS) <= panels; p += K(PANELS))
-            K(tile)(x, x_stride, w + p * panel_stride, panel_stride, inputs, y + 16 * p, y_stride, 1, K(PANELS));
-        for (; p + 2 <= panels; p += 2)
-            K(tile)(x, x_stride, w + p * panel_stride, panel_stride, inputs, y + 16 * p, y_stride, 1, 2);
-    }
-    for (; p < panels; p++) {
-        const float *panel = w + p * panel_stride;
-        size_t r = 0;
-        for (; r + K(ROWS) <= rows; r += K(ROWS))
-            K(tile)(x + r * x_stride, x_stride, panel, 0, inputs, y + r * y_stride + 16 * p, y_stride, K(ROWS), 1);
-        for (; r + 2 <= rows; r += 2)
-            K(tile)(x + r * x_stride, x_stride, panel, 0, inputs, y + r * y_stride + 16 * p, y_stride, 2, 1);
-        for (; r < rows; r++)
-            K(tile)(x + r * x_stride, x_stride, panel, 0, inputs, y + r * y_stride + 16 * p, y_stride, 1, 1);
-    }
+    size_t group = rows > K(ROWS) ? 1 : panels; /* many rows take each panel while it is in the first cache */
+    for (size_t p = 0; p < panels; p += group)
+        EACH_STRIPE(K(stripe)(x + r * x_stride, x_stride, w + p * panel_stride, panel_stride, inputs, group,
+                              y + r * y_stride + 16 * p, y_stride, count));
 }
 
 /* -- products in 8 bits: x with a scale per block, weights with a scale per output and block. The sums within a block are
@@ -241,12 +254,12 @@ static INLINE TARGET void K(tile8)(const int8_t *x, const float *x_scales, size_
                                    size_t block, const matrix *w, size_t panel, float *y, size_t y_stride,
                                    const int rows, const int panels)
 {
-    K(vec) sum[K(ROWS) * K(PANELS)][K(PARTS)];
+    K(vec) sum[K(TILES)][K(PARTS)];
     size_t steps = block / 4, inputs = blocks * block;
     UNROLL for (int t = 0; t < rows * panels; t++)
         UNROLL for (int v = 0; v < K(PARTS); v++) sum[t][v] = ALL(0.0f);
     for (size_t b = 0; b < blocks; b++) {
-        K(ints) exact[K(ROWS) * K(PANELS)][K(PARTS)];
+        K(ints) exact[K(TILES)][K(PARTS)];
         const int8_t *codes = w->codes + (panel * inputs + b * block) * 16;
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int p = 0; p < panels; p++)
@@ -283,22 +296,25 @@ static INLINE TARGET void K(tile8)(const int8_t *x, const float *x_scales, size_
                 STORE(y + (size_t)r * y_stride + 16 * p + v * K(LANES), sum[r * panels + p][v]);
 }
 
+static INLINE TARGET void K(stripe8)(const int8_t *x, const float *x_scales, size_t x_stride, const matrix *w, size_t p,
+                                     size_t end, float *y, size_t y_stride, const int rows)
+{
+    const int together = K(TILES) / rows < K(PANELS) ? K(TILES) / rows : K(PANELS);
+    for (; p + (size_t)together <= end; p += (size_t)together)
+        K(tile8)(x, x_scales, x_stride, w->blocks, w->block, w, p, y + 16 * p, y_stride, rows, together);
+    for (; together > 2 && p + 2 <= end; p += 2)
+        K(tile8)(x, x_scales, x_stride, w->blocks, w->block, w, p, y + 16 * p, y_stride, rows, 2);
+    for (; p < end; p++)
+        K(tile8)(x, x_scales, x_stride, w->blocks, w->block, w, p, y + 16 * p, y_stride, rows, 1);
+}
+
 static TARGET void K(product8)(const int8_t *x, const float *x_scales, size_t x_stride, size_t rows, const matrix *w,
                                float *y, size_t y_stride)
 {
-    size_t p = 0, panels = w->panels, blocks = w->blocks, block = w->block;
-    if (rows == 1)
-        for (; p + K(PANELS) <= panels; p += K(PANELS))
-            K(tile8)(x, x_scales, x_stride, blocks, block, w, p, y + 16 * p, y_stride, 1, K(PANELS));
-    for (; p < panels; p++) {
-        size_t r = 0;
-        for (; r + K(ROWS) <= rows; r += K(ROWS))
-            K(tile8)(x + r * x_stride, x_scales + r * blocks, x_stride, blocks, block, w, p,
-                     y + r * y_stride + 16 * p, y_stride, K(ROWS), 1);
-        for (; r < rows; r++)
-            K(tile8)(x + r * x_stride, x_scales + r * blocks, x_stride, blocks, block, w, p,
-                     y + r * y_stride + 16 * p, y_stride, 1, 1);
-    }
+    size_t group = rows > K(ROWS) ? 1 : w->panels;
+    for (size_t p = 0; p < w->panels; p += group)
+        EACH_STRIPE(K(stripe8)(x + r * x_stride, x_scales + r * w->blocks, x_stride, w, p, p + group,
+                               y + r * y_stride, y_stride, count));
 }
 
 /* -- rows, whose lengths are multiples of 16 -- */
@@ -405,7 +421,7 @@ static TARGET void K(quantise)(const float *x, size_t inputs, size_t blocks, siz
                 part = SUB(ADD(MUL(part, ALL(inverse)), ALL(ROUNDER)), ALL(ROUNDER));
                 STORE(rounded + v * K(LANES), MIN(MAX(part, ALL(-127.0f)), ALL(127.0f)));
             }
-            for (int j = 0; j < 16; j++) codes[from + i + j] = (int8_t)(int32_t)rounded[j];
+            for (size_t j = 0; j < 16; j++) codes[from + i + j] = (int8_t)(int32_t)rounded[j];
         }
     }
 }
@@ -428,6 +444,8 @@ static const kernels K(KERNELS) = {
 #undef TO_FLOAT
 #undef DOT4
 #undef START
+#undef EACH_STRIPE
+#undef STRIPE
 #undef K
 #undef JOIN
 #undef JOIN_
