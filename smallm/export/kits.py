@@ -33,7 +33,7 @@ def write_kit(name: str, export_folder: Path, out: Path) -> None:
     """Writes the kit "c", "node" or "web" around the model of an export folder.
 
     `out` may be missing, empty, or an earlier kit: its files are replaced unless the user has edited them, and files
-    that the user has added, such as `node_modules`, stay. Raises `UserError`, and then has written nothing.
+    that the user has added, such as `node_modules`, stay. Raises `UserError`; an edited file stops before any is written.
     """
     try:
         out = out.resolve()
