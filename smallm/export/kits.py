@@ -32,8 +32,8 @@ PAGE_FILES = ("index.html", "style.css", "page.js", "worker.js")
 def write_kit(name: str, export_folder: Path, out: Path) -> None:
     """Writes the kit "c", "node" or "web" around the model of an export folder.
 
-    `out` may be missing, empty, or an earlier kit: its files are replaced unless the user has edited them, and files
-    that the user has added, such as `node_modules`, stay. Raises `UserError`; an edited file stops before any is written.
+    `out` may be missing, empty, or an earlier kit: its files are replaced, and files that the user has added, such as
+    `node_modules`, stay. Raises `UserError`, before any file is written if the user has edited one of them.
     """
     try:
         out = out.resolve()
