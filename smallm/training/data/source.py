@@ -132,6 +132,12 @@ def find_source(name: str, encoding: str, cache: Path) -> Source:
     if name in BUILT_IN:
         return BUILT_IN[name](cache)
     hint = f"pass --data FILE, FOLDER, {' or '.join(BUILT_IN)}"
+    if name == "-":
+        raise UserError(f"the text cannot be read from standard input; save it to a file, then {hint}")
+    if "://" in name:
+        raise UserError(f"{name[:80]!r} is a web address; download the text, then {hint}")
+    if set(name) & set("*?["):
+        raise UserError(f"no file has the name {name[:80]!r}, and patterns are not expanded; {hint}")
     raise UserError(f"there is no file or folder {name[:80]!r}{_nearest(path)}; {hint}")
 
 

@@ -413,7 +413,7 @@ def test_no_such_text(tmp_path, monkeypatch):
     assert message("chekov.txt") == f"there is no file or folder 'chekov.txt' (did you mean 'Chekhov.txt'?){hint}"
     assert "(did you mean 'shakespeare'?)" in message("shakespere")
     assert f"(did you mean '{tmp_path / 'Chekhov.txt'}'?)" in message(tmp_path / "Chekhof.txt")
-    for name in ("xyz", "", "-", "texts/*.md", "https://a.org/b.txt", "no/such/folder", "line\nbreak", "nul\0in/it"):
+    for name in ("xyz", "", "no/such/folder", "line\nbreak", "nul\0in/it"):
         assert message(name) == f"there is no file or folder {name!r}{hint}"
     assert "File name too long" in message("Once upon a time " * 99)
 
@@ -529,6 +529,18 @@ def test_files_that_are_not_plain_text(tmp_path, cache, content, name, problem):
     file = write(tmp_path / name, content)
     assert message(file).startswith(f"{file} {problem}")
     assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("-", "the text cannot be read from standard input; save it to a file"),
+        ("texts/*.md", "no file has the name 'texts/*.md', and patterns are not expanded; pass --data FILE, FOLDER"),
+        ("https://example.org/a.txt", "'https://example.org/a.txt' is a web address; download the text"),
+    ],
+)
+def test_sources_that_are_not_read(source, problem):
+    assert message(source).startswith(problem)
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 1 << 20])
