@@ -179,6 +179,11 @@ static int print_chunks(char **argv)
     while (status == SMALLM_OK && (status = smallm_next(context, &text, &bytes)) == SMALLM_OK) {
         print_hex(text, bytes);
         printf(" %.9g\n", smallm_logprob(context));
+        size_t count;
+        const double *each = smallm_logprobs(context, &count);
+        double sum = 0;
+        for (size_t i = 0; i < count; i++) sum += each[i];
+        if (count == 0 || sum != smallm_logprob(context)) return 1;
     }
     printf("%d %lu %s\n", (int)status, (unsigned long)(allocations - before), smallm_error(context));
     close_context(context);
