@@ -21,6 +21,7 @@ from smallm.runs.config_file import flatten
 MAX_LAYERS, MAX_WIDTH = 999, (1 << 24) - 1  # the limits of an exported model's manifest
 MAX_NUMBER = 1 << 53  # the largest whole number up to which a float tells all neighbours apart
 MAX_SAMPLE = 100_000  # characters
+MAX_BATCH = 1 << 20  # sequences
 BOUNDS = {"at_least": operator.ge, "more_than": operator.gt, "at_most": operator.le, "less_than": operator.lt}
 
 
@@ -148,7 +149,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    batch_size: int = option(12, "Sequences per step, over all processes.", at_least=1)
+    batch_size: int = option(12, "Sequences per step, over all processes.", at_least=1, at_most=MAX_BATCH)
     short_windows: tuple[int, ...] = option(
         (), "Context lengths below block_size to start training with, such as 64,128; the ids per step stay the same."
     )

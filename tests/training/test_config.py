@@ -281,6 +281,7 @@ def test_default_folder_is_the_first_free_one(folder):
         (["--optim.betas", "[0.9,1.0]"], ["betas"]),
         (["--data.val_fraction", "1"], ["data.val_fraction"]),
         (["--train.batch_size", "0"], ["train.batch_size"]),
+        (["--train.batch_size", str(2**53)], ["train.batch_size"]),
         (["--train.short_windows", "[64]"], ["train.short_until", "1 numbers"]),
         (["--train.short_windows", "[48]", "--train.short_until", "[0.5]"], ["short_windows", "48", "block_size"]),
         (["--train.short_windows", "[128]", "--train.short_until", "[0.5]"], ["train.short_windows", "shorter"]),

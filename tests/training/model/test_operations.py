@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from smallm.inference import compiler
 from smallm.training.config import ModelConfig
 from smallm.training.model import operations, transformer
-from smallm.training.model.kernels import compiler
 from smallm.training.model.kernels import loader as kernels
 from smallm.training.model.transformer import TransformerBlock, TransformerLanguageModel
 from smallm.training.optim.optimizers import POLAR_EXPRESS
