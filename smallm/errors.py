@@ -26,7 +26,7 @@ def command(name: str, *arguments: str | Path) -> str:
     `python -m smallm`, a program or a notebook `python -m smallm export`, which works wherever smallm is installed.
     """
     started = Path(sys.argv[0] if sys.argv else "")
-    is_script = started.stem in SCRIPTS and started.with_name("smallm").joinpath("errors.py").is_file()
+    is_script = started.stem in SCRIPTS and started.resolve().parent == Path(__file__).resolve().parents[1]
     if started.name.removesuffix(".exe") == "smallm":
         words = ["smallm", name]
     elif is_script and name in SCRIPTS:

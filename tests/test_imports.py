@@ -149,6 +149,20 @@ print("onnxruntime" in sys.modules, "numpy" in sys.modules and "torch" in sys.mo
         assert done.stdout.splitlines()[-1] == "False False", (argv, done.stderr)
 
 
+def test_a_mistake_in_the_settings_of_train_does_not_load_torch():
+    code = """
+from smallm.training.cli import main
+try:
+    main(sys.argv[1:])
+except (SystemExit, ValueError):
+    pass
+print("torch" in sys.modules)
+"""
+    for argv in (["--help"], ["--no-such-flag"], ["--model.n_layer", "0"], ["--config", "nowhere.toml"]):
+        done = python(code, *argv)
+        assert done.stdout.splitlines()[-1] == "False", (argv, done.stderr)
+
+
 # The source itself: every import statement, also those inside functions.
 
 

@@ -39,7 +39,7 @@ MODES = {  # mode -> the options that it uses; "" = generate text. All modes use
 }
 OVERFLOW_NOTE = (
     "note: past its context of {size} ids the model saw the newest half of them (--overflow shift, fast); "
-    "--overflow crop always shows it all {size}, but computes them again for each character"
+    "--overflow crop always shows it the last {size}, but computes them again for each character"
 )
 MAX_SAMPLES = 10_000  # texts of one call
 DEFAULTS = {

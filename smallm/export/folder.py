@@ -64,15 +64,9 @@ class Export:
 
 
 def export_run(
-    run: str | os.PathLike[str] | None = None,
-    *,
-    precision: str = "fp32",
-    kit: str | None = None,
-    out: str | os.PathLike[str] | None = None,
-    allow_loss: bool = False,
-    gguf: bool = False,
-    portable: bool = False,
-) -> Export:
+    run: str | os.PathLike[str] | None, *, precision: str, kit: str | None, out: str | os.PathLike[str] | None,
+    allow_loss: bool, gguf: bool, portable: bool,
+) -> Export:  # fmt: skip
     """Writes the export folder or the kit of a run; for the options and errors see `smallm.export`."""
     for name, value, known in (("precision", precision, [*PRECISIONS]), ("kit", kit, [*FILES])):
         if value not in known and not (value is kit is None):

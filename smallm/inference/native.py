@@ -39,8 +39,8 @@ class NativeModel:
     def __init__(self, path: Path):
         """Raises `UserError` without a C compiler, and for a file that is damaged."""
         self.path, self.library, self.pointer = path, _library(), ctypes.c_void_p()
-        status = self.library.smallm_open(str(path).encode(), None, ctypes.byref(self.pointer))
-        message = str(self.library.smallm_model_error(self.pointer).decode())
+        status = self.library.smallm_open(os.fsencode(path), None, ctypes.byref(self.pointer))
+        message = self.library.smallm_model_error(self.pointer).decode(errors="replace")
         weakref.finalize(self, self.library.smallm_close, self.pointer)
         if status != OK:
             raise UserError(message)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -51,6 +52,14 @@ def test_golden_texts(exported, case):
     options = {name: case[name] for name in ("rng_seed", "temperature", "top_k", "top_p")}
     expected = LanguageModel.load(exported).generate(case["seed"], 2000, **options)
     assert LanguageModel.load(exported, engine="native").generate(case["seed"], 2000, **options) == expected
+
+
+def test_a_path_that_is_not_utf8(exported, tmp_path):
+    folder = tmp_path / os.fsdecode(b"gr\xf6n")
+    shutil.copytree(exported, folder)
+    options = {"max_length": 50, "rng_seed": 1}
+    expected = LanguageModel.load(exported, engine="native").generate("the ", **options)
+    assert LanguageModel.load(folder, engine="native").generate("the ", **options) == expected
 
 
 @pytest.mark.parametrize("overflow", ["crop", "shift"])

@@ -1,13 +1,16 @@
 """Converts weights between our model (packed projections) and Hugging Face's Qwen3 (one matrix each): names, shapes."""
 
-from torch import Tensor, cat
+from typing import TYPE_CHECKING
 
 from smallm.training.config import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor  # takes a second to import, and the shapes are checked before that
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def to_qwen3(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def to_qwen3(state: "dict[str, Tensor]", config: ModelConfig) -> "dict[str, Tensor]":
     """Our state dict -> contiguous CPU tensors by Qwen3's names; the tied embedding is stored once."""
     theirs: dict[str, Tensor] = {}
     for name, parts in _names(config).items():
@@ -16,8 +19,10 @@ def to_qwen3(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]
     return theirs
 
 
-def from_qwen3(theirs: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def from_qwen3(theirs: "dict[str, Tensor]", config: ModelConfig) -> "dict[str, Tensor]":
     """The inverse of `to_qwen3`. Raises `KeyError` for a missing or an unexpected tensor."""
+    from torch import cat
+
     remaining = dict(theirs)
     state = {name: cat([remaining.pop(their) for their in parts]) for name, parts in _names(config).items()}
     if remaining:
