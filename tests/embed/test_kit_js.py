@@ -716,6 +716,11 @@ def test_the_page_by_keyboard(page, model):
     assert saw["status"].startswith("Stopped: ")
 
 
+def test_another_text_while_one_is_written(page, model):
+    seed, text = page["another"]
+    assert text == model.generate("an old owl ", 40, rng_seed=int(seed), overflow="shift")
+
+
 def test_the_page_slides_by_itself(page, slider):
     """Where the model can."""
     python = LanguageModel.load(slider)

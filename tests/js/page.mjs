@@ -82,6 +82,18 @@ const scenarios = {
     return { order, text, stopped, status: await page.locator("#status").textContent() };
   },
 
+  async another() {
+    const page = await opened();
+    await page.getByLabel("Seed text").fill("an old owl ");
+    await page.getByLabel("Length").fill("100000");
+    await page.getByRole("button", { name: "Write" }).click();
+    await page.waitForFunction(() => document.querySelectorAll("#text span").length > 100);
+    await page.getByLabel("Length").fill("40");
+    await page.getByRole("button", { name: "Another" }).click();
+    await page.waitForFunction(() => document.querySelector("#status").textContent === "Done: 40 characters");
+    return [await page.getByLabel("Rng seed").inputValue(), await page.locator("#text").textContent()];
+  },
+
   async window() {
     const page = await opened({}, (page) => page.route("**/model.onnx", (route) => route.fulfill({ path: slider })));
     await page.getByLabel("Seed text").fill("Zoë");

@@ -8,7 +8,7 @@ const MODEL_BYTES = Number(at("loaded").value);
 const FIELDS = ["seed", "temperature", "topK", "maxLength", "rngSeed"].map(at); // the ids are option names of `stream`
 const worker = new Worker("worker.js", { type: "module" });
 let model = null; // its metadata and blockSize once it is loaded
-let run = null; // the text that is being written: { start, written }
+let run = null; // the text that is being written: { start, written, again }, again = another text follows
 at("status").textContent = "Loading the model…";
 
 function showModel() {
@@ -54,7 +54,7 @@ function write() {
   showError(null);
   try {
     const [seed, options] = [at("seed").value, readFields()];
-    run = { start: performance.now(), written: 0 };
+    run = { start: performance.now(), written: 0, again: false };
     worker.postMessage({ seed, options });
     at("text").replaceChildren(document.createElement("div"));
     at("text").lastChild.append(Object.assign(document.createElement("span"), { className: "seed", textContent: seed }));
@@ -83,7 +83,9 @@ function showPieces(pieces) {
 function finish() {
   at("text").setAttribute("aria-busy", "false");
   at("write").textContent = "Write";
+  const { again } = run;
   run = null;
+  if (again) write();
 }
 
 worker.onmessage = ({ data }) => {
@@ -143,5 +145,7 @@ document.addEventListener("keydown", (event) => {
 });
 at("another").addEventListener("click", () => {
   at("rngSeed").value = crypto.getRandomValues(new Uint32Array(1))[0];
-  if (!run) write();
+  if (!run) return write();
+  run.again = true;
+  stop();
 });
