@@ -40,8 +40,10 @@ def test_kernels_that_clang_compiles_and_another_library_completes_compute_the_s
     cc = tmp_path / "cc"
     cc.write_text(WITHOUT_LINKER_FLAGS)
     cc.chmod(0o755)
+    # Preloaded, so that PyTorch and the kernels share one OpenMP library, as on macOS. With two libraries each thread
+    # of one would be number 0 in the other, and all threads would write the same rows.
     run_tests("kernels_of_macos", "not compiler and not bf16", CC=str(cc), KERNELS_OPENMP=str(OPENMP),
-              SMALLM_CACHE=str(tmp_path / "cache"))  # fmt: skip
+              LD_PRELOAD=str(OPENMP), SMALLM_CACHE=str(tmp_path / "cache"))  # fmt: skip
 
 
 @pytest.mark.slow
