@@ -15,6 +15,7 @@ from smallm.export.draft_table import write_draft_table
 from smallm.export.genai import GENAI_FILE, genai_config
 from smallm.export.gguf import check_gguf, write_gguf
 from smallm.export.graph import build_graph
+from smallm.export.hugging_face import SPECIAL_TOKENS_FILE, export_files
 from smallm.export.kits import FILES, write_kit
 from smallm.export.model_card import CARD_FILE, WEIGHTS_FILE, is_card, licence_of, model_card
 from smallm.export.output_folder import check_replaceable, replacing
@@ -31,7 +32,6 @@ from smallm.runs.baselines_file import read_baselines
 from smallm.runs.layout import CHECKPOINTS, EXPORT, check_path, newest_run, out_folder, validation_text
 from smallm.runs.state_file import STATE_FILE
 from smallm.training.checkpoint.format import load_model, load_vocabulary, read_state, verify
-from smallm.training.checkpoint.hugging_face import hugging_face_files
 from smallm.training.checkpoint.manager import best_checkpoint
 from smallm.training.model.transformer import TransformerLanguageModel
 
@@ -170,7 +170,8 @@ def name_of(checkpoint: Path) -> str:
 def _names(name: str) -> list[str]:
     """All files that an export folder may hold."""
     own = [MODEL_FILE, MANIFEST_FILE, "config.json", "generation_config.json", "tokenizer.json"]
-    own += ["tokenizer_config.json", GENAI_FILE, *(each.transformers_js[1] for each in PRECISIONS.values())]
+    own += ["tokenizer_config.json", SPECIAL_TOKENS_FILE, GENAI_FILE]
+    own += [each.transformers_js[1] for each in PRECISIONS.values()]
     return [*own, DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE, WEIGHTS_FILE, PORTABLE_FILE, f"{name}.gguf", CARD_FILE]
 
 
@@ -218,9 +219,7 @@ def _with_quality(path: Path, manifest: Manifest, quality: Quality) -> Manifest:
 
 def _write_json_files(folder: Path, checkpoint: Path, manifest: Manifest) -> None:
     """Writes the JSON files that hosts read besides the model."""
-    files = hugging_face_files(read_state(checkpoint)[1], load_vocabulary(checkpoint))
-    # Without this entry transformers.js loads different files in a browser and in Node.
-    files["config.json"] |= {"transformers.js_config": {"dtype": PRECISIONS[manifest.precision].transformers_js[0]}}
+    files = export_files(checkpoint, manifest)
     files |= {MANIFEST_FILE: asdict(manifest), GENAI_FILE: genai_config(manifest, MODEL_FILE)}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from smallm.export.hugging_face import PAD_ID, start_id
 from smallm.model_file.manifest import Manifest
 
 GENAI_FILE = "genai_config.json"
@@ -16,7 +17,9 @@ def genai_config(manifest: Manifest, model_file: str) -> dict[str, Any]:
             "type": "qwen3",
             "vocab_size": manifest.vocab_size,
             "context_length": manifest.block_size,
+            "bos_token_id": start_id(manifest),
             "eos_token_id": [],  # the vocabulary has no end-of-text id
+            "pad_token_id": PAD_ID,
             "decoder": {
                 "filename": model_file,
                 "hidden_size": manifest.n_embd,
@@ -24,7 +27,11 @@ def genai_config(manifest: Manifest, model_file: str) -> dict[str, Any]:
                 "num_attention_heads": manifest.n_head,
                 "num_key_value_heads": manifest.n_kv_head,
                 "num_hidden_layers": manifest.n_layer,
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {
+                    "log_id": "onnxruntime-genai",
+                    "log_severity_level": 3,  # else ONNX Runtime warns that num_logits_to_keep may be left out
+                    "provider_options": [],
+                },
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",

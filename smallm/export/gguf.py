@@ -8,12 +8,11 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from smallm.errors import UserError, pip_install
+from smallm.export.hugging_face import PAD_ID
 from smallm.export.precision import PRECISIONS
 
 Q8_BLOCK = 32
 """Number of weights in a row that share a scale in q8_0."""
-NEVER = 255
-"""The id of the byte 0xFF, which never occurs in UTF-8. llama.cpp needs an end-of-text id; its default is id 11."""
 
 
 def check_gguf(precision: str, window: int = 0) -> None:
@@ -52,6 +51,7 @@ def write_gguf(checkpoint: Path, path: Path, precision: str, name: str) -> None:
     writer = gguf.GGUFWriter(path, "qwen3")
     _add_shape(writer, config)
     _add_vocabulary(writer, tokenizer)
+    _add_sampling(writer, json.loads((checkpoint / "generation_config.json").read_text(encoding="utf-8")))
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if precision == "int8" else gguf.LlamaFileType.ALL_F32)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
@@ -80,6 +80,15 @@ def _add_shape(writer: Any, config: dict[str, Any]) -> None:
     writer.add_vocab_size(config["vocab_size"])
 
 
+def _add_sampling(writer: Any, generation: dict[str, Any]) -> None:
+    """Adds the sampling defaults, which newer versions of llama.cpp use in place of their own (min_p is 0.05 there)."""
+    temperature = generation["temperature"] if generation["do_sample"] else 0.0
+    writer.add_int32("general.sampling.top_k", generation["top_k"])  # gguf 0.17 has no functions for these keys
+    floats = {"temp": temperature, "top_p": generation["top_p"], "min_p": generation["min_p"], "penalty_repeat": 1.0}
+    for key, value in floats.items():
+        writer.add_float32(f"general.sampling.{key}", value)
+
+
 def _add_vocabulary(writer: Any, tokenizer: dict[str, Any]) -> None:
     """Adds the byte-level BPE of `tokenizer.json`. A merge is a pair, or a string of two parts in older files."""
     import gguf
@@ -91,7 +100,8 @@ def _add_vocabulary(writer: Any, tokenizer: dict[str, Any]) -> None:
     writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["merges"]]
     writer.add_token_merges(merges or ["ÿ ÿ"])  # llama.cpp needs at least one merge; this one never applies
-    writer.add_bos_token_id(NEVER)
-    writer.add_eos_token_id(NEVER)
+    writer.add_bos_token_id(PAD_ID)
+    writer.add_eos_token_id(PAD_ID)  # llama.cpp needs an end-of-text id; its default is id 11
+    writer.add_pad_token_id(PAD_ID)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)

@@ -91,8 +91,13 @@ class Graph:
         return self._model(manifest)
 
     def _positions(self) -> None:
-        """Inputs shared by all attention nodes: index of the last key (B,), length of the mask (1,), RoPE tables."""
-        last = self._add("ArgMax", "/last_key", "attention_mask", axis=1, keepdims=0, select_last_index=1)
+        """Inputs shared by all attention nodes: index of the last key (B,), length of the mask (1,), RoPE tables.
+
+        onnxruntime-genai pads a batch on the right, and the mask has ones again after the padding: the new keys of a
+        sequence replace its padding, so the index is the number of ones, less one, not the place of the last one.
+        """
+        ones = self._add("ReduceSum", "/mask_sum", "attention_mask", self._constant("axis_1", [1]), keepdims=0)
+        last = self._add("Add", "/last_key", ones, self._constant("backwards", [-1]))
         self.seqlens_k = self._add("Cast", "/seqlens_k", last, to=TensorProto.INT32)
         length = self._add("Shape", "/mask_length", "attention_mask", start=1, end=2)
         self.total_length = self._add("Cast", "/total_length", length, to=TensorProto.INT32)

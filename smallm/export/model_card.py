@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from smallm.export.hugging_face import PAD_ID, PAD_TOKEN
 from smallm.export.precision import Quality
 from smallm.model_file.manifest import Manifest
 from smallm.runs.baselines_file import Baseline
@@ -72,6 +73,9 @@ def model_card(
         "baselines": _rows(compared) if compared and loss is not None else None,
         "precisions": _rows(each.cells() for each in measured),
         "seed": json.dumps(seed, ensure_ascii=False),
+        "start": json.dumps(manifest.start_text, ensure_ascii=False),
+        "pad": PAD_TOKEN,
+        "pad_id": PAD_ID,
         "new": new,
         "all": new + length,
         "gguf": json.dumps(gguf, ensure_ascii=False) if gguf else None,

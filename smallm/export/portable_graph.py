@@ -30,9 +30,9 @@ class PortableGraph(Graph):
     def _positions(self) -> None:
         """Adds positions of the new ids (B, T), hidden keys (B, 1, g T, L) and cache indices (B, nkv, T, hd)."""
         c, axis = self.config, self._constant
-        last = self._add("ArgMax", "/last_key", "attention_mask", axis=1, keepdims=1, select_last_index=1)  # (B, 1)
+        end = self._add("ReduceSum", "/end", "attention_mask", axis("axis_1", [1]), keepdims=1)  # (B, 1)
         length = self._add("Shape", "/ids_length", "input_ids", start=1, end=2)  # (1,)
-        first = self._add("Sub", "/before_first", self._add("Add", "/end", last, axis("one", [1])), length)
+        first = self._add("Sub", "/before_first", end, length)
         first = self._add("Max", "/first", first, axis("zero", [0]))
         steps = self._range("/steps", length)
         positions = self._add("Add", "/positions", first, steps)  # (B, T)

@@ -16,10 +16,10 @@ from typing import Any
 from smallm.errors import UserError, command
 
 _OPERATORS = """
-    Add ArgMax Cast Concat ConstantOfShape Div Expand Gather Greater GroupQueryAttention Less MatMul MatMulNBits Max Mul
-    Or QuickGelu Range ReduceMean Reshape ScatterElements Shape Sigmoid SimplifiedLayerNormalization
+    Add Cast Concat ConstantOfShape Div Expand Gather Greater GroupQueryAttention Less MatMul MatMulNBits Max Mul
+    Or QuickGelu Range ReduceMean ReduceSum Reshape ScatterElements Shape Sigmoid SimplifiedLayerNormalization
     SkipSimplifiedLayerNormalization Slice Softmax Split Sqrt Squeeze Sub Tile Transpose Unsqueeze Where
-    Neg ReduceSum
+    ArgMax Neg
 """  # the last line: only in exports of earlier versions
 OPERATORS = frozenset(_OPERATORS.split())
 """The operators that smallm exports; a test compares them with real exports. No control flow, nothing random."""

@@ -37,7 +37,8 @@ from smallm.model_file.sampling import Sampling
 from smallm.training.checkpoint.format import STATE_FILE, load_model, load_vocabulary
 from smallm.training.checkpoint.manager import best_checkpoint
 
-JSON_FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "genai_config.json"}
+JSON_FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "genai_config.json",
+              "special_tokens_map.json"}  # fmt: skip
 FILES = {MODEL_FILE, MANIFEST_FILE, *JSON_FILES, "onnx/model.onnx", "draft_table.npy", "model.safetensors", "README.md"}
 SHAPES = {
     "heads of 16, two of four shared": {},
@@ -207,7 +208,7 @@ def drop_node(proto):
 def ignore_the_past(proto):
     """Right without a cache, wrong with one: every position counts as the first of its chunk."""
     for node in proto.graph.node:
-        if node.name == "/last_key":
+        if node.name == "/mask_sum":
             node.input[0] = "input_ones"
     shape = helper.make_node("Shape", ["input_ids"], ["input_shape"])
     ones = helper.make_node("ConstantOfShape", ["input_shape"], ["input_ones"],

@@ -12,7 +12,8 @@ MANIFEST = manifest_of(random_model())
 def test_genai_config():
     content = genai_config(MANIFEST, "model.onnx")
     decoder = content["model"].pop("decoder")
-    assert content["model"] == {"type": "qwen3", "vocab_size": 262, "context_length": 16, "eos_token_id": []}
+    ids = {"bos_token_id": ord("\n"), "eos_token_id": [], "pad_token_id": 255}
+    assert content["model"] == {"type": "qwen3", "vocab_size": 262, "context_length": 16, **ids}
     assert {key: decoder[key] for key in ("filename", "head_size", "num_key_value_heads", "num_hidden_layers")} == {
         "filename": "model.onnx", "head_size": 16, "num_key_value_heads": 2, "num_hidden_layers": 2,
     }  # fmt: skip

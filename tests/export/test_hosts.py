@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +23,8 @@ from toys import torch_text
 from smallm.cli import main as cli
 from smallm.errors import UserError
 from smallm.export.genai import GENAI_FILE
-from smallm.export.gguf import NEVER, write_gguf
+from smallm.export.gguf import write_gguf
+from smallm.export.hugging_face import PAD_ID
 from smallm.export.model_card import CARD_FILE
 from smallm.export.portable_graph import PORTABLE_FILE
 from smallm.language_model import MODEL_FILE, LanguageModel
@@ -34,6 +36,7 @@ from smallm.training.model.transformer import TransformerLanguageModel
 pytestmark = pytest.mark.slow
 HOSTS = Path(__file__).parents[1] / "hosts"
 SEED, NEW = "the piñata is naïve €\n", 200
+SEEDS = ["the ", "a piñata"]
 TEXT = " Zoë's  crème\n\n\tbrûlée ,10 € 中🎉\r\n<|endoftext|></s> 'tis 100%  "
 CLOSE = 1e-4
 
@@ -57,9 +60,9 @@ def run_node(*argv: object, cwd: Path | None = None) -> subprocess.CompletedProc
     )
 
 
-def transformers_js(folder: Path, seed: str, new: int) -> dict:
+def transformers_js(folder: Path, seed: str, new: int, *more: str) -> dict:
     """What tests/hosts/transformers.mjs prints."""
-    done = run_node(HOSTS / "transformers.mjs", folder, seed, new)
+    done = run_node(HOSTS / "transformers.mjs", folder, new, seed, *more)
     assert done.stdout.count("\n") == 1, done.stderr
     return json.loads(done.stdout)
 
@@ -79,8 +82,9 @@ def run(text_file, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(run) -> Path:
-    """Its export, with a portable file."""
-    assert cli.run(cli.export, [str(run), "--portable"]) == 0
+    """Its export, with a portable file and, where the package gguf is installed, a GGUF file."""
+    gguf = ["--gguf"] if find_spec("gguf") else []
+    assert cli.run(cli.export, [str(run), "--portable", *gguf]) == 0
     return run / "export"
 
 
@@ -143,6 +147,23 @@ def test_transformers(folder, vocabulary, logits, greedy):
     assert tokenizer.decode(written) == greedy
 
 
+def test_transformers_pads_a_batch_and_begins_without_a_seed(folder, vocabulary):
+    transformers = package("transformers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        assert tokenizer.pad_token_id == model.generation_config.pad_token_id == PAD_ID
+        assert tokenizer("ÿ")["input_ids"] == vocabulary.encode("ÿ").tolist()  # the letter is not padding
+        ids = tokenizer(SEEDS, padding=True, return_tensors="pt")
+        assert ids["attention_mask"][0].tolist() == [0] * 4 + [1] * 4
+        written = model.generate(**ids, do_sample=False, max_new_tokens=20)
+        expected = [LanguageModel.load(folder).generate(seed, 20, temperature=0) for seed in SEEDS]
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        assert all(text.startswith(each) or each.startswith(text) for text, each in zip(texts, expected, strict=True))
+        assert model.generate().shape == (1, 256)  # from the beginning of a text to the end of the context
+
+
 def test_transformers_refuses_half_a_file(truncated):
     transformers = package("transformers")
     with pytest.raises(Exception, match=r"(?i)safetensor|header|incomplete"):
@@ -181,6 +202,21 @@ def test_genai_takes_the_defaults_and_fills_the_context(folder, vocabulary):
     assert len(generator.get_sequence(0)) == 256
 
 
+def test_genai_pads_a_batch(folder):
+    genai = package("onnxruntime_genai")
+    model = genai.Model(str(folder))
+    tokenizer, parameters = genai.Tokenizer(model), genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=30, batch_size=2, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(tokenizer.encode_batch(SEEDS))
+    while not generator.is_done():
+        generator.generate_next_token()
+    lm = LanguageModel.load(folder)
+    for i, seed in enumerate(SEEDS):
+        text = tokenizer.decode([id for id in generator.get_sequence(i) if id != PAD_ID])
+        assert lm.generate(seed, 40, temperature=0).startswith(text)
+
+
 def test_genai_refuses_half_a_file(truncated):
     genai = package("onnxruntime_genai")
     with pytest.raises(RuntimeError, match=r"(?i)protobuf|parsing"):
@@ -192,8 +228,14 @@ def test_genai_refuses_half_a_file(truncated):
 
 def test_transformers_js(folder, vocabulary, greedy):
     new = len(vocabulary.encode(greedy)) - len(vocabulary.encode(SEED))
-    assert transformers_js(folder, SEED, new) == {"text": greedy, "ids": vocabulary.encode(SEED).tolist()}
+    assert transformers_js(folder, SEED, new) == {"texts": [greedy], "ids": vocabulary.encode(SEED).tolist()}
     assert transformers_js(folder, TEXT, 1)["ids"] == vocabulary.encode(TEXT).tolist()
+
+
+def test_transformers_js_takes_batches_of_equal_lengths_only(folder):
+    expected = [LanguageModel.load(folder).generate(seed, 10, temperature=0) for seed in ("the ", "owls")]
+    assert transformers_js(folder, "the ", 10, "owls")["texts"] == expected
+    assert "BigInt" in transformers_js(folder, "the ", 10, "an owl")["error"]  # no wrong text
 
 
 @pytest.mark.parametrize(("precision", "file"), [("int8", "model_int8.onnx"), ("int4", "model_q4.onnx")])
@@ -203,7 +245,7 @@ def test_transformers_js_finds_the_other_precisions(run, tmp_path, precision, fi
     assert (out / "onnx" / file).read_bytes() == (out / MODEL_FILE).read_bytes()
     assert not (out / "model.safetensors").exists()
     expected = LanguageModel.load(out).generate("the ", 10, temperature=0)
-    assert transformers_js(out, "the ", 10)["text"] == expected
+    assert transformers_js(out, "the ", 10)["texts"] == [expected]
 
 
 def test_transformers_js_refuses_half_a_file(truncated, tmp_path):
@@ -260,7 +302,9 @@ def test_gguf_holds_weights_and_vocabulary(run, tmp_path, vocabulary, precision)
     assert (values["qwen3.context_length"], values["qwen3.attention.head_count_kv"]) == (256, 1)
     assert len(values["tokenizer.ggml.tokens"]) == vocabulary.size
     assert values["tokenizer.ggml.merges"] == vocabulary.tokenizer_json()["model"]["merges"]
-    assert values["tokenizer.ggml.eos_token_id"] == NEVER
+    assert values["tokenizer.ggml.eos_token_id"] == values["tokenizer.ggml.padding_token_id"] == PAD_ID
+    sampling = {key: values[f"general.sampling.{key}"] for key in ("temp", "top_k", "top_p", "min_p", "penalty_repeat")}
+    assert sampling == pytest.approx({"temp": 0.8, "top_k": 40, "top_p": 1.0, "min_p": 0.0, "penalty_repeat": 1.0})
     expected = load_file(best_checkpoint(run) / "model.safetensors")
     assert len(reader.tensors) == len(expected)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 2)
@@ -279,7 +323,7 @@ def test_llama_cpp(run, tmp_path, vocabulary, greedy):
     write_gguf(best_checkpoint(run), tmp_path / "owls.gguf", "fp32", "owls")
     model = llama_cpp.Llama(str(tmp_path / "owls.gguf"), n_ctx=256, verbose=False)
     assert model.tokenize(TEXT.encode(), add_bos=False, special=False) == vocabulary.encode(TEXT).tolist()
-    assert model.token_eos() == NEVER
+    assert model.token_eos() == PAD_ID
     new = len(vocabulary.encode(greedy)) - len(vocabulary.encode(SEED))
     options = {"temperature": 0.0, "repeat_penalty": 1.0}
     assert SEED + model(SEED, max_tokens=new, **options)["choices"][0]["text"] == greedy
@@ -312,25 +356,67 @@ def test_gguf_in_int8_needs_rows_of_whole_blocks(tmp_path):
 # -- what the card tells its reader to type
 
 
-@pytest.mark.parametrize("host", ["smallm", "transformers", "onnxruntime-genai", "OpenVINO"])
-def test_python_of_the_card(folder, host, tmp_path):
-    modules = {"onnxruntime-genai": "onnxruntime_genai", "OpenVINO": "openvino"}
-    package(modules.get(host, host))
+LLAMA_CPP = """
+import sys, types
+from cyllama import LLM, GenerationConfig
+
+class Llama:  # what the card uses of llama-cpp-python, which has no binary packages, over other bindings of llama.cpp
+    def __init__(self, path, n_ctx, verbose):
+        self.path, self.n_ctx = path, n_ctx
+
+    def __call__(self, seed, stop, **options):
+        config = GenerationConfig(n_ctx=self.n_ctx, stop_sequences=stop, add_bos=False, **options)
+        with LLM(self.path, config=config) as model:
+            return {"choices": [{"text": str(model(seed))}]}
+
+sys.modules["llama_cpp"] = types.SimpleNamespace(Llama=Llama)
+"""
+
+
+@pytest.mark.parametrize(
+    ("host", "module", "prelude", "blocks"),
+    [
+        ("smallm", "smallm", "", 1),
+        ("transformers", "transformers", "", 1),
+        ("onnxruntime-genai", "onnxruntime_genai", "", 2),
+        ("llama.cpp", "cyllama", LLAMA_CPP, 1),
+        ("OpenVINO", "openvino", "", 1),
+        ("ONNX Runtime, in any language", "onnxruntime", "", 1),
+    ],
+)
+def test_python_of_the_card(folder, tmp_path, host, module, prelude, blocks):
+    package(module)
+    if host == "llama.cpp":
+        package("gguf")
     card = (folder / CARD_FILE).read_text(encoding="utf-8")
-    (code,) = re.findall(rf"### {host}\n\n```python\n(.*?)```", card, re.DOTALL)
+    section = card.split(f"### {host}\n")[1].split("\n##")[0]
+    codes = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(codes) == blocks
+    (seed,) = re.findall(r'model\.generate\(("[^"]*"), max', card)
     if host == "onnxruntime-genai":  # it cuts a text at a NUL, which a toy model may draw: only likely ids
         folder = Path(shutil.copytree(folder, tmp_path / "copy"))
         config = json.loads((folder / GENAI_FILE).read_text(encoding="utf-8"))
         config["search"]["top_k"] = 5
         (folder / GENAI_FILE).write_text(json.dumps(config), encoding="utf-8")
+    for code in codes:
+        done = run_python(prelude + code, folder)
+        assert done.returncode == 0, done.stderr
+        assert "num_logits_to_keep" not in done.stderr
+        assert done.stdout.startswith(json.loads(seed)) or host == "OpenVINO"
+        assert len(done.stdout) > (200 if host != "OpenVINO" else 1) or "\n\n\n" in done.stdout
+
+
+def run_python(code: str, folder: Path) -> subprocess.CompletedProcess:
     paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
     environment = os.environ | {"PYTHONPATH": paths, "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True,
                           encoding="utf-8", timeout=100)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (seed,) = re.findall(r'model\.generate\(("[^"]*"), max', card)
-    assert done.stdout.startswith(json.loads(seed)) or host == "OpenVINO"
-    assert len(done.stdout) > (200 if host != "OpenVINO" else 1)
+
+
+def test_every_code_block_of_the_card_has_a_test(folder):
+    package("gguf")
+    card = (folder / CARD_FILE).read_text(encoding="utf-8").split("## How to use the model")[1]
+    assert re.findall(r"^```(\w+)", card, re.MULTILINE) == ["python"] * 4 + ["js"] + ["python"] * 3
 
 
 def test_javascript_of_the_card(folder, tmp_path):
@@ -340,4 +426,4 @@ def test_javascript_of_the_card(folder, tmp_path):
     (copy / "node_modules").symlink_to(HOSTS / "node_modules", target_is_directory=True)
     done = run_node("--input-type=module", "--eval", code, cwd=copy)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout) > 200
+    assert len(done.stdout) > 200 or done.stdout.rstrip("\n") + "\n\n\n" in done.stdout

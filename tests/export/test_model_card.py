@@ -97,7 +97,7 @@ def test_unknown_figures_are_left_out():
     quality = replace(QUALITY, bits_per_char=None, characters=0)
     card = model_card("owls", manifest, [quality], {MODEL_FILE: 9}, "an owl", UNKNOWN_LICENCE)
     assert "| fp32 | 0.50 | - | 4,321 | 1.21 or newer |" in card
-    assert "None" not in card
+    assert "None" not in card.replace("session.run(None, ", "")
     assert "trained on" not in card.split("## Precision")[0].split("## The model")[1]
 
 

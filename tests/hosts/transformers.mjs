@@ -1,13 +1,14 @@
-// Opens an export folder with transformers.js as its card says, and writes greedily.
-// node transformers.mjs FOLDER SEED NEW -> one line of JSON: {"text": ...}, or {"error": ...} and exit code 1
+// Opens an export folder with transformers.js as its card says, and writes greedily after one or several seeds.
+// node transformers.mjs FOLDER NEW SEED… -> one line of JSON: {"texts": …, "ids": of the first seed}, or {"error": …} and exit code 1
 import { env, pipeline } from "@huggingface/transformers";
 
 env.allowRemoteModels = false;
-const [folder, seed, count] = process.argv.slice(2);
+const [folder, count, ...seeds] = process.argv.slice(2);
 try {
   const generator = await pipeline("text-generation", folder);
-  const [{ generated_text: text }] = await generator(seed, { max_new_tokens: Number(count), do_sample: false });
-  console.log(JSON.stringify({ text, ids: generator.tokenizer(seed).input_ids.tolist()[0].map(Number) }));
+  const written = await generator(seeds, { max_new_tokens: Number(count), do_sample: false });
+  const texts = written.map(([{ generated_text }]) => generated_text);
+  console.log(JSON.stringify({ texts, ids: generator.tokenizer(seeds[0]).input_ids.tolist()[0].map(Number) }));
 } catch (error) {
   console.log(JSON.stringify({ error: String(error.message ?? error) }));
   process.exitCode = 1;

@@ -40,7 +40,7 @@ def hugging_face_files(config: Config, vocabulary: Vocabulary) -> dict[str, dict
         "dtype": "float32",
         "torch_dtype": "float32",
     }
-    generation = {"do_sample": sampling.temperature > 0, "max_new_tokens": 256,
+    generation = {"do_sample": sampling.temperature > 0, "max_length": m.block_size,
                   "temperature": sampling.temperature or 1.0,
                   "top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p}  # fmt: skip
     tokenizer_config = {

@@ -26,6 +26,7 @@ def test_hugging_face_files(temperature, expected):
     assert config["intermediate_size"] == Config.from_dict(settings).model.inner
     assert (config["num_hidden_layers"], config["num_attention_heads"], config["num_key_value_heads"]) == (2, 4, 2)
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500.0
-    assert files["generation_config.json"].items() >= (expected | {"top_k": 5, "top_p": 0.9, "min_p": 0.1}).items()
+    expected |= {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "max_length": 16}
+    assert files["generation_config.json"].items() >= expected.items()
     assert Vocabulary.from_tokenizer_json(files["tokenizer.json"]) == TOY_VOCABULARY
     json.dumps(files, allow_nan=False)
