@@ -1,17 +1,25 @@
-"""Feeds damaged and hostile model files to the program of the C kit, which must write text or one `smallm:` line.
+"""Feeds damaged and hostile model files to the C kit: whole programs, or millions of files guided by their coverage.
 
     python benchmarks/fuzz_c.py --program KIT/smallm_generate --model KIT/model.onnx [--cases 2000] [--seed 1]
         [--only N]
+    python benchmarks/fuzz_c.py --runs 1000000 --model FP32.onnx INT8.onnx INT4.onnx [--seed 1]
 
-Build the program with -fsanitize=address,undefined -fno-sanitize-recover=all, so that every memory error and every
-leak is a finding. Case N is a function of --seed and N (see mutations.py); the files of findings are kept in --keep.
-Prints a table, then all figures as one line of JSON; progress goes to stderr.
+--program must write text or one `smallm:` line. Build it with -fsanitize=address,undefined -fno-sanitize-recover=all,
+so that every memory error and every leak is a finding. Case N is a function of --seed and N (see mutations.py).
+
+--runs builds smallm.c and fuzz_target.c with clang's libFuzzer and the same sanitizers. It opens each file from memory
+and generates and scores a few characters. The files begin as the models, which should be small: 30 kB give 600 files a
+second. More than 1 GB of memory, 512 MB at once, or 30 s for a file are findings, and the first finding ends the runs.
+
+The files of findings are kept in --keep. Prints a table, then all figures as one line of JSON; progress goes to stderr.
 """
 
 import argparse
 import json
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +31,8 @@ from pathlib import Path
 import mutations
 from tqdm import tqdm
 
+HERE = Path(__file__).parent
+ENGINE = HERE.parent / "smallm" / "embed" / "c"
 MAX_SECONDS = 30  # for one case
 GOOD = ("success", "refused")
 SANITIZERS = {
@@ -68,16 +78,62 @@ def verdict(code: int, stderr: str) -> str:
     return f"exit code {code}, {stderr.count(chr(10))} lines"
 
 
+def build_target(folder: Path) -> Path:
+    """Builds the target of libFuzzer. Raises `CalledProcessError`."""
+    target = folder / "fuzz_target"
+    flags = ["-std=c99", "-O2", "-g", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
+    sources = [HERE / "fuzz_target.c", ENGINE / "smallm.c"]
+    subprocess.run(["clang", *flags, f"-I{ENGINE}", *sources, "-lm", "-o", target], check=True)
+    return target
+
+
+def run_target(target: Path, models: Sequence[Path], runs: int, seed: int) -> dict:
+    """Runs the target in its folder. Returns its counts and, after a finding, the end of the report and the file."""
+    corpus = target.with_name("corpus")
+    corpus.mkdir()
+    for number, model in enumerate(models):
+        (corpus / f"{number}.onnx").write_bytes(mutations.without_checksum(model.read_bytes()))
+    largest = max(model.stat().st_size for model in models)
+    flags = {"runs": runs, "seed": seed, "max_len": 3 * largest // 2, "rss_limit_mb": 1024, "malloc_limit_mb": 512,
+             "timeout": MAX_SECONDS, "artifact_prefix": f"{target.parent}/"}  # fmt: skip
+    argv = [target, *(f"-{name}={value}" for name, value in flags.items()), corpus]
+    started, report = time.perf_counter(), []
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, env=os.environ | SANITIZERS, text=True, errors="replace") as job:
+        for line in job.stderr:
+            report = [*report[-60:], line]
+            if line.startswith("#"):
+                print(line, end="", file=sys.stderr)
+    count, edges, features = re.findall(r"^#(\d+).* cov: (\d+) ft: (\d+)", "".join(report), re.MULTILINE)[-1]
+    found = [file for name in ("crash", "leak", "oom", "timeout") for file in target.parent.glob(f"{name}-*")]
+    ended = {"runs": int(count), "edges": int(edges), "features": int(features),
+             "seconds": round(time.perf_counter() - started)}  # fmt: skip
+    return ended | {"findings": [{"file": str(f), "message": "".join(report)} for f in found], "code": job.returncode}
+
+
+def run_guided(options: argparse.Namespace) -> int:
+    """Builds and runs the target and prints the table and the line of JSON; returns 1 if there is a finding."""
+    with tempfile.TemporaryDirectory(prefix="smallm-") as folder:
+        ended = run_target(build_target(Path(folder)), options.model, options.runs, options.seed)
+        for finding in ended["findings"]:
+            options.keep.mkdir(parents=True, exist_ok=True)
+            finding["file"] = str(shutil.copy(finding["file"], options.keep))
+    print("\n".join(f"{name:32}{ended[name]:8}" for name in ("runs", "edges", "features", "seconds")))
+    print(json.dumps({"seed": options.seed} | ended))
+    return 1 if ended["code"] else 0
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs all cases and prints the table and the line of JSON; returns 1 if there are findings."""
     options = parse(argv)
-    data = options.model.read_bytes()
+    if options.runs is not None:
+        return run_guided(options)
+    models = [model.read_bytes() for model in options.model]
     kinds, findings, slowest = Counter(), [], 0.0
     numbers = range(options.cases) if options.only is None else [options.only]
     with tempfile.TemporaryDirectory(prefix="smallm-") as scratch:
         path = Path(scratch) / "model.onnx"
         for number in tqdm(numbers, unit="case", file=sys.stderr):
-            path.write_bytes(mutation(data, number, options.seed))
+            path.write_bytes(mutation(models[number % len(models)], number, options.seed))
             outcome = perform(options.program.resolve(), path, number)
             kinds[outcome["kind"]] += 1
             slowest = max(slowest, outcome["seconds"])
@@ -94,8 +150,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(prog="fuzz_c.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--program", type=Path, required=True, help="the program `generate` of a C kit, built with sanitizers")
-    add("--model", type=Path, required=True, help="a valid model.onnx, from which the mutations are made")
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--program", type=Path, help="the program `smallm_generate` of a C kit, built with sanitizers")
+    way.add_argument("--runs", type=int, metavar="N", help="files that libFuzzer makes; needs clang")
+    add("--model", type=Path, required=True, nargs="+", help="valid model.onnx files, from which the mutations are made")
     add("--cases", type=int, default=2000, metavar="N", help="mutated files (default: 2000)")
     add("--seed", type=int, default=1, metavar="N", help="random seed of the mutations (default: 1)")
     add("--only", type=int, metavar="N", help="run this case only")

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from toys import LATER_VOCABULARY, random_model, save_onnx
+from toys import LATER_VOCABULARY, manifest_of, random_model, save_onnx
 
 from smallm import LanguageModel, Vocabulary
 from smallm.cli import main as cli
@@ -25,6 +25,7 @@ from smallm.errors import UserError
 from smallm.export import kits
 from smallm.export.cli import KITS
 from smallm.export.kits import SOURCES, write_kit
+from smallm.export.precision import PRECISIONS, write_quantised
 from smallm.generation.sampler import sample
 from smallm.model_file.onnx_reader import BITS, MODEL, OPERATORS
 from smallm.model_file.sampling import Sampling
@@ -779,6 +780,22 @@ def test_mutated_files_never_crash_it(sanitized, tmp_path, monkeypatch):
         assert ended["kind"] in fuzz_c.GOOD, (number, ended)
         kinds.add(ended["kind"])
     assert kinds == set(fuzz_c.GOOD)
+
+
+@pytest.mark.slow
+def test_guided_mutations_find_nothing(tmp_path, monkeypatch):
+    """libFuzzer's target builds, and a few hundred files of fp32 and int8 neither crash nor hang."""
+    if not shutil.which("clang"):
+        pytest.skip("no clang")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import fuzz_c
+
+    toy, models = random_model(n_layer=1, n_head=1, n_kv_head=1, n_embd=16, n_inner=32), [tmp_path / "fp32.onnx"]
+    models.append(shutil.copy(save_onnx(toy, models[0]), tmp_path / "int8.onnx"))
+    write_quantised(toy, manifest_of(toy, precision="int8"), models[1], PRECISIONS["int8"])
+    ended = fuzz_c.run_target(fuzz_c.build_target(tmp_path), models, runs=300, seed=1)
+    assert (ended["code"], ended["findings"]) == (0, [])
+    assert ended["edges"] > 1000
 
 
 def test_the_fuzzer_recognises_bad_exits(monkeypatch):

@@ -316,6 +316,16 @@ def test_chunks_are_characters_with_their_surprisal(ask, exported, model):
     assert sum(surprisals) / len(surprisals) > 0.1
 
 
+def test_the_surprisal_of_an_id_that_max_length_cuts(ask, noise):
+    """An id can complete U+FFFD and a character; the last one that belongs to the text has the surprisal of the id."""
+    asked = [["pieces", "é", {"rngSeed": 4, "maxLength": length, "temperature": 2.0}] for length in range(1, 40)]
+    python = LanguageModel.load(noise)
+    for length, pieces in zip(range(1, 40), values(ask(noise, asked)), strict=True):
+        stream = python.stream("é", length, True, rng_seed=4, temperature=2.0)
+        expected = [-logprob for _ in stream for logprob in stream.logprobs]
+        assert [piece["surprisal"] for piece in pieces] == pytest.approx(expected, abs=1e-3)
+
+
 def test_parallel_texts_that_end_early(ask, exported, model):
     asked = [["together", *([f"{i} ", {"rngSeed": i, "maxLength": 50}] for i in range(4))]]
     asked += [["first", 7, "a", {"maxLength": 2**53 - 1, "rngSeed": 1}], ["facts"]]

@@ -1994,7 +1994,8 @@ static void add_character(sequence_state *d, const char *character, size_t bytes
     if (d->done) d->ready += d->held, d->held = 0;
 }
 
-/* Adds an id to the text. If it completes several characters, its probability counts for the last one. */
+/* Adds an id to the text. If it completes several characters, its probability counts for the last one that max_length
+   admits. */
 static void push(smallm_context *c, int32_t id)
 {
     sequence_state *d = &c->state;
@@ -2006,7 +2007,7 @@ static void push(smallm_context *c, int32_t id)
         bytes += push_byte(&d->decoder, *s.at, text + bytes);
     for (size_t at = 0; at < bytes && !d->done;) {
         size_t length = (size_t)sequence_length((uint8_t)text[at]);
-        bool last = at + length == bytes;
+        bool last = at + length == bytes || d->length + 1 == d->options.max_length;
         add_character(d, text + at, length, last ? d->logprob : 0);
         if (last) d->logprob = 0;
         at += length;

@@ -1,0 +1,57 @@
+/* The target of libFuzzer that fuzz_c.py builds with smallm.c: opens a model from memory, then generates and scores a few
+   characters with it. */
+
+#include "smallm.h"
+
+#include <string.h>
+
+size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t room);
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t room, unsigned seed);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+enum { MAX_PART = 64 };
+
+/* Three of four mutations keep the size of the file: the lengths of the messages around a change stay right, so that the
+   reader gets further. Half of them change the first or the last 6,000 bytes, where the nodes and the metadata are. */
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t room, unsigned seed)
+{
+    uint8_t part[MAX_PART];
+    size_t length = 1 + seed / 16 % MAX_PART, edge = 6000, at = seed / 1024;
+    if (seed % 4 == 0 || size <= MAX_PART) return LLVMFuzzerMutate(data, size, room);
+    if (edge > size - length) edge = size - length;
+    at = seed / 4 % 2 == 0 ? at % (size - length + 1) : seed / 8 % 2 == 0 ? at % (edge + 1) : size - length - at % (edge + 1);
+    memcpy(part, data + at, length);
+    LLVMFuzzerMutate(part, length, length);
+    memcpy(data + at, part, length);
+    return size;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    static const char *const stops[] = {"e", "\xC3\xA9 "}, *const kernels[] = {NULL, "avx2", "sse2", "plain"};
+    uint32_t choice = 2166136261u; /* of kernels and options: FNV-1a of the file */
+    for (size_t i = 0; i < size; i += 5) choice = (choice ^ data[i]) * 16777619u;
+    smallm_open_options how = {sizeof how, kernels[choice % 4]};
+    smallm_model *model = NULL;
+    smallm_context *context = NULL;
+    smallm_options options;
+    smallm_character likeliest[4];
+    double nats[8];
+    const char *text;
+    size_t bytes;
+    smallm_status status = smallm_open_memory(data, size, &how, &model);
+    if (status == SMALLM_MISTAKE) status = smallm_open_memory(data, 0, NULL, &model); /* no such kernels here */
+    if (status == SMALLM_OK && smallm_context_new(model, &context) == SMALLM_OK) {
+        smallm_default_options(model, &options, sizeof options);
+        options.max_length = 12, options.rng_seed = choice, options.logprobs = 1;
+        if (choice % 8 < 4) options.stops = stops, options.stop_count = 2, options.banned = "a\xC3\xA9";
+        if (choice % 16 < 8) options.repetition_penalty = 1.5, options.overflow = SMALLM_CROP;
+        smallm_generate_start(context, "a\xC3\xA9", choice % 32 < 8 ? 0 : 3, &options);
+        while (smallm_next(context, &text, &bytes) == SMALLM_OK) {}
+        smallm_score(context, "an \xC3\xA9.", 6, nats, 8, &bytes);
+        if (choice % 1024 < 32) smallm_next_characters(context, "an", 2, likeliest, 4, &bytes); /* many passes */
+    }
+    smallm_context_free(context);
+    smallm_close(model);
+    return 0;
+}
