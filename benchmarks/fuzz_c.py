@@ -98,7 +98,8 @@ def run_target(target: Path, models: Sequence[Path], runs: int, seed: int) -> di
              "timeout": MAX_SECONDS, "artifact_prefix": f"{target.parent}/"}  # fmt: skip
     argv = [target, *(f"-{name}={value}" for name, value in flags.items()), corpus]
     started, report = time.perf_counter(), []
-    with subprocess.Popen(argv, stderr=subprocess.PIPE, env=os.environ | SANITIZERS, text=True, errors="replace") as job:
+    pipe = {"stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+    with subprocess.Popen(argv, env=os.environ | SANITIZERS, **pipe) as job:
         for line in job.stderr:
             report = [*report[-60:], line]
             if line.startswith("#"):
@@ -153,7 +154,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--program", type=Path, help="the program `smallm_generate` of a C kit, built with sanitizers")
     way.add_argument("--runs", type=int, metavar="N", help="files that libFuzzer makes; needs clang")
-    add("--model", type=Path, required=True, nargs="+", help="valid model.onnx files, from which the mutations are made")
+    add("--model", type=Path, required=True, nargs="+", help="valid model.onnx files, which are mutated")
     add("--cases", type=int, default=2000, metavar="N", help="mutated files (default: 2000)")
     add("--seed", type=int, default=1, metavar="N", help="random seed of the mutations (default: 1)")
     add("--only", type=int, metavar="N", help="run this case only")

@@ -98,7 +98,7 @@ def test_pieces_and_log_probabilities(pairs):
 
 
 def test_the_log_probability_of_an_id_that_max_length_cuts(pairs):
-    """An id can complete U+FFFD and a character; the last one that belongs to the text has the probability of the id."""
+    """An id can complete U+FFFD and a character; the last one within the text has the probability of the id."""
     for max_length in range(1, 40):
         ours, theirs = (lm.stream("Zoë", max_length, True, rng_seed=4) for lm in pairs["plain"])
         for expected, found in zip(ours, theirs, strict=True):
