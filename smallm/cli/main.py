@@ -21,13 +21,19 @@ usage: smallm COMMAND [options]    (also: python -m smallm COMMAND)
   smallm infer    generate text, measure perplexity  (also: python infer.py)
   smallm runs     list the runs in runs/, newest first
   smallm show     all about one run
+  smallm watch    follow a run that trains in another terminal or on a mounted folder
+  smallm compare  where the settings of runs differ, and their losses
   smallm plot     draw the losses of one or several runs
+  smallm cache    sizes of what is cached; clear the cache
+  smallm doctor   versions, devices and what works here, for a bug report
 
 `smallm COMMAND --help` lists the options of a command."""
 
 MAX_MESSAGE = 2000  # characters of an error message
 COMMANDS = {"train": "smallm.training.cli", "export": "smallm.export.cli", "infer": "smallm.cli.infer",
-            "runs": "smallm.cli.runs", "show": "smallm.cli.show", "plot": "smallm.training.report.plot"}  # fmt: skip
+            "runs": "smallm.cli.runs", "show": "smallm.cli.show", "plot": "smallm.training.report.plot",
+            "watch": "smallm.cli.watch", "compare": "smallm.cli.compare", "cache": "smallm.cli.cache",
+            "doctor": "smallm.cli.doctor"}  # fmt: skip
 """Command -> the module whose `main(argv)` runs it."""
 NEED_TRAIN_EXTRA = ("train", "export", "plot")
 
@@ -127,4 +133,4 @@ def _call(command: str, argv: Sequence[str]) -> int | None:
         raise UserError(f"{command} needs the package {error.name!r}; install it with: {install}") from None
 
 
-train, export, infer, runs, show, plot = (partial(_call, name) for name in COMMANDS)
+train, export, infer, runs, show, plot, watch, compare, cache, doctor = (partial(_call, name) for name in COMMANDS)

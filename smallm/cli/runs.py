@@ -1,10 +1,11 @@
-"""`smallm runs`: lists the runs in a folder, newest first. Reads only."""
+"""`smallm runs`: lists the runs in a folder, sorted and filtered. Reads only."""
 
 import json
+import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,52 @@ from smallm.cli.table import MISSING, columns_of, duration, short_count, shorten
 from smallm.errors import UserError, command
 from smallm.html.escape import printable
 from smallm.runs.layout import EXPORT, RUNS
-from smallm.runs.summary import Run, find_runs, read_run
+from smallm.runs.summary import BROKEN, FINISHED, INTERRUPTED, RUNNING, Run, find_runs, read_run
 
 MIN_COLUMNS, MAX_COLUMNS = 80, 120  # width of the table
 MIN_NAME, MIN_TEXT = 12, 8  # columns left for the names of the run and of its text
 HEADS = ("run", "text", "size", "nats", "bits", "steps", "epochs", "time", "age", "state", "export")
 WIDE_ONLY = {"epochs", "time"}
 LEFT = {"run", "text", "state", "export"}
+SORTS: dict[str, Callable[[Run], Any]] = {
+    "newest": lambda run: -run.written,
+    "name": lambda run: run.path.resolve().name,
+    "loss": lambda run: math.inf if run.val_loss is None else run.val_loss,
+    "time": lambda run: -(run.seconds or 0),
+    "steps": lambda run: -(run.step or 0),
+    "size": lambda run: -(run.parameters or 0),
+}
+"""The keys of --sort: names and losses ascending, everything else descending; unknown values last."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs `smallm runs` with these arguments."""
-    parser = ArgumentParser(prog="smallm runs", description="Lists the runs in a folder, newest first.")
+    parser = ArgumentParser(prog="smallm runs", description="Lists the runs in a folder.")
     parser.add_argument("folder", nargs="?", type=Path, help="folder of runs, or one run; default: runs")
+    parser.add_argument("--sort", choices=SORTS, default="newest", help="order: names and losses from the lowest, "
+                        "times, steps and sizes from the highest; default: newest")  # fmt: skip
+    parser.add_argument("--state", choices=(RUNNING, FINISHED, INTERRUPTED, BROKEN), help="only runs in this state")
+    parser.add_argument("--filter", metavar="WORD", default="", help="only runs whose name or text contains WORD")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     options = parser.parse_args(argv)
     folder = RUNS if options.folder is None else options.folder
     found = find_runs(folder) if options.folder or folder.is_dir() else []
-    runs = sorted(_readable(found), key=lambda run: run.written, reverse=True)
+    runs = sorted((run for run in _readable(found) if _matches(run, options.state, options.filter)),
+                  key=SORTS[options.sort])  # fmt: skip
     if options.json:
         print(json.dumps([as_json(run) for run in runs], ensure_ascii=True, indent=1))
     elif runs:
         print(*lines(runs, shutil.get_terminal_size((MAX_COLUMNS, 24)).columns, time.time()), sep="\n")
+    elif found:
+        print(f"none of the {len(found)} runs in {printable(str(folder))} matches", file=sys.stderr)
     else:
         print(f"no runs in {printable(str(folder))}; train one with: {command('train')}", file=sys.stderr)
     return 0
+
+
+def _matches(run: Run, state: str | None, word: str) -> bool:
+    named = f"{run.path.resolve().name} {run.text or ''}".casefold()
+    return run.state == (state or run.state) and word.casefold() in named
 
 
 def _readable(paths: Sequence[Path]) -> Iterator[Run]:

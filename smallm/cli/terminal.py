@@ -11,7 +11,12 @@ HISTORY_LINES = 1000
 
 def takes_colours(stream: TextIO, environment: Mapping[str, str]) -> bool:
     """Whether a stream is a terminal with colours, and the user has not switched colours off with NO_COLOR."""
-    return stream.isatty() and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
+    return takes_control_codes(stream, environment) and not environment.get("NO_COLOR")
+
+
+def takes_control_codes(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a stream is a terminal that moves its cursor."""
+    return stream.isatty() and environment.get("TERM") != "dumb"
 
 
 @contextmanager

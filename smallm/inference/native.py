@@ -38,7 +38,7 @@ class NativeModel:
 
     def __init__(self, path: Path):
         """Raises `UserError` without a C compiler, and for a file that is damaged."""
-        self.path, self.library, self.pointer = path, _library(), ctypes.c_void_p()
+        self.path, self.library, self.pointer = path, native_library(), ctypes.c_void_p()
         status = self.library.smallm_open(os.fsencode(path), None, ctypes.byref(self.pointer))
         message = self.library.smallm_model_error(self.pointer).decode(errors="replace")
         weakref.finalize(self, self.library.smallm_close, self.pointer)
@@ -126,7 +126,7 @@ def _encoded(name: str, text: str) -> bytes:
 
 
 @cache
-def _library() -> Any:
+def native_library() -> Any:
     """The C library, compiled if necessary. Raises `UserError`."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None or platform.system() not in INSTALL:

@@ -9,6 +9,7 @@ from smallm.options import as_path
 RUNS = Path("runs")
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
+RECORD = "report.json"  # what the report shows besides the metrics; written from the first step on
 LOCK = ".lock"  # locked while a process trains the run
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"

@@ -14,7 +14,7 @@ from typing import Any
 from smallm.errors import UserError
 from smallm.model_file.manifest import MANIFEST_FILE
 from smallm.runs.config_file import flatten, read_config
-from smallm.runs.layout import CHECKPOINTS, CONFIG, LOCK, METRICS
+from smallm.runs.layout import CHECKPOINTS, CONFIG, LOCK, METRICS, RECORD
 from smallm.runs.metrics import Record, read_metrics
 from smallm.runs.state_file import CHANGED, read_json, read_state_file
 
@@ -39,6 +39,8 @@ class Run:
     """The folder."""
     state: str
     """"running", "finished", "interrupted" (training can be resumed) or "broken"."""
+    ending: str | None
+    """How report.json says that the run ended: "finished", "out of patience", "interrupted", or not yet: "training"."""
     problem: str
     """What is wrong with the folder, in a few words; empty if nothing is."""
     text: str | None
@@ -106,6 +108,7 @@ def read_run(run: Path, max_bytes: int | None = TAIL_BYTES) -> Run:
     except OSError as error:
         raise UserError(f"cannot read {run}: {error.strerror}") from None
     state, problem = _newest_state(checkpoints)
+    record = _record(run)
     config = _section(state, "config") or read_config(run)
     config = {name: section for name, section in config.items() if isinstance(section, dict)}
     metrics = tuple(read_metrics(run, max_bytes))
@@ -123,13 +126,15 @@ def read_run(run: Path, max_bytes: int | None = TAIL_BYTES) -> Run:
     return Run(
         path=run,
         state=RUNNING if running else _state(state, checkpoints, config),
+        ending=_text(record.get("state")),
         problem=problem or ("" if state or config else f"it has no checkpoint and no complete {CONFIG}"),
         text=_text(facts.get("text")) or Path(source).name or source or None,
         parameters=_whole(facts.get("parameters")),
         val_loss=best,
         best_step=best_step,
         step=step,
-        total_steps=_whole(state.get("planned_steps")) or _whole(_section(config, "train").get("max_steps")) or None,
+        total_steps=_whole(state.get("planned_steps")) or _whole(record.get("planned_steps"))
+        or _whole(_section(config, "train").get("max_steps")) or None,
         epoch=epochs[-1] if epochs else None,
         seconds=_number(last.get("seconds", state.get("seconds"))),
         written=written,
@@ -186,6 +191,14 @@ def _newest_state(checkpoints: tuple[Path, ...]) -> tuple[dict[str, Any], str]:
         except UserError as error:
             problem = problem or str(error).split(";")[0]
     return {}, problem
+
+
+def _record(run: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = read_json(run / RECORD)
+        return record
+    except (OSError, ValueError):
+        return {}
 
 
 def _state(state: dict[str, Any], checkpoints: tuple[Path, ...], config: dict[str, Any]) -> str:

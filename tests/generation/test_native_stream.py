@@ -205,10 +205,10 @@ def test_the_command_line(exported, capfd):
     ("false", r"cannot compile smallm\.c: .*; leave out engine = 'native'$"),
 ])  # fmt: skip
 def test_without_a_compiler(exported, monkeypatch, tmp_path, cc, message):
-    native._library.cache_clear()
+    native.native_library.cache_clear()
     monkeypatch.setenv("CC", cc)
     monkeypatch.setenv("SMALLM_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=message) as caught:
         LanguageModel.load(exported, engine="native")
     assert "\n" not in str(caught.value)
-    native._library.cache_clear()
+    native.native_library.cache_clear()

@@ -15,9 +15,9 @@ from typing import Any
 from smallm.atomic_write import atomic_write
 from smallm.errors import UserError
 from smallm.inference.processors import usable_processors
+from smallm.runs.layout import RECORD
 from smallm.training.config import MAX_NUMBER, check_types
 
-FILE = "report.json"
 VERSION = 1
 OLD_FIELDS = {"copies": "memorisation"}  # names in files of earlier versions
 
@@ -85,7 +85,7 @@ class RecordWriter:
     """
 
     def __init__(self, run: Path, warn: Callable[[str], None], resumed: bool, enabled: bool = True):
-        self._file, self._warn, self._enabled = run / FILE, warn, enabled
+        self._file, self._warn, self._enabled = run / RECORD, warn, enabled
         self._record = read_record(run) if resumed else RunRecord()
 
     def update(self, **fields: Any) -> None:
@@ -104,7 +104,7 @@ class RecordWriter:
 def read_record(run: Path) -> RunRecord:
     """The record of a run; an empty one if the file is missing, broken or of another version."""
     try:
-        values = json.loads((run / FILE).read_text(encoding="utf-8"))
+        values = json.loads((run / RECORD).read_text(encoding="utf-8"))
         if values.pop("version") != VERSION:
             return RunRecord()
         values = {OLD_FIELDS.get(name, name): value for name, value in values.items()}

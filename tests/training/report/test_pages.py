@@ -17,13 +17,14 @@ import torch
 from smallm.errors import UserError
 from smallm.html.escape import visible
 from smallm.runs.config_file import flatten
+from smallm.runs.layout import RECORD as FILE
 from smallm.training import cli
 from smallm.training.config import Config
 from smallm.training.data.batch_loader import BatchLoader
 from smallm.training.report.history import read_histories
 from smallm.training.report.pages import report_page, write_report
 from smallm.training.report.plot import main as plot
-from smallm.training.report.record import FILE, RecordWriter, RunRecord, read_record
+from smallm.training.report.record import RecordWriter, RunRecord, read_record
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\"'\x1b[31m\u202e"
