@@ -2,10 +2,13 @@
 
     python benchmarks/nanogpt.py --data FILE --out DIR [--steps 2000] [--seed 1] [--device cpu]
     python benchmarks/nanogpt.py --data FILE --out DIR --score
+    python benchmarks/nanogpt.py --run RUN
 
 The first command trains, keeps the best weights in DIR/model.safetensors and writes DIR/reference.json at its end;
-progress goes to stderr. The second prints the loss of these weights on the whole validation text as JSON. Losses are
-in nats per character. 2,000 steps took 95 s on two cores.
+progress goes to stderr. 2,000 steps took 95 s on two cores. The second prints the loss of these weights on the
+validation text as JSON, the third that of the best checkpoint of a smallm run; both give the loss by two protocols, in
+nats per character: of the whole text in adjacent windows (`nats_per_char`, as smallm reports it), and of 200 batches of
+12 windows at random positions (`random_windows`, as nanoGPT estimates it, with the standard error of the mean).
 
 Source: https://github.com/karpathy/nanoGPT, README, "I only have a macbook".
 """
@@ -17,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +33,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout need not be ins
 
 from smallm.cli.main import run
 from smallm.errors import UserError
+from smallm.runs.layout import VALIDATION
+from smallm.training.checkpoint.format import load_model, load_vocabulary
+from smallm.training.checkpoint.manager import best_checkpoint
+
+RANDOM_BATCHES = 200  # of a score; nanoGPT's default
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,7 @@ class GPT(nn.Module):
         return 6 * matrices + 6 * len(self.h) * self.wpe.weight.numel()
 
 
-def loss_of(model: GPT, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+def loss_of(model: nn.Module, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Cross-entropy in nats per character, or the sum; ids and targets (B, T)."""
     return F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction=reduction)
 
@@ -131,9 +139,10 @@ def random_batch(ids: Tensor, s: Settings, device: str) -> tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def estimate(model: GPT, ids: Tensor, s: Settings, device: str) -> float:
-    """Mean loss over `eval_batches` random batches."""
-    return sum(loss_of(model, *random_batch(ids, s, device)).item() for _ in range(s.eval_batches)) / s.eval_batches
+def estimate(model: nn.Module, ids: Tensor, s: Settings, device: str) -> tuple[float, float]:
+    """Mean loss over `eval_batches` random batches, and its standard error."""
+    losses = [loss_of(model, *random_batch(ids, s, device)).item() for _ in range(s.eval_batches)]
+    return statistics.fmean(losses), statistics.stdev(losses) / math.sqrt(s.eval_batches)
 
 
 def build_optimizer(model: GPT, s: Settings, device: str) -> torch.optim.AdamW:
@@ -171,7 +180,7 @@ def train(data: Path, out: Path, steps: int, seed: int, device: str) -> dict:
         if step % 100 == 0 or step == steps:
             print(f"step {step} loss {loss:.4f} {1000 * seconds[-1]:.2f} ms", file=sys.stderr)
         if step % s.eval_every == 0 or step == steps:
-            train_loss, val_loss = (estimate(model, ids, s, device) for ids in (train_ids, val_ids))
+            train_loss, val_loss = (estimate(model, ids, s, device)[0] for ids in (train_ids, val_ids))
             print(f"step {step} estimates: train {train_loss:.4f}, validation {val_loss:.4f}", file=sys.stderr)
             if val_loss < best_loss:
                 best_loss, best_step = val_loss, step
@@ -186,9 +195,8 @@ def train(data: Path, out: Path, steps: int, seed: int, device: str) -> dict:
     return result
 
 
-@torch.no_grad()
-def score(data: Path, out: Path) -> dict:
-    """Loss on the whole validation text in adjacent windows of block_size; all characters but the first count once."""
+def score_reference(data: Path, out: Path) -> dict:
+    """The loss of trained weights of the reference by both protocols."""
     s = Settings()
     vocab_size, _, ids = read_text(data, s.block_size)
     model = GPT(vocab_size, s).eval()
@@ -196,31 +204,61 @@ def score(data: Path, out: Path) -> dict:
         model.load_state_dict(load_file(out / "model.safetensors"))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{out} does not hold a model of this text: {' '.join(str(error).split())}") from None
-    T, predicted = s.block_size, len(ids) - 1
+    return score(model, ids, len(ids), s.block_size)
+
+
+def score_run(folder: Path) -> dict:
+    """The loss of the best checkpoint of a smallm run by both protocols, in windows of its context."""
+    checkpoint = best_checkpoint(folder)
+    model, vocabulary = load_model(checkpoint), load_vocabulary(checkpoint)
+    try:
+        with (folder / VALIDATION).open(encoding="utf-8", newline="") as file:
+            text = file.read()
+    except OSError:
+        raise UserError(f"{folder} does not hold its validation text, {VALIDATION}") from None
+    ids = torch.tensor(vocabulary.encode(text).tolist())
+    if len(ids) <= model.config.block_size:
+        raise UserError(f"{folder / VALIDATION} is not longer than a window of {model.config.block_size}")
+    return score(model, ids, len(text), model.config.block_size)
+
+
+@torch.no_grad()
+def score(model: nn.Module, ids: Tensor, characters: int, T: int) -> dict:
+    """The loss of a text by both protocols; in adjacent windows all ids but the first count once."""
+    predicted, nats = len(ids) - 1, 0.0
     whole = predicted // T * T  # the rest is a last, shorter window
-    nats = 0.0
     for start in range(0, whole, 128 * T):
         end = min(start + 128 * T, whole)
         nats += loss_of(model, ids[start:end].view(-1, T), ids[start + 1 : end + 1].view(-1, T), "sum").item()
     if whole < predicted:
         nats += loss_of(model, ids[None, whole:-1], ids[None, whole + 1 :], "sum").item()
-    return {"nats_per_char": nats / predicted, "characters": predicted, "window": T}
+    torch.manual_seed(1)
+    loss, error = estimate(model, ids, replace(Settings(), block_size=T, eval_batches=RANDOM_BATCHES), "cpu")
+    per_character = len(ids) / characters
+    return {
+        "nats_per_char": nats / (characters - 1), "characters": characters - 1, "window": T,
+        "random_windows": loss * per_character, "random_windows_error": error * per_character,
+    }  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
-    """Trains, or scores trained weights."""
+    """Trains, or scores trained weights or a run."""
     parser = argparse.ArgumentParser(prog="nanogpt.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="a UTF-8 text")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for the weights and reference.json"
-    )
+    parser.add_argument("--data", type=Path, metavar="FILE", help="a UTF-8 text")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the weights and reference.json")
     parser.add_argument("--steps", type=int, default=2000, metavar="N", help="updates (default: 2000)")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="random seed (default: 1)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
     parser.add_argument("--score", action="store_true", help="measure the weights in DIR instead of training")
+    parser.add_argument("--run", type=Path, metavar="RUN", help="measure this run of smallm instead of training")
     options = parser.parse_args(argv)
+    if options.run:
+        print(json.dumps(score_run(options.run)))
+        return 0
+    if options.data is None or options.out is None:
+        raise UserError("give --data and --out, or --run")
     if options.score:
-        print(json.dumps(score(options.data, options.out)))
+        print(json.dumps(score_reference(options.data, options.out)))
         return 0
     if options.steps < 1:
         raise UserError(f"--steps {options.steps} is out of range; it must be 1 or more")

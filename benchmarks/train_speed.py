@@ -124,7 +124,7 @@ def run_reference(text: Path, out: Path, steps: int, seed: int, peak: dict) -> R
     """Trains the reference in a separate process and scores it in this process."""
     options = ["--data", str(text), "--out", str(out), "--steps", str(steps), "--seed", str(seed)]
     seconds = timed([str(ROOT / "benchmarks" / "nanogpt.py"), *options, "--device", peak["device"]], cache_beside(out))
-    facts, scored = json.loads((out / "reference.json").read_text()), nanogpt.score(text, out)
+    facts, scored = json.loads((out / "reference.json").read_text()), nanogpt.score_reference(text, out)
     speed = facts["characters_per_second"]
     return Row(
         REFERENCE, seed, seconds, facts["median_step_ms"], speed,

@@ -10,6 +10,7 @@ import torch
 
 from smallm.cli.main import run
 from smallm.inference.scoring import windows
+from smallm.runs.summary import read_run
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -101,12 +102,21 @@ def test_reference_learns(short_reference, text_file, tmp_path, capsys):
     assert scored["nats_per_char"] < 3
 
 
+def test_a_run_is_scored_by_both_protocols(short_reference, tiny_run, capsys):
+    assert run(short_reference.main, ["--run", str(tiny_run)]) == 0
+    scored = json.loads(capsys.readouterr().out)
+    assert scored["nats_per_char"] == pytest.approx(read_run(tiny_run).val_loss, abs=1e-4)
+    error = scored["random_windows_error"]
+    assert 0 < error < 0.02
+    assert abs(scored["random_windows"] - scored["nats_per_char"]) < 5 * error
+
+
 @pytest.mark.parametrize("length", [4000, 641 * 10])  # with a shorter last window, and without one
 def test_reference_scores_every_character_once(short_reference, text_file, tmp_path, length):
     text = tmp_path / "text.txt"
     text.write_text(text_file.read_text("utf-8")[:length], encoding="utf-8")
     short_reference.train(text, tmp_path, steps=3, seed=1, device="cpu")
-    scored = short_reference.score(text, tmp_path)
+    scored = short_reference.score_reference(text, tmp_path)
 
     vocab_size, train, val = short_reference.read_text(text, block_size=64)
     assert (len(train), len(val)) == (length - length // 10, length // 10)
@@ -117,7 +127,8 @@ def test_reference_scores_every_character_once(short_reference, text_file, tmp_p
         logs = model(torch.from_numpy(ids)).log_softmax(-1)
         for row, column in zip(*(targets >= 0).nonzero(), strict=True):
             nats -= logs[row, column, targets[row, column]].item()
-    assert scored == {"nats_per_char": pytest.approx(nats / (len(val) - 1)), "characters": len(val) - 1, "window": 64}
+    assert scored["nats_per_char"] == pytest.approx(nats / (len(val) - 1))
+    assert (scored["characters"], scored["window"]) == (len(val) - 1, 64)
 
 
 def test_reference_is_the_published_shape(benchmarks):
