@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from smallm.cli import text_file
 from smallm.cli.arguments import ArgumentParser
+from smallm.cli.table import table
 from smallm.errors import UserError
 from smallm.generation.config import GenerationConfig
 from smallm.html.escape import printable
@@ -69,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     for each in caught:
         print(f"warning: {printable(str(each.message))}", file=sys.stderr)
     if mode == "perplexity":
-        _perplexity(model, Path(options.perplexity) if options.perplexity else validation_text(Path(path)), options)
+        _perplexity(model, text_file.files(options.perplexity) or [validation_text(Path(path))], options)
     elif mode == "surprise":
         from smallm.cli.surprise import surprise
 
@@ -153,15 +154,24 @@ def _next_characters(model: "LanguageModel", options: argparse.Namespace) -> Non
         print(f"{p:.6f}  {json.dumps(character, ensure_ascii=False)}")
 
 
-def _perplexity(model: "LanguageModel", path: Path, options: argparse.Namespace) -> None:
-    result = asdict(model.perplexity(text_file.pieces(path, options.encoding), stride=options.stride))
+def _perplexity(model: "LanguageModel", paths: list[Path], options: argparse.Namespace) -> None:
+    """Measures each file. Of several files, prints a table or a JSON object with the files and their total."""
+    found = [model.perplexity(text_file.pieces(path, options.encoding), stride=options.stride) for path in paths]
+    as_json = [{"file": str(path), **asdict(result)} for path, result in zip(paths, found, strict=True)]
+    if len(found) == 1:
+        print(json.dumps(as_json[0]) if options.json else found[0])
+        return
+    from smallm.inference.scoring import Perplexity
+
+    nats = sum(result.nats_per_char * result.characters for result in found)
+    total = Perplexity.of(nats, sum(result.characters for result in found))
     if options.json:
-        print(json.dumps({"file": str(path), **result}))
-    else:
-        print(
-            f"{result['nats_per_char']:.4f} nats per character (cross-entropy), {result['bits_per_char']:.4f} bits per "
-            f"character, perplexity {result['perplexity']:.4f}, over {result['characters']:,} characters"
-        )
+        print(json.dumps({"files": as_json, "total": asdict(total)}))
+        return
+    rows = [[printable(name), f"{result.characters:,}", f"{result.nats_per_char:.4f}", f"{result.bits_per_char:.4f}",
+             f"{result.perplexity:.4f}"]
+            for name, result in [*zip(map(str, paths), found, strict=True), ("total", total)]]  # fmt: skip
+    print(*table([["file", "characters", "nats", "bits", "perplexity"], *rows]), sep="\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -192,8 +202,9 @@ def _parser() -> argparse.ArgumentParser:
     modes.add_argument("--interactive", action="store_const", const=True,
         help="type texts, change options and branch while the model writes")  # fmt: skip
     modes.add_argument("--next", type=int, metavar="N", help="print the N most likely next characters after the seed")
-    modes.add_argument("--perplexity", nargs="?", const="", metavar="FILE",
-        help="measure the model on this text; without FILE, on the run's validation text")  # fmt: skip
+    modes.add_argument("--perplexity", nargs="*", metavar="FILE", help="measure the model on these files, on all .txt "
+        "files of a folder, or on those that a pattern such as 'notes/**/*.md' matches; without FILE, on the run's "
+        "validation text")  # fmt: skip
     modes.add_argument("--surprise", metavar="FILE", help="show the surprisal of each character of this text")
     add("--stride", type=int, metavar="N", help="for --perplexity: ids between the starts of two windows (default: "
         "block_size)")  # fmt: skip

@@ -1,12 +1,33 @@
 """Reads a text file of any size in pieces; every problem with the file is a `UserError`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from smallm.errors import UserError
 from smallm.tokenizer.text_formats import decoded
 
 PIECE_BYTES = 1 << 16  # small enough for the progress bar to move every few seconds
+
+
+def files(names: Sequence[str]) -> list[Path]:
+    """The files that names of files, folders (all .txt files below) and patterns such as `notes/**/*.md` stand for.
+
+    Raises `UserError` for a folder or a pattern without files.
+    """
+    found: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            matches = sorted(file for file in path.rglob("*") if file.suffix.lower() == ".txt" and file.is_file())
+        elif set(name) & set("*?[") and not path.exists():
+            found_here = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+            matches = sorted(file for file in found_here if file.is_file())
+        else:
+            matches = [path]
+        if not matches:
+            raise UserError(f"{name} has no text file; name files, folders with .txt files, or a pattern in quotes")
+        found += matches
+    return list(dict.fromkeys(found))
 
 
 def pieces(path: Path, encoding: str, bar: bool = True) -> Iterator[str]:

@@ -11,20 +11,22 @@ STATIC = Path(__file__).parent / "static"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
-def page(title: str, body: str, static: Sequence[str] = ()) -> str:
+def page(title: str, body: str, static: Sequence[str] = (), reload_seconds: int = 0) -> str:
     """A whole HTML document.
 
     title: plain text. body: HTML.
     static: names of style sheets (.css) and scripts (.js) in smallm/html/static that the page needs besides page.css.
+    reload_seconds: time after which the browser opens the file again, without a script; 0 = never.
     """
     style = "".join(map(_static_file, ["page.css", *(name for name in static if name.endswith(".css"))]))
     script = "".join(_static_file(name) for name in static if name.endswith(".js"))
+    reload = f'\n<meta http-equiv="refresh" content="{reload_seconds}">' if reload_seconds else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="viewport" content="width=device-width, initial-scale=1">{reload}
 <title>{escape(title)}</title>
 <style>
 {style}</style>

@@ -30,6 +30,10 @@ class Perplexity:
         mean = nats / characters
         return cls(mean, mean / math.log(2), perplexity(mean), characters)
 
+    def __str__(self) -> str:
+        return (f"{self.nats_per_char:.4f} nats per character (cross-entropy), {self.bits_per_char:.4f} bits per "
+                f"character, perplexity {self.perplexity:.4f}, over {self.characters:,} characters")  # fmt: skip
+
 
 def perplexity(nats: float) -> float:
     """e^nats; at most e^700, so that the result stays finite."""

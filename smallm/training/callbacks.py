@@ -35,6 +35,7 @@ from smallm.training.model.transformer import TransformerLanguageModel
 from smallm.training.report.passage import read_passage
 from smallm.training.report.record import RecordWriter, machine_facts
 from smallm.training.step_plan import StepPlan
+from smallm.training.usage import matrix_flops, peak_memory
 
 MAX_SEARCHED_IDS = 1 << 24  # a longer training text is not searched for copies, which would take too long
 SEARCHED_SAMPLES = 3  # the last ones
@@ -141,23 +142,32 @@ class StartupSummary(Callback):
 
 
 class MetricsLog(Callback):
-    """Writes metrics.jsonl, shows loss and speed beside the bar, prints evaluations with a sample of the model.
+    """Writes metrics.jsonl, shows loss, speed, MFU and memory beside the bar, prints evaluations with a sample.
 
     After a tenth of a run under train.minutes, prints the loss to expect at the end.
     """
 
     def __init__(self) -> None:
         self._forecast: Forecast | None = None
+        self._peak_flops: float | None = None
 
     def on_start(self, run: RunSnapshot) -> None:
         if run.config.train.minutes and run.is_main:
             self._forecast = Forecast(run.progress, bz2_nats_per_character(run.corpus))
+        if run.is_main:
+            self._peak_flops = matrix_flops(run.accelerator.device, run.accelerator.mixed_precision)
 
     def on_log(self, run: RunSnapshot, metrics: dict[str, Any]) -> None:
         if self._forecast and (line := self._forecast.update(run.progress, metrics["loss"])):
             run.logger.info(line)
-        run.logger.show(f"loss {metrics['loss']:.3f}, {metrics['characters_per_second']:,.0f} chars/s")
-        run.logger.write("train", metrics)
+        speed, memory = metrics["characters_per_second"], peak_memory(run.accelerator.device)
+        flops = speed * run.plan.ids_per_character * run.model.flops_per_id() / run.accelerator.num_processes
+        mfu = flops / self._peak_flops if self._peak_flops else None
+        shown = [f"loss {metrics['loss']:.3f}", f"{speed:,.0f} chars/s"]
+        shown += [f"MFU {100 * mfu:.0f} %"] if mfu is not None else []
+        shown += [f"{memory / 1e9:.2g} GB"] if memory is not None else []
+        run.logger.show(", ".join(shown))
+        run.logger.write("train", metrics | {"mfu": mfu, "memory_bytes": memory})
 
     def on_evaluation(self, run: RunSnapshot, evaluation: Evaluation) -> None:
         sample, step, epoch = self._sample(run), run.state.step, run.state.step / run.plan.steps_per_epoch

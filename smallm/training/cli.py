@@ -7,7 +7,8 @@ import time
 import tomllib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -27,11 +28,14 @@ Trains a character-level language model on a text and writes a run folder with c
   python train.py --config configs/shakespeare-cpu.toml --data shakespeare --out runs/shakespeare
   python train.py --resume runs/shakespeare      continues a run exactly where it stopped
   python train.py --init-from runs/shakespeare --data my.txt    fine-tunes its model on another text, in a new run
+  python train.py --eval-only runs/shakespeare --data my.txt    measures its best checkpoint; trains nothing
   python train.py --check my.txt                 reports problems of a text and how to solve them; trains nothing
 
 Every setting below is also a line of a TOML file: --model.n_layer 6 is n_layer = 6 in the section [model]. Flags
 override files."""
 
+MODE_OPTIONS = ("check", "eval_only", "json", "profile")
+"""The options that `resolve` does not take."""
 TITLES = {"data": "the text", "model": "the Transformer", "optim": "the optimiser and the learning rate",
           "train": "length, batches, evaluation, checkpoints", "sample": "samples and sampling defaults"}  # fmt: skip
 
@@ -40,9 +44,14 @@ def main(argv: Sequence[str]) -> int:
     """Runs `train.py` with these arguments and returns its exit code. Raises `UserError`."""
     started = time.perf_counter()
     settings, options = _parse_flags(argv)
-    if (text := options.pop("check")) is not None:
-        return _check_text(text, settings, options)
-    request = resolve(settings, **options)
+    mode = {name: options.pop(name) for name in MODE_OPTIONS}
+    if mode["check"] is not None:
+        return _check_text(mode["check"], settings, options)
+    if mode["eval_only"] is not None:
+        return _evaluate_only(Path(mode["eval_only"]), mode["json"], settings, options)
+    if mode["json"]:
+        raise UserError("--json goes with --eval-only RUN; leave it out")
+    request = replace(resolve(settings, **options), profile=mode["profile"])
     with ThreadPoolExecutor() as beside:  # the kernels compile while PyTorch is imported
         for bf16 in {False, has_bf16()}:
             beside.submit(compile_kernels, bf16)
@@ -60,7 +69,8 @@ def main(argv: Sequence[str]) -> int:
 def parse(argv: Sequence[str]) -> Request:
     """The training that these arguments of `train.py` ask for. Raises `UserError`."""
     settings, options = _parse_flags(argv)
-    del options["check"]
+    for name in MODE_OPTIONS:
+        del options[name]
     return resolve(settings, **options)
 
 
@@ -84,6 +94,11 @@ def build_parser() -> ArgumentParser:
     add("--out", default=None, metavar="DIR", help="run folder (default: runs/<name of the config>)")
     add("--resume", default=None, metavar="RUN", help="continue this run")
     add("--check", default=None, metavar="TEXT", help="report problems of this text and train nothing")
+    add("--eval-only", default=None, metavar="RUN", help="print the loss of this checkpoint, or of the best one of "
+        "this run, on the run's validation text or on --data, and train nothing")  # fmt: skip
+    add("--json", action="store_true", default=False, help="for --eval-only: print a JSON object")
+    add("--profile", action="store_true", default=False, help="write a trace of five steps (torch.profiler) into the "
+        "run folder, trace.json")  # fmt: skip
     for name, section in SECTIONS.items():
         group = parser.add_argument_group(f"[{name}] {TITLES[name]}")
         for f in fields(section):
@@ -95,9 +110,20 @@ def build_parser() -> ArgumentParser:
 def _parse_flags(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings that are given, by `section.field`, and the other options."""
     given = vars(build_parser().parse_args(argv))
-    options = {name: given.pop(name) for name in ("configs", "out", "resume", "check")}
+    options = {name: given.pop(name) for name in ("configs", "out", "resume", *MODE_OPTIONS)}
     types = {f"{name}.{f.name}": f.type for name, section in SECTIONS.items() for f in fields(section)}
     return {key: _read(text, types[key]) for key, text in given.items()}, options
+
+
+def _evaluate_only(run: Path, as_json: bool, settings: dict[str, Any], options: dict[str, Any]) -> int:
+    if any(options.values()) or not set(settings) <= {"data.source", "data.encoding"}:
+        raise UserError("--eval-only measures a trained model; it takes --data, --encoding and --json only")
+    from smallm.training.eval_only import evaluate_only
+
+    evaluate_only(run, settings.get("data.source"), settings.get("data.encoding", "utf-8"), as_json)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _exit_at_once(0)
+    return 0
 
 
 def _check_text(text: str, settings: dict[str, Any], options: dict[str, Any]) -> int:

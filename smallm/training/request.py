@@ -32,6 +32,8 @@ class Request:
     """The precision that the resumed run uses where train.mixed_precision is `auto`; empty = not chosen yet."""
     threads: int = 0
     """The number of threads that each process of the resumed run uses on a CPU; 0 = not chosen yet."""
+    profile: bool = False
+    """Whether to write a trace of some steps into the run folder."""
 
 
 def resolve(

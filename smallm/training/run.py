@@ -26,6 +26,7 @@ from smallm.training.distributed import broadcast_from_main
 from smallm.training.finetune import base_vocabulary, load_origin
 from smallm.training.locks import file_lock
 from smallm.training.output import Output
+from smallm.training.profiled import ProfiledTrainer
 from smallm.training.request import Request
 from smallm.training.trainer import Trainer
 
@@ -60,7 +61,8 @@ def run_training(request: Request, started: float, last: bool = True) -> int:
         try:
             if folder is not None:
                 check_fits(folder / "model.safetensors", config.model, corpus.vocabulary.size)
-            trainer = Trainer(accelerator, config, corpus, out, clock, planned_steps)
+            kind = ProfiledTrainer if request.profile else Trainer
+            trainer = kind(accelerator, config, corpus, out, clock, planned_steps)
             if folder is not None:
                 trainer.resume(folder)
             elif origin:

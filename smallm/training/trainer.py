@@ -23,7 +23,7 @@ from smallm.training.data.batch_loader import BatchLoader
 from smallm.training.data.corpus import Corpus
 from smallm.training.data.dataset import CharDataset
 from smallm.training.devices import environment_facts, prepare
-from smallm.training.distributed import broadcast_from_main, full_tensor
+from smallm.training.distributed import broadcast_from_main, full_tensor, sum_over_processes
 from smallm.training.evaluate import evaluate
 from smallm.training.finetune import model_name
 from smallm.training.logger import Logger, Meter
@@ -107,6 +107,24 @@ class Trainer:
         """
         # Kernels are queued on a GPU without waiting for their results. The host waits only for log lines, evaluations,
         # checkpoints and `SignalGuard.poll`, and under fp16 in every step (loss scaling).
+        total = self._compute_gradient(step)
+        norm = self._clip_gradient()
+        self.guard.step(norm)
+        self.optimizer.zero_grad()
+        return total, norm
+
+    def _compute_gradient(self, step: int) -> Tensor:
+        """The passes of `_forward_backward`; one process that runs out of memory repeats them in smaller pieces."""
+        while True:
+            try:
+                return self._forward_backward(step)
+            except torch.OutOfMemoryError:
+                if self.accelerator.num_processes > 1:  # the others already wait for this one
+                    raise
+            self._halve_micro_batch()
+
+    def _forward_backward(self, step: int) -> Tensor:
+        """Adds the gradient of a step to the parameters; returns the mean loss of this process (nats per id)."""
         total = torch.zeros((), device=self.accelerator.device)
         for micro_step in range(self.plan.grad_accum_steps):
             if self.config.model.dropout:
@@ -119,10 +137,7 @@ class Trainer:
                 # The factor is 1, or NaN if the loss is not finite: then the gradient is NaN on all processes.
                 self.accelerator.backward(loss * (1 + 0 * loss.detach()))
             total += loss.detach()
-        norm = self._clip_gradient()
-        self.guard.step(norm)
-        self.optimizer.zero_grad()
-        return total, norm
+        return total
 
     def resume(self, folder: Path) -> None:
         """Continues from a checkpoint of the run. Raises `UserError` if text, vocabulary or shapes differ."""
@@ -164,6 +179,7 @@ class Trainer:
         self.meter = Meter(self.accelerator, (time.perf_counter() if s.step else self.clock.started) - s.seconds)
         self._call("on_start")
         self._compile()
+        self._fit_micro_batch()
         self._update_budget()
 
     def _call(self, event: str, *arguments: object) -> None:
@@ -184,6 +200,40 @@ class Trainer:
                 windows = (*c.train.short_windows, c.model.block_size)
                 batches = [self.loader.batch(self.state.step, 0, window) for window in windows]
                 self.forward = compile_model(self.prepared, self.accelerator, batches, self.logger.info)
+
+    def _fit_micro_batch(self) -> None:
+        """Of several processes, halves the micro-batch until a forward and a backward pass fit on all of them."""
+        while self.accelerator.num_processes > 1 and sum_over_processes(self.accelerator, self._runs_out_of_memory()):
+            self._halve_micro_batch()
+
+    def _runs_out_of_memory(self) -> bool:
+        """Whether one forward and backward pass, beside the optimiser's moments, does not fit on this process."""
+        try:
+            moments = [torch.empty_like(p) for p in self.parameters for _ in range(2)]
+            ids, targets = self.loader.batch(self.state.step, 0, self.config.model.block_size)
+            with self.accelerator.no_sync(self.prepared):
+                self.accelerator.backward(cross_entropy(self.forward(ids), targets))
+            del moments
+        except torch.OutOfMemoryError:
+            return True
+        finally:
+            self.optimizer.zero_grad()
+        return False
+
+    def _halve_micro_batch(self) -> None:
+        """Divides the same batch into smaller micro-batches, which need less memory."""
+        micro, accum = self.plan.micro_batch_size, self.plan.grad_accum_steps
+        if micro == 1:
+            raise UserError("one sequence does not fit into the memory of the device; use a smaller model.n_layer, "
+                            "model.n_embd or model.block_size")  # fmt: skip
+        smaller = next(size for size in range(micro // 2, 0, -1) if micro % size == 0)
+        self.optimizer.zero_grad()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.plan = replace(self.plan, micro_batch_size=smaller, grad_accum_steps=accum * micro // smaller)
+        self.loader.micro_batch_size = smaller
+        self.logger.warning(f"out of memory with {micro} sequences a pass; a step of the same batch is now "
+                            f"{self.plan.grad_accum_steps} passes of {smaller}")  # fmt: skip
 
     def _is_due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step >= self.total_steps

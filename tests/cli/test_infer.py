@@ -216,6 +216,27 @@ def test_perplexity(infer, lm, tiny_run):
     assert overlapping.perplexity != pytest.approx(found.perplexity, abs=1e-4)
 
 
+def test_perplexity_of_several_files(infer, lm, tmp_path):
+    texts = {"b/one.txt": "the small café sings.\n" * 9, "b/c/two.TXT": "an old owl.\n" * 5, "b/x.md": "the moon"}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    expected = {name: lm.perplexity(text) for name, text in texts.items()}
+    folder = json.loads(infer("--perplexity", tmp_path / "b", "--json")[1])
+    assert [Path(row["file"]).name for row in folder["files"]] == ["two.TXT", "one.txt"]
+    nats = sum(expected[name].nats_per_char * expected[name].characters for name in list(texts)[:2])
+    characters = sum(expected[name].characters for name in list(texts)[:2])
+    assert folder["total"]["characters"] == characters
+    assert folder["total"]["nats_per_char"] == pytest.approx(nats / characters)
+    one = tmp_path / "b" / "one.txt"
+    code, out, _ = infer("--perplexity", tmp_path / "**" / "*.md", one, one)
+    assert code == 0
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0] == ["file", "characters", "nats", "bits", "perplexity"]
+    assert [Path(row[0]).name for row in rows[1:]] == ["x.md", "one.txt", "total"]
+    assert rows[1][2] == f"{expected['b/x.md'].nats_per_char:.4f}"
+
+
 def test_perplexity_of_a_file_in_pieces(infer, lm, tmp_path, monkeypatch):
     monkeypatch.setattr("smallm.cli.text_file.PIECE_BYTES", 7)
     path, text = tmp_path / "größer.txt", "Zoë: 10 € 中🎉\r\n" * 20
@@ -286,7 +307,9 @@ def test_a_byte_order_mark_counts_nowhere(infer, tmp_path, monkeypatch, piece_by
 
 
 def test_a_folder_instead_of_a_file(infer, tmp_path):
-    assert infer("--perplexity", tmp_path) == (2, "", f"smallm: cannot read {tmp_path}: Is a directory\n")
+    code, out, err = infer("--perplexity", tmp_path / "no texts here*")
+    assert (code, out) == (2, "")
+    assert "has no text file" in err
 
 
 # -- mistakes

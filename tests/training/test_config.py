@@ -155,7 +155,7 @@ def test_every_setting_is_a_flag_with_help(capsys):
 
 
 FLAGS = """
---help --data --encoding --minutes --init-from --config --out --resume --check
+--help --data --encoding --minutes --init-from --config --out --resume --check --eval-only --profile --json
 --data.source --data.encoding --data.min_count --data.val_fraction --data.normalise --data.newlines
 --model.n_layer --model.n_head --model.n_kv_head --model.n_embd --model.n_inner --model.block_size --model.window
 --model.dropout --model.rope_theta

@@ -46,4 +46,21 @@ for (const svg of document.querySelectorAll("[data-chart]")) {
   });
 }
 
+// The samples of a run: a slider shows one of them at a time. Without scripts they are a list.
+
+for (const history of document.querySelectorAll(".history")) {
+  const samples = [...history.children];
+  if (samples.length < 2) continue;
+  const slider = document.createElement("input");
+  Object.assign(slider, { type: "range", min: 0, max: samples.length - 1, value: samples.length - 1 });
+  slider.setAttribute("aria-label", "Sample, from the first to the last evaluation");
+  const show = () => {
+    samples.forEach((sample, number) => (sample.hidden = number !== Number(slider.value)));
+    slider.setAttribute("aria-valuetext", samples[slider.value].querySelector("figcaption").textContent);
+  };
+  slider.addEventListener("input", show);
+  history.before(slider);
+  show();
+}
+
 addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => (one.open = true)));

@@ -33,7 +33,8 @@ class RunHistory:
     """What the run is called beside other runs."""
     train: dict[str, np.ndarray]
     """Columns of n training records in order of the step, NaN where a value is missing: `step`, `epoch`, `loss`,
-    `learning_rate`, `seconds`, `characters` (of text seen so far) and `characters_per_second`, each (n,)."""
+    `learning_rate`, `seconds`, `characters` (of text seen so far), `characters_per_second`, `mfu` and `memory_bytes`,
+    each (n,)."""
     val: dict[str, np.ndarray]
     """Columns of m evaluations: `step`, `epoch`, `loss`, `seconds` and `characters`, each (m,)."""
     evaluations: list[Row]
@@ -118,7 +119,7 @@ def _read(run: Path, name: str) -> RunHistory:
     history = RunHistory(
         run,
         name,
-        train=_columns(train, record, "loss", "learning_rate", "characters_per_second"),
+        train=_columns(train, record, "loss", "learning_rate", "characters_per_second", "mfu", "memory_bytes"),
         val=_columns([row | {"loss": row.get("val_loss")} for row in evaluations], record, "loss"),
         evaluations=evaluations,
         config=flatten(read_config(run)),

@@ -25,7 +25,8 @@ from smallm.training.report.history import Row, RunHistory, number, read_histori
 from smallm.training.report.record import Passage
 
 REPORT = "report.html"
-MAX_SAMPLES = 6  # shown, the first and the last among them
+MAX_SAMPLES = 40  # in the slider, the first and the last among them
+RELOAD_SECONDS = 10  # of the page of a run that still trains
 STATES = {
     "training": "unfinished: the run still trains, or was killed",
     "finished": "finished",
@@ -81,8 +82,9 @@ def report_page(runs: Sequence[RunHistory]) -> str:
     body = "\n".join(
         f"<section>\n<h2>{name}</h2>\n{content}\n</section>" for name, content in sections.items() if content
     )
+    reload = RELOAD_SECONDS if len(runs) == 1 and runs[0].record.state == "training" else 0
     header = f"<header>\n<h1>{escape(title)}</h1>\n{''.join(map(_about, runs))}</header>\n"
-    return page(title, header + body, (*CHARACTERS_STATIC, "report.css", "report.js"))
+    return page(title, header + body, (*CHARACTERS_STATIC, "report.css", "report.js"), reload)
 
 
 def changed_settings(config: dict[str, object]) -> dict[str, object]:
@@ -124,6 +126,11 @@ def _figures(run: RunHistory) -> dict[str, str]:
     """The most important figures of a run, by their names; empty strings where they are unknown."""
     best, facts, known = run.best_loss, run.record.facts, math.isfinite(run.best_loss)
     of = f" of {run.record.planned_steps:,}" if run.record.planned_steps else ""
+    usage = {}
+    if np.isfinite(mfu := run.train["mfu"]).any():
+        usage["MFU"] = f"{100 * np.nanmedian(mfu):.0f} %"
+    if np.isfinite(memory := run.train["memory_bytes"]).any():
+        usage["memory"] = f"{np.nanmax(memory) / 1e9:.2f} GB"
     parameters = facts.get("parameters")
     return {
         "validation loss, nats per character": f"{best:.4f}" if known else "",
@@ -135,6 +142,7 @@ def _figures(run: RunHistory) -> dict[str, str]:
         "text": str(facts.get("text", "")),
         "time": duration(run.seconds),
         "characters per second": f"{run.characters_per_second:,.0f}" if run.characters_per_second > 0 else "unknown",
+        **usage,
         "device": str(facts.get("device", "")),
     }
 
@@ -157,7 +165,8 @@ def _samples(runs: Sequence[RunHistory]) -> str:
     chosen = spread(len(found), MAX_SAMPLES if len(runs) == 1 else len(runs))
     more = _soft(f"{MAX_SAMPLES} of {len(found)} samples; all of them are in metrics.jsonl.")
     shown = "".join(_sample(name, *sample) for name, sample in (found[i] for i in chosen))
-    return f'<div class="samples">{shown}</div>{more if len(chosen) < len(found) else ""}' if found else ""
+    kind = "history" if len(runs) == 1 else "samples"  # report.js turns a history into a slider
+    return f'<div class="{kind}">{shown}</div>{more if len(chosen) < len(found) else ""}' if found else ""
 
 
 def _sample(name: str, row: Row, text: str) -> str:

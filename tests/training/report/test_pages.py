@@ -432,3 +432,18 @@ def test_a_risen_validation_loss_gives_a_warning(run):
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(values | {"step": 80, "val_loss": 1.2 * values["val_loss"]}) + "\n")
     assert "Since step 60 the validation loss has risen" in page_of(run).text
+
+
+def test_the_samples_are_a_list_that_the_script_makes_a_slider(run):
+    html = write_report([run]).read_text(encoding="utf-8")
+    history = html[html.index('<div class="history">') :]
+    history = history[: history.index("</section>")]
+    assert history.count("<figcaption>") == len(metrics(run, "eval"))
+    assert "hidden" not in history
+    assert "<script" not in history
+
+
+def test_only_the_page_of_an_unfinished_run_reloads_itself(run):
+    assert "http-equiv=\"refresh\"" not in write_report([run]).read_text(encoding="utf-8")
+    edit(run, state="training")
+    assert '<meta http-equiv="refresh" content="10">' in write_report([run]).read_text(encoding="utf-8")
