@@ -14,9 +14,9 @@ from smallm.errors import UserError, command
 from smallm.html.escape import printable
 from smallm.runs.baselines_file import read_baselines
 from smallm.runs.config_file import flatten
-from smallm.runs.layout import CHECKPOINTS, LOCK, newest_run
+from smallm.runs.layout import CHECKPOINTS, LOCK, newest_run, step_of
 from smallm.runs.next_commands import next_commands
-from smallm.runs.summary import FINISHED, INTERRUPTED, WEIGHTS, Run, find_runs, read_run, step_of
+from smallm.runs.summary import FINISHED, INTERRUPTED, WEIGHTS, Run, find_runs, read_run
 
 TAIL_BYTES = 1 << 20  # of metrics.jsonl
 MAX_EVALUATIONS = 8

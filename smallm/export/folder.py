@@ -30,9 +30,8 @@ from smallm.model_file.onnx_reader import read_onnx
 from smallm.options import as_path
 from smallm.runs.baselines_file import read_baselines
 from smallm.runs.layout import CHECKPOINTS, EXPORT, check_path, newest_run, out_folder, validation_text
-from smallm.runs.state_file import STATE_FILE
-from smallm.training.checkpoint.format import load_model, load_vocabulary, read_state, verify
-from smallm.training.checkpoint.manager import best_checkpoint
+from smallm.training.checkpoint.format import load_model, load_vocabulary, read_state
+from smallm.training.checkpoint.manager import find_checkpoint, model_name
 from smallm.training.model.transformer import TransformerLanguageModel
 
 MAX_MEASURED = 100_000
@@ -76,7 +75,7 @@ def export_run(
     path = None if out is None else out_folder(out)
     run = newest_run() if run is None else as_path("run", run)
     check_path(run)
-    checkpoint = _checkpoint_of(run)
+    checkpoint = find_checkpoint(run)
     if path is None:
         is_in_run = checkpoint == run and run.parent.name == CHECKPOINTS
         path = (run.parent.parent if is_in_run else run) / (f"kit-{kit}" if kit else EXPORT)
@@ -86,18 +85,6 @@ def export_run(
         export = export_checkpoint(checkpoint, Path(folder) / EXPORT, precision, allow_loss)
         write_kit(kit, export.path, path)
         return replace(export, path=path)
-
-
-def _checkpoint_of(run: Path) -> Path:
-    """The checkpoint that `run` is, or the best one of the run. Raises `UserError` if the checkpoint is damaged."""
-    try:
-        if not (run / STATE_FILE).is_file():
-            return best_checkpoint(run)
-        if problem := verify(run):
-            raise UserError(f"{run} is damaged ({problem}); export another checkpoint")
-        return run
-    except OSError as error:
-        raise UserError(f"cannot read {run}: {error.strerror}") from None
 
 
 def export_checkpoint(
@@ -126,7 +113,7 @@ def export_checkpoint(
     if gguf:
         check_gguf(precision, manifest.window)
     model = load_model(checkpoint)
-    text, name = _validation_text(checkpoint), name_of(checkpoint)
+    text, name = _validation_text(checkpoint), model_name(checkpoint)
     try:
         target = out.resolve()
         card = target / CARD_FILE
@@ -159,12 +146,6 @@ def _sample(path: Path) -> str:
     model = LanguageModel.load(path)
     length = min(SAMPLE_LENGTH, max(MIN_SAMPLE, model.block_size))
     return "".join(model.stream(max_length=length, rng_seed=1))
-
-
-def name_of(checkpoint: Path) -> str:
-    """The name of the model: that of its run, or of a checkpoint folder outside a run."""
-    folder = checkpoint.resolve()
-    return folder.parent.parent.name if folder.parent.name == CHECKPOINTS else folder.name
 
 
 def _names(name: str) -> list[str]:

@@ -1,6 +1,7 @@
 """The layout of a run folder, and how commands find a run."""
 
 import os
+import re
 from pathlib import Path
 
 from smallm.errors import UserError, command
@@ -57,6 +58,17 @@ def check_path(path: Path) -> None:
 def is_run(path: Path) -> bool:
     """Whether a folder is a run."""
     return (path / METRICS).is_file() or (path / CHECKPOINTS).is_dir()
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """The folders of a run that are named as checkpoints, oldest first. Raises `OSError`."""
+    folders = (run / CHECKPOINTS).glob("step-*")
+    return sorted((folder for folder in folders if re.fullmatch(r"step-\d{6,15}", folder.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step at which a checkpoint was written, from the name of its folder."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest_run() -> Path:

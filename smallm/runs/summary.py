@@ -4,7 +4,6 @@ Run folders may come from strangers and from killed runs: a value that is missin
 """
 
 import math
-import re
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 from smallm.errors import UserError
 from smallm.model_file.manifest import MANIFEST_FILE
 from smallm.runs.config_file import flatten, read_config
-from smallm.runs.layout import CHECKPOINTS, CONFIG, LOCK, METRICS, RECORD
+from smallm.runs.layout import CHECKPOINTS, CONFIG, LOCK, METRICS, RECORD, checkpoint_folders, step_of
 from smallm.runs.metrics import Record, read_metrics
 from smallm.runs.state_file import CHANGED, read_json, read_state_file
 
@@ -103,8 +102,7 @@ def read_run(run: Path, max_bytes: int | None = TAIL_BYTES) -> Run:
         next(run.iterdir(), None)
         files = (run, run / METRICS, run / CHECKPOINTS)
         written = max(file.stat().st_mtime for file in files if file.exists())
-        folders = (run / CHECKPOINTS).glob("step-*")
-        checkpoints = tuple(sorted((f for f in folders if re.fullmatch(r"step-\d{6,15}", f.name)), key=step_of))
+        checkpoints = tuple(checkpoint_folders(run))
     except OSError as error:
         raise UserError(f"cannot read {run}: {error.strerror}") from None
     state, problem = _newest_state(checkpoints)
@@ -165,11 +163,6 @@ def is_running(run: Path) -> bool:
         except (BlockingIOError, PermissionError):  # the second on Windows
             return True
     return False
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step at which a checkpoint was written, from the name of its folder."""
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _is_begun(run: Path) -> bool:

@@ -25,11 +25,12 @@ from smallm.training.analysis.text_statistics import compute_statistics
 from smallm.training.budget.clock import Forecast
 from smallm.training.budget.configure import bz2_nats_per_character
 from smallm.training.checkpoint.format import TrainingState, checkpoint_folder, load_weights
+from smallm.training.checkpoint.manager import model_name
 from smallm.training.config import Config
 from smallm.training.data.corpus import Corpus
 from smallm.training.devices import warnings
 from smallm.training.evaluate import sample_text
-from smallm.training.finetune import model_name, old_text_loss
+from smallm.training.finetune import old_text_loss
 from smallm.training.logger import Logger
 from smallm.training.model.transformer import TransformerLanguageModel
 from smallm.training.report.passage import read_passage

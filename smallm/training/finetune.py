@@ -15,12 +15,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from smallm.errors import UserError
-from smallm.runs.layout import CHECKPOINTS, OLD_VALIDATION, is_run, validation_text
-from smallm.runs.state_file import STATE_FILE
+from smallm.runs.layout import OLD_VALIDATION, validation_text
 from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.checkpoint import format as checkpoint
 from smallm.training.checkpoint.format import TrainingState
-from smallm.training.checkpoint.manager import best_checkpoint
+from smallm.training.checkpoint.manager import find_checkpoint
 from smallm.training.checkpoint.safe_load import check_fits
 from smallm.training.config import Config
 from smallm.training.data.corpus import BYTES
@@ -68,7 +67,7 @@ def inherit_model_config(values: dict[str, Any], explicit: Set[str]) -> frozense
     """
     if "data.source" not in explicit:
         raise UserError("--init-from trains on another text; name it: --data FILE")
-    folder = origin_folder(Path(values["train.init_from"]))
+    folder = find_checkpoint(Path(values["train.init_from"]))
     old = checkpoint.read_state(folder)[1].model
     shape, resolved = {name: getattr(old, name) for name in SHAPE}, {"n_kv_head": old.kv_heads, "n_inner": old.inner}
     for name, value in shape.items():
@@ -82,29 +81,12 @@ def inherit_model_config(values: dict[str, Any], explicit: Set[str]) -> frozense
     return frozenset(explicit) | {f"model.{name}" for name in (*SHAPE, "block_size")}
 
 
-def origin_folder(path: Path) -> Path:
-    """`path`, if it is a checkpoint, or the best checkpoint of the run at `path`. Raises `UserError`."""
-    if (path / STATE_FILE).is_file():
-        if problem := checkpoint.verify(path):
-            raise UserError(f"{path} is damaged ({problem}); use another checkpoint")
-        return path
-    if not is_run(path):
-        raise UserError(f"{path} is neither a run nor a checkpoint of smallm; name one, such as runs/NAME")
-    return best_checkpoint(path)
-
-
-def model_name(checkpoint_folder: Path) -> str:
-    """The name of the run that a checkpoint lies in, or else that of its folder."""
-    folder = checkpoint_folder.resolve()
-    return folder.parents[1].name if folder.parent.name == CHECKPOINTS else folder.name
-
-
 def load_origin(accelerator: Accelerator, config: Config, run: Path) -> Origin:
     """The checkpoint of `train.init_from`, with its loss on the old text, a copy of which is stored in the new run.
 
     All processes must call this.
     """
-    folder = origin_folder(Path(config.train.init_from))
+    folder = find_checkpoint(Path(config.train.init_from))
     old, vocabulary = checkpoint.read_state(folder)[1], checkpoint.load_vocabulary(folder)
     check_fits(folder / "model.safetensors", old.model, vocabulary.size)
     started, loss = time.perf_counter(), None

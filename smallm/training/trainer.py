@@ -25,7 +25,6 @@ from smallm.training.data.dataset import CharDataset
 from smallm.training.devices import environment_facts, prepare
 from smallm.training.distributed import broadcast_from_main, full_tensor, sum_over_processes
 from smallm.training.evaluate import evaluate
-from smallm.training.finetune import model_name
 from smallm.training.logger import Logger, Meter
 from smallm.training.model.compilation import compile_model, should_compile
 from smallm.training.model.operations import cross_entropy
@@ -342,5 +341,5 @@ def _facts(
     facts: dict[str, str | int] = {"text": corpus.name, "characters": characters, "parameters": model.parameter_count()}
     facts |= environment_facts(accelerator)
     if config.train.init_from:
-        facts["init_from"] = model_name(Path(config.train.init_from))
+        facts["init_from"] = manager.model_name(Path(config.train.init_from))
     return facts

@@ -1,6 +1,5 @@
 """The checkpoints of a run: listing, newest and best intact checkpoint, quarantine of damaged ones, pruning."""
 
-import re
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
@@ -12,12 +11,12 @@ import tomli_w
 from smallm.atomic_write import atomic_write, rename
 from smallm.errors import UserError, command
 from smallm.runs.config_file import read_toml
-from smallm.runs.layout import CHECKPOINTS, CONFIG, VALIDATION, is_run
+from smallm.runs.layout import CHECKPOINTS, CONFIG, VALIDATION, checkpoint_folders, is_run
+from smallm.runs.state_file import STATE_FILE
 from smallm.training.checkpoint.format import REPLACED, checkpoint_folder, read_state, verify
 from smallm.training.config import Config
 from smallm.training.output import Output
 
-_NAME = re.compile(r"step-\d{6,}")
 _DAMAGED = ".damaged"  # suffix of quarantined checkpoints
 
 
@@ -38,8 +37,7 @@ def checkpoints(run: Path) -> list[Path]:
     """
     if not is_run(run):
         raise UserError(f"{run} is not a run folder; train one with: {command('train', '--out', run)}")
-    found = [folder for folder in (run / CHECKPOINTS).glob("step-*") if _NAME.fullmatch(folder.name)]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
+    return checkpoint_folders(run)
 
 
 def newest_checkpoint(run: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -92,6 +90,26 @@ def best_checkpoint(run: Path) -> Path:
             print(f"warning: {folder} is damaged ({problem}); using another checkpoint", file=Output("stderr"))
     scored = [(loss, folder) for folder in intact if (loss := read_state(folder)[0].val_loss) is not None]
     return min(scored)[1] if scored else intact[-1]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """`path`, if it is a checkpoint, or the best checkpoint of the run at `path`. Raises `UserError`."""
+    try:
+        if not (path / STATE_FILE).is_file():
+            if is_run(path):
+                return best_checkpoint(path)
+            raise UserError(f"{path} is neither a run nor a checkpoint of smallm; name one, such as runs/NAME")
+        if problem := verify(path):
+            raise UserError(f"{path} is damaged ({problem}); use another checkpoint")
+        return path
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def model_name(checkpoint: Path) -> str:
+    """The name of the run that a checkpoint lies in, or else that of its folder."""
+    folder = checkpoint.resolve()
+    return folder.parents[1].name if folder.parent.name == CHECKPOINTS else folder.name
 
 
 def saved_config(run: Path) -> tuple[Config, dict[str, Any]]:
