@@ -12,7 +12,7 @@ from smallm.cli.table import MISSING, duration, shortened, table
 from smallm.errors import UserError, command
 from smallm.html.escape import printable
 from smallm.runs.config_file import flatten
-from smallm.runs.summary import Run, find_runs, read_run
+from smallm.runs.summary import Run, check_run, read_run
 
 MAX_VALUE = 32  # columns of a value
 
@@ -29,8 +29,7 @@ def main(argv: Sequence[str]) -> int:
     if len(options.runs) < 2:
         raise UserError(f"compare needs two runs or more; see one run with: {command('show', options.runs[0])}")
     for path in options.runs:
-        if find_runs(path) != [path]:
-            raise UserError(f"{path} is not a run; see the runs with: {command('runs')}")
+        check_run(path)
     runs = [read_run(path) for path in options.runs]
     if options.json:
         values = {"runs": [as_json(run) for run in runs], "settings": differing_settings(runs)}

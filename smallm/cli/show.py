@@ -10,13 +10,12 @@ from typing import Any
 from smallm.cli.arguments import ArgumentParser
 from smallm.cli.runs import as_json
 from smallm.cli.table import MISSING, duration, short_count, shortened, table
-from smallm.errors import UserError, command
 from smallm.html.escape import printable
 from smallm.runs.baselines_file import read_baselines
 from smallm.runs.config_file import flatten
 from smallm.runs.layout import CHECKPOINTS, LOCK, newest_run, step_of
 from smallm.runs.next_commands import next_commands
-from smallm.runs.summary import FINISHED, INTERRUPTED, WEIGHTS, Run, find_runs, read_run
+from smallm.runs.summary import FINISHED, INTERRUPTED, WEIGHTS, Run, check_run, read_run
 
 TAIL_BYTES = 1 << 20  # of metrics.jsonl
 MAX_EVALUATIONS = 8
@@ -32,8 +31,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     options = parser.parse_args(argv)
     path = options.run or newest_run()
-    if find_runs(path) != [path]:
-        raise UserError(f"{path} is not a run; see the runs with: {command('runs')}")
+    check_run(path)
     run = read_run(path, TAIL_BYTES)
     if options.json:
         print(json.dumps(details(run), ensure_ascii=True, indent=1))

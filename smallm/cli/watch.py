@@ -16,11 +16,11 @@ from smallm.cli.main import plot
 from smallm.cli.show import what_next
 from smallm.cli.table import MISSING, duration, short_count
 from smallm.cli.terminal import takes_control_codes
-from smallm.errors import UserError, command
+from smallm.errors import UserError
 from smallm.html.escape import printable
 from smallm.runs.layout import newest_run
 from smallm.runs.metrics import Record
-from smallm.runs.summary import BROKEN, FINISHED, RUNNING, Run, find_runs, read_run
+from smallm.runs.summary import BROKEN, FINISHED, RUNNING, Run, check_run, read_run
 
 TAIL_BYTES = 1 << 20  # of metrics.jsonl: some thousand records
 SILENT_SECONDS = 60  # without news, after which the age of the last news is shown
@@ -47,8 +47,7 @@ def main(argv: Sequence[str]) -> int:
     if not 0.1 <= options.every <= 3600:
         raise UserError(f"--every {options.every} is out of range; it must be from 0.1 to 3600 seconds")
     path = options.run or newest_run()
-    if find_runs(path) != [path]:
-        raise UserError(f"{path} is not a run; see the runs with: {command('runs')}")
+    check_run(path)
     if options.once:
         run = read_run(path, TAIL_BYTES)
         print(*lines(run, time.time(), _columns()), sep="\n")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smallm.errors import UserError
+from smallm.errors import UserError, command
 from smallm.model_file.manifest import MANIFEST_FILE
 from smallm.runs.config_file import flatten, read_config
 from smallm.runs.layout import CHECKPOINTS, CONFIG, LOCK, METRICS, RECORD, checkpoint_folders, step_of
@@ -90,6 +90,12 @@ def find_runs(folder: Path) -> list[Path]:
         return sorted(path for path in folder.iterdir() if path.is_dir() and _is_begun(path))
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error.strerror}; name a folder of runs") from None
+
+
+def check_run(path: Path) -> None:
+    """Raises `UserError` unless the folder is a run."""
+    if find_runs(path) != [path]:
+        raise UserError(f"{path} is not a run; see the runs with: {command('runs')}")
 
 
 def read_run(run: Path, max_bytes: int | None = TAIL_BYTES) -> Run:
