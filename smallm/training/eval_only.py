@@ -11,11 +11,11 @@ from smallm.inference.scoring import Perplexity
 from smallm.runs.cache_folder import cache_folder
 from smallm.runs.layout import validation_text
 from smallm.training.checkpoint import format as checkpoint
+from smallm.training.checkpoint.manager import find_checkpoint
 from smallm.training.checkpoint.safe_load import check_fits
 from smallm.training.data.source import Tidy, find_source
 from smallm.training.devices import build_accelerator
 from smallm.training.evaluate import evaluate
-from smallm.training.finetune import origin_folder
 from smallm.training.output import Output
 from smallm.training.request import PRECISIONS
 from smallm.training.run import report_first_failure
@@ -27,7 +27,7 @@ def evaluate_only(run: Path, data: str | None, encoding: str, as_json: bool) -> 
     run: a run, whose best checkpoint is used, or a checkpoint. data: the text, as train.py takes it; None = the run's
     validation text. encoding: of the text. as_json: print a JSON object. Raises `UserError`.
     """
-    folder = origin_folder(run)
+    folder = find_checkpoint(run)
     state, config = checkpoint.read_state(folder)
     vocabulary = checkpoint.load_vocabulary(folder)
     check_fits(folder / "model.safetensors", config.model, vocabulary.size)
