@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from smallm.tokenizer.vocabulary import Vocabulary
     from smallm.training.api import train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "GenerationConfig", "LanguageModel", "Perplexity", "Run", "TextChunk", "TextStream", "UserError", "Vocabulary",
     "__version__", "export", "train",

@@ -26,6 +26,7 @@ usage: smallm COMMAND [options]    (also: python -m smallm COMMAND)
   smallm plot     draw the losses of one or several runs
   smallm cache    sizes of what is cached; clear the cache
   smallm doctor   versions, devices and what works here, for a bug report
+  smallm push     upload an export to the Hugging Face hub
 
 `smallm COMMAND --help` lists the options of a command."""
 
@@ -33,7 +34,7 @@ MAX_MESSAGE = 2000  # characters of an error message
 COMMANDS = {"train": "smallm.training.cli", "export": "smallm.export.cli", "infer": "smallm.cli.infer",
             "runs": "smallm.cli.runs", "show": "smallm.cli.show", "plot": "smallm.training.report.plot",
             "watch": "smallm.cli.watch", "compare": "smallm.cli.compare", "cache": "smallm.cli.cache",
-            "doctor": "smallm.cli.doctor"}  # fmt: skip
+            "doctor": "smallm.cli.doctor", "push": "smallm.cli.push"}  # fmt: skip
 """Command -> the module whose `main(argv)` runs it."""
 NEED_TRAIN_EXTRA = ("train", "export", "plot")
 
@@ -133,4 +134,6 @@ def _call(command: str, argv: Sequence[str]) -> int | None:
         raise UserError(f"{command} needs the package {error.name!r}; install it with: {install}") from None
 
 
-train, export, infer, runs, show, plot, watch, compare, cache, doctor = (partial(_call, name) for name in COMMANDS)
+train, export, infer, runs, show, plot, watch, compare, cache, doctor, push = (
+    partial(_call, name) for name in COMMANDS
+)

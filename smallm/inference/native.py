@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,8 @@ from smallm.errors import UserError
 from smallm.inference.compiler import INSTALL, compile_library
 
 SOURCE = Path(__file__).parents[1] / "embed" / "c" / "smallm.c"
+PREBUILT = Path(__file__).with_name("smallm_native.dll" if platform.system() == "Windows" else "smallm_native.so")
+"""The compiled library, which wheels for one platform have; see `.ci/build_hook.py`."""
 FLAGS = ("-O2", "-std=c99", "-shared", "-fPIC")
 OK, DONE = 0, 1
 OVERFLOW = {"crop": 0, "shift": 1, "slide": 2}
@@ -127,7 +130,10 @@ def _encoded(name: str, text: str) -> bytes:
 
 @cache
 def native_library() -> Any:
-    """The C library, compiled if necessary. Raises `UserError`."""
+    """The C library, that of the wheel or compiled now. Raises `UserError`."""
+    if PREBUILT.is_file():
+        with suppress(OSError):  # the library of another platform
+            return _declared(ctypes.CDLL(str(PREBUILT)))
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None or platform.system() not in INSTALL:
         install = INSTALL.get(platform.system())
@@ -136,9 +142,13 @@ def native_library() -> Any:
             + (f"install one ({install}), or leave out the engine" if install else "leave out the engine")
         )
     try:
-        library = ctypes.CDLL(str(compile_library(compiler, FLAGS, SOURCE)))
+        return _declared(ctypes.CDLL(str(compile_library(compiler, FLAGS, SOURCE))))
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(f"{compiler} cannot compile {SOURCE.name}: {error}; leave out engine = 'native'") from None
+
+
+def _declared(library: Any) -> Any:
+    """The library with the types of its functions."""
     for name in ("smallm_model_error", "smallm_error"):
         getattr(library, name).restype = ctypes.c_char_p
     library.smallm_logprobs.restype = ctypes.POINTER(ctypes.c_double)
