@@ -34,7 +34,7 @@ MAX_MESSAGE = 2000  # characters of an error message
 COMMANDS = {"train": "smallm.training.cli", "export": "smallm.export.cli", "infer": "smallm.cli.infer",
             "runs": "smallm.cli.runs", "show": "smallm.cli.show", "plot": "smallm.training.report.plot",
             "watch": "smallm.cli.watch", "compare": "smallm.cli.compare", "cache": "smallm.cli.cache",
-            "doctor": "smallm.cli.doctor", "push": "smallm.cli.push"}  # fmt: skip
+            "doctor": "smallm.cli.doctor", "push": "smallm.export.push"}  # fmt: skip
 """Command -> the module whose `main(argv)` runs it."""
 NEED_TRAIN_EXTRA = ("train", "export", "plot")
 
