@@ -35,6 +35,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
+import plain
+
 from smallm.cli.main import run
 from smallm.errors import UserError
 from smallm.export.folder import export_checkpoint
@@ -101,6 +103,14 @@ def c(folder: Path, work: Path) -> Host:
     subprocess.run(["make", "--silent"], cwd=kit, check=True, stdout=subprocess.DEVNULL)
     program = kit / "smallm_generate"
     return Host(lambda task: [str(program), str(kit / MODEL_FILE), *flags(task)], [program], [kit / MODEL_FILE])
+
+
+def plain_c(folder: Path, work: Path) -> Host:
+    """plain.c, straightforward loops in the manner of llama2.c."""
+    if not shutil.which("cc"):
+        raise MissingError("a C compiler")
+    program, weights = plain.build_plain(folder / MODEL_FILE, work)
+    return Host(lambda task: [program, weights, *flags(task)], [Path(program)], [Path(weights)])
 
 
 def node(folder: Path, work: Path) -> Host:
@@ -249,6 +259,7 @@ def find_hosts(folder: Path, work: Path, serve: Callable[[Path], str]) -> dict[s
     makers = {
         "Python": python,
         "C": c,
+        "plain C": plain_c,
         "Node": node,
         "Chromium": partial(chromium, serve=serve),
         "onnxruntime-genai": genai,

@@ -55,11 +55,11 @@ def test_only_python_and_a_compiler_are_installed(hosts, tiny_run, monkeypatch, 
     assert hosts.main([str(tiny_run), "--length", "8", "--rounds", "2"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out.splitlines()[-1])["hosts"]
-    assert list(found) == (["Python", "C"] if compiler else ["Python"])
+    assert list(found) == (["Python", "C", "plain C"] if compiler else ["Python"])
     assert all(figures["same_text"] for figures in found.values())
     assert found["Python"]["to_python"] == 1
     assert found["Python"]["library_mb"] > found["Python"]["model_mb"] > 0
-    assert err.count(" is skipped: it needs ") == 6 - len(found)
+    assert err.count(" is skipped: it needs ") == 7 - len(found)
 
 
 def test_more_than_the_context_is_refused(hosts, tiny_run, capsys):
