@@ -117,7 +117,7 @@ def test_a_short_text_gets_a_small_model_dropout_and_an_early_end():
 
 
 def test_dropout_rises_with_the_epochs():
-    assert [choose_dropout(epochs) for epochs in (0.1, 1.5, 3, 6, 12, 25, 60)] == [0, 0, 0.05, 0.1, 0.2, 0.3, 0.3]
+    assert [choose_dropout(epochs) for epochs in (0.1, 2.7, 3, 6, 8, 12, 25, 60)] == [0, 0, 0, 0.1, 0.14, 0.2, 0.3, 0.3]
     rising = [choose_dropout(1.1**n) for n in range(50)]
     assert rising == sorted(rising)
 
