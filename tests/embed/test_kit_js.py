@@ -23,11 +23,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from toys import LATER_VOCABULARY, random_model, save_onnx
+from toys import LATER_VOCABULARY, manifest_of, random_model, save_onnx
 
 from smallm import LanguageModel, UserError
 from smallm.cli import main as cli
 from smallm.export.kits import PAGE_FILES, SOURCES, write_sources
+from smallm.export.precision import PRECISIONS, write_quantised
 from smallm.generation.config import GenerationOptions
 from smallm.language_model import MODEL_FILE
 
@@ -667,7 +668,16 @@ def slider(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def page(node, chromium, web_kit, exported, slider, broken_models, tmp_path_factory) -> dict:
+def int8(tmp_path_factory) -> Path:
+    """A model of random weights in int8."""
+    toy = random_model()
+    path = save_onnx(toy, tmp_path_factory.mktemp("int8") / MODEL_FILE)
+    write_quantised(toy, manifest_of(toy, precision="int8"), path, PRECISIONS["int8"])
+    return path
+
+
+@pytest.fixture(scope="session")
+def page(node, chromium, web_kit, exported, slider, int8, broken_models, tmp_path_factory) -> dict:
     """What a browser saw, by scenario of page.mjs; the page comes from Python's own web server."""
     calls = tmp_path_factory.mktemp("page") / "calls.json"
     mistakes = [call for call, _ in MISTAKES.values()]
@@ -675,7 +685,8 @@ def page(node, chromium, web_kit, exported, slider, broken_models, tmp_path_fact
     calls.write_text(json.dumps(texts))
     with served(web_kit) as url:
         shots = os.environ.get("SMALLM_SHOTS", "")
-        saw = json.loads(run_node(node, JS / "page.mjs", chromium, url, calls, shots, exported / MODEL_FILE, slider))
+        models = (exported / MODEL_FILE, slider, int8)
+        saw = json.loads(run_node(node, JS / "page.mjs", chromium, url, calls, shots, *models))
         assert saw["problems"] == []
         assert {request.split("/")[2] for request in saw["requests"]} == {url.split("/")[2]}, "the page asks elsewhere"
         return saw
@@ -735,6 +746,11 @@ def test_the_page_slides_by_itself(page, slider):
     """Where the model can."""
     python = LanguageModel.load(slider)
     assert page["window"] == ["slide", python.generate("Zoë", 100, temperature=0.7, top_k=30, rng_seed=1)]
+
+
+def test_the_page_writes_the_int8_text_of_c(page, int8, c_program):
+    """To the byte, in Chromium."""
+    assert page["int8"] + "\n" == c_program(int8, "Zoë", {"rng_seed": 1, "temperature": 0.7, "top_k": 30}, 2000)
 
 
 def test_the_page_on_a_phone(page):

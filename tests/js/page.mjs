@@ -1,9 +1,9 @@
-// node page.mjs CHROMIUM URL CALLS.json SHOTS MODEL SLIDER: uses the page at URL as people do; prints what it saw as JSON.
+// node page.mjs CHROMIUM URL CALLS.json SHOTS MODEL SLIDER INT8: uses the page at URL as people do; prints what it saw as JSON.
 import { readFile } from "node:fs/promises";
 import { chromium } from "playwright-core";
 import { answer } from "./answer.mjs";
 
-const [executablePath, url, callsFile, shots, model, slider] = process.argv.slice(2);
+const [executablePath, url, callsFile, shots, model, slider, int8] = process.argv.slice(2);
 const args = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"];
 const browser = await chromium.launch({ executablePath, args });
 const saw = { problems: [], requests: [] };
@@ -100,6 +100,14 @@ const scenarios = {
     await page.getByLabel("Length").fill("100");
     await page.getByRole("button", { name: "Write" }).click();
     return [await page.getByLabel("Overflow").inputValue(), await finished(page)];
+  },
+
+  async int8() {
+    const page = await opened({}, (page) => page.route("**/model.onnx", (route) => route.fulfill({ path: int8 })));
+    await page.getByLabel("Seed text").fill("Zoë");
+    await page.getByLabel("Length").fill("2000");
+    await page.getByRole("button", { name: "Write" }).click();
+    return finished(page);
   },
 
   async narrow() {
