@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "smallm"
 HEAVY = ("torch", "accelerate", "onnx", "safetensors", "matplotlib", "pooch", "filelock", "tomli_w")
-RUNTIME = sorted(f for f in PACKAGE.rglob("*.py") if f.relative_to(PACKAGE).parts[0] not in ("training", "export"))
+EXTRAS = ("training", "export", "serve")
+RUNTIME = sorted(f for f in PACKAGE.rglob("*.py") if f.relative_to(PACKAGE).parts[0] not in EXTRAS)
 
 BLOCKER = """
 import sys

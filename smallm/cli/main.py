@@ -19,6 +19,7 @@ usage: smallm COMMAND [options]    (also: python -m smallm COMMAND)
   smallm train    train a model on a text            (also: python train.py)
   smallm export   write a trained model as ONNX      (also: python export.py)
   smallm infer    generate text, measure perplexity  (also: python infer.py)
+  smallm serve    serve a model to clients of OpenAI's API and to browsers
   smallm runs     list the runs in runs/, newest first
   smallm show     all about one run
   smallm watch    follow a run that trains in another terminal or on a mounted folder
@@ -34,7 +35,8 @@ MAX_MESSAGE = 2000  # characters of an error message
 COMMANDS = {"train": "smallm.training.cli", "export": "smallm.export.cli", "infer": "smallm.cli.infer",
             "runs": "smallm.cli.runs", "show": "smallm.cli.show", "plot": "smallm.training.report.plot",
             "watch": "smallm.cli.watch", "compare": "smallm.cli.compare", "cache": "smallm.cli.cache",
-            "doctor": "smallm.cli.doctor", "push": "smallm.export.push"}  # fmt: skip
+            "doctor": "smallm.cli.doctor", "push": "smallm.export.push",
+            "serve": "smallm.serve.cli"}  # fmt: skip
 """Command -> the module whose `main(argv)` runs it."""
 NEED_TRAIN_EXTRA = ("train", "export", "plot")
 
@@ -134,6 +136,6 @@ def _call(command: str, argv: Sequence[str]) -> int | None:
         raise UserError(f"{command} needs the package {error.name!r}; install it with: {install}") from None
 
 
-train, export, infer, runs, show, plot, watch, compare, cache, doctor, push = (
+train, export, infer, runs, show, plot, watch, compare, cache, doctor, push, serve = (
     partial(_call, name) for name in COMMANDS
 )

@@ -3,7 +3,6 @@
 The sources are in `smallm/embed/`.
 """
 
-import gzip
 import hashlib
 import shutil
 import tempfile
@@ -12,10 +11,10 @@ from pathlib import Path
 
 from smallm.errors import UserError
 from smallm.export.model_card import filled
+from smallm.html.web_page import PAGE_FILES, SOURCES, stated_sizes
 from smallm.language_model import MODEL_FILE, find_model
 from smallm.model_file.manifest import MANIFEST_FILE
 
-SOURCES = Path(__file__).parents[1] / "embed"
 SPECIFICATION = "SAMPLING.md"
 SUMS_FILE = "SHA256SUMS"
 """Digests of the files that a kit was written with, in the format of `sha256sum`: other files were edited."""
@@ -26,7 +25,7 @@ FILES: Mapping[str, Sequence[str]] = {
     "web": (*MODULE, "web/*"),
 }
 """Kit -> its sources in `smallm/embed/`."""
-PAGE_FILES = ("index.html", "style.css", "page.js", "worker.js")
+__all__ = ["PAGE_FILES", "SOURCES", "write_kit", "write_sources"]
 
 
 def write_kit(name: str, export_folder: Path, out: Path) -> None:
@@ -76,21 +75,8 @@ def write_sources(kit: str, model: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, file in {**files, MODEL_FILE: model}.items():
         shutil.copyfile(file, out / name)
-    for name in ("index.html", "README.md") if kit == "web" else ():
-        text = (out / name).read_text(encoding="utf-8")
-        (out / name).write_text(filled(text, _sizes(out)), encoding="utf-8")
-
-
-def _sizes(out: Path) -> dict[str, str]:
-    """The sizes that the web page and its README state."""
-    groups = {"model": [MODEL_FILE], "runtime": ["smallm.wasm", "smallm.js"], "page": PAGE_FILES}
-    contents = {group: [(out / name).read_bytes() for name in names] for group, names in groups.items()}
-    sizes = {group: sum(map(len, files)) for group, files in contents.items()}
-    sizes["total"] = sum(sizes.values())
-    sizes["compressed"] = sum(len(gzip.compress(file, 6)) for files in contents.values() for file in files)
-    loaded = {"loaded": str((out / MODEL_FILE).stat().st_size)}
-    return {name: _readable(size) for name, size in sizes.items()} | loaded
-
-
-def _readable(size: int) -> str:
-    return f"{size / 1e3:.0f} kB" if size < 1e6 else f"{size / 1e6:.1f} MB"
+    if kit == "web":
+        sizes = stated_sizes({file.name: file.read_bytes() for file in out.iterdir() if file.is_file()})
+        for name in ("index.html", "README.md"):
+            text = (out / name).read_text(encoding="utf-8")
+            (out / name).write_text(filled(text, sizes), encoding="utf-8")
