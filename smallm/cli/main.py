@@ -78,6 +78,9 @@ def _run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) ->
             _print_error(str(error))
         return 2
     except (MemoryError, RuntimeError) as error:  # PyTorch raises RuntimeError when it runs out of memory
+        if "can't start new thread" in str(error):  # CPython's message
+            _print_error("the system allows no more threads; raise the limit (`ulimit -u`) or end other programs")
+            return 2
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         _print_error("there is not enough memory for this; use a smaller model, batch or text")

@@ -119,3 +119,21 @@ def test_missing_streams_are_empty_while_a_command_runs(monkeypatch):
     assert cli_main.run(command, []) == 2
     assert seen == [("", False, False)]
     assert sys.stdin is sys.stdout is sys.stderr is None
+
+
+@pytest.mark.parametrize(("error", "code", "message"), [
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (RuntimeError("can't start new thread"), 2, "the system allows no more threads"),
+    (MemoryError(), 2, "there is not enough memory"),
+])  # fmt: skip
+def test_an_interrupt_or_a_limit_during_the_start_is_one_line(monkeypatch, capsys, error, code, message):
+    """Also while a command imports NumPy and PyTorch, which takes most of the start."""
+
+    def start(_: str) -> None:
+        raise error
+
+    monkeypatch.setattr(cli_main, "import_module", start)
+    assert cli_main.run(cli_main.train, []) == code
+    err = capsys.readouterr().err
+    assert err.startswith(f"smallm: {message}")
+    assert err.count("\n") == 1

@@ -38,8 +38,8 @@ def wait_for_steps(run, process):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send a signal to another process")
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_of_a_scheduler_saves(refused, text_file, tmp_path, name):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_of_a_scheduler_or_terminal_saves(refused, text_file, tmp_path, name):
     signum = getattr(signal, name)
     run = tmp_path / "run"
     process = start("--data", str(text_file), "--out", str(run), *SMALL, "--train.max_steps=1000000",
