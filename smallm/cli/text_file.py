@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from smallm.errors import UserError
-from smallm.tokenizer.text_formats import decoded
+from smallm.tokenizer.text_files import text_pieces
 
 PIECE_BYTES = 1 << 16  # small enough for the progress bar to move every few seconds
 
@@ -31,7 +31,7 @@ def files(names: Sequence[str]) -> list[Path]:
 
 
 def pieces(path: Path, encoding: str, bar: bool = True) -> Iterator[str]:
-    """The text of a file, piece by piece, without a byte-order mark.
+    """The text of a file, compressed or not, piece by piece, without a byte-order mark.
 
     bar: show a progress bar on stderr if stderr is a terminal.
     Raises `UserError` for an unknown encoding, and for a file that cannot be read or is not valid in this encoding.
@@ -41,7 +41,7 @@ def pieces(path: Path, encoding: str, bar: bool = True) -> Iterator[str]:
     try:
         with path.open("rb") as file, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, leave=False,
                                            disable=None if bar else True) as progress:  # fmt: skip
-            for text, size in decoded(file, path, encoding, PIECE_BYTES):
+            for text, size in text_pieces(file, path, encoding, PIECE_BYTES):
                 yield text
                 progress.update(size)
     except OSError as error:

@@ -18,11 +18,6 @@ _MARKS = {  # UTF-32 comes first, because its little-endian mark starts with the
     "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
 _FORMATS = {
-    rb"\x1f\x8b": "is compressed with gzip; unpack the text first, for instance with gunzip",
-    rb"\x28\xb5\x2f\xfd": "is compressed with Zstandard; unpack the text first, for instance with unzstd",
-    rb"BZh[1-9]1AY&SY": "is compressed with bzip2; unpack the text first, for instance with bunzip2",
-    rb"\xfd7zXZ\0": "is compressed with xz; unpack the text first, for instance with unxz",
-    rb"PK\x03\x04": "is a ZIP archive, as .docx, .odt and .epub files are; unpack it, or save it as plain text, first",
     rb"%PDF-": "is a PDF; convert it to plain text first, for instance with pdftotext",
     rb"\{\\rtf": "is an RTF document; save it as plain text first",
     rb"\x89PNG|\xff\xd8\xff|GIF8[79]a": "is a picture; pass a plain text",

@@ -85,7 +85,8 @@ def build_parser() -> ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--data", dest="data.source", metavar="TEXT", help="text to train on; the same as --data.source")
+    add("--data", dest="data.source", action="append", metavar="TEXT",
+        help="text to train on; the same as --data.source; may be repeated")  # fmt: skip
     add("--encoding", dest="data.encoding", metavar="NAME", help="its encoding; the same as --data.encoding")
     add("--minutes", dest="train.minutes", metavar="N", help="time for the whole command; the same as --train.minutes")
     add("--init-from", dest="train.init_from", metavar="RUN", help="model to fine-tune; the same as --train.init_from")
@@ -103,7 +104,8 @@ def build_parser() -> ArgumentParser:
         group = parser.add_argument_group(f"[{name}] {TITLES[name]}")
         for f in fields(section):
             text = f"{f.metadata['help']} (default: {_shown(f.default)})".replace("%", "%%")
-            group.add_argument(f"--{name}.{f.name}", metavar=_metavar(f.type), help=text)
+            action = "append" if f"{name}.{f.name}" == "data.source" else "store"
+            group.add_argument(f"--{name}.{f.name}", action=action, metavar=_metavar(f.type), help=text)
     return parser
 
 
@@ -111,6 +113,8 @@ def _parse_flags(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings that are given, by `section.field`, and the other options."""
     given = vars(build_parser().parse_args(argv))
     options = {name: given.pop(name) for name in ("configs", "out", "resume", *MODE_OPTIONS)}
+    if "data.source" in given and len(given["data.source"]) == 1:
+        given["data.source"] = given["data.source"][0]
     types = {f"{name}.{f.name}": f.type for name, section in SECTIONS.items() for f in fields(section)}
     return {key: _read(text, types[key]) for key, text in given.items()}, options
 
@@ -134,9 +138,11 @@ def _check_text(text: str, settings: dict[str, Any], options: dict[str, Any]) ->
     return check(load_config(*options["configs"], settings=settings | {"data.source": text}).data)
 
 
-def _read(text: str, kind: Any) -> Any:
+def _read(text: Any, kind: Any) -> Any:
     """The value of a flag; a text that is no such value is returned as it is, and `Config` refuses it by name."""
     try:
+        if isinstance(text, list):
+            return text
         if kind in (int, float):
             return kind(text)
         if text.startswith("[") and get_origin(kind) in (tuple, UnionType):

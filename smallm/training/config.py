@@ -35,9 +35,14 @@ def option(default: Any, help: str, **bounds: float) -> Any:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = option(
-        "python-docs", "Text to train on: a file, a folder of .txt files, or a built-in one: python-docs, shakespeare."
-    )
+    source: tuple[str, ...] | str = option(
+        "python-docs", "Text to train on: a file (.gz, .bz2, .xz, .zst and .zip are unpacked; .jsonl and .csv are "
+        "read by record), a folder, a pattern such as 'notes/**/*.md', - for standard input, or a built-in one: "
+        "python-docs, shakespeare. Several texts follow one another.",
+    )  # fmt: skip
+    include: tuple[str, ...] = option(("*.txt",), "Patterns of the files that are read from a folder.")
+    exclude: tuple[str, ...] = option((), "Patterns of the files that are not read from a folder or pattern.")
+    field: str = option("text", "Key of JSON lines, or column of CSV, that holds the text.")
     encoding: str = option("utf-8", "Encoding of the files.")
     min_count: int = option(
         10, "Number of times that a non-ASCII character must occur to get its own id; rarer characters are spelled in "
@@ -289,7 +294,8 @@ KEYS = tuple(f"{name}.{f.name}" for name, section in SECTIONS.items() for f in f
 
 
 MAY_CHANGE = frozenset({
-    "data.source", "data.encoding",  # where the text is; the run compares the text itself
+    # where the text is; the run compares the text itself
+    "data.source", "data.include", "data.exclude", "data.field", "data.encoding",
     "optim.learning_rate", "optim.adam_learning_rate", "optim.schedule", "optim.gamma", "optim.warmup_steps",
     "optim.decay_fraction", "optim.min_lr",
     "train.max_steps", "train.epochs", "train.minutes", "train.patience",

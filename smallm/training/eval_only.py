@@ -13,7 +13,7 @@ from smallm.runs.layout import validation_text
 from smallm.training.checkpoint import format as checkpoint
 from smallm.training.checkpoint.manager import find_checkpoint
 from smallm.training.checkpoint.safe_load import check_fits
-from smallm.training.data.source import Tidy, find_source
+from smallm.training.data.source import find_source
 from smallm.training.devices import build_accelerator
 from smallm.training.evaluate import evaluate
 from smallm.training.output import Output
@@ -21,7 +21,7 @@ from smallm.training.request import PRECISIONS
 from smallm.training.run import report_first_failure
 
 
-def evaluate_only(run: Path, data: str | None, encoding: str, as_json: bool) -> None:
+def evaluate_only(run: Path, data: tuple[str, ...] | str | None, encoding: str, as_json: bool) -> None:
     """Prints nats, bits and perplexity per character on stdout, by the protocol of the run's own evaluations.
 
     run: a run, whose best checkpoint is used, or a checkpoint. data: the text, as train.py takes it; None = the run's
@@ -33,8 +33,8 @@ def evaluate_only(run: Path, data: str | None, encoding: str, as_json: bool) -> 
     check_fits(folder / "model.safetensors", config.model, vocabulary.size)
     accelerator = build_accelerator(config.train, PRECISIONS.get(str(state.facts.get("precision")), ""))
     with report_first_failure(accelerator):
-        tidy = Tidy(config.data.normalise, config.data.newlines)
-        text = replace(find_source(data or str(validation_text(folder)), encoding, cache_folder()), tidy=tidy)
+        source = data or str(validation_text(folder))
+        text = find_source(replace(config.data, source=source, encoding=encoding), cache_folder())
         characters, ids = 0, [np.empty(0, np.int64)]
         for piece in text.pieces("reading", progress=accelerator.is_main_process):
             characters += len(piece)

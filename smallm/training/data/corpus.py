@@ -3,7 +3,7 @@
 import codecs
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.config import DataConfig
 from smallm.training.data import store
 from smallm.training.data.encoding import Survey, encode, survey
-from smallm.training.data.source import Source, Tidy, find_source
+from smallm.training.data.source import Source, find_source
 from smallm.training.data.store import MappedIds
 
 IDS_PER_PIECE = 1 << 18
@@ -71,8 +71,8 @@ def open_corpus(
     """
     decoder_of(data.encoding)  # an unknown encoding is an error for built-in texts, too
     cache = cache or cache_folder()
-    text = replace(find_source(data.source, data.encoding, cache), tidy=Tidy(data.normalise, data.newlines))
     try:
+        text = find_source(data, cache)
         return _open(text, data, base, cache, progress)
     except OSError as error:
         raise UserError(f"cannot write to {cache}: {error.strerror or error}; set SMALLM_CACHE elsewhere") from None

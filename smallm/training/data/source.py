@@ -1,23 +1,29 @@
-"""Where a training text comes from: a file, a folder of files or a built-in text, read in pieces of bounded size.
+"""Where a training text comes from: files, folders, patterns or a built-in text, read in pieces of bounded size.
 
 A byte-order mark at the beginning of a file is not part of the text. Newlines and Unicode forms stay as they are unless
 `Tidy` asks for a change.
 """
 
 import difflib
+import glob
+import hashlib
 import io
 import os
 import re
+import secrets
+import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from smallm.errors import UserError
-from smallm.tokenizer.text_formats import decoded
+from smallm.tokenizer.text_files import text_pieces
+from smallm.training.config import DataConfig
 from smallm.training.output import Output
 
 PIECE_BYTES = 1 << 18  # small enough that a piece and its ids stay in the processor's cache
@@ -26,8 +32,6 @@ MAX_HELD = 1 << 12  # characters; a letter with more combining marks than this i
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_HASH = "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
-JSON_LINES = (".jsonl", ".ndjson")
 
 
 class Tidy(NamedTuple):
@@ -77,6 +81,8 @@ class Source:
     parts: list[Path | bytes]
     encoding: str = "utf-8"
     tidy: Tidy = field(default_factory=Tidy)
+    field: str = "text"
+    """Key or column of the text in JSON lines and CSV."""
 
     def pieces(self, label: str, progress: bool) -> Iterator[str]:
         """Yields the text in pieces of bounded size, none of them empty.
@@ -100,31 +106,48 @@ class Source:
 
     def _read(self, part: Path | bytes, bar: tqdm) -> Iterator[str]:
         held, name = "", part if isinstance(part, Path) else self.name
+        encoding = self.encoding if isinstance(part, Path) else "utf-8"
         with part.open("rb") if isinstance(part, Path) else io.BufferedReader(io.BytesIO(part)) as stream:
-            for text, size in decoded(stream, name, self.encoding, PIECE_BYTES):
-                text, held = self.tidy(held + text, final=not size)
+            for text, size in text_pieces(stream, name, encoding, PIECE_BYTES, self.field):
+                text, held = self.tidy(held + text, final=False)
                 if text:
                     yield text
                 bar.update(size)
+        if held:
+            yield self.tidy(held, final=True)[0]
 
 
-def find_source(name: str, encoding: str, cache: Path) -> Source:
-    """Finds a file, a folder (all .txt files below it) or a built-in text, in this order; downloads go to `cache`.
+def find_source(data: DataConfig, cache: Path) -> Source:
+    """Finds the texts that the settings name, one after the other; downloads and standard input go to `cache`.
 
-    Raises `UserError`, naming the nearest file or text, if nothing has this name.
+    A text is a file, a folder (the files below it that `include` names and `exclude` does not), a pattern, standard
+    input (`-`) or a built-in text, in this order. Raises `UserError`, naming the nearest file or text, if nothing has
+    this name.
     """
+    names = (data.source,) if isinstance(data.source, str) else data.source
+    found = [_find(name, data, cache) for name in names]
+    if not found:
+        raise UserError("data.source names no text; pass --data FILE")
+    parts = [part for each in found for part in each.parts]
+    encoding = data.encoding if len(found) > 1 else found[0].encoding
+    tidy = Tidy(data.normalise, data.newlines)
+    return Source(" + ".join(each.name for each in found), parts, encoding, tidy, data.field)
+
+
+def _find(name: str, data: DataConfig, cache: Path) -> Source:
+    encoding = data.encoding
     path = Path(name)
     try:
         if path.is_file():
-            if path.suffix.lower() in JSON_LINES:
-                raise UserError(f"{name} holds JSON lines, not plain text; write its texts to a .txt file first, or "
-                                "rename the file to .txt to train on the JSON itself")  # fmt: skip
             return Source(path.name, [path], encoding)
         if name and path.is_dir():
-            files = {file.relative_to(path).as_posix(): file for file in _text_files(path)}
-            if not files:
-                raise UserError(f"folder {name} contains no *.txt file; pass the text itself with --data FILE")
-            return Source(path.resolve().name, [files[name] for name in sorted(files)], encoding)
+            files = {file.relative_to(path).as_posix(): file for file in _files(path)}
+            chosen = [n for n in sorted(files) if _matches(n, data.include) and not _matches(n, data.exclude)]
+            if not chosen:
+                patterns = " or ".join(data.include)
+                raise UserError(f"folder {name} contains no {patterns} file; pass the text itself with --data FILE, or "
+                                "other patterns with --data.include")  # fmt: skip
+            return Source(path.resolve().name, [files[name] for name in chosen], encoding)
         if name and path.exists():
             raise UserError(f"{name} is neither a file nor a folder; save the text to a file, then pass --data FILE")
     except OSError as error:
@@ -133,22 +156,52 @@ def find_source(name: str, encoding: str, cache: Path) -> Source:
         return BUILT_IN[name](cache)
     hint = f"pass --data FILE, FOLDER, {' or '.join(BUILT_IN)}"
     if name == "-":
-        raise UserError(f"the text cannot be read from standard input; save it to a file, then {hint}")
+        return Source("standard input", [_standard_input(cache)], encoding)
     if "://" in name:
         raise UserError(f"{name[:80]!r} is a web address; download the text, then {hint}")
     if set(name) & set("*?["):
-        raise UserError(f"no file has the name {name[:80]!r}, and patterns are not expanded; {hint}")
+        matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207, Path.glob takes no absolute pattern
+        texts = [Path(file) for file in matches if Path(file).is_file() and not _matches(file, data.exclude)]
+        if texts:
+            return Source(name, [*texts], encoding)
+        raise UserError(f"no file matches the pattern {name[:80]!r}; {hint}")
     raise UserError(f"there is no file or folder {name[:80]!r}{_nearest(path)}; {hint}")
 
 
-def _text_files(folder: Path) -> Iterator[Path]:
-    """The .txt files below a folder. Raises `OSError` for a folder that cannot be read."""
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a pattern matches the path or the name of the file, in capitals or not."""
+    paths = (name.lower(), PurePath(name).name.lower())
+    return any(fnmatchcase(path, pattern.lower()) for pattern in patterns for path in paths)
+
+
+def _standard_input(cache: Path) -> Path:
+    """Stores standard input in the cache, because a text is read twice; the same text always gives the same file."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UserError("standard input is a terminal; pipe a text into the command, or pass --data FILE")
+    folder, digest = cache / "stdin", hashlib.sha256()
+    unfinished = folder / secrets.token_hex(8)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as file:
+            while piece := sys.stdin.buffer.read(1 << 20):
+                digest.update(piece)
+                file.write(piece)
+        path = folder / f"{digest.hexdigest()[:16]}.txt"
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    print(f"text   standard input is stored in {path}; to resume, pass --data with this path", file=Output("stderr"))
+    return path
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The files below a folder. Raises `OSError` for a folder that cannot be read."""
 
     def refuse(error: OSError) -> None:
         raise error
 
     for parent, _, names in os.walk(folder, onerror=refuse):
-        files = (Path(parent, name) for name in names if name.lower().endswith(".txt"))
+        files = (Path(parent, name) for name in names)
         yield from (file for file in files if file.is_file())
 
 

@@ -24,7 +24,7 @@ from smallm.training.data.source import Source
 from smallm.training.locks import file_lock
 from smallm.training.output import Output
 
-INDEX_FORMAT = 4  # raise when surveys change their meaning
+INDEX_FORMAT = 5  # raise when surveys change their meaning
 IDS_FORMAT = 2  # raise when the stored files, or the ids that a `Vocabulary` gives, change their meaning
 IDS, FACTS = "ids.bin", "corpus.json"
 UNFINISHED = ".unfinished"
@@ -122,7 +122,8 @@ def remember(cache: Path, source: Source, min_count: int, before: Stamps | None,
 
 def _entry(cache: Path, source: Source, min_count: int, stamps: Stamps) -> Path:
     paths = (path for path, *_ in stamps)
-    return cache / "sources" / f"{digest([INDEX_FORMAT, source.encoding, source.tidy, min_count, *paths])}.json"
+    key = digest([INDEX_FORMAT, source.encoding, source.tidy, source.field, min_count, *paths])
+    return cache / "sources" / f"{key}.json"
 
 
 # -- ids of texts

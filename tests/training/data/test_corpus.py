@@ -514,15 +514,19 @@ def test_utf16_is_recognised(tmp_path, monkeypatch, mark, codec, name, piece_byt
 @pytest.mark.parametrize(
     ("content", "name", "problem"),
     [
-        (gzip.compress(b"a text", mtime=0), "a.txt.gz", "is compressed with gzip; unpack the text first"),
-        (b"\x28\xb5\x2f\xfd\x04\x00", "a.zst", "is compressed with Zstandard; unpack the text first"),
-        (bz2.compress(b"a text"), "a.bz2", "is compressed with bzip2; unpack the text first"),
-        (lzma.compress(b"a text"), "a.xz", "is compressed with xz; unpack the text first"),
-        (b"PK\x03\x04" + b"x" * 99, "a.docx", "is a ZIP archive, as .docx, .odt and .epub files are"),
+        (gzip.compress(b"a text" * 9, mtime=0)[:-9], "a.txt.gz", "is damaged or encrypted: "),
+        (bz2.compress(b"a text" * 99)[:-9], "a.bz2", "is damaged or encrypted: "),
+        (lzma.compress(b"a text")[:-9], "a.xz", "is damaged or encrypted: "),
+        (b"PK\x03\x04" + b"x" * 99, "a.zip", "is damaged or encrypted: "),
+        (b"PK\x03\x04" + b"x" * 99, "a.docx", "is a document in a ZIP archive, as .docx, .odt and .epub files are"),
         (b"%PDF-1.4 in ASCII " * 99, "a.pdf", "is a PDF; convert it to plain text first"),
         (b"{\\rtf1 text}" * 9, "a.rtf", "is an RTF document; save it as plain text first"),
         (b"\x89PNG" + b"x" * 99, "a.png", "is a picture; pass a plain text"),
-        (b'{"text": "a"}\n' * 9, "a.JSONL", "holds JSON lines, not plain text; write its texts to a .txt file first"),
+        (b'{"body": "a"}\n' * 9, "a.JSONL", "has no text in field 'text' of line 1: its fields are body; name another"),
+        (b"{}\nword\n", "a.jsonl", "has no text in field 'text' of line 1: the line is not a record"),
+        (b'{"text": "a"}\nword\n', "a.ndjson", "is not valid JSON in line 2; mend or remove the line"),
+        (b'{"text": "\\ud800"}\n', "b.jsonl", "has a lone surrogate in line 1, which is no character"),
+        (b"title,body\na,b\n", "a.csv", "has no text in field 'text' of line 2: its fields are title, body; name"),
     ],
 )
 def test_files_that_are_not_plain_text(tmp_path, cache, content, name, problem):
@@ -534,8 +538,7 @@ def test_files_that_are_not_plain_text(tmp_path, cache, content, name, problem):
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
-        ("-", "the text cannot be read from standard input; save it to a file"),
-        ("texts/*.md", "no file has the name 'texts/*.md', and patterns are not expanded; pass --data FILE, FOLDER"),
+        ("texts/*.md", "no file matches the pattern 'texts/*.md'; pass --data FILE, FOLDER"),
         ("https://example.org/a.txt", "'https://example.org/a.txt' is a web address; download the text"),
     ],
 )

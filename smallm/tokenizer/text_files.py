@@ -1,0 +1,193 @@
+"""The text inside a file: unpacks gzip, bzip2, xz, Zstandard and ZIP, and takes one field of JSON lines and CSV."""
+
+import bz2
+import csv
+import gzip
+import importlib
+import io
+import json
+import lzma
+import re
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import PurePath
+from typing import Any
+
+from smallm.errors import UserError
+from smallm.tokenizer.text_formats import HEAD_BYTES, decoded
+
+Stream = Any  # a binary file with `read` and `peek`: BufferedReader, GzipFile, BZ2File, LZMAFile or ZipExtFile
+
+ZIP = rb"PK\x03\x04"
+DOCUMENTS = (".docx", ".odt", ".epub", ".xlsx", ".pptx")
+DOCUMENT_MEMBERS = {"[Content_Types].xml", "mimetype"}
+DAMAGES = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError)
+
+
+def text_pieces(
+    file: Stream, name: object, encoding: str, piece_bytes: int, field: str = "text"
+) -> Iterator[tuple[str, int]]:
+    """The text of a file in pieces, each with the number of bytes of the file that were read for it.
+
+    file: a buffered binary file, compressed or not; the first bytes tell. A ZIP archive gives its files in the order of
+    their names. name: of the file, for messages; .jsonl, .ndjson, .csv and .tsv (before .gz and the like) are read
+    record by record. field: key or column with the text of a record. A newline follows each record, and each file of an
+    archive, that does not end in one. Raises `UserError` for a file that is damaged, has no such field, or is no text.
+    """
+    before, seekable = 0, file.seekable()
+    try:
+        for text in _texts(file, str(name), encoding, piece_bytes, field):
+            now = file.tell() if seekable else 0
+            yield text, now - before
+            before = now
+    except UserError:
+        raise
+    except Exception as error:
+        decompressor = isinstance(error, OSError) and error.errno is None
+        if not decompressor and not isinstance(error, (*DAMAGES, *_zstandard_errors())):
+            raise
+        raise UserError(f"{name} is damaged or encrypted: {error}; pass an intact file") from None
+
+
+def _texts(stream: Stream, name: str, encoding: str, piece_bytes: int, field: str) -> Iterator[str]:
+    head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]
+    if re.match(ZIP, head):
+        for member, opened in _members(stream, name):
+            with opened:
+                yield from _ended(_texts(opened, member, encoding, piece_bytes, field))
+        return
+    if unpack := next((unpack for pattern, unpack in UNPACK.items() if re.match(pattern, head)), None):
+        inner = re.sub(r"\.(gz|bz2|xz|zst)$", "", name, flags=re.IGNORECASE)
+        with unpack(stream, name) as unpacked:
+            yield from _texts(unpacked, inner, encoding, piece_bytes, field)
+        return
+    texts: Iterator[str] = (text for text, _ in decoded(stream, name, encoding, piece_bytes))
+    if records := RECORDS.get(PurePath(name).suffix.lower()):
+        texts = _gathered(records(texts, name, field), piece_bytes)
+    yield from texts
+
+
+# -- archives and compressed files
+
+
+def _members(stream: Stream, name: str) -> Iterator[tuple[str, Stream]]:
+    """The files of a ZIP archive. Raises `UserError` for a document of an office program or an electronic book."""
+    document = f"{name} is a document in a ZIP archive, as .docx, .odt and .epub files are; save it as plain text first"
+    if PurePath(name).suffix.lower() in DOCUMENTS:
+        raise UserError(document)
+    with zipfile.ZipFile(stream) as archive:
+        members = sorted(archive.namelist())
+        if DOCUMENT_MEMBERS & set(members):
+            raise UserError(document)
+        for member in members:
+            if not member.endswith("/") and not member.startswith("__MACOSX/"):
+                yield f"{name}/{member}", archive.open(member)
+
+
+def _unzstd(stream: Stream, name: str) -> Stream:
+    try:
+        if sys.version_info >= (3, 14):
+            return io.BufferedReader(importlib.import_module("compression.zstd").ZstdFile(stream))
+        reader = importlib.import_module("zstandard").ZstdDecompressor().stream_reader(
+            stream, read_across_frames=True, closefd=False
+        )  # fmt: skip
+    except ImportError:
+        raise UserError(
+            f"{name} is compressed with Zstandard; pip install 'smallm[zstd]' to read it, or unpack it with unzstd"
+        ) from None
+    return io.BufferedReader(reader)
+
+
+def _zstandard_errors() -> list[type[Exception]]:
+    modules = (sys.modules.get(name) for name in ("zstandard", "compression.zstd"))
+    return [module.ZstdError for module in modules if module]
+
+
+UNPACK: dict[bytes, Callable[[Stream, str], Stream]] = {
+    rb"\x1f\x8b": lambda stream, name: gzip.GzipFile(fileobj=stream),
+    rb"BZh[1-9]1AY&SY": lambda stream, name: bz2.BZ2File(stream),
+    rb"\xfd7zXZ\0": lambda stream, name: lzma.LZMAFile(stream),  # noqa: SIM115
+    rb"\x28\xb5\x2f\xfd": _unzstd,
+}
+
+
+# -- records
+
+
+def _json_lines(texts: Iterator[str], name: str, field: str) -> Iterator[str]:
+    for number, line in enumerate(_lines(texts), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            raise UserError(f"{name} is not valid JSON in line {number}; mend or remove the line") from None
+        keys = list(record) if isinstance(record, dict) else []
+        yield _field(record[field] if field in keys else None, name, number, field, keys)
+
+
+def _comma_separated(texts: Iterator[str], name: str, field: str) -> Iterator[str]:
+    delimiter = "\t" if name.lower().endswith(".tsv") else ","
+    rows = csv.DictReader(_lines(texts), delimiter=delimiter)
+    try:
+        columns = list(rows.fieldnames or [])
+        for row in rows:
+            yield _field(row.get(field), name, rows.line_num, field, columns)
+    except csv.Error as error:
+        raise UserError(f"{name} is not valid CSV in line {rows.line_num}: {error}; pass JSON lines instead") from None
+
+
+RECORDS = {
+    ".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _comma_separated, ".tsv": _comma_separated,
+}  # fmt: skip
+
+
+def _field(value: object, name: str, line: int, field: str, known: list[str]) -> str:
+    if not isinstance(value, str):
+        fields = f"its fields are {', '.join(map(str, known[:9]))}" if known else "the line is not a record"
+        raise UserError(
+            f"{name} has no text in field {field!r} of line {line}: {fields[:200]}; name another with --data.field"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name} has a lone surrogate in line {line}, which is no character; mend the line") from None
+    return value
+
+
+def _lines(texts: Iterator[str]) -> Iterator[str]:
+    """The lines of a text, each with its newline."""
+    begun: list[str] = []
+    for text in texts:
+        *lines, last = re.split(r"(?<=\n)", text)
+        for line in lines:
+            yield "".join((*begun, line))
+            begun = []
+        begun.append(last)
+    if last := "".join(begun):
+        yield last
+
+
+def _gathered(records: Iterator[str], characters: int) -> Iterator[str]:
+    """The records, each with a newline at its end, in pieces of about so many characters."""
+    held: list[str] = []
+    size = 0
+    for record in records:
+        held.append(record if record.endswith("\n") else record + "\n")
+        size += len(held[-1])
+        if size >= characters:
+            yield "".join(held)
+            held, size = [], 0
+    yield "".join(held)
+
+
+def _ended(texts: Iterator[str]) -> Iterator[str]:
+    """The pieces of a text, with a newline at its end."""
+    last = "\n"
+    for text in texts:
+        yield text
+        last = text[-1:] or last
+    if last != "\n":
+        yield "\n"
