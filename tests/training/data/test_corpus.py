@@ -419,7 +419,8 @@ def test_no_such_text(tmp_path, monkeypatch):
 
 
 def test_folder_without_texts(tmp_path):
-    assert message(tmp_path) == f"folder {tmp_path} contains no *.txt file; pass the text itself with --data FILE"
+    line = f"folder {tmp_path} contains no *.txt file; pass the text itself with --data FILE, or other patterns with "
+    assert message(tmp_path) == line + "--data.include"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
