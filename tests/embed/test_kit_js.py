@@ -721,20 +721,26 @@ def test_a_text_in_the_page(page, model):
     nats = np.array([-p for _ in stream for p in stream.logprobs])
     assert [float(title.removesuffix(" nats")) for title, _ in saw["surprisals"]] == pytest.approx(nats, abs=0.006)
     shares = [float(share) for _, share in saw["surprisals"]]
-    assert shares == pytest.approx(np.minimum(100, nats * 100 / 6), abs=0.6)
+    assert shares == pytest.approx(np.clip((nats - 3) * 100 / 5, 0, 100), abs=0.8)
+    assert saw["coloured"] == [200, 0]  # characters with a background, then after the switch
     assert saw["status"] == "Done: 200 characters"
     assert re.fullmatch(r"[\d,]+ characters per second", saw["progress"])
     assert "The page loads" in saw["footer"]
     assert saw["live"] == ["polite", "false"]
+    name = Path(model.metadata.training["text"]).stem
+    assert saw["title"] == [name, name]
 
 
 def test_the_page_by_keyboard(page, model):
     saw = page["keyboard"]
-    assert saw["order"] == ["seed", "temperature", "topK", "maxLength", "rngSeed", "overflow", "write", "another"]
+    fields = ["temperature", "topK", "maxLength", "rngSeed", "overflow"]
+    assert saw["order"] == ["seed", "write", "another", "", *fields, "copy", "colours", "text"]  # "": Settings
     assert saw["text"] == model.generate("an old owl ", 60, rng_seed=1, overflow="shift")
     assert saw["text"] == saw["stopped"][: len(saw["text"])]
     assert len(saw["text"]) < len(saw["stopped"]) < 50_000
     assert saw["status"].startswith("Stopped: ")
+    second = saw["stopped"][len("an old owl ") + 1]
+    assert saw["value"].startswith(f"{json.dumps(second)}: {saw['title']}, a probability of ")
 
 
 def test_another_text_while_one_is_written(page, model):
@@ -754,18 +760,19 @@ def test_the_page_writes_the_int8_text_of_c(page, int8, c_program):
 
 
 def test_the_page_on_a_phone(page):
-    assert page["narrow"] == {"page": 360, "window": 360}
+    assert "nats, a probability of " in page["narrow"].pop("value")
+    assert page["narrow"] == {"folded": True, "page": 360, "window": 360}
 
 
 def test_the_page_says_what_is_wrong(page):
     saw = page["mistakes"]
     expected = {
-        "temperature -1": ("temperature = -1 is out of range; it must be 0 or more", "temperature"),
-        "topK 2.5": ("topK = 2.5 is out of range", "topK"),
-        "maxLength -5": ("maxLength = -5 is out of range", "maxLength"),
+        "temperature -1": ("Temperature = -1 is out of range; it must be 0 or more", "temperature"),
+        "topK 2.5": ("Candidates = 2.5 is out of range", "topK"),
+        "maxLength -5": ("Length = -5 is out of range", "maxLength"),
         "maxLength 1e12": ("this page writes at most 100000", "maxLength"),
-        "rngSeed 4294967296": ("rngSeed = 4294967296 is out of range", "rngSeed"),
-        "temperature ": ("temperature is not a number; enter a number", "temperature"),
+        "rngSeed 4294967296": ("Random seed = 4294967296 is out of range", "rngSeed"),
+        "temperature ": ("Temperature is not a number; enter a number", "temperature"),
         "seed lone \ud800": ("the seed text has a lone surrogate (U+D800)", "seed"),
     }
     assert saw.pop("empty") == [10, True]

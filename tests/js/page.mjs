@@ -39,9 +39,9 @@ const scenarios = {
     const page = await opened();
     await page.getByLabel("Seed text").fill("Zoë sings to ");
     await page.getByLabel("Temperature").fill("0.9");
-    await page.getByLabel("Top-k").fill("20");
+    await page.getByLabel("Candidates").fill("20");
     await page.getByLabel("Length").fill("200");
-    await page.getByLabel("Rng seed").fill("7");
+    await page.getByLabel("Random seed").fill("7");
     await page.getByRole("button", { name: "Write" }).click();
     const text = await finished(page);
     const spans = page.locator("#text span:not(.seed)");
@@ -49,11 +49,17 @@ const scenarios = {
     const [status, progress, footer] = await Promise.all(
       ["#status", "#progress", "footer"].map((place) => page.locator(place).textContent()),
     );
+    const title = [await page.title(), await page.locator("h1").textContent()];
+    const colour = () => spans.evaluateAll((all) => all.map((x) => getComputedStyle(x).backgroundColor).filter((x) => x !== "rgba(0, 0, 0, 0)").length);
+    const coloured = [await colour()];
+    await page.getByLabel("Colours").uncheck();
+    coloured.push(await colour());
+    await page.getByLabel("Colours").check();
     const live = await page.locator("#text").evaluate((x) => [x.ariaLive, x.ariaBusy]);
     if (shots) await page.screenshot({ path: `${shots}/desktop.png`, fullPage: true });
     await page.emulateMedia({ colorScheme: "dark" });
     if (shots) await page.screenshot({ path: `${shots}/dark.png`, fullPage: true });
-    return { text, surprisals, status, progress, footer, live };
+    return { text, surprisals, status, progress, footer, live, title, coloured };
   },
 
   async keyboard() {
@@ -63,13 +69,13 @@ const scenarios = {
     };
     const focused = () => page.evaluate(() => document.activeElement.id);
     const order = [];
-    for (let i = 0; i < 8; i++) {
+    for (let i = 0; i < 12; i++) {
       await press("Tab");
       order.push(await focused());
     }
-    await press(...Array(7).fill("Shift+Tab"), "Control+a");
+    await press(...Array(11).fill("Shift+Tab"), "Control+a");
     await page.keyboard.type("an old owl ");
-    await press("Tab", "Tab", "Tab", "Control+a");
+    await press(...Array(6).fill("Tab"), "Control+a");
     await page.keyboard.type("60");
     await press("Enter");
     const text = await finished(page);
@@ -79,7 +85,10 @@ const scenarios = {
     await page.waitForFunction(() => document.querySelectorAll("#text span").length > 100);
     await press("Escape");
     const stopped = await finished(page);
-    return { order, text, stopped, status: await page.locator("#status").textContent() };
+    await page.locator("#text").focus();
+    await press("ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight");
+    const [value, title] = [await page.locator("#value").textContent(), await page.locator("#text .chosen").getAttribute("title")];
+    return { order, text, stopped, status: await page.locator("#status").textContent(), value, title };
   },
 
   async another() {
@@ -91,7 +100,7 @@ const scenarios = {
     await page.getByLabel("Length").fill("40");
     await page.getByRole("button", { name: "Another" }).click();
     await page.waitForFunction(() => document.querySelector("#status").textContent === "Done: 40 characters");
-    return [await page.getByLabel("Rng seed").inputValue(), await page.locator("#text").textContent()];
+    return [await page.getByLabel("Random seed").inputValue(), await page.locator("#text").textContent()];
   },
 
   async window() {
@@ -99,7 +108,7 @@ const scenarios = {
     await page.getByLabel("Seed text").fill("Zoë");
     await page.getByLabel("Length").fill("100");
     await page.getByRole("button", { name: "Write" }).click();
-    return [await page.getByLabel("Overflow").inputValue(), await finished(page)];
+    return [await page.getByLabel("Long texts").inputValue(), await finished(page)];
   },
 
   async int8() {
@@ -113,11 +122,17 @@ const scenarios = {
   async narrow() {
     const page = await opened({ viewport: { width: 360, height: 740 }, hasTouch: true });
     await page.getByLabel("Seed text").fill("x".repeat(300));
+    const folded = !(await page.getByLabel("Length").isVisible());
+    await page.getByText("Settings").tap();
     await page.getByLabel("Length").fill("150");
     await page.getByRole("button", { name: "Write" }).tap();
     await finished(page);
     if (shots) await page.screenshot({ path: `${shots}/narrow.png`, fullPage: true });
-    return page.evaluate(() => ({ page: document.documentElement.scrollWidth, window: innerWidth }));
+    await page.locator("#text span:not(.seed)").nth(2).tap();
+    const value = await page.locator("#value").textContent();
+    await page.getByText("Settings").tap();
+    if (shots) await page.screenshot({ path: `${shots}/folded.png` });
+    return { folded, value, ...(await page.evaluate(() => ({ page: document.documentElement.scrollWidth, window: innerWidth }))) };
   },
 
   async mistakes() {

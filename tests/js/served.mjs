@@ -14,6 +14,7 @@ for (const [name, viewport] of Object.entries(sizes)) {
   await page.goto(url);
   await page.waitForFunction(() => !document.querySelector("#write").disabled);
   await page.getByLabel("Seed text").fill("the moon ");
+  if (name === "phone") await page.getByText("Settings").click();
   await page.getByLabel("Temperature").fill("0.8");
   await page.getByLabel("Length").fill("200");
   await page.getByRole("button", { name: "Write" }).click();

@@ -2,14 +2,17 @@
 
 const at = (id) => document.getElementById(id);
 const MAX_LENGTH = Number(at("maxLength").max);
-const MAX_SURPRISAL = Number(at("max-surprisal").value); // nats at which a character gets the full colour
+const MIN_SURPRISAL = Number(at("min-surprisal").value); // nats up to which a character has no colour
+const MAX_SURPRISAL = Number(at("max-surprisal").value); // nats from which a character has the full colour
 const MAX_BLOCK = 2000; // characters of a block of the text
 const MODEL_BYTES = Number(at("loaded").value);
 const FIELDS = ["seed", "temperature", "topK", "maxLength", "rngSeed"].map(at); // the ids are option names of `stream`
 const worker = new Worker("worker.js", { type: "module" });
 let model = null; // its metadata and blockSize once it is loaded
+let chosen = null; // the character of the text whose surprisal is shown
 let run = null; // the text that is being written: { start, written, again }, again = another text follows
 at("status").textContent = "Loading the model…";
+at("settings").open = matchMedia("(min-width: 40rem)").matches; // on a phone the text comes first
 
 function showModel() {
   const { metadata, blockSize } = model;
@@ -18,6 +21,7 @@ function showModel() {
   at("topK").value = sampling.top_k ?? at("topK").value;
   const { parameters, characters } = training;
   const text = typeof training.text === "string" ? training.text : "some text";
+  document.title = at("title").textContent = text.replace(/\.\w+$/, "");
   const size = Number.isSafeInteger(parameters) ? `${count(parameters)} parameters in ` : "";
   const length = Number.isSafeInteger(characters) ? `, ${count(characters)} characters,` : "";
   at("about").textContent =
@@ -46,6 +50,11 @@ function readFields() {
   return options;
 }
 
+/** The name of a setting on the page. */
+function label(field) {
+  return field === at("seed") ? "" : field.labels[0].textContent;
+}
+
 function fail(field, message) {
   throw Object.assign(new Error(message), { field });
 }
@@ -56,6 +65,7 @@ function write() {
     const [seed, options] = [at("seed").value, readFields()];
     run = { start: performance.now(), written: 0, again: false };
     worker.postMessage({ seed, options });
+    chosen = null;
     at("text").replaceChildren(document.createElement("div"));
     at("text").lastChild.append(Object.assign(document.createElement("span"), { className: "seed", textContent: seed }));
     at("text").setAttribute("aria-busy", "true"); // screen readers read the text when it is complete
@@ -108,8 +118,26 @@ function coloured({ text, surprisal }) {
   const element = document.createElement("span");
   element.textContent = text;
   element.title = `${surprisal.toFixed(2)} nats`;
-  element.style.setProperty("--surprisal", Math.round(Math.min(100, (100 * surprisal) / MAX_SURPRISAL)));
+  const share = (surprisal - MIN_SURPRISAL) / (MAX_SURPRISAL - MIN_SURPRISAL);
+  element.style.setProperty("--surprisal", Math.round(100 * Math.min(1, Math.max(0, share))));
   return element;
+}
+
+/** Shows the surprisal of a character below the text, for touch and keyboard. */
+function choose(element) {
+  if (!element?.title) return;
+  chosen?.classList.remove("chosen");
+  chosen = element;
+  chosen.classList.add("chosen");
+  chosen.scrollIntoView({ block: "nearest" });
+  const probability = (100 * Math.exp(-parseFloat(chosen.title))).toPrecision(2);
+  at("value").textContent = `${JSON.stringify(chosen.textContent)}: ${chosen.title}, a probability of ${Number(probability)} %`;
+}
+
+/** The character before (step = -1) or after (1) the chosen one. */
+function neighbour(step) {
+  const characters = [...at("text").querySelectorAll("span:not(.seed)")];
+  return characters[chosen ? characters.indexOf(chosen) + step : 0];
 }
 
 /** Shows the message below the form and marks the field that it concerns. */
@@ -124,7 +152,8 @@ function showError(error) {
   field?.setAttribute("aria-invalid", "true");
   field?.setAttribute("aria-describedby", "error");
   field?.focus();
-  at("error").textContent = message;
+  if (field?.closest("details")) at("settings").open = true;
+  at("error").textContent = field && label(field) ? message.replace(field.id, label(field)) : message;
   at("error").hidden = !message;
 }
 
@@ -148,4 +177,22 @@ at("another").addEventListener("click", () => {
   if (!run) return write();
   run.again = true;
   stop();
+});
+at("text").addEventListener("click", ({ target }) => choose(target));
+at("text").addEventListener("keydown", (event) => {
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (!step) return;
+  event.preventDefault();
+  choose(neighbour(step));
+});
+at("colours").addEventListener("change", () => at("text").classList.toggle("plain", !at("colours").checked));
+at("copy").addEventListener("click", async () => {
+  try {
+    await navigator.clipboard.writeText(at("text").textContent);
+    at("copy").textContent = "Copied";
+    setTimeout(() => (at("copy").textContent = "Copy"), 2000);
+  } catch {
+    getSelection().selectAllChildren(at("text")); // the browser allows no access to the clipboard
+    at("copy").textContent = "Selected";
+  }
 });
