@@ -143,6 +143,16 @@ def test_reference_is_the_published_shape(benchmarks):
 
 
 @pytest.mark.slow
+def test_clients_of_a_server_get_the_texts_of_their_seeds(benchmarks, exported, capsys):
+    import serve
+
+    assert run(serve.measure, [str(exported), "--clients", "3", "--seconds", "0.5", "--length", "20"]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["requests"] >= 3
+    assert figures["wrong"] == 0
+
+
+@pytest.mark.slow
 def test_train_speed_end_to_end(benchmarks, text_file, tmp_path, monkeypatch, capsys):
     _, train_speed = benchmarks
     peak = {"flops_per_second": 1e11, "dtype": "float32", "device": "cpu", "name": "a CPU", "threads": 1}
