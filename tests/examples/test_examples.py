@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from toys import random_model, save_onnx
 
 from smallm import LanguageModel
 
@@ -59,6 +61,47 @@ def test_fine_tune(tiny_run, tmp_path, monkeypatch, capsys):
     before, after = (float(word) for word in new.split() if word.replace(".", "").isdigit())
     assert old.startswith("old text: ")
     assert after < before
+
+
+def printed_by(name: str, argv: list, monkeypatch, capsys) -> list[str]:
+    """Runs an example in this process, and returns its lines."""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+    load(name).main()
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.slow
+def test_names(tmp_path, monkeypatch, capsys):
+    beginnings, middles, ends = ("An", "Be", "Ka", "Lo"), ("li", "ro", "ma"), ("na", "ta", "do", "s", "")
+    known = {a + b + c for a in beginnings for b in middles for c in ends}
+    file = tmp_path / "names.txt"
+    file.write_text("\n".join(known), encoding="utf-8")
+    argv = [file, "--count", 5, "--max-steps", 40, "--out", tmp_path / "out"]
+    *_, loss, a, b, c, d, e = printed_by("names", argv, monkeypatch, capsys)
+    assert "nats per character" in loss
+    assert len({a, b, c, d, e} - known - {""}) == 5
+
+
+def test_typos(exported, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "letter.txt"
+    text = "an old owl paints the moon.\nZoë sings tq the moon.\nthe river follows the moon.\n"
+    file.write_text(text, encoding="utf-8")
+    first, second = printed_by("typos", [exported, file, "--count", 2], monkeypatch, capsys)
+    assert first.startswith(f"{file}:2: tq (")
+    assert "tq" not in second
+    file.write_text("", encoding="utf-8")
+    assert printed_by("typos", [exported, file], monkeypatch, capsys) == []
+
+
+def test_language(exported, tmp_path, monkeypatch, capsys):
+    noise = save_onnx(random_model(), tmp_path / "noise.onnx")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the small café sings to the moon.\n"))
+    lines = printed_by("language", [f"noise={noise}", f"owls={exported}"], monkeypatch, capsys)
+    assert [line.partition(":")[0] for line in lines] == ["owls", "noise", "The text is owls."]
+    with pytest.raises(SystemExit):
+        printed_by("language", ["owls"], monkeypatch, capsys)
+    assert "NAME=PATH" in capsys.readouterr().err
 
 
 class Client:
