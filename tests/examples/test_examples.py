@@ -14,9 +14,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from test_kit_js import JS, chromium, node, run_node, served  # noqa: F401 (fixtures)
 from toys import random_model, save_onnx
 
 from smallm import LanguageModel
+from smallm.export.kits import write_sources
 
 ROOT = Path(__file__).parents[2]
 HOSTS = ROOT / "tests" / "hosts" / "node_modules"
@@ -33,8 +35,8 @@ def load(name: str):
 
 def test_every_example_has_a_test():
     tested = Path(__file__).read_text(encoding="utf-8")
-    names = [file.name for file in EXAMPLES.rglob("*") if file.suffix in (".py", ".sh", ".cpp", ".mjs")]
-    assert len(names) >= 6
+    names = [file.name for file in EXAMPLES.rglob("*") if file.suffix in (".py", ".sh", ".cpp", ".mjs", ".html")]
+    assert len(names) >= 10
     for name in names:
         assert name in tested or f'"{Path(name).stem}"' in tested, name
 
@@ -219,6 +221,21 @@ process.exit(0);
     lm = LanguageModel.load(exported)
     assert ids == lm.vocabulary.encode(SEED + "é𝄞").tolist()
     assert lm.generate("the ", max_length=20, temperature=0).startswith("the " + text)
+
+
+def test_autocomplete_html(chromium, node, exported, tmp_path):  # noqa: F811 (fixtures)
+    kit = tmp_path / "kit"
+    write_sources("web", exported, kit)
+    shutil.copy(EXAMPLES / "autocomplete.html", kit)
+    with served(kit) as url:
+        saw = json.loads(run_node(node, JS / "autocomplete.mjs", chromium, f"{url}autocomplete.html"))
+    lm, seed = LanguageModel.load(exported), "an old owl s"
+    text = lm.generate(seed, 20, temperature=0, stop="\n")
+    assert saw["problems"] == []
+    assert saw["proposal"] == text.removeprefix(seed) != ""
+    assert (saw["accepted"], saw["focused"]) == (text, "text")
+    assert saw["escaped"] == ["", "the moon"]
+    assert saw["left"] != "text"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Slurm jobs are bash scripts")
