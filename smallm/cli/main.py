@@ -32,6 +32,9 @@ usage: smallm COMMAND [options]    (also: python -m smallm COMMAND)
 `smallm COMMAND --help` lists the options of a command."""
 
 MAX_MESSAGE = 2000  # characters of an error message
+ADVICE = {errno.ENOSPC: "make room or write elsewhere", errno.EDQUOT: "make room or write elsewhere",
+          errno.ENAMETOOLONG: "choose a shorter name"}  # fmt: skip
+"""What to do about an error of the system."""
 COMMANDS = {"train": "smallm.training.cli", "export": "smallm.export.cli", "infer": "smallm.cli.infer",
             "runs": "smallm.cli.runs", "show": "smallm.cli.show", "plot": "smallm.training.report.plot",
             "watch": "smallm.cli.watch", "compare": "smallm.cli.compare", "cache": "smallm.cli.cache",
@@ -95,8 +98,8 @@ def _run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) ->
         _discard_stdout()
         if sys.platform == "win32" and error.errno == errno.EINVAL and error.filename is None:  # a closed pipe, there
             return 0
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        _print_error(f"{error}; make room or write elsewhere" if full else str(error))
+        advice = ADVICE.get(error.errno or 0)
+        _print_error(f"{error}; {advice}" if advice else str(error))
         return 2
 
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import socket
 from datetime import timedelta
 from importlib.metadata import version
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from smallm import __version__
-from smallm.errors import UserError
+from smallm.errors import ProcessError, UserError
 from smallm.inference.compiler import INSTALL
 from smallm.training.config import TrainConfig
 from smallm.training.distributed import broadcast_from_main
@@ -46,6 +47,7 @@ def build_accelerator(config: TrainConfig, resumed: str = "", threads: int = 0) 
     cpu = not torch.accelerator.is_available()  # or Accelerate expects GPUs under a launcher of several processes
     # Accelerate keeps its settings in a singleton and refuses others; a process may train twice, with two precisions.
     AcceleratorState._reset_state(reset_partial_state=True)
+    _check_meeting_point()
     processes = PartialState(cpu, timeout=COLLECTIVE_TIMEOUT)
     if cpu and threads > 0 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
@@ -70,6 +72,19 @@ def build_accelerator(config: TrainConfig, resumed: str = "", threads: int = 0) 
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UserError("FSDP version 1 is not supported; use version 2, as in configs/accelerate/fsdp.yaml")
     return accelerator
+
+
+def _check_meeting_point() -> None:
+    """Raises `ProcessError` if the host at which processes meet has no address; PyTorch would try it for hours."""
+    host = os.environ.get("MASTER_ADDR", "")
+    if host and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError as error:
+            raise ProcessError(
+                f"the processes cannot meet at MASTER_ADDR = {host!r}: {error.strerror}; give the launcher the address "
+                "of the first machine, with --main_process_ip"
+            ) from None
 
 
 def _common_precision(processes: PartialState, configured: str, resumed: str) -> str:

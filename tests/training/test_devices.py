@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
+from smallm.errors import UserError
 from smallm.training import cli, devices
 from smallm.training.checkpoint.format import read_state
 from smallm.training.checkpoint.manager import best_checkpoint
@@ -114,3 +115,10 @@ def test_a_resumed_run_keeps_its_number_of_threads(monkeypatch, threads, text_fi
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert cli.main(["--resume", run, "--train.max_steps=4"]) == 0
     assert torch.get_num_threads() == 1
+
+
+def test_a_host_without_an_address_is_one_line(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "first.machine.invalid")
+    with pytest.raises(UserError, match=r"cannot meet at MASTER_ADDR = 'first\.machine\.invalid'.*--main_process_ip"):
+        build_accelerator(TrainConfig())

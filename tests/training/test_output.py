@@ -1,5 +1,6 @@
 """Training with standard streams that nobody reads, or that are full or missing: the run finishes and is saved."""
 
+import errno
 import io
 import os
 import signal
@@ -125,6 +126,7 @@ def test_missing_streams_are_empty_while_a_command_runs(monkeypatch):
     (KeyboardInterrupt(), 130, "interrupted"),
     (RuntimeError("can't start new thread"), 2, "the system allows no more threads"),
     (MemoryError(), 2, "there is not enough memory"),
+    (OSError(errno.ENAMETOOLONG, "Long", "xx"), 2, f"[Errno {errno.ENAMETOOLONG}] Long: 'xx'; choose a shorter name"),
 ])  # fmt: skip
 def test_an_interrupt_or_a_limit_during_the_start_is_one_line(monkeypatch, capsys, error, code, message):
     """Also while a command imports NumPy and PyTorch, which takes most of the start."""
