@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from smallm.errors import UserError
-from smallm.tokenizer.text_files import text_pieces
+from smallm.tokenizer.text_files import find_files, is_pattern, text_pieces
 
 PIECE_BYTES = 1 << 16  # small enough for the progress bar to move every few seconds
 
@@ -12,21 +12,17 @@ PIECE_BYTES = 1 << 16  # small enough for the progress bar to move every few sec
 def files(names: Sequence[str]) -> list[Path]:
     """The files that names of files, folders (all .txt files below) and patterns such as `notes/**/*.md` stand for.
 
-    Raises `UserError` for a folder or a pattern without files.
+    Raises `UserError` for a folder or a pattern without files, and for a folder that cannot be read.
     """
     found: list[Path] = []
     for name in names:
-        path = Path(name)
-        if path.is_dir():
-            matches = sorted(file for file in path.rglob("*") if file.suffix.lower() == ".txt" and file.is_file())
-        elif set(name) & set("*?[") and not path.exists():
-            found_here = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
-            matches = sorted(file for file in found_here if file.is_file())
-        else:
-            matches = [path]
-        if not matches:
+        try:
+            matches = find_files(name)
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename or name}: {error.strerror}") from None
+        if not matches and (Path(name).is_dir() or is_pattern(name)):
             raise UserError(f"{name} has no text file; name files, folders with .txt files, or a pattern in quotes")
-        found += matches
+        found += matches or [Path(name)]  # opening a file that does not exist tells why
     return list(dict.fromkeys(found))
 
 

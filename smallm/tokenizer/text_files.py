@@ -1,18 +1,21 @@
-"""The text inside a file: unpacks gzip, bzip2, xz, Zstandard and ZIP, and takes one field of JSON lines and CSV."""
+"""Finds files, and reads the text inside: gzip, bzip2, xz, Zstandard and ZIP, a field of JSON lines and CSV."""
 
 import bz2
 import csv
+import glob
 import gzip
 import importlib
 import io
 import json
 import lzma
+import os
 import re
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from pathlib import PurePath
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
 from typing import Any
 
 from smallm.errors import UserError
@@ -24,6 +27,45 @@ ZIP = rb"PK\x03\x04"
 DOCUMENTS = (".docx", ".odt", ".epub", ".xlsx", ".pptx")
 DOCUMENT_MEMBERS = {"[Content_Types].xml", "mimetype"}
 DAMAGES = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError)
+
+
+def find_files(name: str, include: Sequence[str] = ("*.txt",), exclude: Sequence[str] = ()) -> list[Path]:
+    """The files that a name stands for, in the order of their paths; [] if there are none.
+
+    name: a file, a folder (the files below it that `include` names and `exclude` does not) or a pattern such as
+    `notes/**/*.md` (the files that it matches and `exclude` does not name). Raises `OSError` for a folder that cannot
+    be read.
+    """
+    path = Path(name)
+    if path.is_file():
+        return [path]
+    if name and path.is_dir():
+        files = {file.relative_to(path).as_posix(): file for file in _files(path)}
+        return [files[each] for each in sorted(files) if _matches(each, include) and not _matches(each, exclude)]
+    matches = sorted(glob.glob(name, recursive=True)) if is_pattern(name) else []  # noqa: PTH207, absolute ones too
+    return [Path(file) for file in matches if Path(file).is_file() and not _matches(file, exclude)]
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name holds a wildcard."""
+    return bool(set(name) & set("*?["))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The files below a folder. Raises `OSError` for a folder that cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        files = (Path(parent, name) for name in names)
+        yield from (file for file in files if file.is_file())
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a pattern matches the path or the name of the file, in capitals or not."""
+    paths = (name.lower(), PurePath(name).name.lower())
+    return any(fnmatchcase(path, pattern.lower()) for pattern in patterns for path in paths)
 
 
 def text_pieces(

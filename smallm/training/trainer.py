@@ -201,9 +201,10 @@ class Trainer:
                 self.forward = compile_model(self.prepared, self.accelerator, batches, self.logger.info)
 
     def _fit_micro_batch(self) -> None:
-        """Of several processes, halves the micro-batch until a forward and a backward pass fit on all of them."""
-        while self.accelerator.num_processes > 1 and sum_over_processes(self.accelerator, self._runs_out_of_memory()):
-            self._halve_micro_batch()
+        """Of several GPUs, halves the micro-batch until a forward and a backward pass fit on all of them."""
+        if self.accelerator.num_processes > 1 and self.accelerator.device.type != "cpu":
+            while sum_over_processes(self.accelerator, self._runs_out_of_memory()):
+                self._halve_micro_batch()
 
     def _runs_out_of_memory(self) -> bool:
         """Whether one forward and backward pass, beside the optimiser's moments, does not fit on this process."""

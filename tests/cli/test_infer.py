@@ -1,5 +1,6 @@
 """infer.py: text and figures on stdout and nothing else there, every mistake one line, and no PyTorch anywhere."""
 
+import errno
 import gzip
 import json
 import os
@@ -311,6 +312,22 @@ def test_a_folder_instead_of_a_file(infer, tmp_path):
     code, out, err = infer("--perplexity", tmp_path / "no texts here*")
     assert (code, out) == (2, "")
     assert "has no text file" in err
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(infer, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a text\n")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    code, out, err = infer("--perplexity", tmp_path)
+    assert (code, out) == (2, "")
+    assert "closed: Permission denied" in err
 
 
 # -- mistakes

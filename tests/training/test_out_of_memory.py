@@ -70,7 +70,7 @@ def test_several_processes_agree(text_file, limit, monkeypatch):
 
     def start(self):
         self.logger = SimpleNamespace(warning=lambda line: None)
-        self.accelerator = SimpleNamespace(num_processes=2, device=self.accelerator.device,
+        self.accelerator = SimpleNamespace(num_processes=2, device=torch.device("cuda"),
                                            no_sync=self.accelerator.no_sync,
                                            backward=self.accelerator.backward)  # fmt: skip
         self._fit_micro_batch()

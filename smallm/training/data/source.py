@@ -5,24 +5,21 @@ A byte-order mark at the beginning of a file is not part of the text. Newlines a
 """
 
 import difflib
-import glob
 import hashlib
 import io
-import os
 import re
 import secrets
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from smallm.errors import UserError
-from smallm.tokenizer.text_files import text_pieces
+from smallm.tokenizer.text_files import find_files, is_pattern, text_pieces
 from smallm.training.config import DataConfig
 from smallm.training.output import Output
 
@@ -135,19 +132,15 @@ def find_source(data: DataConfig, cache: Path) -> Source:
 
 
 def _find(name: str, data: DataConfig, cache: Path) -> Source:
-    encoding = data.encoding
     path = Path(name)
     try:
-        if path.is_file():
-            return Source(path.name, [path], encoding)
-        if name and path.is_dir():
-            files = {file.relative_to(path).as_posix(): file for file in _files(path)}
-            chosen = [n for n in sorted(files) if _matches(n, data.include) and not _matches(n, data.exclude)]
-            if not chosen:
-                patterns = " or ".join(data.include)
-                raise UserError(f"folder {name} contains no {patterns} file; pass the text itself with --data FILE, or "
-                                "other patterns with --data.include")  # fmt: skip
-            return Source(path.resolve().name, [files[name] for name in chosen], encoding)
+        files = find_files(name, data.include, data.exclude)
+        if path.is_dir() and name and not files:
+            patterns = " or ".join(data.include)
+            raise UserError(f"folder {name} contains no {patterns} file; pass the text itself with --data FILE, or "
+                            "other patterns with --data.include")  # fmt: skip
+        if files:
+            return Source(_name(path), [*files], data.encoding)
         if name and path.exists():
             raise UserError(f"{name} is neither a file nor a folder; save the text to a file, then pass --data FILE")
     except OSError as error:
@@ -156,22 +149,17 @@ def _find(name: str, data: DataConfig, cache: Path) -> Source:
         return BUILT_IN[name](cache)
     hint = f"pass --data FILE, FOLDER, {' or '.join(BUILT_IN)}"
     if name == "-":
-        return Source("standard input", [_standard_input(cache)], encoding)
+        return Source("standard input", [_standard_input(cache)], data.encoding)
     if "://" in name:
         raise UserError(f"{name[:80]!r} is a web address; download the text, then {hint}")
-    if set(name) & set("*?["):
-        matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207, Path.glob takes no absolute pattern
-        texts = [Path(file) for file in matches if Path(file).is_file() and not _matches(file, data.exclude)]
-        if texts:
-            return Source(name, [*texts], encoding)
+    if is_pattern(name):
         raise UserError(f"no file matches the pattern {name[:80]!r}; {hint}")
     raise UserError(f"there is no file or folder {name[:80]!r}{_nearest(path)}; {hint}")
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a pattern matches the path or the name of the file, in capitals or not."""
-    paths = (name.lower(), PurePath(name).name.lower())
-    return any(fnmatchcase(path, pattern.lower()) for pattern in patterns for path in paths)
+def _name(path: Path) -> str:
+    """The name of a text: that of its file or folder, or the whole pattern."""
+    return path.resolve().name if path.is_dir() else path.name if path.is_file() else str(path)
 
 
 def _standard_input(cache: Path) -> Path:
@@ -192,17 +180,6 @@ def _standard_input(cache: Path) -> Path:
         unfinished.unlink(missing_ok=True)
     print(f"text   standard input is stored in {path}; to resume, pass --data with this path", file=Output("stderr"))
     return path
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """The files below a folder. Raises `OSError` for a folder that cannot be read."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for parent, _, names in os.walk(folder, onerror=refuse):
-        files = (Path(parent, name) for name in names)
-        yield from (file for file in files if file.is_file())
 
 
 def _nearest(path: Path) -> str:
