@@ -20,7 +20,7 @@ from smallm.training.model.transformer import TransformerLanguageModel
 IDS_PER_READ = 1 << 20  # from the memory map
 IDS_PER_GPU_PASS = 1 << 16  # in one forward pass of one GPU
 LOGITS_PER_GPU_PASS = 1 << 28  # 1 GiB in float32
-GPU_PASSES_PER_POLL = 8  # on several GPUs, asking for a signal makes the host wait for the device
+GPU_PASSES_PER_SYNC = 8  # reading a loss, and asking several GPUs for a signal, makes the host wait for the device
 
 
 @torch.no_grad()
@@ -39,22 +39,30 @@ def evaluate(
     per_pass = IDS_PER_BATCH if on_cpu else ranks * ids_per_gpu_pass(model.vocab_size)
     per_read = max(IDS_PER_READ, per_pass)
     reads = (np.asarray(ids[start : start + per_read]) for start in range(0, len(ids), per_read))
-    passes: list[torch.Tensor] = []  # nats of this process, on the device until the end
+    passes_per_sync = 1 if on_cpu else GPU_PASSES_PER_SYNC
+    nats = 0.0  # of this process
+    passes: list[torch.Tensor] = []  # since the last sync; few, because they split the heap among the logits
     model.eval()
     for number, (inputs, targets) in enumerate(windows(reads, block_size, ids_per_batch=per_pass)):  # (B, T) each
-        if (on_cpu or number % GPU_PASSES_PER_POLL == 0) and interrupted():
-            model.train()
-            return None
+        if number % passes_per_sync == 0:
+            nats, passes = _add(nats, passes), []
+            if interrupted():
+                model.train()
+                return None
         mine = slice(accelerator.process_index, None, ranks)
         if len(inputs[mine]):
             passes.append(_sum_of_nats(model, inputs[mine], targets[mine], accelerator.device))
         else:  # with sharded weights (FSDP) every process has to take part in every forward pass
             _sum_of_nats(model, inputs[:1], targets[:1], accelerator.device)
     model.train()
-    nats = 0.0
+    return sum_over_processes(accelerator, _add(nats, passes)) / (characters - 1)
+
+
+def _add(nats: float, passes: list[torch.Tensor]) -> float:
+    """`nats` and the losses of some passes, added in their order; one transfer from the device."""
     for each in torch.stack(passes).tolist() if passes else ():
         nats += each
-    return sum_over_processes(accelerator, nats) / (characters - 1)
+    return nats
 
 
 def ids_per_gpu_pass(vocab_size: int) -> int:

@@ -1,5 +1,6 @@
 """smallm.training.evaluate: passes of any size give the same loss, and the KV cache gives the text without one."""
 
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,8 +62,30 @@ def test_signals_are_polled_between_some_passes_of_a_gpu(gpu, monkeypatch):
     monkeypatch.setattr(evaluation, "ids_per_gpu_pass", lambda vocab_size: 16)
     polls = []
     evaluate(FakeGPU(), random_model(), IDS, len(IDS), 16, lambda: polls.append(0) or 0)
-    assert len(polls) == -(-(5000 // 16 + 1) // evaluation.GPU_PASSES_PER_POLL)
+    assert len(polls) == -(-(5000 // 16 + 1) // evaluation.GPU_PASSES_PER_SYNC)
     assert evaluate(FakeGPU(), random_model(), IDS, len(IDS), 16, lambda: 2) is None
+
+
+@pytest.mark.parametrize(("accelerator", "limit"), [
+    (SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1), 1),
+    (FakeGPU(), evaluation.GPU_PASSES_PER_SYNC)])  # fmt: skip
+def test_losses_of_passes_do_not_pile_up(gpu, monkeypatch, accelerator, limit):
+    """Otherwise 200 MB of validation text took gigabytes: small blocks between large ones split the heap."""
+    monkeypatch.setattr(evaluation, "IDS_PER_BATCH", 16)
+    monkeypatch.setattr(evaluation, "ids_per_gpu_pass", lambda vocab_size: 16)
+    alive, most = weakref.WeakSet(), []
+    original = evaluation._sum_of_nats
+
+    def watched(*args):
+        loss = original(*args)
+        alive.add(loss)
+        most.append(len(alive))
+        return loss
+
+    monkeypatch.setattr(evaluation, "_sum_of_nats", watched)
+    evaluate(accelerator, random_model(), IDS, len(IDS), 16)
+    assert len(most) > 300
+    assert max(most) <= limit + 1  # the one just made
 
 
 def test_the_logits_of_a_pass_are_bounded():
