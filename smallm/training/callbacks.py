@@ -291,7 +291,7 @@ class Report(Callback):
             statistics = compute_statistics(corpus)
             self._record.update(findings=report_lines(corpus, statistics))
             if not resumed:
-                run.logger.info("\n".join(summary_lines(statistics)))
+                run.logger.info("\n".join(summary_lines(statistics, corpus.split)))
 
     def on_evaluation(self, run: RunSnapshot, evaluation: Evaluation) -> None:
         if evaluation.improved:

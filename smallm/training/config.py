@@ -49,8 +49,12 @@ class DataConfig:
         "UTF-8 bytes.", at_least=1,
     )  # fmt: skip
     val_fraction: float = option(
-        0.1, "Fraction of the text, at its end, that is held out for validation.", more_than=0, less_than=1
+        0.1, "Fraction of the text that is held out for validation.", more_than=0, less_than=1
     )
+    split: Literal["tail", "blocks"] = option(
+        "tail", "Part of the text that is held out: tail = its end, blocks = the ends of 50 blocks of the same length, "
+        "for a text whose end differs from the rest.",
+    )  # fmt: skip
     normalise: Literal["none", "nfc"] = option(
         "none", "Unicode normalisation; nfc joins a letter and its accents into one character where Unicode has one."
     )

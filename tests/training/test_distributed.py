@@ -78,7 +78,8 @@ def metrics(run, kind):
 
 def test_two_processes_train_as_one_and_one_process_can_resume(text_file, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    done = launch(ACCELERATE, "--data", str(text_file), "--out", str(two), *TOY, "--train.max_steps=20")
+    toy = [*TOY, "--data.split=blocks"]
+    done = launch(ACCELERATE, "--data", str(text_file), "--out", str(two), *toy, "--train.max_steps=20")
     assert done.returncode == 0, done.stderr
     assert "2 process" in done.stderr
     assert done.stderr.count("owls.txt") == 1  # the second process is silent
@@ -87,7 +88,7 @@ def test_two_processes_train_as_one_and_one_process_can_resume(text_file, tmp_pa
 
     # The learning rate is constant, so a longer run by one process has to give the same result.
     assert cli.main(["--resume", str(two), "--train.max_steps=24"]) == 0
-    assert cli.main(["--data", str(text_file), "--out", str(one), *TOY, "--train.max_steps=24"]) == 0
+    assert cli.main(["--data", str(text_file), "--out", str(one), *toy, "--train.max_steps=24"]) == 0
     assert_same(two, one, 24)
     ours, theirs = ({line["step"]: line["train_loss"] for line in metrics(run, "eval")} for run in (two, one))
     assert [ours[step] for step in (10, 20)] == pytest.approx([theirs[step] for step in (10, 20)], abs=1e-4)

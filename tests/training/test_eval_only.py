@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from toys import without_charts
 
 from smallm.training import cli
 from smallm.training.profiled import TRACE
@@ -36,6 +37,18 @@ def test_the_loss_of_the_run_again(tiny_run, capsys):
     out = capsys.readouterr().out
     assert f"{found['nats_per_char']:.4f} nats per character (cross-entropy)" in out
     assert out.count("\n") == 1
+
+
+def test_a_run_on_blocks(text_file, tmp_path, capsys, monkeypatch):
+    """`validation.txt` holds the ends of the blocks, and is measured as the run measured it."""
+    without_charts(monkeypatch)
+    toy = ["--model.n_layer=1", "--model.n_head=1", "--model.n_embd=32", "--model.block_size=16", "--train.max_steps=2"]
+    run = tmp_path / "run"
+    assert cli.main(["--data", str(text_file), "--out", str(run), *toy, "--data.split=blocks"]) == 0
+    assert measured(capsys, run)["nats_per_char"] == pytest.approx(best(run), abs=1e-6)
+    text, held_out = text_file.read_text(encoding="utf-8"), (run / "validation.txt").read_text(encoding="utf-8")
+    assert held_out not in text
+    assert set(held_out.splitlines(keepends=True)) <= set(text.splitlines(keepends=True))
 
 
 def test_another_text_and_its_encoding(tiny_run, tmp_path, capsys):

@@ -1,7 +1,9 @@
 """Baselines: bits per character that compressors and an n-gram model need for the validation text, beside a model's.
 
 All of them learn from the end of the training part, as much as their windows or limits hold, and are measured on the
-beginning of the validation part. The work is bounded; the results are cached.
+beginning of the validation part. Under `data.split blocks`, where the end of the training part is the end of the text,
+passages of the training part are shuffled first, and passages of a long validation part are chosen from all of it. The
+work is bounded; the results are cached.
 """
 
 import bz2
@@ -16,13 +18,16 @@ import numpy as np
 
 from smallm.inference.scoring import begins_character
 from smallm.runs.baselines_file import Baseline
+from smallm.training.analysis.characters import spread
 from smallm.training.analysis.ngram import best_ngram
 from smallm.training.cache import cached_json, read_cached_json
 from smallm.training.data.corpus import Corpus
+from smallm.training.data.store import MappedIds
 
 VERSION = 2  # of the cached results
 MAX_VAL = 1 << 20  # ids of the validation part that are measured on
 MAX_NGRAM = 1 << 22  # ids of the training part that the n-gram model learns from
+PASSAGE = 1 << 16  # ids
 DEFLATE_WINDOW = 1 << 15
 BZIP2_BLOCK = 900_000
 XZ_WINDOW = 1 << 22  # bytes of the training part; the dictionary holds them and the validation part
@@ -82,22 +87,34 @@ def _cache(corpus: Corpus) -> Path:
 
 
 def _measure(corpus: Corpus) -> list[Baseline]:
-    val_ids = np.asarray(corpus.val_ids[:MAX_VAL])
-    train_ids = np.asarray(corpus.train_ids[max(0, len(corpus.train_ids) - MAX_NGRAM) :])
+    if corpus.split == "blocks":
+        val_ids, train_ids = _passages(corpus.val_ids, MAX_VAL), _passages(corpus.train_ids, MAX_NGRAM, mixed=True)
+        first = last = "a sample of"
+    else:
+        first, last = "the first", "its last"
+        val_ids = np.asarray(corpus.val_ids[:MAX_VAL])
+        train_ids = np.asarray(corpus.train_ids[max(0, len(corpus.train_ids) - MAX_NGRAM) :])
     characters = int(np.count_nonzero(begins_character(val_ids)))
     before, val = corpus.vocabulary.decode_bytes(train_ids), corpus.vocabulary.decode(val_ids).encode()
-    part = "" if len(val_ids) == len(corpus.val_ids) else f"the first {characters:,} characters of "
+    part = "" if len(val_ids) == len(corpus.val_ids) else f"{first} {characters:,} characters of "
     measured_on = f"on {part}the validation text"
     with ThreadPoolExecutor() as pool:  # the compressors release Python's lock
         sizes = [(name, pool.submit(size, before, val), how) for name, size, how in COMPRESSORS]
         order, bits = best_ngram(train_ids, val_ids[1:], corpus.vocabulary.size)
         results = [Baseline(name, 8 * size.result() / characters, f"{how}; {measured_on}") for name, size, how in sizes]
-    part = "the training text" if len(train_ids) == len(corpus.train_ids) else f"its last {len(train_ids):,} ids"
+    part = "the training text" if len(train_ids) == len(corpus.train_ids) else f"{last} {len(train_ids):,} ids"
     how = (
         f"character n-gram model (interpolated modified Kneser-Ney) of order {order}, which was chosen on the end of "
         f"the training text; trained on {part}; {measured_on}"
     )
     return [*results, Baseline(f"{order}-gram", bits / max(1, characters - 1), how)]
+
+
+def _passages(ids: MappedIds, limit: int, mixed: bool = False) -> np.ndarray:
+    """The ids, or about `limit` of them in evenly spaced passages; mixed: shuffle the passages, always alike."""
+    passages = spread(len(ids), limit, PASSAGE)
+    order = np.random.RandomState(0).permutation(len(passages)) if mixed else range(len(passages))
+    return np.concatenate([ids[slice(*passages[each])] for each in order])
 
 
 def _gzip(before: bytes, val: bytes) -> int:

@@ -29,15 +29,15 @@ def check(data: DataConfig) -> int:
     return 0
 
 
-def summary_lines(statistics: TextStatistics) -> list[str]:
-    """For the start of training: the warnings, or one line if there are none."""
-    lines = warnings(statistics) or [f"{_characters(statistics)}; no problems found"]
+def summary_lines(statistics: TextStatistics, split: str = "tail") -> list[str]:
+    """For the start of training: the warnings, or one line if there are none. split: as `data.split`."""
+    lines = warnings(statistics, split) or [f"{_characters(statistics)}; no problems found"]
     return [f"check  {line}" for line in lines]
 
 
 def report_lines(corpus: Corpus, statistics: TextStatistics) -> list[str]:
     """The full report: the statistics and all warnings."""
-    s, problems = statistics, warnings(statistics)
+    s, problems = statistics, warnings(statistics, corpus.split)
     lines = s.crlf + s.lf
     sample = "" if s.characters_read == s.train_characters else f"; {s.characters_read:,} of the former were read"
     kinds = [f"{number:,} {kind}" for kind, number in (("LF", s.lf), ("CR LF", s.crlf), ("CR", s.cr)) if number]
@@ -58,9 +58,14 @@ def report_lines(corpus: Corpus, statistics: TextStatistics) -> list[str]:
     ]
 
 
-def warnings(statistics: TextStatistics) -> list[str]:
-    """The problems of a text, one line each: what was found, what follows from it, what to do. Most severe first."""
-    return [line for group in (_reading_problems, _loss_problems, _style_problems) for line in group(statistics)]
+def warnings(statistics: TextStatistics, split: str = "tail") -> list[str]:
+    """The problems of a text, one line each: what was found, what follows from it, what to do. Most severe first.
+
+    split: as `data.split`.
+    """
+    s = statistics
+    return [*_reading_problems(s), *_loss_problems(s), *_split_problems(s, split), *_length_problems(s),
+            *_style_problems(s)]  # fmt: skip
 
 
 def _reading_problems(s: TextStatistics) -> Iterator[str]:
@@ -110,21 +115,30 @@ def _loss_problems(s: TextStatistics) -> Iterator[str]:
             f"{_percent(s.repeated)} of the training text repeats an earlier part of it{example}: "
             "the model will memorise these passages; remove duplicates unless the repetition is intended"
         )
+
+
+def _split_problems(s: TextStatistics, split: str) -> Iterator[str]:
+    """Signs that the validation part is of another kind than the training part."""
+    remedy = "; add --data.split blocks to measure on parts of the whole text" if split == "tail" else ""
+    part = "the end, on which the loss is measured," if split == "tail" else "the validation text"
     if s.unseen_share >= UNSEEN:
         yield (
             f"{_percent(s.unseen_share)} of the validation text are characters that never occur in the training text "
-            f"({_quoted(s.unseen)}): the end differs from the rest; shuffle the documents before joining them"
+            f"({_quoted(s.unseen)}): {part} differs from the rest{remedy}"
         )
-    elif s.sorted_lines >= SORTED and s.lf >= MIN_LINES:
+    elif s.sorted_lines >= SORTED and s.lf >= MIN_LINES and split == "tail":
         yield (
             f"{_percent(s.sorted_lines)} of the lines are in alphabetical order, so the end, on which the loss is "
-            "measured, has other words than the rest; shuffle the lines"
+            f"measured, has other words than the rest{remedy}, or shuffle the lines"
         )
     elif s.tail_distance >= TAIL_DISTANCE and s.tail_bits >= TAIL_BITS * s.middle_bits:
         yield (
-            f"the end, on which the loss is measured, differs from the rest: an n-gram model needs {s.tail_bits:.2f} "
-            f"bits per character there and {s.middle_bits:.2f} elsewhere; shuffle the documents, or the lines of a list"
+            f"{part} differs from the rest: an n-gram model needs {s.tail_bits:.2f} bits per character there and "
+            f"{s.middle_bits:.2f} elsewhere{remedy}"
         )
+
+
+def _length_problems(s: TextStatistics) -> Iterator[str]:
     if s.train_characters < SHORT_TEXT:
         yield (
             f"only {s.train_characters:,} characters to train on: the model will soon memorise them; "

@@ -18,6 +18,7 @@ from smallm.training.config import DataConfig
 from smallm.training.data import store
 from smallm.training.data.encoding import Survey, encode, survey
 from smallm.training.data.source import Source, find_source
+from smallm.training.data.split import split_key, split_text
 from smallm.training.data.store import MappedIds
 
 IDS_PER_PIECE = 1 << 18
@@ -29,9 +30,9 @@ class Corpus:
     """A text as ids, cut once into a training part and the validation part that follows it.
 
     train_ids, val_ids: (N,) of the vocabulary's dtype, read-only. train_characters, val_characters: the lengths of the
-    same parts in characters (code points). fingerprint: SHA-256 of the whole text in UTF-8, in hex. start_text: the
-    character that generation from an empty seed starts from: a newline if the training part has one, otherwise its
-    first character. folder: where the ids are stored.
+    same parts in characters (code points). fingerprint: SHA-256 of the whole text in UTF-8, in hex, in the order of the
+    parts. start_text: the character that generation from an empty seed starts from: a newline if the training part has
+    one, otherwise its first character. folder: where the ids are stored. split: the `data.split` of the parts.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Corpus:
     fingerprint: str
     start_text: str
     folder: Path = field(repr=False)
+    split: str = "tail"
 
     def val_text(self) -> str:
         """The validation part as text."""
@@ -79,24 +81,27 @@ def open_corpus(
 
 
 def _open(text: Source, data: DataConfig, base: Vocabulary, cache: Path, progress: bool) -> Corpus:
-    def split(known: Survey) -> tuple[int, Vocabulary, Path]:
-        train_characters = _train_characters(text.name, known.characters, data.val_fraction)
+    key = (data.min_count, *split_key(data))
+
+    def parts(known: Survey) -> tuple[int, Vocabulary, Path]:
+        train_characters = _train_characters(text.name, known, data.val_fraction)
         vocabulary = known.vocabulary(train_characters, base)
         return train_characters, vocabulary, store.ids_folder(cache, known.fingerprint, vocabulary.hex_tokens().split())
 
     stored = None
-    if remembered := store.recall(cache, text, data.min_count):
+    if remembered := store.recall(cache, text, key):
         known = Survey(**remembered)
-        train_characters, vocabulary, folder = split(known)
+        train_characters, vocabulary, folder = parts(known)
         stored = store.load(folder)
     if stored is None:  # read it, also if it is remembered: `encode` must get the fingerprint of the text as it is now
         before = store.stamps(text)
-        known = survey(text, data.min_count, progress)
-        store.remember(cache, text, data.min_count, before, asdict(known))
-        train_characters, vocabulary, folder = split(known)
-        stored = store.load(folder) or store.build(
-            folder, lambda folder: encode(text, vocabulary, known.fingerprint, folder, progress), progress
-        )
+        with split_text(text, data, cache, progress) as ordered:
+            known = survey(ordered, data.min_count, progress)
+            store.remember(cache, text, key, before, asdict(known))
+            train_characters, vocabulary, folder = parts(known)
+            stored = store.load(folder) or store.build(
+                folder, lambda folder: encode(ordered, vocabulary, known.fingerprint, folder, progress), progress
+            )
     if stored is None:
         raise UserError(f"{cache} was changed while it was being written; run the command again")
     ids, marks = stored
@@ -106,12 +111,14 @@ def _open(text: Source, data: DataConfig, base: Vocabulary, cache: Path, progres
         text.name, vocabulary, train_ids, val_ids,
         train_characters, known.characters - train_characters, known.fingerprint,
         start_text="\n" if known.first_newline < train_characters else known.first_character, folder=folder,
+        split=data.split,
     )  # fmt: skip
 
 
-def _train_characters(name: str, characters: int, val_fraction: float) -> int:
+def _train_characters(name: str, known: Survey, val_fraction: float) -> int:
     """How many of the characters are for training; the others are for validation. Raises `UserError` if too few."""
-    train = int(characters * (1 - Fraction(str(val_fraction))))  # 1/10 for 0.1, not the nearest float
+    characters = known.characters
+    train = known.train_characters or int(characters * (1 - Fraction(str(val_fraction))))  # 1/10 for 0.1
     val = characters - train
     if not characters:
         raise UserError(f"{name} is empty; pass a text with --data FILE")

@@ -13,7 +13,7 @@ import numpy as np
 from smallm.errors import UserError
 from smallm.inference.processors import usable_processors
 from smallm.tokenizer.vocabulary import CODE_POINTS, Vocabulary, count_characters
-from smallm.training.data.source import Source
+from smallm.training.data.source import Text
 from smallm.training.data.store import IDS
 
 MAX_THREADS = 4  # besides the caller's thread; one thread decodes the text for all others and is the limit
@@ -37,13 +37,15 @@ class Survey:
     frequent_from: dict[str, int]
     """For each non-ASCII character that occurs `min_count` times: the length in characters of the shortest beginning
     of the text in which it occurs that often."""
+    train_characters: int = 0
+    """As in `Text`."""
 
     def vocabulary(self, characters: int, base: Vocabulary) -> Vocabulary:
         """`base`, extended by the characters that occur `min_count` times in the first `characters` of the text."""
         return base.extended(character for character, length in self.frequent_from.items() if length <= characters)
 
 
-def survey(source: Source, min_count: int, progress: bool) -> Survey:
+def survey(source: Text, min_count: int, progress: bool) -> Survey:
     """Reads the text once. Raises `UserError` if it cannot be read or decoded, or has lone surrogates."""
     digest, counts, characters, first, newline = hashlib.sha256(), np.zeros(CODE_POINTS, np.int64), 0, "", -1
     frequent_from = {}
@@ -57,10 +59,13 @@ def survey(source: Source, min_count: int, progress: bool) -> Survey:
         if newline < 0 and (place := text.find("\n")) >= 0:
             newline = characters + place
         characters += len(text)
-    return Survey(digest.hexdigest(), characters, first, newline if newline >= 0 else characters, frequent_from)
+    return Survey(
+        digest.hexdigest(), characters, first, newline if newline >= 0 else characters, frequent_from,
+        source.train_characters,
+    )  # fmt: skip
 
 
-def encode(source: Source, vocabulary: Vocabulary, fingerprint: str, folder: Path, progress: bool) -> dict[str, Any]:
+def encode(source: Text, vocabulary: Vocabulary, fingerprint: str, folder: Path, progress: bool) -> dict[str, Any]:
     """Writes the ids of the text into `folder`; returns the facts that are needed to use them.
 
     Facts: dtype; ids: their number; marks: [characters, ids] up to some points of the text, the first one [0, 0].

@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from tqdm import tqdm
 
@@ -67,9 +67,35 @@ def combines(character: str) -> bool:
     return unicodedata.category(character)[0] == "M" or "\u1160" <= character <= "\u11ff"
 
 
+class Text(Protocol):
+    """A text that can be read any number of times."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def train_characters(self) -> int:
+        """The length of the training part at the beginning; 0 if `data.val_fraction` gives this length."""
+
+    def pieces(self, label: str, progress: bool) -> Iterator[str]:
+        """Yields the text in pieces of bounded size, none of them empty.
+
+        label: names the progress bar. progress: show the bar on stderr; only for texts of 20 MB and more.
+        """
+
+
+def progress_bar(label: str, size: int, progress: bool) -> "tqdm[Any]":
+    """A bar on stderr for reading `size` bytes; without `progress`, or for less than 20 MB, a silent one."""
+    silent = not progress or size < PROGRESS_FROM_BYTES
+    return tqdm(
+        total=size, desc=label, unit="B", unit_scale=True, leave=False, disable=silent, file=Output("stderr")
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Source:
-    """A text that can be read any number of times.
+    """A `Text` as files, which are read in one order.
 
     parts: files, or texts in memory as bytes; a newline is inserted between two parts if the first does not end in one.
     """
@@ -80,19 +106,14 @@ class Source:
     tidy: Tidy = field(default_factory=Tidy)
     field: str = "text"
     """Key or column of the text in JSON lines and CSV."""
+    train_characters: int = 0
 
     def pieces(self, label: str, progress: bool) -> Iterator[str]:
-        """Yields the text in pieces of bounded size, none of them empty.
-
-        label: names the progress bar. progress: show the bar on stderr; only for texts of 20 MB and more.
-        Raises `UserError` for files that cannot be read or decoded.
-        """
+        """See `Text`. Raises `UserError` for files that cannot be read or decoded."""
         last = "\n"
         try:
             size = sum(part.stat().st_size if isinstance(part, Path) else len(part) for part in self.parts)
-            silent = not progress or size < PROGRESS_FROM_BYTES
-            with tqdm(total=size, desc=label, unit="B", unit_scale=True, leave=False, disable=silent,
-                      file=Output("stderr")) as bar:  # fmt: skip
+            with progress_bar(label, size, progress) as bar:
                 for part in self.parts:
                     separator = "" if last == "\n" else "\n"
                     for text in self._read(part, bar):

@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -103,27 +103,32 @@ def stamps(source: Source) -> Stamps | None:
     return [[path, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev] for path, s in status]
 
 
-def recall(cache: Path, source: Source, min_count: int) -> dict[str, Any] | None:
-    """The survey that `remember` stored for these files, if they have not changed since; otherwise None."""
+def recall(cache: Path, source: Source, key: Sequence[object]) -> dict[str, Any] | None:
+    """The survey that `remember` stored for these files, if they have not changed since; otherwise None.
+
+    key: the settings, besides those of the source, on which the survey depends.
+    """
     now = stamps(source)
-    known = read_json(_entry(cache, source, min_count, now)) if now else None
+    known = read_json(_entry(cache, source, key, now)) if now else None
     return known["survey"] if known and known["stamps"] == now else None
 
 
-def remember(cache: Path, source: Source, min_count: int, before: Stamps | None, survey: dict[str, Any]) -> None:
+def remember(
+    cache: Path, source: Source, key: Sequence[object], before: Stamps | None, survey: dict[str, Any]
+) -> None:
     """Stores the survey of the files. before: their stamps when reading began; files changed since are not stored."""
     with suppress(OSError):  # a read-only cache is still useful
         if not before or before != stamps(source):
             return
         newest = max(max(mtime, ctime) for _, _, mtime, ctime, _, _ in before)
         if time.time() - newest / 1e9 > SETTLED_SECONDS:
-            write_json(_entry(cache, source, min_count, before), {"stamps": before, "survey": survey})
+            write_json(_entry(cache, source, key, before), {"stamps": before, "survey": survey})
 
 
-def _entry(cache: Path, source: Source, min_count: int, stamps: Stamps) -> Path:
+def _entry(cache: Path, source: Source, key: Sequence[object], stamps: Stamps) -> Path:
     paths = (path for path, *_ in stamps)
-    key = digest([INDEX_FORMAT, source.encoding, source.tidy, source.field, min_count, *paths])
-    return cache / "sources" / f"{key}.json"
+    name = digest([INDEX_FORMAT, source.encoding, source.tidy, source.field, *key, *paths])
+    return cache / "sources" / f"{name}.json"
 
 
 # -- ids of texts

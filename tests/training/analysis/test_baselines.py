@@ -141,6 +141,22 @@ def test_the_work_on_long_texts_is_bounded(tmp_path, monkeypatch):
     assert "the first 1,000 characters of the validation text" in last.how
 
 
+def test_baselines_of_blocks_learn_from_the_whole_text(tmp_path, monkeypatch):
+    """Of a text whose second half is of another kind, which alone would be learnt from."""
+    monkeypatch.setattr("smallm.training.data.split.MIN_BLOCK_BYTES", 1000)
+    text = TEXT[:20_000] + TEXT[:20_000].swapcase()
+    whole = figures(opened(tmp_path, text, split="blocks"))
+    monkeypatch.setattr(baselines, "PASSAGE", 500)
+    monkeypatch.setattr(baselines, "MAX_VAL", 2000)
+    monkeypatch.setattr(baselines, "MAX_NGRAM", 18_000)
+    corpus = opened(tmp_path, text, split="blocks", cache=tmp_path / "other")
+    *_, last = baselines.measure_baselines(corpus)
+    assert last.bits_per_char == pytest.approx(whole["gram"], rel=0.2)
+    assert "trained on a sample of 18,000 ids; on a sample of 2,000 characters of the validation text" in last.how
+    monkeypatch.setattr(baselines, "_passages", lambda ids, limit, mixed=False: ids[-limit:] if mixed else ids[:limit])
+    assert baselines._measure(corpus)[-1].bits_per_char > 1.5 * whole["gram"]
+
+
 @pytest.mark.parametrize("text", ["abcd", "aaaa", "a" * 100, "é€中🎉", "\n\n\n\n\n"])
 def test_tiny_texts_have_baselines_too(tmp_path, text):
     for bits in figures(opened(tmp_path, text, val_fraction=0.5)).values():

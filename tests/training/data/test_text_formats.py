@@ -79,6 +79,15 @@ def test_each_format_gives_the_ids_of_the_plain_text(tmp_path, monkeypatch, plai
     assert ids(tmp_path / name) == plain
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_blocks_of_each_format_are_those_of_the_plain_text(tmp_path, monkeypatch, plain, name):
+    monkeypatch.setattr("smallm.training.data.split.MIN_BLOCK_BYTES", 500)
+    (tmp_path / name).write_bytes(FORMATS[name]())
+    found = ids(tmp_path / name, split="blocks")
+    assert found == ids(tmp_path / "plain.txt", split="blocks")
+    assert found != plain
+
+
 def test_the_field_of_records(tmp_path, plain):
     (tmp_path / "a.jsonl").write_bytes(json_lines("body"))
     assert ids(tmp_path / "a.jsonl", field="body") == plain
