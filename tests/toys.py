@@ -30,9 +30,11 @@ LATER_VOCABULARY = Vocabulary.from_characters("中é").extended("𝄞ñ").extend
 GREEDY = Sampling(temperature=0)
 
 
-def open_corpus(source: str | Path, *, cache: Path | None = None, progress: bool = True, **settings) -> Corpus:
+def open_corpus(
+    source: str | Path, *, cache: Path | None = None, progress: bool = True, seed: int = 1, **settings
+) -> Corpus:
     """The text with these settings of `DataConfig`."""
-    return corpus.open_corpus(DataConfig(source=str(source), **settings), cache=cache, progress=progress)
+    return corpus.open_corpus(DataConfig(source=str(source), **settings), cache=cache, progress=progress, seed=seed)
 
 
 def random_model(vocabulary: Vocabulary = TOY_VOCABULARY, **config) -> TransformerLanguageModel:

@@ -26,6 +26,9 @@ Stream = Any  # a binary file with `read` and `peek`: BufferedReader, GzipFile, 
 ZIP = rb"PK\x03\x04"
 DOCUMENTS = (".docx", ".odt", ".epub", ".xlsx", ".pptx")
 DOCUMENT_MEMBERS = {"[Content_Types].xml", "mimetype"}
+MAX_LINE_ENDS = 16  # characters after a separator
+DOCUMENT_END = "\udfff"
+"""A separator that no text holds, because UTF-8 cannot encode it."""
 DAMAGES = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError)
 
 
@@ -69,18 +72,18 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def text_pieces(
-    file: Stream, name: object, encoding: str, piece_bytes: int, field: str = "text"
+    file: Stream, name: object, encoding: str, piece_bytes: int, field: str = "text", separator: str = "\n"
 ) -> Iterator[tuple[str, int]]:
     """The text of a file in pieces, each with the number of bytes of the file that were read for it.
 
     file: a buffered binary file, compressed or not; the first bytes tell. A ZIP archive gives its files in the order of
     their names. name: of the file, for messages; .jsonl, .ndjson, .csv and .tsv (before .gz and the like) are read
-    record by record. field: key or column with the text of a record. A newline follows each record, and each file of an
-    archive, that does not end in one. Raises `UserError` for a file that is damaged, has no such field, or is no text.
+    record by record. field: key or column with the text of a record. separator: follows each record, and each file of
+    an archive, as `ending` says. Raises `UserError` for a file that is damaged, has no such field, or is no text.
     """
     before, seekable = 0, file.seekable()
     try:
-        for text in _texts(file, str(name), encoding, piece_bytes, field):
+        for text in _texts(file, str(name), encoding, piece_bytes, field, separator):
             now = file.tell() if seekable else 0
             yield text, now - before
             before = now
@@ -93,21 +96,33 @@ def text_pieces(
         raise UserError(f"{name} is damaged or encrypted: {error}; pass an intact file") from None
 
 
-def _texts(stream: Stream, name: str, encoding: str, piece_bytes: int, field: str) -> Iterator[str]:
+def ending(text: str, separator: str) -> str:
+    """What to write after a document that ends with `text`: the separator, unless it is there, also before line ends.
+
+    A newline is written before `DOCUMENT_END` if there is none.
+    """
+    if text.endswith(separator) or text.rstrip("\r\n").endswith(separator):
+        return ""
+    return "\n" + separator if separator == DOCUMENT_END and not text.endswith("\n") else separator
+
+
+def _texts(
+    stream: Stream, name: str, encoding: str, piece_bytes: int, field: str, separator: str
+) -> Iterator[str]:
     head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]
     if re.match(ZIP, head):
         for member, opened in _members(stream, name):
             with opened:
-                yield from _ended(_texts(opened, member, encoding, piece_bytes, field))
+                yield from _ended(_texts(opened, member, encoding, piece_bytes, field, separator), separator)
         return
     if unpack := next((unpack for pattern, unpack in UNPACK.items() if re.match(pattern, head)), None):
         inner = re.sub(r"\.(gz|bz2|xz|zst)$", "", name, flags=re.IGNORECASE)
         with unpack(stream, name) as unpacked:
-            yield from _texts(unpacked, inner, encoding, piece_bytes, field)
+            yield from _texts(unpacked, inner, encoding, piece_bytes, field, separator)
         return
     texts: Iterator[str] = (text for text, _ in decoded(stream, name, encoding, piece_bytes))
     if records := RECORDS.get(PurePath(name).suffix.lower()):
-        texts = _gathered(records(texts, name, field), piece_bytes)
+        texts = _gathered(records(texts, name, field), piece_bytes, separator)
     yield from texts
 
 
@@ -212,12 +227,12 @@ def _lines(texts: Iterator[str]) -> Iterator[str]:
         yield last
 
 
-def _gathered(records: Iterator[str], characters: int) -> Iterator[str]:
-    """The records, each with a newline at its end, in pieces of about so many characters."""
+def _gathered(records: Iterator[str], characters: int, separator: str) -> Iterator[str]:
+    """The records, each with a separator at its end, in pieces of about so many characters."""
     held: list[str] = []
     size = 0
     for record in records:
-        held.append(record if record.endswith("\n") else record + "\n")
+        held.append(record + ending(record, separator))
         size += len(held[-1])
         if size >= characters:
             yield "".join(held)
@@ -225,11 +240,16 @@ def _gathered(records: Iterator[str], characters: int) -> Iterator[str]:
     yield "".join(held)
 
 
-def _ended(texts: Iterator[str]) -> Iterator[str]:
-    """The pieces of a text, with a newline at its end."""
-    last = "\n"
+def _ended(texts: Iterator[str], separator: str) -> Iterator[str]:
+    """The pieces of a text, with a separator at its end; an empty text stays empty."""
+    tail = ""
     for text in texts:
         yield text
-        last = text[-1:] or last
-    if last != "\n":
-        yield "\n"
+        tail = last_part(tail + text, separator)
+    if tail and (end := ending(tail, separator)):
+        yield end
+
+
+def last_part(text: str, separator: str) -> str:
+    """The end of a text, as much of it as `ending` needs."""
+    return text[-len(separator) - MAX_LINE_ENDS :]

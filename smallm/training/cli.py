@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from smallm.cli.arguments import ArgumentParser
 from smallm.errors import UserError
+from smallm.options import unescaped
 from smallm.training.config import SECTIONS
 from smallm.training.model.kernels.compiler import compile_kernels, has_bf16
 from smallm.training.output import Output
@@ -116,7 +117,10 @@ def _parse_flags(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     if "data.source" in given and len(given["data.source"]) == 1:
         given["data.source"] = given["data.source"][0]
     types = {f"{name}.{f.name}": f.type for name, section in SECTIONS.items() for f in fields(section)}
-    return {key: _read(text, types[key]) for key, text in given.items()}, options
+    settings = {key: _read(text, types[key]) for key, text in given.items()}
+    if "data.separator" in settings:
+        settings["data.separator"] = unescaped(settings["data.separator"])
+    return settings, options
 
 
 def _evaluate_only(run: Path, as_json: bool, settings: dict[str, Any], options: dict[str, Any]) -> int:
@@ -135,7 +139,7 @@ def _check_text(text: str, settings: dict[str, Any], options: dict[str, Any]) ->
         raise UserError("--check only reports on a text; leave out --resume and --out, or --check")
     from smallm.training.analysis.text_check import check
 
-    return check(load_config(*options["configs"], settings=settings | {"data.source": text}).data)
+    return check(load_config(*options["configs"], settings=settings | {"data.source": text}))
 
 
 def _read(text: Any, kind: Any) -> Any:

@@ -51,9 +51,13 @@ class DataConfig:
     val_fraction: float = option(
         0.1, "Fraction of the text that is held out for validation.", more_than=0, less_than=1
     )
-    split: Literal["tail", "blocks"] = option(
-        "tail", "Part of the text that is held out: tail = its end, blocks = the ends of 50 blocks of the same length, "
-        "for a text whose end differs from the rest.",
+    split: Literal["tail", "blocks", "documents"] = option(
+        "tail", "Part of the text that is held out: tail = its end; blocks = the ends of 50 blocks of the same length, "
+        "for a text whose end differs from the rest; documents = whole documents, which are shuffled.",
+    )  # fmt: skip
+    separator: str = option(
+        "", "String that ends each document, such as '<|endoftext|>'; written after each record and each file that "
+        "does not end with it. Empty = a newline, and each record, or else each file, is a document.",
     )  # fmt: skip
     normalise: Literal["none", "nfc"] = option(
         "none", "Unicode normalisation; nfc joins a letter and its accents into one character where Unicode has one."

@@ -48,7 +48,7 @@ def run_training(request: Request, started: float, last: bool = True) -> int:
         folder = _newest_checkpoint(accelerator, out) if request.resume else None
         origin = load_origin(accelerator, config, out) if config.train.init_from and folder is None else None
         base = origin.vocabulary if origin else base_vocabulary(folder)
-        corpus = open_text(accelerator, config.data, base)
+        corpus = open_text(accelerator, config, base)
         # The end takes about as long as the imports, since both depend on the machine, besides the measurements.
         end = max(END_SECONDS, imports) + seconds_to_reserve(corpus, 60 * config.train.minutes)
         end += origin.seconds if origin else 0

@@ -110,9 +110,10 @@ def test_two_runs_are_bitwise_equal(train):
     [
         {"optim__name": "muon", "model__dropout": 0.1, "train__micro_batch_size": 2, "model__n_kv_head": 1,
          "train__short_windows": "[4, 8]", "train__short_until": "[0.3, 0.7]", "data__split": "blocks"},
-        {"optim__name": "adamw", "optim__learning_rate": 0.01, "optim__schedule": "cosine", "train__log_every": 3},
+        {"optim__name": "adamw", "optim__learning_rate": 0.01, "optim__schedule": "cosine", "train__log_every": 3,
+         "data__split": "documents", "data__separator": ".\n"},
     ],
-    ids=["muon, dropout, accumulation, short windows, blocks", "adamw, cosine"],
+    ids=["muon, dropout, accumulation, short windows, blocks", "adamw, cosine, documents"],
 )
 def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(train, capsys, changes):
     straight = train("straight", **changes)
@@ -477,6 +478,7 @@ def test_resume_when_the_text_is_gone_is_one_line(refused, run, text_file, monke
     [("--model.n_layer", "3"), ("--model.n_layer", "1"), ("--model.n_embd", "64"), ("--model.n_kv_head", "2"),
      ("--model.n_inner", "64"), ("--optim.name", "adamw"), ("--data.val_fraction", "0.2"),
      ("--data.min_count", "5000"), ("--data.normalise", "nfc"), ("--data.newlines", "lf"), ("--data.split", "blocks"),
+     ("--data.separator", "."),
      ("--model.rope_theta", "500"), ("--model.window", "8"), ("--model.dropout", "0.5"), ("--model.block_size", "16"),
      ("--train.batch_size", "4"), ("--train.seed", "77"), ("--train.mixed_precision", "bf16"),
      ("--optim.weight_decay", "0.25"), ("--optim.momentum", "0.5"), ("--optim.grad_clip", "7")],

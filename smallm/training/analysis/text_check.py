@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from smallm.training.analysis.baselines import measure_baselines
 from smallm.training.analysis.text_statistics import CONTROLS, LEAK_WIDTH, RARE, TextStatistics, compute_statistics
-from smallm.training.config import DataConfig
+from smallm.training.config import Config
 from smallm.training.data.corpus import Corpus, open_corpus
 
 LEAK, REPEATED = 0.04, 0.1  # shares that are worth a warning; turns of phrase alone make up some percent
@@ -20,9 +20,9 @@ MISREAD = 5  # pairs; fewer may be intended
 EXAMPLE = 40  # characters of an example
 
 
-def check(data: DataConfig) -> int:
+def check(config: Config) -> int:
     """Prints the report on stdout and returns 0. Raises `UserError` for a text that cannot be read."""
-    corpus = open_corpus(data)
+    corpus = open_corpus(config.data, seed=config.train.seed)
     print(*report_lines(corpus, compute_statistics(corpus)), sep="\n", flush=True)
     figures = ", ".join(f"{one.name} {one.bits_per_char:.3f}" for one in measure_baselines(corpus))
     print(f"beat     {figures}: bits per character of the validation text; a useful model needs fewer")

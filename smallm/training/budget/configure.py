@@ -13,7 +13,7 @@ from smallm.tokenizer.vocabulary import Vocabulary
 from smallm.training.budget.clock import Clock
 from smallm.training.budget.planner import MAX_EPOCHS, SHAPE, Plan, choose_settings, choose_val_fraction
 from smallm.training.budget.probe import flops_per_second
-from smallm.training.config import Config, DataConfig, ModelConfig
+from smallm.training.config import Config, ModelConfig
 from smallm.training.data.corpus import BYTES, Corpus, open_corpus
 from smallm.training.distributed import broadcast_from_main
 from smallm.training.optim.schedule import divide_batch
@@ -27,7 +27,7 @@ SAMPLE_IDS, SAMPLE_PIECES = 1 << 20, 4  # size and number of pieces of the sampl
 MIN_SECONDS = 1.0  # shortest duration to plan for
 
 
-def open_text(accelerator: Accelerator, data: DataConfig, base: Vocabulary = BYTES) -> Corpus:
+def open_text(accelerator: Accelerator, config: Config, base: Vocabulary = BYTES) -> Corpus:
     """Opens the text on all processes. On each machine the first process encodes it, then the others open the result.
 
     Machines that share a cache folder encode once, guarded by a lock; otherwise each machine encodes.
@@ -35,7 +35,7 @@ def open_text(accelerator: Accelerator, data: DataConfig, base: Vocabulary = BYT
     base: the vocabulary to which the characters of the text are added.
     """
     with accelerator.local_main_process_first():
-        return open_corpus(data, base, progress=accelerator.is_main_process)
+        return open_corpus(config.data, base, progress=accelerator.is_main_process, seed=config.train.seed)
 
 
 def plan_run(
@@ -107,7 +107,7 @@ def _choose_validation(
     if val_fraction == config.data.val_fraction:
         return config, corpus
     config = replace(config, data=replace(config.data, val_fraction=val_fraction))
-    return config, open_text(accelerator, config.data, base)
+    return config, open_text(accelerator, config, base)
 
 
 def _summary(plan: Plan, config: Config, corpus: Corpus, text_bytes: float, speed: float) -> list[str]:

@@ -62,26 +62,27 @@ class Corpus:
 
 
 def open_corpus(
-    data: DataConfig, base: Vocabulary = BYTES, cache: Path | None = None, progress: bool = True
+    data: DataConfig, base: Vocabulary = BYTES, cache: Path | None = None, progress: bool = True, seed: int = 1
 ) -> Corpus:
     """Opens the text that the settings name; reads and encodes it only if the cache does not know it yet.
 
     base: the vocabulary to which the characters of the text are added.
     cache: folder for encoded texts; by default $SMALLM_CACHE, or the user's cache folder.
     progress: show a bar on stderr while a long text is read.
+    seed: of the order of documents (`train.seed`).
     Raises `UserError` for a text that cannot be found, read, decoded, split or stored.
     """
     decoder_of(data.encoding)  # an unknown encoding is an error for built-in texts, too
     cache = cache or cache_folder()
     try:
         text = find_source(data, cache)
-        return _open(text, data, base, cache, progress)
+        return _open(text, data, base, cache, progress, seed)
     except OSError as error:
         raise UserError(f"cannot write to {cache}: {error.strerror or error}; set SMALLM_CACHE elsewhere") from None
 
 
-def _open(text: Source, data: DataConfig, base: Vocabulary, cache: Path, progress: bool) -> Corpus:
-    key = (data.min_count, *split_key(data))
+def _open(text: Source, data: DataConfig, base: Vocabulary, cache: Path, progress: bool, seed: int) -> Corpus:
+    key = (data.min_count, *split_key(data, seed))
 
     def parts(known: Survey) -> tuple[int, Vocabulary, Path]:
         train_characters = _train_characters(text.name, known, data.val_fraction)
@@ -95,7 +96,7 @@ def _open(text: Source, data: DataConfig, base: Vocabulary, cache: Path, progres
         stored = store.load(folder)
     if stored is None:  # read it, also if it is remembered: `encode` must get the fingerprint of the text as it is now
         before = store.stamps(text)
-        with split_text(text, data, cache, progress) as ordered:
+        with split_text(text, data, seed, cache, progress) as ordered:
             known = survey(ordered, data.min_count, progress)
             store.remember(cache, text, key, before, asdict(known))
             train_characters, vocabulary, folder = parts(known)

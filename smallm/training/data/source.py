@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from tqdm import tqdm
 
 from smallm.errors import UserError
-from smallm.tokenizer.text_files import find_files, is_pattern, text_pieces
+from smallm.tokenizer.text_files import ending, find_files, is_pattern, last_part, text_pieces
 from smallm.training.config import DataConfig
 from smallm.training.output import Output
 
@@ -97,7 +97,7 @@ def progress_bar(label: str, size: int, progress: bool) -> "tqdm[Any]":
 class Source:
     """A `Text` as files, which are read in one order.
 
-    parts: files, or texts in memory as bytes; a newline is inserted between two parts if the first does not end in one.
+    parts: files, or texts in memory as bytes; the separator is inserted between two parts, as `ending` says.
     """
 
     name: str
@@ -106,19 +106,21 @@ class Source:
     tidy: Tidy = field(default_factory=Tidy)
     field: str = "text"
     """Key or column of the text in JSON lines and CSV."""
+    separator: str = "\n"
+    """Follows each record and each file of an archive."""
     train_characters: int = 0
 
     def pieces(self, label: str, progress: bool) -> Iterator[str]:
         """See `Text`. Raises `UserError` for files that cannot be read or decoded."""
-        last = "\n"
+        tail = ""
         try:
             size = sum(part.stat().st_size if isinstance(part, Path) else len(part) for part in self.parts)
             with progress_bar(label, size, progress) as bar:
                 for part in self.parts:
-                    separator = "" if last == "\n" else "\n"
+                    before = ending(tail, self.separator) if tail else ""
                     for text in self._read(part, bar):
-                        yield separator + text
-                        separator, last = "", text[-1]
+                        yield before + text
+                        before, tail = "", last_part(tail + text, self.separator)
         except OSError as error:
             raise UserError(f"cannot read {error.filename or self.name}: {error.strerror}; check --data") from None
 
@@ -126,7 +128,7 @@ class Source:
         held, name = "", part if isinstance(part, Path) else self.name
         encoding = self.encoding if isinstance(part, Path) else "utf-8"
         with part.open("rb") if isinstance(part, Path) else io.BufferedReader(io.BytesIO(part)) as stream:
-            for text, size in text_pieces(stream, name, encoding, PIECE_BYTES, self.field):
+            for text, size in text_pieces(stream, name, encoding, PIECE_BYTES, self.field, self.separator):
                 text, held = self.tidy(held + text, final=False)
                 if text:
                     yield text
@@ -149,7 +151,9 @@ def find_source(data: DataConfig, cache: Path) -> Source:
     parts = [part for each in found for part in each.parts]
     encoding = data.encoding if len(found) > 1 else found[0].encoding
     tidy = Tidy(data.normalise, data.newlines)
-    return Source(" + ".join(each.name for each in found), parts, encoding, tidy, data.field)
+    return Source(
+        " + ".join(each.name for each in found), parts, encoding, tidy, data.field, data.separator or "\n"
+    )  # fmt: skip
 
 
 def _find(name: str, data: DataConfig, cache: Path) -> Source:

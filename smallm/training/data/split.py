@@ -1,13 +1,16 @@
-"""Divides a text into blocks, of which each gives its end to the validation part.
+"""Divides a text into blocks, each of which gives its end to the validation part, or into documents, then shuffled.
 
 The text is copied to a temporary file once. The parts are stretches of this file, read in a new order: first those for
 training, then those for validation. The result is again one text with a training part and a validation part after it.
 """
 
 import codecs
+import mmap
+import re
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -16,11 +19,14 @@ from typing import IO
 
 import numpy as np
 
+from smallm.errors import UserError
+from smallm.tokenizer.text_files import DOCUMENT_END, ending, last_part
 from smallm.training.config import DataConfig
 from smallm.training.data import source
 from smallm.training.data.source import Source, Text, progress_bar
 
 MAX_BLOCKS, MIN_BLOCK_BYTES = 50, 10_000  # a text of less than 500,000 bytes has fewer blocks
+MAPPED_BYTES = 64 << 20  # of the file, after which the pages are released
 LINE_REACH = 1 << 12  # bytes after the border of a block among which a line end is searched
 
 
@@ -64,33 +70,91 @@ class SplitText:
 
 
 @contextmanager
-def split_text(text: Source, data: DataConfig, cache: Path, progress: bool) -> Iterator[Text]:
-    """The text in the order of `data.split`; the text itself for `tail`. The temporary file lies in `cache`."""
+def split_text(text: Source, data: DataConfig, seed: int, cache: Path, progress: bool) -> Iterator[Text]:
+    """The text in the order of `data.split`; the text itself for `tail`. The temporary file lies in `cache`.
+
+    seed: of the order of documents. Raises `UserError` if there is only one document.
+    """
     if data.split == "tail":
         yield text
         return
     cache.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=cache) as file:
-        for piece in text.pieces("copying", progress):
-            file.write(piece.encode("utf-8", "surrogatepass"))  # a lone surrogate is refused when the text is encoded
-        train, val = _blocks(file, file.tell(), data.val_fraction)
-        yield SplitText(text.name, file, np.array([*train, *val], np.int64).reshape(-1, 2), len(train))
+        if data.split == "blocks":
+            _copy(text, file, progress)
+            stretches, train_count = _blocks(file, data.val_fraction)
+        else:
+            text = replace(text, separator=data.separator or DOCUMENT_END)
+            last = _copy(text, file, progress)
+            file.write(_bytes(ending(last, text.separator) if last else ""))
+            documents = _documents(file, text.separator)
+            if len(documents) == 1:
+                raise UserError(f"{text.name} is one document; name what ends its documents with --data.separator, or "
+                                "pass --data.split blocks")  # fmt: skip
+            stretches, train_count = _shuffled(documents, data.val_fraction, seed)
+        yield SplitText(text.name, file, stretches, train_count)
 
 
-def split_key(data: DataConfig) -> tuple[object, ...]:
-    """The settings, besides the text, on which the order of the parts depends."""
-    return () if data.split == "tail" else (data.split, data.val_fraction)
+def split_key(data: DataConfig, seed: int) -> tuple[object, ...]:
+    """The settings, besides the text, on which the content and the order of the parts depend."""
+    separator = (data.separator,) if data.separator else ()
+    if data.split == "tail":
+        return separator
+    return (*separator, data.split, data.val_fraction, *((seed,) if data.split == "documents" else ()))
 
 
-def _blocks(file: IO[bytes], size: int, val_fraction: float) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """The stretches for training and for validation: of each block, the beginning and the rest."""
+def _copy(text: Source, file: IO[bytes], progress: bool) -> str:
+    """Writes the text into the file; returns its last characters."""
+    last = ""
+    for piece in text.pieces("copying", progress):
+        file.write(_bytes(piece))
+        last = last_part(last + piece, text.separator)
+    return last
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # a lone surrogate in a text is refused when the ids are made
+
+
+def _documents(file: IO[bytes], separator: str) -> np.ndarray:
+    """(n, 2): the stretches of the documents, each with the separator and the line ends after it; no `DOCUMENT_END`."""
+    if not file.tell():
+        return np.empty((0, 2), np.int64)
+    file.flush()
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        return _find_ends(text, separator)
+
+
+def _find_ends(text: mmap.mmap, separator: str) -> np.ndarray:
+    keep, pattern = separator != DOCUMENT_END, re.escape(_bytes(separator))
+    stretches, start, mapped = array("q"), 0, 0
+    for match in re.finditer(pattern + rb"[\r\n]*" if keep else pattern, text):
+        stretches.extend((start, match.end() if keep else match.start()))
+        start = match.end()
+        if start - mapped > MAPPED_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            text.madvise(mmap.MADV_DONTNEED)
+            mapped = start
+    return np.frombuffer(stretches, np.int64).reshape(-1, 2)
+
+
+def _shuffled(documents: np.ndarray, val_fraction: float, seed: int) -> tuple[np.ndarray, int]:
+    """The documents in an order that depends on the seed alone, and the number of those for training."""
+    documents = documents[np.random.RandomState(seed).permutation(len(documents))]  # the same in every release of numpy
+    ends = np.cumsum(documents[:, 1] - documents[:, 0])
+    count = int(np.searchsorted(ends, int(ends[-1] * (1 - Fraction(str(val_fraction)))), "right")) if len(ends) else 0
+    return documents, max(1, min(count, len(documents) - 1))
+
+
+def _blocks(file: IO[bytes], val_fraction: float) -> tuple[np.ndarray, int]:
+    """The stretches for training, which begin the blocks, then those for validation; the number of the former."""
+    size = file.tell()
     count = max(1, min(MAX_BLOCKS, size // MIN_BLOCK_BYTES))
     train_share = 1 - Fraction(str(val_fraction))  # 9/10 for 0.1, not the nearest float
     borders = [int(size * (block + share) / count) for block in range(count) for share in (0, train_share)]
     reach = min(LINE_REACH, *(b - a for a, b in pairwise([*borders, size]))) // 2
     borders = [0, *(_line_end(file, border, reach) for border in borders[1:]), size]
     stretches = list(pairwise(borders))
-    return stretches[::2], stretches[1::2]
+    return np.array([*stretches[::2], *stretches[1::2]]), count
 
 
 def _line_end(file: IO[bytes], border: int, reach: int) -> int:

@@ -224,7 +224,7 @@ def test_the_last_probe_compiles_the_model_if_the_run_will(monkeypatch, text_fil
     monkeypatch.setattr(probe, "compile_model", lambda model, *arguments, say: calls.append(model) or model)
     config = Config.from_dict({"data.source": str(text_file), "train.minutes": 0.1, "train.compile": choice} | TINY)
     accelerator = build_accelerator(config.train)
-    plan_run(accelerator, config, open_text(accelerator, config.data), set(TINY), Clock(time.perf_counter()))
+    plan_run(accelerator, config, open_text(accelerator, config), set(TINY), Clock(time.perf_counter()))
     assert len(calls) == compiled
 
 
@@ -240,8 +240,8 @@ def test_compressed_bytes():
     bytes_of = {}
     for name, text in texts.items():
         Path(name).write_text(text, encoding="utf-8")
-        data = Config.from_dict({"data": {"source": name}}).data
-        bytes_of[name] = compressed_bytes(open_text(accelerator, data))
+        config = Config.from_dict({"data": {"source": name}})
+        bytes_of[name] = compressed_bytes(open_text(accelerator, config))
     assert 0 < bytes_of["same"] < 5_000
     assert 360_000 / 2 <= bytes_of["noise"] < 1.2 * 360_000 / 2  # 4 bits per character
     assert bytes_of["tiny"] > 0

@@ -1,6 +1,9 @@
 """The parts of a split lie nowhere on both sides, and make up the text."""
 
+import json
+import re
 import tempfile
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import message, open_corpus
 
+from smallm.training import cli
 from smallm.training.config import DataConfig
+from smallm.training.data import corpus as corpus_module
 from smallm.training.data import source, split, store
 from smallm.training.data.corpus import Corpus
 from smallm.training.data.source import find_source
@@ -64,7 +69,7 @@ def test_the_stretches_of_any_text_do_not_overlap_and_leave_nothing_out(text, va
         patch.setattr(split, "MIN_BLOCK_BYTES", 16)
         patch.setattr(source, "PIECE_BYTES", piece_bytes)
         data = DataConfig(str(written(Path(folder) / "a.txt", text)), split="blocks", val_fraction=val_fraction)
-        with split.split_text(find_source(data, Path(folder)), data, Path(folder), False) as found:
+        with split.split_text(find_source(data, Path(folder)), data, 1, Path(folder), False) as found:
             assert isinstance(found, split.SplitText)
             in_order = sorted(found.stretches.tolist())
             assert in_order[0][0] == 0
@@ -92,3 +97,98 @@ def test_texts_that_are_too_short(tmp_path):
         assert message(lambda file: open_corpus(file, split="blocks"), file).startswith(problem)
     corpus = open_corpus(written(tmp_path / "b.txt", "abcd"), split="blocks", val_fraction=0.5)
     assert both_texts(corpus) == ("ab", "cd")
+
+
+# -- documents
+
+
+STORIES = [f"Story {n}: “naïve”{' and so on' * (n % 7)}.\n{'Second line.' * (n % 3)}\n" for n in range(300)]
+END = "<|endoftext|>"
+
+
+def json_lines(texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def documents(corpus: Corpus, of=STORIES) -> tuple[list[str], list[str]]:
+    """The documents of both parts, in their order; checks that each is whole and that all are there once."""
+    pattern = "|".join(re.escape(each) for each in sorted(of, key=len, reverse=True))
+    parts = [re.findall(pattern, text) for text in both_texts(corpus)]
+    assert ["".join(part) for part in parts] == list(both_texts(corpus))
+    assert sorted(parts[0] + parts[1]) == sorted(of)
+    return parts[0], parts[1]
+
+
+def test_documents_are_shuffled_as_wholes_with_the_seed(tmp_path):
+    file = written(tmp_path / "a.jsonl", json_lines(STORIES))
+    train, val = documents(open_corpus(file, split="documents"))
+    assert train[:5] != STORIES[:5]
+    assert 0.1 <= len("".join(val)) / len("".join(STORIES)) < 0.11
+    assert documents(open_corpus(file, split="documents", cache=tmp_path / "other")) == (train, val)
+    other = documents(open_corpus(file, split="documents", seed=2))
+    assert (set(other[1]), other[0][:5]) != (set(val), train[:5])
+    assert open_corpus(file, split="documents").train_characters == len("".join(train))
+
+
+@pytest.mark.parametrize("piece_bytes", [7, 1 << 18])
+@pytest.mark.parametrize("given", ["records", "zipped records", "files", "zipped files", "two texts"])
+def test_each_record_or_file_is_a_document(tmp_path, monkeypatch, given, piece_bytes):
+    monkeypatch.setattr(source, "PIECE_BYTES", piece_bytes)
+    texts = {f"{n:03}.txt": story for n, story in enumerate(STORIES)}
+    if given == "records":
+        place = written(tmp_path / "a.jsonl", json_lines(STORIES))
+    elif given == "files":
+        (tmp_path / "texts").mkdir()
+        for name, text in texts.items():
+            written(tmp_path / "texts" / name, text.removesuffix("\n") if text.count("\n") == 1 else text)
+        place = tmp_path / "texts"
+    elif given == "two texts":
+        halves = STORIES[:150], STORIES[150:]
+        place = [str(written(tmp_path / f"{n}.jsonl", json_lines(half))) for n, half in enumerate(halves)]
+    else:
+        members = {"a.jsonl": json_lines(STORIES[:99]), "b.jsonl": json_lines(STORIES[99:])}
+        with zipfile.ZipFile(place := tmp_path / "a.zip", "w") as archive:
+            for name, text in (members if given == "zipped records" else texts).items():
+                archive.writestr(name, text)
+    data = DataConfig(tuple(place) if isinstance(place, list) else str(place), split="documents")
+    documents(corpus_module.open_corpus(data))
+
+
+@pytest.mark.parametrize("piece_bytes", [3, 1 << 18])
+@pytest.mark.parametrize("last", ["", END, END + "\n\r\n"])
+@pytest.mark.parametrize("after", ["", "\n"])
+def test_a_separator_ends_the_documents_of_a_text(tmp_path, monkeypatch, last, after, piece_bytes):
+    monkeypatch.setattr(source, "PIECE_BYTES", piece_bytes)
+    file = written(tmp_path / "a.txt", (END + after).join(STORIES) + last)
+    corpus = open_corpus(file, split="documents", separator=END)
+    stories = [each + END + after for each in STORIES[:-1]] + [STORIES[-1] + (last or END)]
+    documents(corpus, stories)
+    assert open_corpus(file, separator=END).fingerprint == open_corpus(file).fingerprint  # `tail` leaves the text alone
+
+
+def test_a_separator_is_written_after_records_and_between_files(tmp_path):
+    file = written(tmp_path / "a.jsonl", json_lines([STORIES[0], STORIES[1] + END, STORIES[2] + END + "\n"]))
+    text = f"{STORIES[0]}{END}{STORIES[1]}{END}{STORIES[2]}{END}\n"
+    assert "".join(both_texts(open_corpus(file, separator=END))) == text
+    stories = [each + END for each in STORIES[:2]] + [f"{STORIES[2]}{END}\n"]
+    documents(open_corpus(file, separator=END, split="documents"), stories)
+    written(tmp_path / "b.txt", "b")
+    written(tmp_path / "c.txt", "c" + END)
+    written(tmp_path / "d.txt", "d")
+    assert "".join(both_texts(open_corpus(tmp_path, separator=END))) == f"b{END}c{END}d"
+
+
+def test_separators_in_other_settings(tmp_path):
+    file = written(tmp_path / "a.jsonl", json_lines(["caf\u0065\u0301\r\n", "\u0301 b", "", "c"] * 9))
+    found = both_texts(open_corpus(file, split="documents", normalise="nfc", newlines="lf", min_count=1))
+    assert sorted("".join(found).splitlines()) == sorted(["café", "\u0301 b", "", "c"] * 9)
+    settings = cli.parse(["--data", str(file), "--data.separator", r"\n---\n"]).config.data
+    assert settings.separator == "\n---\n"
+
+
+def test_one_document_is_refused(tmp_path):
+    file = written(tmp_path / "a.txt", "one text\n" * 9)
+    line = "a.txt is one document; name what ends its documents with --data.separator, or pass --data.split blocks"
+    assert message(lambda: open_corpus(file, split="documents")) == line
+    assert message(lambda: open_corpus(file, split="documents", separator="|")) == line
+    assert "is empty" in message(lambda: open_corpus(written(file, ""), split="documents"))

@@ -16,7 +16,7 @@ from filelock import FileLock
 from toys import open_corpus
 
 from smallm.training.budget.configure import open_text
-from smallm.training.config import DataConfig
+from smallm.training.config import Config, DataConfig
 from smallm.training.data import corpus as corpus_module
 from smallm.training.data import encoding as encode
 from smallm.training.data import store
@@ -304,5 +304,5 @@ def test_waiting_has_a_limit(file, cache, calls, slow, monkeypatch):
 
 def test_each_machine_encodes_for_itself(file):
     accelerator = SimpleNamespace(local_main_process_first=nullcontext, is_main_process=False)  # on a second machine
-    corpus = open_text(accelerator, DataConfig(source=str(file), min_count=1))
+    corpus = open_text(accelerator, Config(DataConfig(source=str(file), min_count=1)))
     assert text_of(corpus) == TEXT
