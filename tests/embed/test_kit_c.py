@@ -377,6 +377,17 @@ def test_next_characters_are_those_of_python(inner, lm, exported, text):
     np.testing.assert_allclose([float(p) for _, p in found], [p for _, p in expected], rtol=1e-3)
 
 
+def test_all_next_characters(inner, lm, exported):
+    """The likeliest first, each once."""
+    found = [line.split(" ") for line in inner("next", exported / "model.onnx", "the ", 300).splitlines()]
+    expected = dict(lm.next_characters("the ", 300))
+    probabilities = [float(p) for _, p in found]
+    assert probabilities == sorted(probabilities, reverse=True)
+    characters = [bytes.fromhex(word or "00").decode() for word, _ in found]
+    assert len(characters) == len(expected) == len(set(characters))
+    np.testing.assert_allclose(probabilities, [expected[each] for each in characters], rtol=1e-3)
+
+
 def test_getters_and_ids(inner, lm, exported):
     text = "aé€ 𝄞"
     sizes, metadata, missing, ids, decoded, mistakes = inner(

@@ -697,11 +697,12 @@ static const rule MODEL[] = {
     {5, 'i', 0}, {6, 's', 0}, {7, 'm', GRAPH}, /* model_version, doc_string, graph */
     {8, 'M', OPSET}, {14, 'M', ENTRY}, {0, 0, 0}}; /* opset_import, metadata_props */
 
-/* The operators that smallm exports, now (and, the last two, in earlier versions). No control flow, nothing random. */
+/* The operators that smallm exports; the last line is only in exports of earlier versions. No control flow, nothing random. */
 static const char OPERATORS[] =
-    " Add ArgMax Cast Concat ConstantOfShape Div Expand Gather Greater GroupQueryAttention Less MatMul MatMulNBits Max Mul"
-    " Or QuickGelu Range ReduceMean Reshape ScatterElements Shape Sigmoid SimplifiedLayerNormalization"
-    " SkipSimplifiedLayerNormalization Slice Softmax Split Sqrt Squeeze Sub Tile Transpose Unsqueeze Where Neg ReduceSum ";
+    " Add Cast Concat ConstantOfShape Div Expand Gather Greater GroupQueryAttention Less MatMul MatMulNBits Max Mul Or"
+    " QuickGelu Range ReduceMean ReduceSum Reshape ScatterElements Shape Sigmoid SimplifiedLayerNormalization"
+    " SkipSimplifiedLayerNormalization Slice Softmax Split Sqrt Squeeze Sub Tile Transpose Unsqueeze Where"
+    " ArgMax Neg ";
 
 enum { ONNX_FLOAT = 1, ONNX_UINT8 = 2, ONNX_INT64 = 7, ONNX_TYPES = 23 };
 /* Bits of an element for each data type; 0 = unknown type. */
@@ -2336,14 +2337,22 @@ static smallm_status score(span text, scorer *r)
 /* The first ids of a character, and their probability. */
 typedef struct {
     double probability;
+    size_t number; /* of the paths that were added before it */
     int32_t ids[4];
     int count;
 } path;
 
+/* A binary heap: each path precedes those at twice its index + 1 and + 2. */
 typedef struct {
     path *items;
-    size_t count, room;
+    size_t count, room, added;
 } paths;
+
+/* Whether a path is taken before another: it is more likely, or as likely and was added before. */
+static bool precedes(const path *a, const path *b)
+{
+    return a->probability > b->probability || (a->probability == b->probability && a->number < b->number);
+}
 
 static bool add_path(paths *list, const path *p)
 {
@@ -2352,19 +2361,27 @@ static bool add_path(paths *list, const path *p)
         if (more == NULL) return false;
         list->items = more;
     }
-    list->items[list->count++] = *p;
+    path added = *p;
+    added.number = list->added++;
+    size_t at = list->count++;
+    for (; at > 0 && precedes(&added, &list->items[(at - 1) / 2]); at = (at - 1) / 2)
+        list->items[at] = list->items[(at - 1) / 2];
+    list->items[at] = added;
     return true;
 }
 
 /* Takes the most likely path; of equal ones the one that was added first. */
 static path take_path(paths *list)
 {
-    size_t best = 0;
-    for (size_t i = 1; i < list->count; i++)
-        if (list->items[i].probability > list->items[best].probability) best = i;
-    path p = list->items[best];
-    memmove(list->items + best, list->items + best + 1, (--list->count - best) * sizeof *list->items);
-    return p;
+    path taken = list->items[0], last = list->items[--list->count];
+    size_t at = 0;
+    for (size_t child; (child = 2 * at + 1) < list->count; at = child) {
+        if (child + 1 < list->count && precedes(&list->items[child + 1], &list->items[child])) child++;
+        if (!precedes(&list->items[child], &last)) break;
+        list->items[at] = list->items[child];
+    }
+    list->items[at] = last;
+    return taken;
 }
 
 /* The logits after the text of a context and the ids of a path, which the cache does not keep. */
@@ -2427,7 +2444,7 @@ static bool is_spelling(const smallm_model *m, const path *p, const uint8_t *byt
 static smallm_status find_characters(smallm_context *c, paths *list, smallm_character *found, size_t capacity,
                                      size_t *count)
 {
-    path none = {1, {0, 0, 0, 0}, 0};
+    path none = {1, 0, {0, 0, 0, 0}, 0};
     if (!add_path(list, &none)) return no_memory(c->error);
     while (list->count > 0 && *count < capacity) {
         path p = take_path(list);
@@ -2827,7 +2844,7 @@ smallm_status smallm_next_characters(
         return fail(c->error, SMALLM_MISTAKE, "found or count is NULL; pass pointers for the result");
     TRY(check_text(c->error, "text", text, bytes));
     smallm_context *other;
-    paths list = {NULL, 0, 0};
+    paths list = {NULL, 0, 0, 0};
     if (smallm_context_new(c->model, &other) != SMALLM_OK) return no_memory(c->error);
     remember_seed(other, bytes > 0 ? span_of(text, bytes) : span_of(c->model->start_text, c->model->start_bytes));
     smallm_status status = find_characters(other, &list, found, capacity, count);
