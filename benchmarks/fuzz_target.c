@@ -31,7 +31,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     static const char *const stops[] = {"e", "\xC3\xA9 "}, *const kernels[] = {NULL, "avx2", "sse2", "plain"};
     uint32_t choice = 2166136261u; /* of kernels and options: FNV-1a of the file */
     for (size_t i = 0; i < size; i += 5) choice = (choice ^ data[i]) * 16777619u;
-    smallm_open_options how = {sizeof how, kernels[choice % 4]};
+    smallm_open_options how = {sizeof how, kernels[choice % 4], 1};
     smallm_model *model = NULL;
     smallm_context *context = NULL;
     smallm_options options;

@@ -6,7 +6,7 @@ static size_t allocations; /* so far */
 
 static void *counted_calloc(size_t count, size_t size)
 {
-    allocations++;
+    __atomic_fetch_add(&allocations, 1, __ATOMIC_RELAXED);
     return calloc(count, size);
 }
 
@@ -23,6 +23,8 @@ static void *counted_realloc(void *old, size_t size)
 #undef realloc
 
 #include <pthread.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 static int print_draws(char **argv)
 {
@@ -137,9 +139,9 @@ static int print_decoded(void)
 }
 
 /* Opens a model and a context, or ends the program with the message. */
-static smallm_context *open_context(const char *path, const char *kernels)
+static smallm_context *open_context(const char *path, const char *kernels, size_t threads)
 {
-    smallm_open_options options = {sizeof options, kernels};
+    smallm_open_options options = {sizeof options, kernels, threads};
     smallm_model *model;
     smallm_context *context;
     if (smallm_open(path, &options, &model) != SMALLM_OK || smallm_context_new(model, &context) != SMALLM_OK) {
@@ -164,7 +166,7 @@ static void print_hex(const char *text, size_t bytes)
 /* The chunks of a text in hexadecimal and their logprobs, one per line, then what they cost in allocations. */
 static int print_chunks(char **argv)
 {
-    smallm_context *context = open_context(argv[0], NULL);
+    smallm_context *context = open_context(argv[0], NULL, 1);
     smallm_options options;
     const char *stops[] = {argv[3], argv[4]}, *text;
     size_t bytes, before;
@@ -195,7 +197,7 @@ static int print_score(char **argv)
 {
     static char text[1 << 16];
     static double found[1 << 16];
-    smallm_context *context = open_context(argv[0], NULL);
+    smallm_context *context = open_context(argv[0], NULL, 1);
     smallm_character next[4];
     const char *chunk;
     size_t bytes = fread(text, 1, sizeof text, stdin), count = 0, length;
@@ -216,7 +218,7 @@ static int print_score(char **argv)
 static int print_logits(char **argv)
 {
     static int32_t ids[4096];
-    smallm_context *context = open_context(argv[0], argv[1]);
+    smallm_context *context = open_context(argv[0], argv[1], (size_t)atoi(argv[3]));
     size_t count = 0, per_pass = (size_t)atoi(argv[2]), V = (size_t)context->model->vocab_size;
     for (int id; count < 4096 && scanf("%d", &id) == 1;) ids[count++] = id;
     for (size_t at = 0; at < count; at += per_pass) {
@@ -238,7 +240,7 @@ static int print_logits(char **argv)
 /* The next characters after a text and their probabilities. */
 static int print_next(char **argv)
 {
-    smallm_context *context = open_context(argv[0], NULL);
+    smallm_context *context = open_context(argv[0], NULL, 1);
     smallm_character found[300];
     size_t count;
     if (smallm_next_characters(context, argv[1], strlen(argv[1]), found, (size_t)atoi(argv[2]), &count) != SMALLM_OK) return 1;
@@ -262,7 +264,7 @@ static void print_rest(smallm_context *context)
    text in steps with others of other lengths. All lines must be equal. */
 static int print_variants(char **argv)
 {
-    smallm_context *context = open_context(argv[0], NULL), *copy, *many[60];
+    smallm_context *context = open_context(argv[0], NULL, 1), *copy, *many[60];
     const smallm_model *model = context->model;
     smallm_options options;
     const char *text, *stops[] = {argv[2]};
@@ -318,7 +320,7 @@ static int print_variants(char **argv)
 /* The metadata value of each key; then the ids of a text, and the text of these ids. */
 static int print_getters(char **argv)
 {
-    smallm_context *context = open_context(argv[0], NULL);
+    smallm_context *context = open_context(argv[0], NULL, 1);
     const smallm_model *model = context->model;
     size_t bytes, count;
     int32_t ids[100];
@@ -365,7 +367,7 @@ static int make_mistakes(char **argv)
     smallm_model *model = NULL;
     smallm_context *context = NULL;
     smallm_options options;
-    smallm_open_options opening = {sizeof opening, "mmx"};
+    smallm_open_options opening = {sizeof opening, "mmx", 0};
     smallm_character next[2];
     const char *text, *stops[] = {"\xff", NULL};
     size_t bytes, count;
@@ -380,13 +382,16 @@ static int make_mistakes(char **argv)
     smallm_close(model);
     SAY_MODEL("kernels", smallm_open(argv[0], &opening, &model), model);
     smallm_close(model);
+    opening.kernels = NULL, opening.threads = 257;
+    SAY_MODEL("too many threads", smallm_open(argv[0], &opening, &model), model);
+    smallm_close(model);
     opening.size = 1;
     SAY_MODEL("open options without size", smallm_open(argv[0], &opening, &model), model);
     smallm_close(model);
     opening.size = sizeof opening.size;
     SAY_MODEL("open options of the past", smallm_open(argv[0], &opening, &model), model);
     smallm_close(model);
-    struct { smallm_open_options known; int64_t unknown; } later = {{sizeof later, NULL}, 0};
+    struct { smallm_open_options known; int64_t unknown; } later = {{sizeof later, NULL, 2}, 0};
     SAY_MODEL("open options of the future", smallm_open(argv[0], &later.known, &model), model);
     smallm_close(model);
     later.unknown = 1;
@@ -488,30 +493,48 @@ static int print_tensor_bytes(void)
 static void *write_text(void *shared)
 {
     smallm_context *context;
+    smallm_options options;
     const char *chunk;
     size_t bytes;
     char *text = calloc(1, 4096);
     if (smallm_context_new(shared, &context) != SMALLM_OK) return text;
-    if (smallm_generate_start(context, "the ", 4, NULL) == SMALLM_OK)
+    smallm_default_options(shared, &options, sizeof options);
+    options.max_length = 200;
+    if (smallm_generate_start(context, "the ", 4, &options) == SMALLM_OK)
         while (smallm_next(context, &chunk, &bytes) == SMALLM_OK) strcat(text, chunk);
     smallm_context_free(context);
     return text;
 }
 
-/* The same text from several threads that share a model. */
+/* The same text from several threads that share a model, which has threads itself; then from a process that was forked,
+   which has none of them. */
 static int print_threads(char **argv)
 {
-    smallm_context *context = open_context(argv[0], NULL);
+    smallm_context *context = open_context(argv[0], NULL, (size_t)atoi(argv[1]));
+    void *shared = (void *)context->model;
     pthread_t threads[3];
     void *text;
+    int state = 0;
     for (int i = 0; i < 3; i++)
-        if (pthread_create(&threads[i], NULL, write_text, (void *)context->model) != 0) return 1;
+        if (pthread_create(&threads[i], NULL, write_text, shared) != 0) return 1;
     for (int i = 0; i < 3; i++) {
         pthread_join(threads[i], &text);
         printf("%s\x1e", (char *)text);
         free(text);
     }
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        text = write_text(shared);
+        printf("%s\x1e", (char *)text);
+        free(text);
+        close_context(context);
+        fflush(stdout);
+        _exit(0); /* without the search for leaks, which expects the other threads */
+    }
+    if (waitpid(child, &state, 0) != child || state != 0) return 1;
     close_context(context);
+    printf("closed");
     return 0;
 }
 

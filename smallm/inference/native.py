@@ -20,7 +20,14 @@ PREBUILT = Path(__file__).with_name("smallm_native.dll" if platform.system() == 
 """The compiled library, which wheels for one platform have; see `.ci/build_hook.py`."""
 FLAGS = ("-O2", "-std=c99", "-shared", "-fPIC")
 OK, DONE = 0, 1
+MAX_THREADS = 256  # of smallm.c
 OVERFLOW = {"crop": 0, "shift": 1, "slide": 2}
+
+
+class OpenOptions(ctypes.Structure):
+    """The struct smallm_open_options of smallm.h."""
+
+    _fields_ = [("size", ctypes.c_size_t), ("kernels", ctypes.c_char_p), ("threads", ctypes.c_size_t)]
 
 
 class Options(ctypes.Structure):
@@ -39,17 +46,22 @@ class Options(ctypes.Structure):
 class NativeModel:
     """A model file that the C library has opened; threads may share it."""
 
-    def __init__(self, path: Path):
-        """Raises `UserError` without a C compiler, and for a file that is damaged."""
+    def __init__(self, path: Path, threads: int = 1):
+        """threads: threads that compute a text together, 1 or more; more than `MAX_THREADS` count as this number.
+
+        Raises `UserError` without a C compiler, and for a file that is damaged.
+        """
         self.path, self.library, self.pointer = path, native_library(), ctypes.c_void_p()
-        status = self.library.smallm_open(os.fsencode(path), None, ctypes.byref(self.pointer))
+        self.threads = min(threads, MAX_THREADS)
+        options = OpenOptions(ctypes.sizeof(OpenOptions), None, self.threads)
+        status = self.library.smallm_open(os.fsencode(path), ctypes.byref(options), ctypes.byref(self.pointer))
         message = self.library.smallm_model_error(self.pointer).decode(errors="replace")
         weakref.finalize(self, self.library.smallm_close, self.pointer)
         if status != OK:
             raise UserError(message)
 
-    def __reduce__(self) -> tuple[type["NativeModel"], tuple[Path]]:
-        return NativeModel, (self.path.absolute(),)
+    def __reduce__(self) -> tuple[type["NativeModel"], tuple[Path, int]]:
+        return NativeModel, (self.path.absolute(), self.threads)
 
 
 class NativeContext:

@@ -36,8 +36,8 @@ C = SOURCES / "c"
 STRICT = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
 SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 NON_ASCII = Vocabulary.from_characters("éñ€中")
-FILES = {"smallm.h", "smallm.c", "smallm_kernels.h", "main.c", "Makefile", "CMakeLists.txt", "README.md", "SAMPLING.md",
-         "SHA256SUMS", "model.onnx", "smallm.json"}  # fmt: skip
+FILES = {"smallm.h", "smallm.c", "smallm_kernels.h", "smallm_threads.h", "main.c", "Makefile", "CMakeLists.txt", "README.md",
+         "SAMPLING.md", "SHA256SUMS", "model.onnx", "smallm.json"}  # fmt: skip
 
 
 def run(*argv, cwd: Path | None = None, stdin: bytes = b"", env: dict[str, str] | None = None):
@@ -333,12 +333,13 @@ SHAPES = [
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
 def test_logits(inner, tmp_path, config):
-    """Close to those of ONNX Runtime; equal bits for every instruction set and every number of ids in a pass."""
+    """Close to those of ONNX Runtime; equal bits for every instruction set, number of ids in a pass and of threads."""
     path = save_onnx(random_model(NON_ASCII, **config), tmp_path / "model.onnx", NON_ASCII)
     lm = LanguageModel.load(path)
     ids = np.random.default_rng(1).integers(0, lm.vocab_size, lm.block_size)
     stdin = " ".join(map(str, ids)).encode()
-    found = {(k, n): inner("logits", path, k, n, stdin=stdin) for k in kernel_names() for n in (48, 1, 7)}
+    found = {(k, n): inner("logits", path, k, n, 1, stdin=stdin) for k in kernel_names() for n in (48, 1, 7)}
+    found |= {n: inner("logits", path, kernel_names()[0], n, 3, stdin=stdin) for n in (48, 1)}
     assert len(set(found.values())) == 1
     bits = [[int(word, 16) for word in line.split()] for line in found["plain", 1].splitlines()]
     np.testing.assert_allclose(np.array(bits, np.uint32).view(np.float32), lm.logits(ids[None])[0], atol=1e-4)
@@ -346,7 +347,7 @@ def test_logits(inner, tmp_path, config):
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_quantised_logits(inner, tiny_run, tmp_path, text_file, precision):
-    """Equal bits for every instruction set; the loss of ONNX Runtime."""
+    """Equal bits for every instruction set, number of ids in a pass and of threads; the loss of ONNX Runtime."""
     argv = [str(tiny_run), "--precision", precision, "--allow-loss", "--out", str(tmp_path / "export")]
     assert cli.run(cli.export, argv) == 0
     lm = LanguageModel.load(tmp_path / "export")
@@ -354,7 +355,7 @@ def test_quantised_logits(inner, tiny_run, tmp_path, text_file, precision):
     ids = lm.vocabulary.encode(text)[: lm.block_size]
     stdin = " ".join(map(str, ids)).encode()
     path = tmp_path / "export" / "model.onnx"
-    assert len({inner("logits", path, k, n, stdin=stdin) for k in kernel_names() for n in (48, 1)}) == 1
+    assert len({inner("logits", path, k, n, n, stdin=stdin) for k in kernel_names() for n in (48, 1)}) == 1
     nats = np.array(inner("score", path, stdin=text.encode()).split("\x1e")[1].split(), float)
     bits = np.nansum(nats) / (len(text) - 1) / math.log(2)
     assert bits == pytest.approx(lm.perplexity(text).bits_per_char, abs=0.002)  # an untrained toy on 3,000 characters
@@ -440,8 +441,11 @@ def test_texts_are_those_of_python(generate, lm, exported, case, overflow, lengt
     options = {name: case[name] for name in ("rng_seed", "temperature", "top_k", "top_p")}
     expected = lm.generate(case["seed"], length, overflow=overflow, **options)
     flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
-    flags += ["--seed-file", "-", "--max-length", length, "--overflow", overflow]
-    assert succeed(generate, exported / "model.onnx", *flags, stdin=case["seed"].encode()) == expected + "\n"
+    flags += ["--seed-file", "-", "--overflow", overflow, "--max-length"]
+    argv = [generate, exported / "model.onnx", *flags]
+    assert succeed(*argv, length, stdin=case["seed"].encode()) == expected + "\n"
+    threads = ["--threads", 2 + case["rng_seed"] % 2]
+    assert expected.startswith(succeed(*argv, 100, *threads, stdin=case["seed"].encode()).removesuffix("\n"))
 
 
 @pytest.mark.parametrize(("window", "block_size"), [(9, 32), (20, 64), (1, 8), (2, 9), (16, 16)])
@@ -524,10 +528,28 @@ def test_chunks_are_those_of_python(inner, lm, exported, stops, min_length, pena
     assert (status, allocations, error) == ("1", "0", [])
 
 
-def test_several_threads(inner, lm, exported):
-    texts = inner("threads", exported / "model.onnx").split("\x1e")[:3]
-    assert texts[0] == texts[1] == texts[2]
-    assert texts[0] == "".join(lm.stream("the ", rng_seed=0))
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_several_threads(inner, lm, exported, threads):
+    """Three texts at once, from a model that has threads itself; then one in a process that was forked."""
+    *texts, end = inner("threads", exported / "model.onnx", threads).split("\x1e")
+    assert texts == ["".join(lm.stream("the ", 200, rng_seed=0))] * 4
+    assert end == "closed"
+
+
+@pytest.mark.slow
+def test_threads_do_not_race(exported, tmp_path):
+    flags = ["-O1", "-g", "-fsanitize=thread", "-std=gnu99", f"-I{C}"]
+    built = run("cc", *flags, ROOT / "tests" / "kit_c.c", "-o", tmp_path / "inner", "-lm", "-pthread")
+    if built.returncode != 0:
+        pytest.skip("the compiler has no thread sanitizer")
+    succeed(tmp_path / "inner", "threads", exported / "model.onnx", 3, env={"TSAN_OPTIONS": "exitcode=66"})
+
+
+def test_a_build_without_threads(exported, tmp_path):
+    succeed("cc", *STRICT, "-DSMALLM_NO_THREADS", C / "smallm.c", C / "main.c", "-lm", "-o", tmp_path / "generate")
+    argv = [tmp_path / "generate", exported / "model.onnx", "--max-length", 5]
+    succeed(*argv, "--threads", 1)
+    assert "ask for 1" in refusal(*argv, "--threads", 2)
 
 
 def test_scores_are_those_of_python(inner, lm, exported, text_file):

@@ -52,6 +52,8 @@ def test_golden_texts(exported, case):
     options = {name: case[name] for name in ("rng_seed", "temperature", "top_k", "top_p")}
     expected = LanguageModel.load(exported).generate(case["seed"], 2000, **options)
     assert LanguageModel.load(exported, engine="native").generate(case["seed"], 2000, **options) == expected
+    threads = LanguageModel.load(exported, threads=3, engine="native")
+    assert threads.generate(case["seed"], 100, **options) == expected[: len(case["seed"]) + 100]
 
 
 def test_a_path_that_is_not_utf8(exported, tmp_path):

@@ -27,6 +27,7 @@ static const char USAGE[] =
     "  --allowed CHARACTERS --banned CHARACTERS the only characters to generate; characters never to generate\n"
     "  --overflow crop|shift|slide              past the context: exact; fast (default); both (with a window)\n"
     "  --kernels avx512|avx2|sse2|neon|plain    instruction set; default: the fastest\n"
+    "  --threads N                              threads that compute the text together; default 1\n"
     "  --score FILE                             prints the mean nats per character of FILE instead\n";
 
 enum { MAX_STOPS = 64 };
@@ -89,6 +90,7 @@ static int read_option(arguments *a, const char *name, const char *value, int *k
     else if (strcmp(name, "--stream-number") == 0)
         good = whole(value, 0, UINT32_MAX, &n), o->stream_number = (uint32_t)n;
     else if (strcmp(name, "--kernels") == 0) a->open.kernels = value;
+    else if (strcmp(name, "--threads") == 0) good = whole(value, 1, 256, &n), a->open.threads = (size_t)n;
     else if (strcmp(name, "--overflow") == 0) {
         static const char *const ways[] = {"crop", "shift", "slide"}; /* in the order of smallm.h */
         for (o->overflow = 0; o->overflow < 3 && strcmp(value, ways[o->overflow]) != 0;) o->overflow++;

@@ -2,7 +2,7 @@
 
    In this order: functions of real numbers; bytes and text; the vocabulary; JSON; the check of the ONNX file; the
    manifest; the weights; the forward pass; the sampler; allowed characters; the state of a text; measuring; the public
-   functions. smallm_kernels.h has the arithmetic for each instruction set. SAMPLING.md specifies the text that results. The Python package has the same parts
+   functions. smallm_kernels.h has the arithmetic for each instruction set, smallm_threads.h the threads. SAMPLING.md specifies the text that results. The Python package has the same parts
    in model_file/onnx_reader.py, model_file/manifest.py, export/graph.py, generation/sampler.py,
    generation/logits_processors.py and generation/sequence_state.py. */
 
@@ -46,6 +46,8 @@
 #define UNROLL
 #endif
 
+#include "smallm_threads.h"
+
 enum {
     FORMAT_VERSION = 1,
     MAX_LAYERS = 999,
@@ -53,6 +55,8 @@ enum {
     MAX_NODES = 20000,       /* of the graph; also its initialisers */
     MAX_DIMENSIONS = 8,
     MAX_ROWS = 48,           /* ids that a pass computes together */
+    MAX_THREADS = 256,
+    PANELS_TOGETHER = 6,     /* of a product, for the same thread: what the kernels of AVX2 and AVX-512 compute at a time */
     MAX_PUSHED = 24,         /* bytes of text that an id can complete: each of its 4 bytes can give two U+FFFD */
     CODE_POINTS = 0x110000,
     ERROR_BYTES = 600
@@ -129,6 +133,8 @@ struct smallm_model {
     bool open;
     const char *kernel_name;
     const kernels *kernels;
+    size_t threads;
+    pool *pool; /* NULL with one thread */
     void **allocations;
     size_t allocation_count, allocation_room;
 
@@ -189,6 +195,7 @@ struct smallm_context {
     char error[ERROR_BYTES];
     const smallm_model *model;
     volatile int cancelled;
+    pool *pool;            /* of the model, during a pass; NULL if it has none, or another pass uses it */
     float *keys, *values;  /* (n_layer, n_kv_head) times (positions / 16, head_dim, 16); (head_dim / 16, positions, 16) */
     float *stream, *normed, *packed, *scores, *mixed, *hidden, *logits; /* rows of a pass */
     int8_t *codes;         /* rows of a pass in 8 bits */
@@ -1537,18 +1544,46 @@ typedef struct {
     size_t count, position; /* position of the first id */
 } segment;
 
+/* The first of the items that a part of a task computes. */
+static size_t first_item(size_t items, size_t part, size_t parts) { return items * part / parts; }
+
+/* A product whose inputs have been rounded if the matrix is quantised. */
+typedef struct {
+    const smallm_context *context;
+    const matrix *w;
+    const float *x;
+    float *y;
+    size_t x_stride, rows, y_stride;
+} product_task;
+
+/* Computes a part of the panels. */
+static void multiply_part(const void *task, size_t part, size_t parts)
+{
+    const product_task *t = task;
+    const kernels *k = t->context->model->kernels;
+    matrix w = *t->w;
+    size_t groups = (w.panels + PANELS_TOGETHER - 1) / PANELS_TOGETHER, row = w.blocks * w.block;
+    size_t from = first_item(groups, part, parts) * PANELS_TOGETHER;
+    size_t end = first_item(groups, part + 1, parts) * PANELS_TOGETHER;
+    float *y = t->y + 16 * from;
+    w.panels = (end < w.panels ? end : w.panels) - from;
+    if (w.values != NULL) {
+        k->product(t->x, t->x_stride, t->rows, w.values + from * w.inputs * 16, w.inputs * 16, w.inputs, w.panels, y,
+                   t->y_stride);
+        return;
+    }
+    w.codes += from * row * 16, w.scales += from * w.blocks * 16, w.corrections += from * w.blocks * 16;
+    k->product8(t->context->codes, t->context->code_scales, row, t->rows, &w, y, t->y_stride);
+}
+
 static void multiply(const smallm_model *m, smallm_context *c, const matrix *w, const float *x, size_t x_stride,
                      size_t rows, float *y, size_t y_stride)
 {
-    if (w->values != NULL) {
-        m->kernels->product(x, x_stride, rows, w->values, w->inputs * 16, w->inputs, w->panels, y, y_stride);
-        return;
-    }
-    size_t stride = w->blocks * w->block;
-    for (size_t r = 0; r < rows; r++)
-        m->kernels->quantise(x + r * x_stride, w->inputs, w->blocks, w->block, c->codes + r * stride,
+    product_task task = {c, w, x, y, x_stride, rows, y_stride};
+    for (size_t r = 0; r < rows && w->values == NULL; r++)
+        m->kernels->quantise(x + r * x_stride, w->inputs, w->blocks, w->block, c->codes + r * w->blocks * w->block,
                              c->code_scales + r * w->blocks);
-    m->kernels->product8(c->codes, c->code_scales, stride, rows, w, y, y_stride);
+    share(c->pool, multiply_part, &task, w->panels / PANELS_TOGETHER);
 }
 
 /* Rotates a query or key to its position (RoPE, Su et al. 2021): channel i with channel i + half. */
@@ -1575,18 +1610,22 @@ static float *values_of(const smallm_model *m, smallm_context *c, size_t layer, 
     return c->values + (layer * (size_t)m->n_kv_head + head) * m->positions * (size_t)m->head_dim;
 }
 
-/* Rotates queries and keys, and writes keys and values into the cache. */
-static void store(const smallm_model *m, smallm_context *c, size_t layer, float *packed, size_t position)
+/* Normalises and rotates the queries and the key of a key/value head, and writes key and value into the cache. */
+static void store(const smallm_model *m, smallm_context *c, size_t layer, size_t head, float *packed, size_t position)
 {
-    size_t width = (size_t)m->head_dim;
-    for (size_t h = 0; h < (size_t)(m->n_head + m->n_kv_head); h++) rotate(m, packed + h * width, position);
-    for (size_t h = 0; h < (size_t)m->n_kv_head; h++) {
-        const float *key = packed + ((size_t)m->n_head + h) * width, *value = key + (size_t)m->n_kv_head * width;
-        float *keys = keys_of(m, c, layer, h) + position / 16 * width * 16 + position % 16;
-        float *values = values_of(m, c, layer, h) + position * 16;
-        for (size_t i = 0; i < width; i++) keys[16 * i] = key[i];
-        for (size_t i = 0; i < width; i += 16) memcpy(values + i * m->positions, value + i, 16 * sizeof *values);
+    size_t width = (size_t)m->head_dim, group = (size_t)(m->n_head / m->n_kv_head);
+    const float *gain = m->layers[layer].qk_gain, *key = packed + ((size_t)m->n_head + head) * width;
+    const float *value = key + (size_t)m->n_kv_head * width;
+    for (size_t i = 0; i <= group; i++) {
+        size_t h = i < group ? head * group + i : (size_t)m->n_head + head;
+        float *x = packed + h * width;
+        if (gain != NULL) m->kernels->norm(x, gain + h * width, x, width); /* the table of the first layer is normalised */
+        rotate(m, x, position);
     }
+    float *keys = keys_of(m, c, layer, head) + position / 16 * width * 16 + position % 16;
+    float *values = values_of(m, c, layer, head) + position * 16;
+    for (size_t i = 0; i < width; i++) keys[16 * i] = key[i];
+    for (size_t i = 0; i < width; i += 16) memcpy(values + i * m->positions, value + i, 16 * sizeof *values);
 }
 
 /* Attention of `rows` queries to the keys of one head. Row r is at `position` + r * step and sees the last `window`
@@ -1616,12 +1655,12 @@ static void add_rows(float *x, const float *y, size_t count)
     for (size_t i = 0; i < count; i++) x[i] += y[i];
 }
 
-/* Queries, keys and values of all rows, before their rotation, into c->packed. */
+/* Queries, keys and values of all rows, before their norms and their rotation, into c->packed. */
 static void project(const smallm_model *m, smallm_context *c, size_t i, const segment *segments, size_t count,
                     size_t rows)
 {
     const layer *l = &m->layers[i];
-    size_t width = (size_t)m->head_dim, stride = m->heads * width, E = (size_t)m->n_embd;
+    size_t stride = m->heads * (size_t)m->head_dim, E = (size_t)m->n_embd;
     if (i == 0 && m->table != NULL) {
         size_t r = 0;
         for (size_t s = 0; s < count; s++)
@@ -1632,31 +1671,40 @@ static void project(const smallm_model *m, smallm_context *c, size_t i, const se
     for (size_t r = 0; r < rows; r++)
         m->kernels->norm(c->stream + r * E, l->ln_1, c->normed + r * E, E);
     multiply(m, c, &l->qkv, c->normed, E, rows, c->packed, stride);
-    for (size_t r = 0; r < rows; r++)
-        for (size_t h = 0; h < (size_t)(m->n_head + m->n_kv_head); h++) {
-            float *x = c->packed + r * stride + h * width;
-            m->kernels->norm(x, l->qk_gain + h * width, x, width);
-        }
 }
 
-static void attend_all(const smallm_model *m, smallm_context *c, size_t i, const segment *segments, size_t count)
+typedef struct {
+    smallm_context *context;
+    size_t layer;
+    const segment *segments;
+    size_t count;
+} attention_task;
+
+/* Computes the attention of a part of the key/value heads of all segments. */
+static void attend_part(const void *task, size_t part, size_t parts)
 {
-    size_t width = (size_t)m->head_dim, stride = m->heads * width;
-    size_t group = (size_t)(m->n_head / m->n_kv_head), out = m->layers[i].attention_out.inputs, row = 0;
-    for (size_t s = 0; s < count; s++) {
-        const segment *g = &segments[s];
-        float *packed = c->packed + row * stride, *y = c->hidden + row * out;
-        for (size_t j = 0; j < g->count; j++) store(m, g->context, i, packed + j * stride, g->position + j);
-        if (g->count == 1) /* the queries that share a key/value head are the rows */
-            for (size_t h = 0; h < (size_t)m->n_kv_head; h++)
-                attend(m, g->context, c->scores, c->mixed, i, h, packed + h * group * width, width, group, g->position, 0,
-                       y + h * group * width, width);
-        else
-            for (size_t h = 0; h < (size_t)m->n_head; h++)
-                attend(m, g->context, c->scores, c->mixed, i, h / group, packed + h * width, stride, g->count, g->position, 1,
-                       y + h * width, out);
-        row += g->count;
-    }
+    const attention_task *t = task;
+    smallm_context *c = t->context;
+    const smallm_model *m = c->model;
+    size_t width = (size_t)m->head_dim, stride = m->heads * width, heads = (size_t)m->n_kv_head;
+    size_t group = (size_t)m->n_head / heads, out = m->layers[t->layer].attention_out.inputs, item = 0, row = 0;
+    size_t from = first_item(t->count * heads, part, parts), end = first_item(t->count * heads, part + 1, parts);
+    float *scores = c->scores + part * MAX_ROWS * m->positions, *mixed = c->mixed + part * MAX_ROWS * width;
+    for (const segment *g = t->segments; g < t->segments + t->count; row += g++->count)
+        for (size_t h = 0; h < heads; h++, item++) {
+            float *packed = c->packed + row * stride, *y = c->hidden + row * out;
+            if (item < from || item >= end) continue;
+            for (size_t j = 0; j < g->count; j++)
+                store(m, g->context, t->layer, h, packed + j * stride, g->position + j);
+            size_t first = h * group * width;
+            if (g->count == 1) /* the queries that share a key/value head are the rows */
+                attend(m, g->context, scores, mixed, t->layer, h, packed + first, width, group, g->position, 0, y + first,
+                       width);
+            else
+                for (size_t q = first; q < first + group * width; q += width)
+                    attend(m, g->context, scores, mixed, t->layer, h, packed + q, stride, g->count, g->position, 1, y + q,
+                           out);
+        }
 }
 
 /* Computes the ids of all segments, at most MAX_ROWS, with the buffers of context c. c->logits gets a row of logits for
@@ -1665,13 +1713,15 @@ static void forward(smallm_context *c, const segment *segments, size_t count, bo
 {
     const smallm_model *m = c->model;
     size_t E = (size_t)m->n_embd, I = m->padded_inner, rows = 0;
+    c->pool = acquire(m->pool);
     for (size_t s = 0; s < count; s++)
         for (size_t j = 0; j < segments[s].count; j++, rows++)
             memcpy(c->stream + rows * E, m->embedding + (size_t)segments[s].ids[j] * E, E * sizeof(float));
     for (size_t i = 0; i < (size_t)m->n_layer; i++) {
         const layer *l = &m->layers[i];
         project(m, c, i, segments, count, rows);
-        attend_all(m, c, i, segments, count);
+        attention_task attention = {c, i, segments, count};
+        share(c->pool, attend_part, &attention, count * (size_t)m->n_kv_head);
         multiply(m, c, &l->attention_out, c->hidden, l->attention_out.inputs, rows, c->normed, E);
         add_rows(c->stream, c->normed, rows * E);
         for (size_t r = 0; r < rows; r++)
@@ -1688,6 +1738,7 @@ static void forward(smallm_context *c, const segment *segments, size_t count, bo
             if (every || (last && j + 1 == segments[s].count))
                 m->kernels->norm(c->stream + row * E, m->ln_f, c->normed + kept++ * E, E);
     if (kept > 0) multiply(m, c, &m->head, c->normed, E, kept, c->logits, m->padded_vocab);
+    release(c->pool);
 }
 
 /* Moves the part of a full cache that the model's window still covers to the beginning of the cache. The logits that
@@ -2467,13 +2518,19 @@ static smallm_status find_characters(smallm_context *c, paths *list, smallm_char
 
 static smallm_status open_checked(smallm_model *model, span file, const smallm_open_options *options)
 {
-    smallm_open_options known = {sizeof known, NULL};
+    smallm_open_options known = {sizeof known, NULL, 1};
     if (options != NULL) TRY(read_options(model->error, options, &known, sizeof known));
     if (!choose_kernels(model, known.kernels))
         return fail(model->error, SMALLM_MISTAKE, "kernels = %.20s is not an instruction set of this processor; pass NULL",
                     known.kernels);
+    model->threads = known.threads > 0 ? known.threads : 1;
+    if (model->threads > MAX_THREADS)
+        return fail(model->error, SMALLM_MISTAKE, "threads = %zu is out of range; it must be from 0 to %d", known.threads,
+                    MAX_THREADS);
     TRY(read_model(model, file));
     TRY(read_weights(model, file));
+    if (model->threads > 1 && (model->pool = pool_new(model->threads)) == NULL)
+        return fail(model->error, SMALLM_NO_MEMORY, "cannot start %zu threads here; ask for 1", model->threads);
     model->open = true;
     return SMALLM_OK;
 }
@@ -2608,6 +2665,7 @@ smallm_status smallm_decode(
 void smallm_close(smallm_model *model)
 {
     if (model == NULL) return;
+    pool_free(model->pool);
     for (size_t i = 0; i < model->allocation_count; i++) free_aligned(model->allocations[i]);
     void *memory[] = {model->allocations, model->tokens, model->sorted, model->start_text, model->metadata};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free(memory[i]);
@@ -2640,9 +2698,9 @@ smallm_status smallm_context_new(const smallm_model *m, smallm_context **context
     c->stream = allocate(R * (size_t)m->n_embd, sizeof *c->stream);
     c->normed = allocate(R * (size_t)m->n_embd, sizeof *c->normed);
     c->packed = allocate(R * m->heads * (size_t)m->head_dim, sizeof *c->packed);
-    c->scores = allocate(R * m->positions, sizeof *c->scores);
+    c->scores = allocate(m->threads * R * m->positions, sizeof *c->scores);
     c->hidden = allocate(R * (hidden > attended ? hidden : attended), sizeof *c->hidden);
-    c->mixed = allocate(R * (size_t)m->head_dim, sizeof *c->mixed);
+    c->mixed = allocate(m->threads * R * (size_t)m->head_dim, sizeof *c->mixed);
     c->logits = allocate(R * V, sizeof *c->logits);
     c->codes = allocate(R * m->max_codes + 1, sizeof *c->codes);
     c->code_scales = allocate(R * m->max_blocks + 1, sizeof *c->code_scales);

@@ -20,8 +20,13 @@
 
    Threads: a model is read-only once it is open, so any number of threads may use it, each with its own context. A context
    is used by one thread at a time, and by any thread; only smallm_cancel may be called from another thread meanwhile.
-   Close a model after the last of its contexts. The library has no global state, starts no threads, and allocates no
-   memory while it generates. */
+   Close a model after the last of its contexts. The library has no global state, and allocates no memory while it
+   generates.
+
+   With smallm_open_options.threads above 1 the model starts threads, which compute the products and the attention of one
+   call together with the thread that called; the text stays the same. They end in smallm_close. While they work for one
+   context, calls with other contexts are computed by one thread each. They sleep between calls. A process that was forked
+   has none of them and goes on with one thread. */
 
 #ifndef SMALLM_H
 #define SMALLM_H
@@ -73,6 +78,8 @@ enum {
 typedef struct smallm_open_options {
     size_t size;         /* sizeof(smallm_open_options) */
     const char *kernels; /* instruction set: "avx512", "avx2", "sse2", "neon", "wasm" or "plain"; NULL = the fastest */
+    size_t threads;      /* threads that compute a text together, 1 to 256; 0 or 1 = none but that of the caller, which is
+                            best for small models. More than the processor has cores are slower */
 } smallm_open_options;
 
 /* Call smallm_default_options first, then change fields. */
