@@ -36,8 +36,8 @@ C = SOURCES / "c"
 STRICT = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
 SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 NON_ASCII = Vocabulary.from_characters("éñ€中")
-FILES = {"smallm.h", "smallm.c", "smallm_kernels.h", "smallm_threads.h", "main.c", "Makefile", "CMakeLists.txt", "README.md",
-         "SAMPLING.md", "SHA256SUMS", "model.onnx", "smallm.json"}  # fmt: skip
+FILES = {"smallm.h", "smallm.c", "smallm_kernels.h", "smallm_threads.h", "main.c", "Makefile", "CMakeLists.txt",
+         "README.md", "SAMPLING.md", "SHA256SUMS", "model.onnx", "smallm.json"}  # fmt: skip
 
 
 def run(*argv, cwd: Path | None = None, stdin: bytes = b"", env: dict[str, str] | None = None):
