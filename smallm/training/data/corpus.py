@@ -1,6 +1,7 @@
 """A text as ids on disk: encoded once, memory-mapped, and cut into a training part and a validation part after it."""
 
 import codecs
+import errno
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -78,6 +79,8 @@ def open_corpus(
         text = find_source(data, cache)
         return _open(text, data, base, cache, progress, seed)
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError from None
         raise UserError(f"cannot write to {cache}: {error.strerror or error}; set SMALLM_CACHE elsewhere") from None
 
 
@@ -107,9 +110,8 @@ def _open(text: Source, data: DataConfig, base: Vocabulary, cache: Path, progres
         raise UserError(f"{cache} was changed while it was being written; run the command again")
     ids, marks = stored
     cut = _ids_of(ids, marks, train_characters)
-    train_ids, val_ids = (MappedIds(ids.path, ids.dtype, *part) for part in ((0, cut), (cut, None)))
     return Corpus(
-        text.name, vocabulary, train_ids, val_ids,
+        text.name, vocabulary, ids.part(0, cut), ids.part(cut, len(ids)),
         train_characters, known.characters - train_characters, known.fingerprint,
         start_text="\n" if known.first_newline < train_characters else known.first_character, folder=folder,
         split=data.split,

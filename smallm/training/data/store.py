@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,20 @@ class MappedIds:
     soon bring in all of it. So the pages are released now and then; the system keeps them cached while it has room.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype | str, start: int = 0, stop: int | None = None):
-        """Maps the ids [start, stop) of the file. Raises `ValueError` if the file is empty or ends within an id."""
+    def __init__(self, path: Path, dtype: np.dtype | str):
+        """Maps the file. Raises `ValueError` if the file is empty or ends within an id."""
         self.path = path
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._ids = np.frombuffer(self._map, dtype)[start:stop]
+        self._ids = np.frombuffer(self._map, dtype)
         self._releases = len(self._map) > RESIDENT_BYTES and hasattr(mmap, "MADV_DONTNEED")
         self._read = 0  # upper bound of the bytes mapped since the last release
+
+    def part(self, start: int, stop: int) -> "MappedIds":
+        """The ids [start, stop), in the same memory map: further maps of a long text would fill the address space."""
+        part = copy(self)
+        part._ids = self._ids[start:stop]
+        return part
 
     @property
     def dtype(self) -> np.dtype:

@@ -1,5 +1,6 @@
 """MappedIds: indexing returns the ids in the file, and the memory map stays small."""
 
+import errno
 import mmap
 import sys
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from smallm.training.config import DataConfig
 from smallm.training.data import store
+from smallm.training.data.corpus import open_corpus
 from smallm.training.data.dataset import CharDataset
 from smallm.training.data.store import MappedIds
 
@@ -35,11 +38,30 @@ def test_slices_and_positions_give_copies(file):
 
 
 def test_positions_of_a_part(file):
-    part = MappedIds(file, "<u4", 1000, 2000)
+    part = MappedIds(file, "<u4").part(1000, 2000)
     assert len(part) == 1000
     np.testing.assert_array_equal(part[:3], [1000, 1001, 1002])
     np.testing.assert_array_equal(part[np.array([[5, 6], [998, 999]])], [[1005, 1006], [1998, 1999]])
-    assert MappedIds(file, "<u4", 1000)[-1:].tolist() == [(1 << 20) - 1]
+    assert MappedIds(file, "<u4").part(1000, 1 << 20)[-1:].tolist() == [(1 << 20) - 1]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_a_text_is_mapped_once(tmp_path):
+    """The address space of a process may be limited (`ulimit -v`)."""
+    (tmp_path / "text.txt").write_text("One two three.\n" * 100)
+    corpus = open_corpus(DataConfig(source=(str(tmp_path / "text.txt"),)), cache=tmp_path / "cache", progress=False)
+    assert len(corpus.train_ids) > len(corpus.val_ids) > 0
+    assert Path("/proc/self/maps").read_text().count(str(tmp_path)) == 1
+
+
+def test_too_little_address_space_is_no_fault_of_the_cache(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    (tmp_path / "text.txt").write_text("One two three.\n" * 100)
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(MemoryError):
+        open_corpus(DataConfig(source=(str(tmp_path / "text.txt"),)), cache=tmp_path / "cache", progress=False)
 
 
 @pytest.mark.parametrize("size", [0, 3, 9])
