@@ -146,6 +146,11 @@ def native_library() -> Any:
     if PREBUILT.is_file():
         with suppress(OSError):  # the library of another platform
             return _declared(ctypes.CDLL(str(PREBUILT)))
+    if not SOURCE.is_file():
+        raise UserError(
+            "engine = 'native' needs smallm.c, which this program lacks; collect the data files of smallm "
+            "(PyInstaller: --collect-data smallm), or leave out the engine"
+        )
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None or platform.system() not in INSTALL:
         install = INSTALL.get(platform.system())

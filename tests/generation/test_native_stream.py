@@ -214,3 +214,11 @@ def test_without_a_compiler(exported, monkeypatch, tmp_path, cc, message):
         LanguageModel.load(exported, engine="native")
     assert "\n" not in str(caught.value)
     native.native_library.cache_clear()
+
+
+def test_a_frozen_program_without_the_data_files(exported, monkeypatch, tmp_path):
+    native.native_library.cache_clear()
+    monkeypatch.setattr(native, "SOURCE", tmp_path / "smallm.c")
+    with pytest.raises(UserError, match=r"which this program lacks; collect the data files of smallm"):
+        LanguageModel.load(exported, engine="native")
+    native.native_library.cache_clear()
