@@ -134,8 +134,9 @@ typedef v128_t K(ints);
 #define DOT4(sum, x, w) K(dot4)(sum, x, w)
 static INLINE v128_t K(dot4)(v128_t sum, v128_t x, v128_t w)
 {
-    v128_t low = wasm_i32x4_dot_i16x8(wasm_i16x8_extend_low_i8x16(x), wasm_i16x8_extend_low_i8x16(w));
-    v128_t high = wasm_i32x4_dot_i16x8(wasm_i16x8_extend_high_i8x16(x), wasm_i16x8_extend_high_i8x16(w));
+    v128_t four = wasm_i16x8_extend_low_i8x16(x); /* x repeats its four numbers */
+    v128_t low = wasm_i32x4_dot_i16x8(four, wasm_i16x8_extend_low_i8x16(w));
+    v128_t high = wasm_i32x4_dot_i16x8(four, wasm_i16x8_extend_high_i8x16(w));
     v128_t even = wasm_i32x4_shuffle(low, high, 0, 2, 4, 6), odd = wasm_i32x4_shuffle(low, high, 1, 3, 5, 7);
     return wasm_i32x4_add(sum, wasm_i32x4_add(even, odd));
 }
@@ -206,13 +207,13 @@ static INLINE TARGET void K(tile)(const float *x, size_t x_stride, const float *
     K(vec) sum[K(TILES)][K(PARTS)];
     UNROLL for (int t = 0; t < rows * panels; t++)
         UNROLL for (int v = 0; v < K(PARTS); v++) sum[t][v] = ALL(0.0f);
-    for (size_t k = 0; k < inputs; k++) {
+    for (const float *end = x + inputs; x != end; x++, w += 16) {
         UNROLL for (int p = 0; p < panels; p++) {
-            const float *weights = w + (size_t)p * panel_stride + 16 * k;
+            const float *weights = w + (size_t)p * panel_stride;
             K(vec) part[K(PARTS)];
             UNROLL for (int v = 0; v < K(PARTS); v++) part[v] = LOAD(weights + v * K(LANES));
             UNROLL for (int r = 0; r < rows; r++) {
-                K(vec) input = ALL(x[(size_t)r * x_stride + k]);
+                K(vec) input = ALL(x[(size_t)r * x_stride]);
                 UNROLL for (int v = 0; v < K(PARTS); v++)
                     sum[r * panels + p][v] = ADD(sum[r * panels + p][v], MUL(input, part[v]));
             }
@@ -238,9 +239,20 @@ static INLINE TARGET void K(stripe)(const float *x, size_t x_stride, const float
         K(tile)(x, x_stride, w + p * panel_stride, panel_stride, inputs, y + 16 * p, y_stride, rows, 1);
 }
 
+/* One row. This is a function of its own because WebAssembly engines optimise a small function sooner. */
+static TARGET void K(product_row)(const float *x, const float *w, size_t panel_stride, size_t inputs, size_t panels,
+                                  float *y)
+{
+    K(stripe)(x, 0, w, panel_stride, inputs, panels, y, 0, 1);
+}
+
 static TARGET void K(product)(const float *x, size_t x_stride, size_t rows, const float *w, size_t panel_stride,
                               size_t inputs, size_t panels, float *y, size_t y_stride)
 {
+    if (rows == 1) {
+        K(product_row)(x, w, panel_stride, inputs, panels, y);
+        return;
+    }
     size_t group = rows > K(ROWS) ? 1 : panels; /* many rows take each panel while it is in the first cache */
     for (size_t p = 0; p < panels; p += group)
         EACH_STRIPE(K(stripe)(x + r * x_stride, x_stride, w + p * panel_stride, panel_stride, inputs, group,
@@ -308,9 +320,18 @@ static INLINE TARGET void K(stripe8)(const int8_t *x, const float *x_scales, siz
         K(tile8)(x, x_scales, x_stride, w->blocks, w->block, w, p, y + 16 * p, y_stride, rows, 1);
 }
 
+static TARGET void K(product8_row)(const int8_t *x, const float *x_scales, const matrix *w, float *y)
+{
+    K(stripe8)(x, x_scales, 0, w, 0, w->panels, y, 0, 1);
+}
+
 static TARGET void K(product8)(const int8_t *x, const float *x_scales, size_t x_stride, size_t rows, const matrix *w,
                                float *y, size_t y_stride)
 {
+    if (rows == 1) {
+        K(product8_row)(x, x_scales, w, y);
+        return;
+    }
     size_t group = rows > K(ROWS) ? 1 : w->panels;
     for (size_t p = 0; p < w->panels; p += group)
         EACH_STRIPE(K(stripe8)(x + r * x_stride, x_scales + r * w->blocks, x_stride, w, p, p + group,
