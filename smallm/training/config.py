@@ -51,6 +51,11 @@ class DataConfig:
     val_fraction: float = option(
         0.1, "Fraction of the text that is held out for validation.", more_than=0, less_than=1
     )
+    weights: tuple[float, ...] = option(
+        (), "Shares of the training windows that are drawn from each of several texts, such as 2,1 for twice as many "
+        "from the first as from the second; each text is split for itself. Empty = in proportion to their lengths.",
+        more_than=0,
+    )  # fmt: skip
     split: Literal["tail", "blocks", "documents"] = option(
         "tail", "Part of the text that is held out: tail = its end; blocks = the ends of 50 blocks of the same length, "
         "for a text whose end differs from the rest; documents = whole documents, which are shuffled.",
@@ -66,6 +71,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_section(self, "data")
+        texts = 1 if isinstance(self.source, str) else len(self.source)
+        if self.weights and len(self.weights) != texts:
+            raise UserError(f"data.weights = {self.weights} must be {texts} numbers, one for each --data")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def evaluate_only(run: Path, data: tuple[str, ...] | str | None, encoding: str, 
     accelerator = build_accelerator(config.train, PRECISIONS.get(str(state.facts.get("precision")), ""))
     with report_first_failure(accelerator):
         source = data or str(validation_text(folder))
-        text = find_source(replace(config.data, source=source, encoding=encoding), cache_folder())
+        text = find_source(replace(config.data, source=source, encoding=encoding, weights=()), cache_folder())
         characters, ids = 0, [np.empty(0, np.int64)]
         for piece in text.pieces("reading", progress=accelerator.is_main_process):
             characters += len(piece)

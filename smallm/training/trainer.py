@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from smallm.training.checkpoint.format import TrainingState
 from smallm.training.config import Config
 from smallm.training.data.batch_loader import BatchLoader
 from smallm.training.data.corpus import Corpus
-from smallm.training.data.dataset import CharDataset
+from smallm.training.data.dataset import CharDataset, WeightedDataset
 from smallm.training.devices import environment_facts, prepare
 from smallm.training.distributed import broadcast_from_main, full_tensor, sum_over_processes
 from smallm.training.evaluate import evaluate
@@ -50,7 +51,7 @@ class Trainer:
         _check_length(corpus, config.model.block_size)
         self.accelerator, self.config, self.corpus, self.folder, self.clock = accelerator, config, corpus, folder, clock
         self.callbacks = default_callbacks() if callbacks is None else callbacks
-        dataset = CharDataset(corpus.train_ids, config.model.block_size, config.train.seed)
+        dataset = _dataset(config, corpus)
         self.plan = StepPlan.of(config, corpus, dataset, accelerator.num_processes)
         self.budget = self._build_budget(planned_steps)
 
@@ -326,8 +327,16 @@ class Trainer:
         self.saved = True
 
 
+def _dataset(config: Config, corpus: Corpus) -> CharDataset:
+    block_size, seed, weights = config.model.block_size, config.train.seed, config.data.weights
+    if not weights:
+        return CharDataset(corpus.train_ids, block_size, seed)
+    return WeightedDataset(corpus.train_ids, block_size, seed, corpus.train_ends, weights)
+
+
 def _check_length(corpus: Corpus, block_size: int) -> None:
-    if len(corpus.train_ids) <= block_size:
+    lengths = [b - a for a, b in pairwise((0, *corpus.train_ends))] or [len(corpus.train_ids)]
+    if min(lengths) <= block_size:
         raise UserError(
             f"the training part of {corpus.name} has {corpus.train_characters:,} characters, too few for "
             f"model.block_size = {block_size}; use a longer text or a smaller block_size"

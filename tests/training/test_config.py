@@ -157,7 +157,8 @@ def test_every_setting_is_a_flag_with_help(capsys):
 FLAGS = """
 --help --data --encoding --minutes --init-from --config --out --resume --check --eval-only --profile --json
 --data.source --data.include --data.exclude --data.field
---data.encoding --data.min_count --data.val_fraction --data.split --data.separator --data.normalise --data.newlines
+--data.encoding --data.min_count --data.val_fraction --data.weights --data.split --data.separator --data.normalise
+--data.newlines
 --model.n_layer --model.n_head --model.n_kv_head --model.n_embd --model.n_inner --model.block_size --model.window
 --model.dropout --model.rope_theta
 --optim.name --optim.learning_rate --optim.adam_learning_rate --optim.schedule --optim.gamma --optim.warmup_steps

@@ -78,7 +78,8 @@ def metrics(run, kind):
 
 def test_two_processes_train_as_one_and_one_process_can_resume(text_file, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    toy = [*TOY, "--data.split=blocks"]
+    (tmp_path / "b.txt").write_text("Another text.\n" * 99)
+    toy = [*TOY, "--data.split=blocks", f"--data={tmp_path / 'b.txt'}", "--data.weights=1,3"]
     done = launch(ACCELERATE, "--data", str(text_file), "--out", str(two), *toy, "--train.max_steps=20")
     assert done.returncode == 0, done.stderr
     assert "2 process" in done.stderr

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ class Corpus:
     same parts in characters (code points). fingerprint: SHA-256 of the whole text in UTF-8, in hex, in the order of the
     parts. start_text: the character that generation from an empty seed starts from: a newline if the training part has
     one, otherwise its first character. folder: where the ids are stored. split: the `data.split` of the parts.
+    train_ends: with `data.weights`, where the training part of each text ends in `train_ids`.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Corpus:
     start_text: str
     folder: Path = field(repr=False)
     split: str = "tail"
+    train_ends: tuple[int, ...] = ()
 
     def val_text(self) -> str:
         """The validation part as text."""
@@ -110,18 +113,19 @@ def _open(text: Source, data: DataConfig, base: Vocabulary, cache: Path, progres
         raise UserError(f"{cache} was changed while it was being written; run the command again")
     ids, marks = stored
     cut = _ids_of(ids, marks, train_characters)
+    ends = [_ids_of(ids, marks, end) for end in accumulate(known.train_characters)]
     return Corpus(
         text.name, vocabulary, ids.part(0, cut), ids.part(cut, len(ids)),
         train_characters, known.characters - train_characters, known.fingerprint,
         start_text="\n" if known.first_newline < train_characters else known.first_character, folder=folder,
-        split=data.split,
+        split=data.split, train_ends=tuple(ends),
     )  # fmt: skip
 
 
 def _train_characters(name: str, known: Survey, val_fraction: float) -> int:
     """How many of the characters are for training; the others are for validation. Raises `UserError` if too few."""
     characters = known.characters
-    train = known.train_characters or int(characters * (1 - Fraction(str(val_fraction))))  # 1/10 for 0.1
+    train = sum(known.train_characters) or int(characters * (1 - Fraction(str(val_fraction))))  # 1/10 for 0.1
     val = characters - train
     if not characters:
         raise UserError(f"{name} is empty; pass a text with --data FILE")

@@ -1,5 +1,7 @@
 """Windows of the training text in an order that is a pure function of (seed, row); a resume needs no sampler state."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from smallm.training.data.store import MappedIds
@@ -35,10 +37,48 @@ class CharDataset:
         starts = np.empty_like(places)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            key = _mix(np.array([self.seed * _GOLDEN + int(epoch) + 1 & _MASK], dtype=np.uint64))
+            key = _key(self.seed, int(epoch))
             phase = int(key[0]) % min(T, len(self.ids) - n * T)
             starts[here] = phase + _shuffled(places[here], n, key) * T
         return starts
+
+
+class WeightedDataset(CharDataset):
+    """Windows of several texts, drawn in proportion to weights; an epoch has as many as without weights.
+
+    Each text is a `CharDataset` with an endless sequence of windows. An epoch takes the next windows of each sequence,
+    their number by its weight, in shuffled order.
+    """
+
+    def __init__(
+        self, ids: MappedIds | np.ndarray, block_size: int, seed: int, ends: Sequence[int], weights: Sequence[float]
+    ):
+        """ends: where each text ends in `ids`; each has more than `block_size` ids. weights: above 0, any sum."""
+        super().__init__(ids, block_size, seed)
+        self._offsets = np.array([0, *ends[:-1]])
+        lengths = np.diff([0, *ends]).tolist()
+        self._texts = [CharDataset(np.broadcast_to(np.uint16(0), length), block_size, seed) for length in lengths]
+        shares = np.cumsum([0.0, *weights]) / sum(weights)
+        self._bounds = np.rint(shares * len(self)).astype(np.int64)  # of the windows of each text in an epoch
+
+    def starts(self, rows: np.ndarray) -> np.ndarray:
+        """The offsets (B,) in the text of the windows of some rows (B,)."""
+        epochs, places = np.divmod(np.asarray(rows, dtype=np.int64), len(self))
+        starts = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            places[here] = _shuffled(places[here], len(self), _key(self.seed, int(epoch)))
+        texts = np.searchsorted(self._bounds, places, "right") - 1
+        for text in np.unique(texts):
+            here, (first, end) = texts == text, self._bounds[text : text + 2]
+            rows_of_text = epochs[here] * (end - first) + places[here] - first
+            starts[here] = self._texts[text].starts(rows_of_text) + self._offsets[text]
+        return starts
+
+
+def _key(seed: int, epoch: int) -> np.ndarray:
+    """(1,): determines the order of an epoch."""
+    return _mix(np.array([seed * _GOLDEN + epoch + 1 & _MASK], dtype=np.uint64))
 
 
 _GOLDEN, _MASK = 0x9E3779B97F4A7C15, 0xFFFFFFFFFFFFFFFF

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ class Survey:
     frequent_from: dict[str, int]
     """For each non-ASCII character that occurs `min_count` times: the length in characters of the shortest beginning
     of the text in which it occurs that often."""
-    train_characters: int = 0
+    train_characters: Sequence[int] = ()
     """As in `Text`."""
 
     def vocabulary(self, characters: int, base: Vocabulary) -> Vocabulary:

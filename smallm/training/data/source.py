@@ -11,8 +11,8 @@ import re
 import secrets
 import sys
 import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -75,8 +75,8 @@ class Text(Protocol):
         """For messages."""
 
     @property
-    def train_characters(self) -> int:
-        """The length of the training part at the beginning; 0 if `data.val_fraction` gives this length."""
+    def train_characters(self) -> Sequence[int]:
+        """The lengths of the training parts at the beginning; none if `data.val_fraction` gives the length."""
 
     def pieces(self, label: str, progress: bool) -> Iterator[str]:
         """Yields the text in pieces of bounded size, none of them empty.
@@ -108,7 +108,9 @@ class Source:
     """Key or column of the text in JSON lines and CSV."""
     separator: str = "\n"
     """Follows each record and each file of an archive."""
-    train_characters: int = 0
+    train_characters: Sequence[int] = ()
+    texts: tuple["Source", ...] = ()
+    """The texts of which this one consists."""
 
     def pieces(self, label: str, progress: bool) -> Iterator[str]:
         """See `Text`. Raises `UserError` for files that cannot be read or decoded."""
@@ -150,10 +152,11 @@ def find_source(data: DataConfig, cache: Path) -> Source:
         raise UserError("data.source names no text; pass --data FILE")
     parts = [part for each in found for part in each.parts]
     encoding = data.encoding if len(found) > 1 else found[0].encoding
-    tidy = Tidy(data.normalise, data.newlines)
-    return Source(
-        " + ".join(each.name for each in found), parts, encoding, tidy, data.field, data.separator or "\n"
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "tidy": Tidy(data.normalise, data.newlines), "field": data.field, "separator": data.separator or "\n",
+    }  # fmt: skip
+    texts = tuple(replace(each, **settings) for each in found)
+    return Source(" + ".join(each.name for each in found), parts, encoding, **settings, texts=texts)
 
 
 def _find(name: str, data: DataConfig, cache: Path) -> Source:

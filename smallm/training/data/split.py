@@ -9,15 +9,16 @@ import mmap
 import re
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO
+from typing import IO, Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from smallm.errors import UserError
 from smallm.tokenizer.text_files import DOCUMENT_END, ending, last_part
@@ -30,77 +31,97 @@ MAPPED_BYTES = 64 << 20  # of the file, after which the pages are released
 LINE_REACH = 1 << 12  # bytes after the border of a block among which a line end is searched
 
 
-@dataclass(frozen=True)
-class SplitText:
-    """The stretches of a file in UTF-8 as one text.
+class Part(NamedTuple):
+    """A part of a text: stretches (n, 2) of a file in UTF-8, the offsets [start, stop) in bytes."""
 
-    stretches: (n, 2), the offsets [start, stop) in bytes. train_count: number of stretches in the training part.
-    """
-
-    name: str
     file: IO[bytes]
     stretches: np.ndarray
-    train_count: int
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return int((self.stretches[:, 1] - self.stretches[:, 0]).sum())
+
+    def pieces(self, bar: "tqdm[Any]") -> Iterator[str]:
+        """Yields the text in pieces of bounded size, and moves the bar."""
+        decoder = codecs.getincrementaldecoder("utf-8")("surrogatepass")
+        held, limit = bytearray(), source.PIECE_BYTES
+        for start, stop in map(np.ndarray.tolist, self.stretches):
+            for at in range(start, stop, limit):
+                self.file.seek(at)
+                held += self.file.read(min(limit, stop - at))
+                if len(held) >= limit:
+                    bar.update(len(held))
+                    if text := decoder.decode(held):
+                        yield text
+                    held.clear()
+        if held:
+            yield decoder.decode(held)
+
+
+@dataclass(frozen=True)
+class SplitText:
+    """One or several texts in a new order: the training part of each, then the validation part of each."""
+
+    name: str
+    train: list[Part]
+    val: list[Part]
 
     def pieces(self, label: str, progress: bool) -> Iterator[str]:
         """Yields the text in pieces of bounded size, as `Source.pieces` does."""
-        return self._read(self.stretches, label, progress)
+        parts = [*self.train, *self.val]
+        with progress_bar(label, sum(part.size for part in parts), progress) as bar:
+            for part in parts:
+                yield from part.pieces(bar)
 
     @property
-    def train_characters(self) -> int:
-        """The length of the training part."""
-        return sum(map(len, self._read(self.stretches[: self.train_count], "splitting", progress=False)))
-
-    def _read(self, stretches: np.ndarray, label: str, progress: bool) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8")("surrogatepass")
-        size, limit = int((stretches[:, 1] - stretches[:, 0]).sum()), source.PIECE_BYTES
-        held = bytearray()
-        with progress_bar(label, size, progress) as bar:
-            for start, stop in map(np.ndarray.tolist, stretches):
-                for at in range(start, stop, limit):
-                    self.file.seek(at)
-                    held += self.file.read(min(limit, stop - at))
-                    if len(held) >= limit:
-                        bar.update(len(held))
-                        if text := decoder.decode(held):
-                            yield text
-                        held.clear()
-            if held:
-                yield decoder.decode(held)
+    def train_characters(self) -> tuple[int, ...]:
+        """The length of the training part of each text."""
+        with progress_bar("splitting", 0, progress=False) as bar:
+            return tuple(sum(map(len, part.pieces(bar))) for part in self.train)
 
 
 @contextmanager
 def split_text(text: Source, data: DataConfig, seed: int, cache: Path, progress: bool) -> Iterator[Text]:
-    """The text in the order of `data.split`; the text itself for `tail`. The temporary file lies in `cache`.
+    """The text in the order of `data.split`; with `data.weights`, each of its texts is split for itself.
 
-    seed: of the order of documents. Raises `UserError` if there is only one document.
+    Yields the text itself if its order stays. The temporary files lie in `cache`. seed: of the order of documents.
+    Raises `UserError` if there is only one document.
     """
-    if data.split == "tail":
+    if data.split == "tail" and not data.weights:
         yield text
         return
     cache.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=cache) as file:
-        if data.split == "blocks":
-            _copy(text, file, progress)
-            stretches, train_count = _blocks(file, data.val_fraction)
-        else:
-            text = replace(text, separator=data.separator or DOCUMENT_END)
-            last = _copy(text, file, progress)
-            file.write(_bytes(ending(last, text.separator) if last else ""))
-            documents = _documents(file, text.separator)
-            if len(documents) == 1:
-                raise UserError(f"{text.name} is one document; name what ends its documents with --data.separator, or "
-                                "pass --data.split blocks")  # fmt: skip
-            stretches, train_count = _shuffled(documents, data.val_fraction, seed)
-        yield SplitText(text.name, file, stretches, train_count)
+    with ExitStack() as files:
+        texts = text.texts if data.weights else (text,)
+        parts = [_split(one, files.enter_context(TemporaryFile(dir=cache)), data, seed, progress) for one in texts]
+        yield SplitText(text.name, [train for train, _ in parts], [val for _, val in parts])
+
+
+def _split(text: Source, file: IO[bytes], data: DataConfig, seed: int, progress: bool) -> tuple[Part, Part]:
+    """Copies the text into the file; the parts for training and for validation."""
+    if data.split != "documents":
+        _copy(text, file, progress)
+        stretches, count = _blocks(file, data.val_fraction, MAX_BLOCKS if data.split == "blocks" else 1)
+    else:
+        text = replace(text, separator=data.separator or DOCUMENT_END)
+        last = _copy(text, file, progress)
+        file.write(_bytes(ending(last, text.separator) if last else ""))
+        documents = _documents(file, text.separator)
+        if len(documents) == 1:
+            raise UserError(f"{text.name} is one document; name what ends its documents with --data.separator, or "
+                            "pass --data.split blocks")  # fmt: skip
+        stretches, count = _shuffled(documents, data.val_fraction, seed)
+    return Part(file, stretches[:count]), Part(file, stretches[count:])
 
 
 def split_key(data: DataConfig, seed: int) -> tuple[object, ...]:
     """The settings, besides the text, on which the content and the order of the parts depend."""
     separator = (data.separator,) if data.separator else ()
-    if data.split == "tail":
+    if data.split == "tail" and not data.weights:
         return separator
-    return (*separator, data.split, data.val_fraction, *((seed,) if data.split == "documents" else ()))
+    separate = (len(data.weights),) if data.weights else ()
+    return (*separator, *separate, data.split, data.val_fraction, *((seed,) if data.split == "documents" else ()))
 
 
 def _copy(text: Source, file: IO[bytes], progress: bool) -> str:
@@ -145,10 +166,10 @@ def _shuffled(documents: np.ndarray, val_fraction: float, seed: int) -> tuple[np
     return documents, max(1, min(count, len(documents) - 1))
 
 
-def _blocks(file: IO[bytes], val_fraction: float) -> tuple[np.ndarray, int]:
+def _blocks(file: IO[bytes], val_fraction: float, max_blocks: int) -> tuple[np.ndarray, int]:
     """The stretches for training, which begin the blocks, then those for validation; the number of the former."""
     size = file.tell()
-    count = max(1, min(MAX_BLOCKS, size // MIN_BLOCK_BYTES))
+    count = max(1, min(max_blocks, size // MIN_BLOCK_BYTES))
     train_share = 1 - Fraction(str(val_fraction))  # 9/10 for 0.1, not the nearest float
     borders = [int(size * (block + share) / count) for block in range(count) for share in (0, train_share)]
     reach = min(LINE_REACH, *(b - a for a, b in pairwise([*borders, size]))) // 2

@@ -25,7 +25,7 @@ from smallm.training.data.source import Source
 from smallm.training.locks import file_lock
 from smallm.training.output import Output
 
-INDEX_FORMAT = 5  # raise when surveys change their meaning
+INDEX_FORMAT = 6  # raise when surveys change their meaning
 IDS_FORMAT = 2  # raise when the stored files, or the ids that a `Vocabulary` gives, change their meaning
 IDS, FACTS = "ids.bin", "corpus.json"
 UNFINISHED = ".unfinished"

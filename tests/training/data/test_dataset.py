@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smallm.training.data.dataset import CharDataset
+from smallm.training.data.dataset import CharDataset, WeightedDataset
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 900)).map(lambda size: (size[0], size[0] + size[1]))  # T, N > T
 seeds = st.integers(0, 2**63)
@@ -120,3 +120,33 @@ def test_a_text_of_any_length_is_shuffled_without_a_table():
     assert starts.max() + 257 <= 10**11
     assert starts.max() - starts.min() > 10**10
     assert (batch(dataset, 10**6, 4) == 7).all()
+
+
+# -- several texts
+
+
+@given(seeds, st.integers(1, 9), st.lists(st.integers(10, 400), min_size=1, max_size=4), st.data())
+def test_windows_of_several_texts_are_drawn_by_weight(seed, T, lengths, data):
+    weights = data.draw(st.lists(st.floats(0.1, 9), min_size=len(lengths), max_size=len(lengths)))
+    ends = np.cumsum(lengths).tolist()
+    dataset = WeightedDataset(np.arange(ends[-1], dtype=np.uint32), T, seed, ends, weights)
+    n = len(dataset)
+    assert n == len(counting(ends[-1], T))
+    for epoch in (0, 3):
+        starts = dataset.starts(np.arange(epoch * n, (epoch + 1) * n))
+        texts = np.searchsorted(ends, starts, "right")
+        assert np.array_equal(texts, np.searchsorted(ends, starts + T, "right"))  # no window crosses the end of a text
+        counts = np.bincount(texts, minlength=len(lengths))
+        assert np.abs(counts - n * np.array(weights) / sum(weights)).max() <= 1
+
+
+def test_each_text_of_several_has_epochs_of_its_own():
+    dataset = WeightedDataset(np.arange(3630), T := 16, 5, [330, 3630], [1, 1])
+    starts = dataset.starts(np.arange(4 * len(dataset)))
+    for first, length in ((0, 330), (330, 3300)):
+        alone = CharDataset(np.arange(length), T, 5)
+        drawn = starts[(starts >= first) & (starts < first + length)] - first
+        assert sorted(drawn) == sorted(alone.starts(np.arange(len(drawn))))
+    assert abs(np.corrcoef(starts[:-1] < 330, starts[1:] < 330)[0, 1]) < 0.15  # the texts alternate at random
+    rows = np.random.RandomState(1).permutation(len(starts))
+    assert np.array_equal(dataset.starts(rows), starts[rows])  # a row is a row, in any batch

@@ -71,14 +71,14 @@ def test_the_stretches_of_any_text_do_not_overlap_and_leave_nothing_out(text, va
         data = DataConfig(str(written(Path(folder) / "a.txt", text)), split="blocks", val_fraction=val_fraction)
         with split.split_text(find_source(data, Path(folder)), data, 1, Path(folder), False) as found:
             assert isinstance(found, split.SplitText)
-            in_order = sorted(found.stretches.tolist())
+            train, val = (part.stretches for part in (found.train[0], found.val[0]))
+            in_order = sorted([*train.tolist(), *val.tolist()])
             assert in_order[0][0] == 0
             assert in_order[-1][1] == len(text.encode())
             assert all(a[1] == b[0] for a, b in pairwise(in_order))
-            train, val = np.split(found.stretches, [found.train_count])
             parts = [b"".join(text.encode()[a:b] for a, b in part).decode() for part in (train, val)]
             assert "".join(found.pieces("reading", False)) == "".join(parts)
-            assert found.train_characters == len(parts[0])
+            assert found.train_characters == (len(parts[0]),)
 
 
 def test_a_known_text_is_not_read_again(tmp_path, monkeypatch):
@@ -192,3 +192,30 @@ def test_one_document_is_refused(tmp_path):
     assert message(lambda: open_corpus(file, split="documents")) == line
     assert message(lambda: open_corpus(file, split="documents", separator="|")) == line
     assert "is empty" in message(lambda: open_corpus(written(file, ""), split="documents"))
+
+
+# -- weights
+
+
+@pytest.mark.parametrize("split_by", ["tail", "blocks", "documents"])
+def test_with_weights_each_text_is_split_for_itself(tmp_path, split_by):
+    stories = STORIES[:200], [each.upper() for each in STORIES]
+    files = [str(written(tmp_path / f"{n}.jsonl", json_lines(part))) for n, part in enumerate(stories)]
+    settings = {"split": split_by, "min_count": 1, "weights": (2.0, 1.0), "val_fraction": 0.25}
+    corpus = corpus_module.open_corpus(DataConfig(tuple(files), **settings))
+    first, second = np.split(corpus.train_ids[:], corpus.train_ends[:1])
+    assert corpus.train_ends[1] == len(corpus.train_ids)
+    train = [corpus.vocabulary.decode(part) for part in (first, second)]
+    assert "".join(train) + corpus.val_text() == "".join(both_texts(corpus))
+    assert len(train[0]) / len("".join(stories[0])) == pytest.approx(0.75, abs=0.01)
+    assert [set(part) & set("aST") for part in train] == [set("aS"), set("ST")]
+    half = len("".join(stories[0])) - len(train[0])
+    assert sorted(train[0] + corpus.val_text()[:half]) == sorted("".join(stories[0]))
+    assert sorted(train[1] + corpus.val_text()[half:]) == sorted("".join(stories[1]))
+
+
+def test_one_weight_for_each_text():
+    assert message(lambda: DataConfig(("a", "b"), weights=(1.0,))) == (
+        "data.weights = (1.0,) must be 2 numbers, one for each --data"
+    )
+    assert "must be more than 0" in message(lambda: DataConfig(("a", "b"), weights=(1.0, 0.0)))
