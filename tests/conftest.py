@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # threads that outnumber the cores wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 settings.register_profile("smallm", deadline=None)  # a slow machine must not fail a test
 settings.load_profile("smallm")
 
@@ -49,6 +52,26 @@ def corpus_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMALLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_charts():
+    """Runs draw no charts, which would take longer than the training of a tiny model. Returns what draws them."""
+    from smallm.training.report import pages, plot
+
+    drawing = {"smallm.training.report.plot.plot_runs": plot.plot_runs,
+               "smallm.training.report.pages.page_charts": pages.page_charts}  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, drawn in zip(drawing, (lambda runs, out: out, lambda runs: ""), strict=True):
+            patch.setattr(name, drawn)
+        yield drawing
+
+
+@pytest.fixture
+def charts(no_charts, monkeypatch):
+    """Runs draw charts, as outside of the tests."""
+    for name, function in no_charts.items():
+        monkeypatch.setattr(name, function)
 
 
 @pytest.fixture

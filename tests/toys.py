@@ -109,12 +109,6 @@ def edit_state(folder: Path, edit: Callable[[dict], object] = lambda values: Non
     file.write_text(json.dumps(values | {"checksum": checkpoint.checksum(values)}), encoding="utf-8")
 
 
-def without_charts(patch: pytest.MonkeyPatch) -> None:
-    """Runs draw no charts, which would take longer than the training of a tiny model."""
-    patch.setattr("smallm.training.report.plot.plot_runs", lambda runs, out: out)
-    patch.setattr("smallm.training.report.pages.page_charts", lambda runs: "")
-
-
 def message(call, *args) -> str:
     """The one line of the `UserError` that a call raises."""
     with pytest.raises(UserError) as caught:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from test_imports import HEAVY, python
-from toys import without_charts
 
 import smallm
 from smallm.training import cli
@@ -26,8 +25,7 @@ TRAIN = {"batch_size": 4, "max_steps": 6, "eval_every": 3, "log_every": 1, "samp
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """An empty folder to work in, and no pictures."""
-    without_charts(monkeypatch)
+    """An empty folder to work in."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

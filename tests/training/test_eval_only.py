@@ -82,7 +82,6 @@ def test_two_processes_get_the_same_loss(tiny_run):
 
 @pytest.mark.slow
 def test_profile(text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("smallm.training.report.plot.plot_runs", lambda runs, out, **options: out)
     toy = ["--model.n_layer=1", "--model.n_head=2", "--model.n_embd=32", "--model.block_size=16",
            "--train.max_steps=12", "--train.sample_length=0"]  # fmt: skip
     run = tmp_path / "run"

@@ -30,8 +30,7 @@ SHORT = ["--train.max_steps=30", "--train.eval_every=10", "--train.batch_size=16
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """An empty working directory; plots are left out."""
-    monkeypatch.setattr("smallm.training.report.plot.plot_runs", lambda runs, out, **options: out)
+    """An empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -49,9 +48,7 @@ def new_text(tmp_path_factory) -> Path:
 def fine_tuned(tiny_run, new_text, tmp_path_factory) -> Path:
     """A run of 30 steps on `new_text` that started from the model of `tiny_run`."""
     run = tmp_path_factory.mktemp("runs") / "fine_tuned"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("smallm.training.report.plot.plot_runs", lambda runs, out, **options: out)
-        assert fine_tune(tiny_run, new_text, run) == 0
+    assert fine_tune(tiny_run, new_text, run) == 0
     return run
 
 

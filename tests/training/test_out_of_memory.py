@@ -17,7 +17,6 @@ TOY = ["--model.n_layer=1", "--model.n_head=2", "--model.n_embd=32", "--model.bl
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("smallm.training.report.plot.plot_runs", lambda runs, out, **options: out)
     monkeypatch.chdir(tmp_path)
 
 

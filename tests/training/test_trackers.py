@@ -11,7 +11,6 @@ import pytest
 from accelerate import tracking
 from accelerate.tracking import GeneralTracker
 from test_training import TOY, ctrl_c, flags, metrics, sha256
-from toys import without_charts
 
 from smallm.errors import UserError
 from smallm.training import cli, trackers
@@ -25,8 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """An empty folder to work in, no pictures, and an environment without settings of trackers."""
-    without_charts(monkeypatch)
+    """An empty folder to work in, and an environment without settings of trackers."""
     monkeypatch.chdir(tmp_path)
     for name, value in trackers.OFFLINE.items():
         monkeypatch.setenv(name, value)  # restored after the test

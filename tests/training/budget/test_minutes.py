@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_training import ctrl_c, flags, metrics
-from toys import without_charts
 
 from smallm.training import cli, run
 from smallm.training.budget import probe
@@ -35,8 +34,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """An empty working folder; charts are not drawn."""
-    without_charts(monkeypatch)
+    """An empty working folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

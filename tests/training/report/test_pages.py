@@ -129,8 +129,8 @@ def test_all_settings_are_shown_and_changed_ones_marked(tiny_run):
     assert ("model.n_layer", "2", "3") in rows
 
 
-def test_the_charts_show_the_losses(tiny_run):
-    found = read(tiny_run / "report.html")
+def test_the_charts_show_the_losses(run, tiny_run, charts):
+    found = page_of(run)
     data = [json.loads(value) for name, value in found.attributes if name == "data-chart"]
     assert [one["x"] for one in data] == ["step", "characters of text", "step", "step"]
     training, validation = data[0]["lines"]
@@ -152,16 +152,16 @@ def test_the_passage_is_of_the_best_step_and_coloured(tiny_run):
     assert passage.text in read(tiny_run / "report.html").text.replace("↵", "")
 
 
-def test_a_page_written_again_is_identical(tiny_run, tmp_path, capsys):
-    before = (tiny_run / "report.html").read_bytes()
+def test_a_page_written_again_is_identical(run, charts, tmp_path, capsys):
+    before = write_report([run]).read_bytes()
     capsys.readouterr()
-    assert plot([str(tiny_run), "--html", str(tmp_path / "sub" / "again.html")]) == 0
+    assert plot([str(run), "--html", str(tmp_path / "sub" / "again.html")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'sub' / 'again.html'}\n"
     assert (tmp_path / "sub" / "again.html").read_bytes() == before
     assert list((tmp_path / "sub").iterdir()) == [tmp_path / "sub" / "again.html"]
 
 
-def test_a_page_and_a_picture_in_one_call(run, tmp_path, capsys):
+def test_a_page_and_a_picture_in_one_call(run, charts, tmp_path, capsys):
     assert plot([str(run), "--html", str(tmp_path / "a.html"), "--out", str(tmp_path / "a.svg")]) == 0
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "a.html"), str(tmp_path / "a.svg")]
     assert (tmp_path / "a.svg").is_file()
@@ -173,7 +173,6 @@ def test_a_page_and_a_picture_in_one_call(run, tmp_path, capsys):
 @pytest.fixture
 def train(text_file, tmp_path, monkeypatch):
     """A function that trains a tiny model for 12 steps into the folder `run` and returns this folder."""
-    monkeypatch.setattr("smallm.training.report.plot.plot_runs", lambda runs, out, **options: out)
     monkeypatch.chdir(tmp_path)
     settings = {
         "model.n_layer": 1, "model.n_head": 1, "model.n_embd": 16, "model.block_size": 16, "train.batch_size": 8,
@@ -188,7 +187,7 @@ def train(text_file, tmp_path, monkeypatch):
     return train
 
 
-def test_an_interrupted_run_has_a_report_and_a_resumed_run_a_new_one(train, monkeypatch, capsys):
+def test_an_interrupted_run_has_a_report_and_a_resumed_run_a_new_one(train, charts, monkeypatch, capsys):
     batch = BatchLoader.batch
 
     def pressing(self, wanted, *args, **options):
@@ -232,8 +231,8 @@ def test_the_report_of_a_killed_run_can_be_written_later(run):
     assert not {"Baselines", "Memorisation"} & set(found.headings)
 
 
-def test_the_report_of_an_old_run_leaves_out_what_is_missing(run):
-    for name in (FILE, "config.toml", "baselines.json", "validation.txt", "report.html", "loss.png"):
+def test_the_report_of_an_old_run_leaves_out_what_is_missing(run, charts):
+    for name in (FILE, "config.toml", "baselines.json", "validation.txt", "report.html"):
         (run / name).unlink()
     found = page_of(run)
     assert found.headings == ["Results", "Loss", "Samples", "Commands"]
@@ -273,7 +272,7 @@ def test_a_full_disk(run, monkeypatch):
 # Files from strangers.
 
 
-def test_hostile_names_texts_and_settings_stay_text(run, tmp_path):
+def test_hostile_names_texts_and_settings_stay_text(run, charts, tmp_path):
     nasty = run.with_name("a & b <script>")
     run.rename(nasty)
     (nasty / "config.toml").write_text(f"[sample]\nseed = {json.dumps(NASTY)}\n[{json.dumps(NASTY)}]\nx = 1\n")
@@ -347,7 +346,7 @@ def test_other_broken_files_are_left_out(run, name, content):
     assert "Baselines" not in page_of(run).headings or name == "config.toml"
 
 
-def test_missing_figures_are_left_out(run):
+def test_missing_figures_are_left_out(run, charts):
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         for kind, loss in (("train", "loss"), ("eval", "train_loss")):
             values = {"kind": kind, "step": 70, "epoch": None, "learning_rate": None, "val_loss": None}
@@ -368,7 +367,7 @@ def test_a_folder_that_is_not_a_run_is_an_error(run, argv, monkeypatch):
 # Comparisons.
 
 
-def test_comparison(run, train, tmp_path):
+def test_comparison(run, train, charts, tmp_path):
     other = train("--optim.schedule=cosine")
     assert plot([str(run), str(other), "--html", str(tmp_path / "compare.html")]) == 0
     found = read(tmp_path / "compare.html")
@@ -388,7 +387,7 @@ def test_comparison(run, train, tmp_path):
     assert re.findall(r'<td class="best">(.*?)</td>', text)[0] == f"{lowest:.4f}"
 
 
-def test_comparison_of_equal_runs_and_of_old_runs(run):
+def test_comparison_of_equal_runs_and_of_old_runs(run, charts):
     assert "All runs have the same settings." in report_page(read_histories([run, run]))
     for name in (FILE, "config.toml", "baselines.json"):
         (run / name).unlink()

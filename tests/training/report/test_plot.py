@@ -13,6 +13,7 @@ from smallm.errors import UserError
 from smallm.training.report.charts import COLOURS
 from smallm.training.report.plot import main, plot_runs
 
+pytestmark = pytest.mark.usefixtures("charts")
 BLUE, ORANGE, GREEN = (0, 114, 178), (213, 94, 0), (0, 128, 93)
 
 
