@@ -15,12 +15,12 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # threads that outnu
 settings.register_profile("smallm", deadline=None)  # a slow machine must not fail a test
 settings.load_profile("smallm")
 
-SLOW_FIXTURES = {"sanitized", "inner", "chromium", "node"}  # C programs with sanitizers, a browser, Node
+SLOW_FIXTURES = {"sanitized", "inner", "chromium", "node", "read_tensorboard"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(items):
-    """Tests that need a sanitized program, Node or a browser are slow."""
+    """Tests that need a sanitized C program, Node, a browser or TensorBoard are slow."""
     for item in items:
         if SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)

@@ -90,7 +90,9 @@ def test_every_page_is_tested():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_commands_run(page, home, tiny_run, exported, capsys):
+def test_commands_run(page, home, tiny_run, exported, capsys, request):
+    if page == ROOT / "README.md":
+        request.getfixturevalue("charts")
     get_ready(page, home, tiny_run, exported)
     ran = []
     for command in commands(page):

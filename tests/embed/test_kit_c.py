@@ -41,7 +41,7 @@ FILES = {"smallm.h", "smallm.c", "smallm_kernels.h", "smallm_threads.h", "main.c
 
 
 def run(*argv, cwd: Path | None = None, stdin: bytes = b"", env: dict[str, str] | None = None):
-    return subprocess.run([str(word) for word in argv], input=stdin, capture_output=True, cwd=cwd, timeout=100,
+    return subprocess.run([str(word) for word in argv], input=stdin, capture_output=True, cwd=cwd,
                           env=os.environ | (env or {}))  # fmt: skip
 
 

@@ -389,9 +389,9 @@ def test_properties_of_the_model(lm):
 
 def test_a_very_long_seed_costs_little(lm):
     seed = "an old owl paints ten euros (10 €).\n" * 2800
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert len(lm.generate(seed, 5)) == len(seed) + 5
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
 
 
 def test_models_and_streams_do_not_disturb_each_other(lm, toy, exported):

@@ -112,9 +112,9 @@ def test_memory_map(tmp_path, dtype):
 def test_a_text_of_any_length_is_shuffled_without_a_table():
     huge = np.broadcast_to(np.uint16(7), 10**11)  # takes no memory
     dataset = CharDataset(huge, 256, seed=1)
-    started = time.perf_counter()
+    started = time.process_time()
     starts = dataset.starts(np.arange(10**8, 10**8 + 1000))
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert len(set(starts.tolist())) == 1000
     assert starts.min() >= 0
     assert starts.max() + 257 <= 10**11

@@ -8,7 +8,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch._dynamo.testing import CompileCounter
 from toys import random_model
 
 from smallm.training.model import compilation
@@ -67,6 +66,8 @@ def said():
 
 def test_each_shape_gets_one_graph(monkeypatch, batches, said):
     """Traces for real, but generates no code, which would take a minute."""
+    from torch._dynamo.testing import CompileCounter  # takes two seconds
+
     graphs = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs, fullgraph=True))
     model = random_model().train()
