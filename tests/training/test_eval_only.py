@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import without_charts
 
 from smallm.training import cli
 from smallm.training.profiled import TRACE
@@ -39,9 +38,8 @@ def test_the_loss_of_the_run_again(tiny_run, capsys):
     assert out.count("\n") == 1
 
 
-def test_a_run_on_blocks(text_file, tmp_path, capsys, monkeypatch):
+def test_a_run_on_blocks(text_file, tmp_path, capsys):
     """`validation.txt` holds the ends of the blocks, and is measured as the run measured it."""
-    without_charts(monkeypatch)
     toy = ["--model.n_layer=1", "--model.n_head=1", "--model.n_embd=32", "--model.block_size=16", "--train.max_steps=2"]
     run = tmp_path / "run"
     assert cli.main(["--data", str(text_file), "--out", str(run), *toy, "--data.split=blocks"]) == 0
