@@ -24,5 +24,7 @@ void *bsearch(const void *key, const void *items, size_t count, size_t size, int
 typedef struct FILE FILE;
 #define fopen(path, mode) ((void)(path), (FILE *)NULL)
 #define fread(to, size, count, file) ((size_t)0)
+#define fseek(file, offset, origin) ((void)(file), -1)
+#define ftell(file) 0L
 #define ferror(file) 0
 #define fclose(file) ((void)(file))
