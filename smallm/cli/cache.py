@@ -13,10 +13,10 @@ from smallm.runs.cache_folder import cache_folder
 
 KINDS = {
     "texts": ("corpora", "sources", "locks"),
-    "downloads": ("downloads",),
+    "downloads": ("downloads", "hf"),
     "compiled": ("*.so",),
 }
-"""Kind -> the names in the cache folder: encoded texts with their statistics and baselines, built-in texts that were
+"""Kind -> the names in the cache folder: encoded texts with their statistics and baselines, texts that were
 downloaded, and compiled C."""
 
 

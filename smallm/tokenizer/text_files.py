@@ -181,17 +181,15 @@ def _json_lines(texts: Iterator[str], name: str, field: str) -> Iterator[str]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             raise UserError(f"{name} is not valid JSON in line {number}; mend or remove the line") from None
-        keys = list(record) if isinstance(record, dict) else []
-        yield _field(record[field] if field in keys else None, name, number, field, keys)
+        yield text_of_record(record, name, number, field)
 
 
 def _comma_separated(texts: Iterator[str], name: str, field: str) -> Iterator[str]:
     delimiter = "\t" if name.lower().endswith(".tsv") else ","
     rows = csv.DictReader(_lines(texts), delimiter=delimiter)
     try:
-        columns = list(rows.fieldnames or [])
         for row in rows:
-            yield _field(row.get(field), name, rows.line_num, field, columns)
+            yield text_of_record(row, name, rows.line_num, field)
     except csv.Error as error:
         raise UserError(f"{name} is not valid CSV in line {rows.line_num}: {error}; pass JSON lines instead") from None
 
@@ -201,9 +199,12 @@ RECORDS = {
 }  # fmt: skip
 
 
-def _field(value: object, name: str, line: int, field: str, known: list[str]) -> str:
+def text_of_record(record: object, name: str, line: int, field: str) -> str:
+    """The text in a field of a record. Raises `UserError` if there is none; name and line: for the message."""
+    value = record.get(field) if isinstance(record, dict) else None
     if not isinstance(value, str):
-        fields = f"its fields are {', '.join(map(str, known[:9]))}" if known else "the line is not a record"
+        known = ", ".join(map(str, list(record)[:9])) if isinstance(record, dict) else ""
+        fields = f"its fields are {known}" if known else "the line is not a record"
         raise UserError(
             f"{name} has no text in field {field!r} of line {line}: {fields[:200]}; name another with --data.field"
         )

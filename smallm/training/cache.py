@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable
-from contextlib import suppress
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ def read_json(file: Path) -> dict[str, Any] | None:
         return content["values"] if content["checksum"] == digest(content["values"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+@contextmanager
+def unfinished_file(folder: Path) -> Iterator[Path]:
+    """The path of a new file in the folder, to be written and then renamed; a file that keeps the name is deleted."""
+    file = folder / secrets.token_hex(8)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield file
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def digest(values: Any) -> str:

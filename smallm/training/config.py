@@ -37,8 +37,9 @@ def option(default: Any, help: str, **bounds: float) -> Any:
 class DataConfig:
     source: tuple[str, ...] | str = option(
         "python-docs", "Text to train on: a file (.gz, .bz2, .xz, .zst and .zip are unpacked; .jsonl and .csv are "
-        "read by record), a folder, a pattern such as 'notes/**/*.md', - for standard input, or a built-in one: "
-        "python-docs, shakespeare. Several texts follow one another.",
+        "read by record), a folder, a pattern such as 'notes/**/*.md', - for standard input, hf:NAME[:CONFIG[:SPLIT]] "
+        "for a dataset of the Hugging Face hub, or a built-in one: python-docs, shakespeare. Several texts follow one "
+        "another.",
     )  # fmt: skip
     include: tuple[str, ...] = option(("*.txt",), "Patterns of the files that are read from a folder.")
     exclude: tuple[str, ...] = option((), "Patterns of the files that are not read from a folder or pattern.")

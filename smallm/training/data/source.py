@@ -8,7 +8,6 @@ import difflib
 import hashlib
 import io
 import re
-import secrets
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,9 @@ from tqdm import tqdm
 
 from smallm.errors import UserError
 from smallm.tokenizer.text_files import ending, find_files, is_pattern, last_part, text_pieces
+from smallm.training.cache import unfinished_file
 from smallm.training.config import DataConfig
+from smallm.training.data.hugging_face import PREFIX, stored_dataset
 from smallm.training.output import Output
 
 PIECE_BYTES = 1 << 18  # small enough that a piece and its ids stay in the processor's cache
@@ -142,9 +143,9 @@ class Source:
 def find_source(data: DataConfig, cache: Path) -> Source:
     """Finds the texts that the settings name, one after the other; downloads and standard input go to `cache`.
 
-    A text is a file, a folder (the files below it that `include` names and `exclude` does not), a pattern, standard
-    input (`-`) or a built-in text, in this order. Raises `UserError`, naming the nearest file or text, if nothing has
-    this name.
+    A text is a file, a folder (the files below it that `include` names and `exclude` does not), a pattern, a built-in
+    text, standard input (`-`) or a dataset (`hf:NAME`), in this order. Raises `UserError`, naming the nearest file or
+    text, if nothing has this name.
     """
     names = (data.source,) if isinstance(data.source, str) else data.source
     found = [_find(name, data, cache) for name in names]
@@ -178,6 +179,8 @@ def _find(name: str, data: DataConfig, cache: Path) -> Source:
     hint = f"pass --data FILE, FOLDER, {' or '.join(BUILT_IN)}"
     if name == "-":
         return Source("standard input", [_standard_input(cache)], data.encoding)
+    if name.startswith(PREFIX):
+        return Source(name, [stored_dataset(name, data.field, cache)])
     if "://" in name:
         raise UserError(f"{name[:80]!r} is a web address; download the text, then {hint}")
     if is_pattern(name):
@@ -194,18 +197,14 @@ def _standard_input(cache: Path) -> Path:
     """Stores standard input in the cache, because a text is read twice; the same text always gives the same file."""
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("standard input is a terminal; pipe a text into the command, or pass --data FILE")
-    folder, digest = cache / "stdin", hashlib.sha256()
-    unfinished = folder / secrets.token_hex(8)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with unfinished_file(cache / "stdin") as unfinished:
         with unfinished.open("wb") as file:
             while piece := sys.stdin.buffer.read(1 << 20):
                 digest.update(piece)
                 file.write(piece)
-        path = folder / f"{digest.hexdigest()[:16]}.txt"
+        path = unfinished.with_name(f"{digest.hexdigest()[:16]}.txt")
         unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     print(f"text   standard input is stored in {path}; to resume, pass --data with this path", file=Output("stderr"))
     return path
 
