@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 from smallm.errors import UserError
+from smallm.tokenizer.encoding_guess import SAMPLE, guess_encoding
 
 BYTE_ORDER_MARK = "\ufeff"
 HEAD_BYTES = 16  # enough to recognise a format
@@ -17,6 +18,7 @@ _MARKS = {  # UTF-32 comes first, because its little-endian mark starts with the
     "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
+_CONTROLS = bytes({*range(32)} - set(b"\t\n\f\r"))  # high bytes of UTF-16 in most alphabets; not in other texts
 _FORMATS = {
     rb"%PDF-": "is a PDF; convert it to plain text first, for instance with pdftotext",
     rb"\{\\rtf": "is an RTF document; save it as plain text first",
@@ -49,7 +51,8 @@ def decoded(stream: "BufferedReader[Any]", name: object, encoding: str, piece_by
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeError as error:
-            raise UserError(f"{name} {_decoding_problem(error, encoding, read, newlines)}") from None
+            rest = stream.read(SAMPLE)
+            raise UserError(f"{name} {_decoding_problem(error, encoding, read, newlines, rest)}") from None
         newlines += text.count("\n")
         if text and not begun:
             text, begun = text.removeprefix(BYTE_ORDER_MARK), True
@@ -59,14 +62,21 @@ def decoded(stream: "BufferedReader[Any]", name: object, encoding: str, piece_by
 def _format_problem(head: bytes, encoding: str) -> str:
     """What is wrong with a file that begins with these bytes, and what to do; "" if nothing is."""
     codec = codecs.lookup(encoding).name
+    if not codec.startswith(("utf-16", "utf-32")):
+        for name, high, low in (("utf-16-le", head[1::2], head[::2]), ("utf-16-be", head[::2], head[1::2])):
+            if len(high) > 3 and not high.strip(_CONTROLS) and 2 * sum(byte >= 32 for byte in low) >= len(low):
+                return f"looks like {name.upper()} without a byte-order mark, not {encoding}; pass --encoding {name}"
     marked = next((name for name, marks in _MARKS.items() if head.startswith(marks)), "")
     if not codec.startswith(marked):
         return f"looks like {marked.upper()}, not {encoding}; pass --encoding {marked}"
     return next((problem for pattern, problem in _FORMATS.items() if re.match(pattern, head)), "")
 
 
-def _decoding_problem(error: UnicodeError, encoding: str, read: int, newlines: int) -> str:
-    """What is wrong with a file. read: bytes read so far; newlines: decoded before the piece with the error."""
+def _decoding_problem(error: UnicodeError, encoding: str, read: int, newlines: int, rest: bytes) -> str:
+    """What is wrong with a file.
+
+    read: bytes read so far; newlines: decoded before the piece with the error; rest: some bytes after the piece.
+    """
     codec, what, hint = codecs.lookup(encoding).name, str(error), ""
     example = "latin-1" if codec.startswith("utf-8") else "utf-8"
     if isinstance(error, UnicodeDecodeError):
@@ -76,4 +86,7 @@ def _decoding_problem(error: UnicodeError, encoding: str, read: int, newlines: i
             what += f" (line {1 + newlines + before.decode(encoding, 'ignore').count(chr(10))})"
         if b"\0" in error.object and not codec.startswith(("utf-16", "utf-32")):
             hint, example = ", perhaps a binary file or UTF-16", "utf-16-le"
+        sample = error.object[max(0, error.start - 1000) // 2 * 2 :] + rest  # from an even offset, as UTF-16 needs
+        if before.isascii() and (likely := guess_encoding(sample)):
+            return f"is not valid {encoding} but looks like {likely}: {what}; pass --encoding {likely}"
     return f"is not valid {encoding}{hint}: {what}; pass --encoding NAME, for example --encoding {example}"

@@ -31,7 +31,7 @@ def stored_dataset(name: str, field: str, cache: Path) -> Path:
         with unfinished_file(file.parent) as unfinished:
             with unfinished.open("w", encoding="utf-8") as lines:
                 for text in _texts(name, path, config, split, column):
-                    lines.write(json.dumps({field: text}) + "\n")
+                    lines.write(json.dumps({field: text}, ensure_ascii=False) + "\n")
             unfinished.replace(file)
         print(f"text   {name} is stored in {file}; delete this file to load the dataset again", file=Output("stderr"))
     return file

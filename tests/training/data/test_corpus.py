@@ -512,6 +512,20 @@ def test_utf16_is_recognised(tmp_path, monkeypatch, mark, codec, name, piece_byt
     assert "".join(both_texts(opened(file, encoding=name))) == MIXED
 
 
+@pytest.mark.parametrize("piece_bytes", [4, 1 << 20])
+def test_a_likely_encoding_is_proposed(tmp_path, monkeypatch, piece_bytes):
+    monkeypatch.setattr(source, "PIECE_BYTES", piece_bytes)
+    text = "Plain at first.\nВсе счастливые семьи похожи друг на друга.\n" * 9
+    file = write(tmp_path / "a.txt", text, "cp1251")
+    line = f"{file} is not valid utf-8 but looks like cp1251: byte 0xc2 at offset 16 (line 2); pass --encoding cp1251"
+    assert message(file) == line
+    for encoding in ("utf-16-le", "utf-16-be"):
+        line = f"{file} looks like {encoding.upper()} without a byte-order mark, not utf-8; pass --encoding {encoding}"
+        for text in ("ASCII alone\n", "Все счастливые семьи похожи.\n"):
+            assert message(write(tmp_path / "a.txt", text * 9, encoding)) == line
+            assert "".join(both_texts(opened(file, encoding=encoding))) == text * 9
+
+
 @pytest.mark.parametrize(
     ("content", "name", "problem"),
     [
