@@ -21,7 +21,7 @@ from smallm.errors import UserError
 from smallm.tokenizer.text_files import ending, find_files, is_pattern, last_part, text_pieces
 from smallm.training.cache import unfinished_file
 from smallm.training.config import DataConfig
-from smallm.training.data.hugging_face import PREFIX, stored_dataset
+from smallm.training.data.hub_datasets import PREFIX, stored_dataset
 from smallm.training.output import Output
 
 PIECE_BYTES = 1 << 18  # small enough that a piece and its ids stay in the processor's cache
