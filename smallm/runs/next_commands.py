@@ -1,5 +1,6 @@
 """The commands that use a run, train it further or reproduce it, quoted for a shell."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,22 @@ def next_commands(
     commands["measure perplexity"] = command("infer", "--model", run, "--perplexity")
     commands["write this page again"] = command("plot", run, "--html", run / "report.html")
     return commands
+
+
+def longer_training(config: Mapping[str, Any], changed: Mapping[str, Any], seconds: float) -> str:
+    """The command that trains a new model on the same text for longer, of a size that suits this time.
+
+    config: the run's settings as `section.field`; changed: those that differ from their defaults; seconds: duration of
+    the run. The new run takes 5 minutes, or 4 times as long as this run if that is more.
+    """
+    sources = config["data.source"]
+    words: list[str | Path] = []
+    for source in [sources] if isinstance(sources, str) else sources:
+        words += ["--data", source if source == "-" else Path(source)]
+    if config["train.init_from"]:
+        words += ["--init-from", Path(config["train.init_from"])]
+    words += _flags({key: value for key, value in changed.items() if key.startswith("data.") and key != "data.source"})
+    return command("train", *words, "--minutes", str(max(5, math.ceil(4 * seconds / 60))))
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:

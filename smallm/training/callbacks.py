@@ -16,8 +16,10 @@ from accelerate import Accelerator
 from smallm.errors import UserError, command
 from smallm.inference.scoring import perplexity
 from smallm.runs.baselines_file import write_baselines
+from smallm.runs.config_file import flatten
 from smallm.runs.layout import OLD_VALIDATION, VALIDATION
 from smallm.runs.metrics import read_metrics
+from smallm.runs.next_commands import longer_training
 from smallm.training.analysis.baselines import affordable_baselines, comparison_line
 from smallm.training.analysis.memorisation import measure_memorisation
 from smallm.training.analysis.text_check import report_lines, summary_lines
@@ -271,6 +273,9 @@ class BaselineComparison(Callback):
         except OSError as error:
             run.logger.warning(f"cannot write the baselines into {run.folder} ({error.strerror})")
         run.logger.result(comparison_line(measured, bits))
+        config = run.config
+        longer = longer_training(flatten(config.to_dict()), config.changed(), run.seconds)
+        run.logger.result(f"a better model takes more time: {longer}")
 
 
 class Report(Callback):

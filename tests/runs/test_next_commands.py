@@ -3,12 +3,13 @@
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from smallm.runs.config_file import flatten, read_config
-from smallm.runs.next_commands import next_commands
+from smallm.runs.next_commands import longer_training, next_commands
 from smallm.training import cli
 from smallm.training.config import Config
 from smallm.training.report.pages import changed_settings
@@ -57,3 +58,30 @@ def test_a_longer_run_is_twice_as_long(config, steps, flag):
     longer = next_commands(Path("run"), config, "finished", steps)["train for longer"]
     assert longer == f"python -m smallm train --resume run {flag}"
     assert next_commands(Path("run"), config, "out of patience")["train for longer"].endswith(" --train.patience=0")
+
+
+@pytest.mark.parametrize(("flags", "typed"), [
+    ([], "--data python-docs"),
+    (["--data", "my text;.txt", "--data=-b.txt"], "--data 'my text;.txt' --data ./-b.txt"),
+    (["--data", "-", "--encoding", "latin-1", "--model.n_layer", "2"], "--data - --data.encoding=latin-1"),
+    (["--data", "a", "--data.include", "*.md"], "--data a '--data.include=['\"'\"'*.md'\"'\"']'"),
+])  # fmt: skip
+@pytest.mark.skipif(sys.platform == "win32", reason="the commands are quoted for cmd.exe")
+def test_a_better_model_is_trained_on_the_same_text(flags, typed):
+    config = cli.parse(flags).config
+    line = longer_training(flatten(config.to_dict()), config.changed(), seconds=45)
+    assert line == f"python -m smallm train {typed} --minutes 5"
+    again = cli.parse(shlex.split(line)[4:]).config
+    assert again.train.minutes == 5
+    assert [Path(each) for each in _texts(again)] == [Path(each) for each in _texts(config)]
+    assert replace(again.data, source="") == replace(config.data, source="")
+
+
+def _texts(config):
+    source = config.data.source
+    return [source] if isinstance(source, str) else source
+
+
+def test_a_better_model_takes_four_times_as_long_and_starts_from_the_same_model():
+    config = {"data.source": "a.txt", "train.init_from": "runs/old"}
+    assert longer_training(config, {}, seconds=601).endswith(" --data a.txt --init-from runs/old --minutes 41")

@@ -67,19 +67,30 @@ def seconds_to_reserve(corpus: Corpus, seconds: float) -> float:
 
 def comparison_line(baselines: list[Baseline], bits_per_char: float) -> str:
     """One line that compares a model's bits per character with the baselines."""
-    best = min(baselines, key=lambda one: one.bits_per_char)
     others = ", ".join(f"{one.name} {one.bits_per_char:.3f}" for one in baselines)
-    return f"bits per character: the model {bits_per_char:.3f}; {others}: {verdict(best, bits_per_char)}"
+    return f"bits per character: the model {bits_per_char:.3f}; {others}: the model {verdict(baselines, bits_per_char)}"
 
 
-def verdict(best: Baseline, bits_per_char: float) -> str:
-    """Compares a model with the best of the baselines."""
-    saved = 1 - bits_per_char / best.bits_per_char if best.bits_per_char > 0 else -math.inf
-    if saved >= EQUAL:
-        return f"it needs {100 * saved:.0f} % less than {best.name}"
-    if saved > -EQUAL:
-        return f"it needs about as much as {best.name}; train longer, or a larger model"
-    return f"it needs more than {best.name}; train longer, or a larger model"
+def verdict(baselines: list[Baseline], bits_per_char: float) -> str:
+    """Where a model stands against each baseline, as the predicate of a sentence about the model."""
+    ordered = sorted(baselines, key=lambda one: one.bits_per_char)
+    excess = {one.name: bits_per_char / one.bits_per_char - 1 if one.bits_per_char > 0 else math.inf for one in ordered}
+    beaten = [name for name, more in excess.items() if more <= -EQUAL]
+    equal = [name for name, more in excess.items() if -EQUAL < more < EQUAL]
+    ahead = [_percent(more, f"more than {name}") for name, more in excess.items() if more >= EQUAL]
+    if len(beaten) == len(excess):
+        return f"beats all of them, and needs {_percent(-excess[beaten[0]], f'less than {beaten[0]}')}"
+    parts = [("beats", beaten), ("is about as good as", equal), ("needs", ahead)]
+    return ", ".join(f"{verb} {_joined(names)}" for verb, names in parts if names)
+
+
+def _percent(share: float, than: str) -> str:
+    return f"{max(1, round(100 * share))} % {than}" if share < math.inf else than
+
+
+def _joined(names: list[str]) -> str:
+    """`a`, `a and b` or `a, b and c`."""
+    return " and ".join([*filter(None, [", ".join(names[:-1])]), names[-1]])
 
 
 def _cache(corpus: Corpus) -> Path:

@@ -97,15 +97,14 @@ def changed_settings(config: dict[str, object]) -> dict[str, object]:
 
 
 def _about(run: RunHistory) -> str:
-    """How the run ended, how its model compares with the best baseline, and a warning if the loss has risen."""
+    """How the run ended, how its model compares with the baselines, and a warning if the loss has risen."""
     record, last = run.record, run.val["loss"][-1:]
     text = f"trained on {record.facts['text']}" if "text" in record.facts else ""
     began = f"started {record.began}" if record.began else ""
     state = " · ".join(filter(None, [run.name, text, STATES.get(record.state, ""), began]))
     model = [one.bits_per_char for one in run.baselines if one.name == "model"]
     others = [one for one in run.baselines if one.name != "model"]
-    best = min(others, key=lambda one: one.bits_per_char, default=None)
-    words = f"In bits per character {verdict(best, model[0])}." if model and best else ""
+    words = f"In bits per character, the model {verdict(others, model[0])}." if model and others else ""
     risen = (
         f"<p>Since step {run.best_step:,} the validation loss has risen to {last[0]:.4f}: the model overfits, that is, "
         "it memorises its training text. More text, <code>--model.dropout 0.2</code> or fewer steps help. The "

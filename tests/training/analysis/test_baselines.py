@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from toys import open_corpus
 
+from smallm.errors import quoted
 from smallm.runs.baselines_file import Baseline, read_baselines, write_baselines
 from smallm.training.analysis import baselines, ngram
 from smallm.training.analysis.baselines import comparison_line
@@ -186,12 +187,21 @@ def test_a_run_with_a_time_budget_reserves_time_for_them(tmp_path):
 # -- beside a model
 
 
-def test_comparison_line():
-    measured = [Baseline("gzip", 3.0, ""), Baseline("5-gram", 2.0, "")]
-    assert "20 % less than 5-gram" in comparison_line(measured, 1.6)
-    assert "it needs more than 5-gram" in comparison_line(measured, 2.5)
-    assert "about as much as 5-gram" in comparison_line(measured, 2.001)
-    assert "it needs more than xz" in comparison_line([Baseline("xz", 0.0, "")], 0.1)  # a text of one letter
+@pytest.mark.parametrize(("bits", "words"), [
+    (1.6, "the model beats all of them, and needs 20 % less than 5-gram"),
+    (1.989, "the model beats all of them, and needs 1 % less than 5-gram"),
+    (2.001, "the model beats bz2 and gzip, is about as good as 5-gram"),
+    (2.2, "the model beats gzip, is about as good as bz2, needs 10 % more than 5-gram"),
+    (2.5, "the model beats gzip, needs 25 % more than 5-gram and 14 % more than bz2"),
+    (4.0, "the model needs 100 % more than 5-gram, 82 % more than bz2 and 33 % more than gzip"),
+])  # fmt: skip
+def test_the_model_is_compared_with_each_baseline(bits, words):
+    line = comparison_line([Baseline("gzip", 3.0, ""), Baseline("bz2", 2.2, ""), Baseline("5-gram", 2.0, "")], bits)
+    assert line == f"bits per character: the model {bits:.3f}; gzip 3.000, bz2 2.200, 5-gram 2.000: {words}"
+
+
+def test_a_baseline_of_a_text_of_one_letter_needs_no_bits():
+    assert comparison_line([Baseline("xz", 0.0, "")], 0.1).endswith(": the model needs more than xz")
 
 
 def test_a_run_writes_them_at_its_end(tiny_run):
@@ -248,7 +258,10 @@ def test_a_model_that_copies_is_reported(tmp_path, monkeypatch, capsys):
                 "train.max_steps": 150, "train.eval_every": 150, "sample.temperature": 0.0}  # fmt: skip
     argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     assert main(["--data", str(tmp_path / "a.txt"), "--out", str(tmp_path / "run"), *argv]) == 0
-    assert "the samples repeat the training text" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the samples repeat the training text" in out
+    assert f" train --data {quoted(str(tmp_path / 'a.txt'))} --minutes 5\n" in out
+    assert "In bits per character, the model needs " in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_order_is_chosen_without_the_validation_part():
