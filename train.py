@@ -1,6 +1,6 @@
 """Trains a character-level language model on a text. `python train.py --help` lists every option.
 
-python train.py                                            built-in text, half a minute on two cores
+python train.py                                            built-in text, less than a minute on two cores
 python train.py --data my.txt                              your own text
 python train.py --data my.txt --minutes 5                  size, batch and schedule chosen for this text
 python train.py --config configs/shakespeare-cpu.toml --data shakespeare --out runs/shakespeare

@@ -114,7 +114,9 @@ def tiny_run(text_file, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "tiny"
     settings = {
         "model.n_layer": 2, "model.n_head": 2, "model.n_kv_head": 1, "model.n_embd": 32, "model.block_size": 32,
-        "train.max_steps": 60, "train.batch_size": 16, "train.eval_every": 20,
+        "model.rope_theta": 10000.0, "train.max_steps": 60, "train.batch_size": 16, "train.eval_every": 20,
+        "optim.warmup_steps": 10, "optim.decay_fraction": 0.6, "optim.weight_decay": 0.0,
+        "optim.adam_learning_rate": 0.005,
     }  # fmt: skip
     argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     assert main(["--data", str(text_file), "--out", str(run), *argv]) == 0

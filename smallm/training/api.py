@@ -37,7 +37,7 @@ def train(
     source: the text: a file, a folder of .txt files, or the name of a built-in text ("python-docs", "shakespeare"). The
         default is the text of the config, or python-docs. A string that holds the text itself is refused.
     minutes: time for the whole training, in minutes; every setting that is not given is then chosen to suit the time,
-        the machine and the text. Without it, the settings give the length of the run (560 steps by default).
+        the machine and the text. Without it, the settings give the length of the run (800 steps by default).
     config: a TOML file with settings, or the name of one in configs/, such as "shakespeare-cpu". Default: none.
     out: the folder of the new run. Default: the first free one of runs/NAME, runs/NAME-2, …, where NAME is the name of
         the config, or quickstart.

@@ -23,7 +23,7 @@ from smallm.training.request import Request, load_config, resolve
 DESCRIPTION = """\
 Trains a character-level language model on a text and writes a run folder with checkpoints, metrics and a report.
 
-  python train.py                                built-in text, half a minute on two cores
+  python train.py                                built-in text, less than a minute on two cores
   python train.py --data my.txt                  your own text
   python train.py --data my.txt --minutes 5      size, batch and schedule are chosen for this text, machine and time
   python train.py --config configs/shakespeare-cpu.toml --data shakespeare --out runs/shakespeare

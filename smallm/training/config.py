@@ -87,13 +87,13 @@ class ModelConfig:
         0, "Width of the feed-forward layer; 0 = 8/3 of n_embd, rounded up to a multiple of 32.", at_least=0,
         at_most=MAX_WIDTH,
     )  # fmt: skip
-    block_size: int = option(128, "Context length in ids; an ASCII character is one id.", at_least=1, at_most=MAX_WIDTH)
+    block_size: int = option(256, "Context length in ids; an ASCII character is one id.", at_least=1, at_most=MAX_WIDTH)
     window: int = option(
         0, "Positions that attention sees, including the current one; 0 = the whole context. A model with a window "
         "generates texts longer than block_size exactly and at constant speed.", at_least=0,
     )  # fmt: skip
     dropout: float = option(0.0, "Dropout probability during training.", at_least=0, less_than=1)
-    rope_theta: float = option(10000.0, "Base of the rotary position embedding.", more_than=0)
+    rope_theta: float = option(1000.0, "Base of the rotary position embedding.", more_than=0)
 
     def __post_init__(self) -> None:
         check_section(self, "model")
@@ -141,19 +141,19 @@ class OptimConfig:
     )
     learning_rate: float = option(0.02, "Peak learning rate; with muon, that of the matrices.", more_than=0)
     adam_learning_rate: float = option(
-        0.005, "Peak learning rate of the embedding and the gains with muon; adam and adamw ignore it.", more_than=0
+        0.004, "Peak learning rate of the embedding and the gains with muon; adam and adamw ignore it.", more_than=0
     )
     schedule: Literal["constant", "exponential", "cosine", "wsd"] = option(
         "wsd", "Learning rate after the warm-up; exponential = times gamma each epoch, cosine = falls to min_lr, "
         "wsd = stays at the peak, then falls linearly to min_lr.",
     )  # fmt: skip
     gamma: float = option(0.95, "Factor per epoch of the exponential schedule.", more_than=0)
-    warmup_steps: int = option(10, "Steps of linear warm-up.", at_least=0)
+    warmup_steps: int = option(20, "Steps of linear warm-up.", at_least=0)
     decay_fraction: float = option(
-        0.6, "Fraction of the run, at its end, in which wsd lowers the learning rate.", at_least=0, at_most=1
+        0.7, "Fraction of the run, at its end, in which wsd lowers the learning rate.", at_least=0, at_most=1
     )
     min_lr: float = option(0.0, "Learning rate at the end of cosine and wsd.", at_least=0)
-    weight_decay: float = option(0.0, "Decoupled weight decay of the matrices (adamw and muon).", at_least=0)
+    weight_decay: float = option(0.1, "Decoupled weight decay of the matrices (adamw and muon).", at_least=0)
     betas: tuple[float, float] = option(
         (0.9, 0.95), "Decay rates of Adam's first and second moments.", at_least=0, less_than=1
     )
@@ -171,7 +171,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    batch_size: int = option(12, "Sequences per step, over all processes.", at_least=1, at_most=MAX_BATCH)
+    batch_size: int = option(8, "Sequences per step, over all processes.", at_least=1, at_most=MAX_BATCH)
     short_windows: tuple[int, ...] = option(
         (), "Context lengths below block_size to start training with, such as 64,128; the ids per step stay the same."
     )
@@ -183,7 +183,7 @@ class TrainConfig:
         at_least=0,
     )  # fmt: skip
     max_steps: int = option(
-        0, "Steps (optimiser updates) to train; 0 = the number given by epochs, or 560 if epochs is 0 too.", at_least=0
+        0, "Steps (optimiser updates) to train; 0 = the number given by epochs, or 800 if epochs is 0 too.", at_least=0
     )
     epochs: float = option(
         0.0, "Passes over the training text; 0 = the number given by max_steps. With both, the shorter run counts.",
@@ -194,7 +194,7 @@ class TrainConfig:
         "machine and the text. 0 = no limit; max_steps and epochs give the length.", at_least=0,
     )  # fmt: skip
     eval_every: int = option(
-        140, "Steps between evaluations on the whole validation text; 0 = once per epoch.", at_least=0
+        200, "Steps between evaluations on the whole validation text; 0 = once per epoch.", at_least=0
     )
     save_every: int = option(
         0, "Steps between checkpoints, in addition to those of the best evaluation and of the last step; "

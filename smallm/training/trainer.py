@@ -163,7 +163,8 @@ class Trainer:
     def _build_budget(self, planned_steps: int) -> StepBudget:
         t, plan = self.config.train, self.plan
         if not t.minutes:
-            return StepBudget(total_steps(t.max_steps, t.epochs, plan.steps_per_epoch))
+            steps = total_steps(t.max_steps, t.epochs, plan.steps_per_epoch)
+            return StepBudget(steps, is_default=not (t.max_steps or t.epochs))
         # A forward pass takes a third of a step.
         steps_per_evaluation = len(self.corpus.val_ids) / (3 * t.batch_size * self.config.model.block_size)
         return TimeBudget(t.minutes, planned_steps, plan.steps_per_epoch, plan.eval_every, steps_per_evaluation,

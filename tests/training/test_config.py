@@ -286,7 +286,7 @@ def test_default_folder_is_the_first_free_one(folder):
         (["--train.batch_size", str(2**53)], ["train.batch_size"]),
         (["--train.short_windows", "[64]"], ["train.short_until", "1 numbers"]),
         (["--train.short_windows", "[48]", "--train.short_until", "[0.5]"], ["short_windows", "48", "block_size"]),
-        (["--train.short_windows", "[128]", "--train.short_until", "[0.5]"], ["train.short_windows", "shorter"]),
+        (["--train.short_windows", "[256]", "--train.short_until", "[0.5]"], ["train.short_windows", "shorter"]),
         (["--train.short_windows", "[32,64]", "--train.short_until", "[0.5,0.5]"], ["train.short_until", "rise"]),
         (["--train.short_windows", "[64]", "--train.short_until", "[1.0]"], ["train.short_until", "below 1"]),
         (["--optim.newton_schulz_steps", "9"], ["optim.newton_schulz_steps", "8"]),

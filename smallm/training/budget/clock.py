@@ -36,11 +36,17 @@ class StepBudget:
 
     extend_flag = "--train.max_steps N"  # the option that extends a finished run
 
-    def __init__(self, total_steps: int):
-        self.total_steps = total_steps
+    def __init__(self, total_steps: int, is_default: bool = False):
+        """is_default: whether the settings give no length."""
+        self.total_steps, self._is_default = total_steps, is_default
 
     def resume(self, state: TrainingState, before: TrainConfig) -> None:
-        """Continues from the state of a checkpoint; before: the settings of the run so far."""
+        """Continues from the state of a checkpoint; before: the settings of the run so far.
+
+        A run of the default length keeps its length, because an earlier version may have had another default.
+        """
+        if self._is_default and not (before.max_steps or before.epochs or before.minutes):
+            self.total_steps = state.planned_steps or self.total_steps
 
     def update(self, step: int, seconds: float, paused: float) -> None:
         """Corrects `total_steps` after `step` steps; does nothing here."""

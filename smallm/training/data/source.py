@@ -26,6 +26,8 @@ from smallm.training.output import Output
 
 PIECE_BYTES = 1 << 18  # small enough that a piece and its ids stay in the processor's cache
 PROGRESS_FROM_BYTES = 20_000_000
+LONG_LINE = 40  # characters; shorter lines of python-docs may repeat
+SHUFFLED = 8  # paragraphs of python-docs that stay together
 MAX_HELD = 1 << 12  # characters; a letter with more combining marks than this is cut
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -220,17 +222,26 @@ def _nearest(path: Path) -> str:
 
 
 def _python_docs(cache: Path) -> Source:
-    """The language reference that CPython ships for help(), each paragraph once; needs no download."""
+    """The language reference that CPython ships for help(), without tables; needs no download.
+
+    Topics share sections, so a paragraph with a long line that occurred before is left out. The rest is shuffled, a few
+    paragraphs at a time, so that the validation part is of the same kind as the training part.
+    """
     try:
         from pydoc_data.topics import topics
     except ImportError:
         raise UserError("this Python has no python-docs; pass another text with --data FILE") from None
-    texts, seen = [], set()
-    for key in sorted(topics):  # topics share sections: a fifth of the text
-        fresh = [each for each in dict.fromkeys(re.split(r"\n{2,}", topics[key].strip("\n"))) if each not in seen]
-        seen.update(fresh)
-        texts += ["\n\n".join(fresh)] if fresh else []
-    return Source("python-docs", [("\n\n\n".join(texts) + "\n").encode()])
+    paragraphs: list[str] = []
+    seen: set[str] = set()
+    for paragraph in re.split(r"\n{2,}", "\n\n".join(topics[key].strip("\n") for key in sorted(topics))):
+        lines = {line.strip() for line in paragraph.splitlines() if len(line.strip()) >= LONG_LINE} or {paragraph}
+        if not lines & seen and not paragraph.lstrip().startswith("+--"):
+            paragraphs.append(paragraph)
+            seen |= lines
+    starts = range(0, len(paragraphs), SHUFFLED)
+    pieces = ["\n\n".join(paragraphs[start : start + SHUFFLED]) for start in starts]
+    pieces.sort(key=lambda piece: hashlib.sha256(piece.encode()).digest())
+    return Source("python-docs", [("\n\n\n".join(pieces) + "\n").encode()])
 
 
 def _shakespeare(cache: Path) -> Source:

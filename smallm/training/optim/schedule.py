@@ -5,7 +5,7 @@ import math
 from smallm.errors import UserError
 from smallm.training.config import Config, OptimConfig
 
-DEFAULT_STEPS = 560  # if neither max_steps nor epochs is set
+DEFAULT_STEPS = 800  # if neither max_steps nor epochs is set
 
 
 def learning_rate_factor(step: int, config: OptimConfig, total_steps: int, steps_per_epoch: float) -> float:

@@ -194,6 +194,17 @@ def test_a_step_budget_does_not_change():
     assert drive(budget, lambda *_: 100.0, every=1)[0] == 7
 
 
+@pytest.mark.parametrize(("is_default", "before", "steps"), [
+    (True, TrainConfig(), 560), (True, TrainConfig(max_steps=560), 800), (True, TrainConfig(minutes=1), 800),
+    (False, TrainConfig(), 800),
+])  # fmt: skip
+def test_a_resumed_run_of_the_default_length_keeps_its_length(is_default, before, steps):
+    """Runs of earlier versions had 560 steps by default."""
+    budget = StepBudget(800, is_default)
+    budget.resume(TrainingState(step=280, planned_steps=560), before)
+    assert budget.total_steps == steps
+
+
 def test_the_forecast_comes_once_after_a_tenth():
     forecast = Forecast(0.0, 1.6)
     said = [forecast.update(step / 100, 3.0 - step / 100) for step in range(1, 101)]

@@ -24,6 +24,8 @@ from toys import open_corpus
 
 from smallm.errors import UserError
 from smallm.tokenizer.vocabulary import Vocabulary
+from smallm.training.analysis.text_check import summary_lines
+from smallm.training.analysis.text_statistics import compute_statistics
 from smallm.training.data import corpus as corpus_module
 from smallm.training.data import encoding as encode
 from smallm.training.data import source
@@ -372,6 +374,15 @@ def test_python_docs():
     assert corpus.start_text == "\n"
     paragraphs = re.split(r"\n{2,}", (train + val).strip())
     assert len(paragraphs) == len(set(paragraphs)) > 1000  # the topics share sections
+    assert not any(each.startswith("+--") for each in paragraphs)  # tables
+    lines = [line.strip() for each in paragraphs for line in {*each.splitlines()}]
+    assert max(lines.count(line) for line in set(lines) if len(line) >= source.LONG_LINE) == 1
+
+
+def test_the_validation_part_of_python_docs_is_like_the_rest():
+    """The paragraphs are shuffled, so the text check finds no problems."""
+    lines = summary_lines(compute_statistics(opened("python-docs", min_count=10)))
+    assert [line.endswith("; no problems found") for line in lines] == [True]
 
 
 def test_a_file_takes_precedence_over_the_name_of_a_corpus(tmp_path, monkeypatch):
