@@ -45,7 +45,11 @@
 
 #if defined(__GNUC__)
 #define INLINE inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)") /* it ignores GCC's pragma, and would keep sums in memory */
+#else
 #define UNROLL _Pragma("GCC unroll 16")
+#endif
 #else
 #define INLINE inline
 #define UNROLL
@@ -61,6 +65,7 @@ enum {
     MAX_DIMENSIONS = 8,
     MAX_ROWS = 48,           /* ids that a pass computes together */
     MAX_THREADS = 256,
+    VALUE_BLOCK = 64,        /* positions whose attention weights share a scale, in 8 bits */
     PANELS_TOGETHER = 6,     /* of a product, for the same thread: what the kernels of AVX2 and AVX-512 compute at a time */
     MAX_PUSHED = 24,         /* bytes of text that an id can complete: each of its 4 bytes can give two U+FFFD */
     CODE_POINTS = 0x110000,
@@ -112,10 +117,19 @@ typedef struct {
     size_t inputs, outputs, panels;
     const float *values; /* (panels, inputs, 16); NULL if quantised */
     size_t blocks, block;
-    const int8_t *codes; /* (panels, blocks * block / 4, 16, 4) */
-    const float *scales; /* (panels, blocks, 16) */
+    size_t stride;       /* blocks from one panel to the next, `blocks` or more */
+    const int8_t *codes; /* (panels, stride * block / 4, 16, 4) */
+    const float *scales; /* (panels, stride, 16) */
     const int32_t *corrections;
 } matrix;
+
+/* The keys and values of a head in 8 bits, read as the codes of two matrices: positions are the outputs of the keys and the
+   inputs of the values. */
+typedef struct {
+    int8_t *keys, *values; /* (positions / 16, head_dim / 4, 16, 4), (head_dim / 16, positions / 4, 16, 4) */
+    float *key_scales, *value_scales;             /* (positions) */
+    int32_t *key_corrections, *value_corrections; /* (positions), (head_dim / 16, positions / VALUE_BLOCK, 16) */
+} cache8;
 
 typedef struct {
     void (*product)(const float *x, size_t x_stride, size_t rows, const float *w, size_t panel_stride, size_t inputs,
@@ -125,6 +139,7 @@ typedef struct {
     void (*norm)(const float *x, const float *gain, float *y, size_t length);
     void (*swiglu)(const float *gate, const float *up, float *y, size_t length);
     float (*softmax)(float *scores, size_t from, size_t first, size_t end, size_t padded);
+    void (*scale)(float *x, const float *factors, size_t length);
     void (*quantise)(const float *x, size_t inputs, size_t blocks, size_t block, int8_t *codes, float *scales);
 } kernels;
 
@@ -154,8 +169,9 @@ struct smallm_model {
     uint8_t *start_text, *metadata; /* metadata: the entries as in the file */
     size_t start_bytes, metadata_bytes;
 
-    /* The weights. Padded sizes, head_dim and n_embd are multiples of 16. */
+    /* The weights. Padded sizes, head_dim and n_embd are multiples of 16, positions of VALUE_BLOCK. */
     size_t inner, padded_inner, padded_vocab, positions, heads; /* heads: of queries, keys and values */
+    size_t cache_part;     /* floats of memory for the keys of a head, and again for its values */
     layer *layers;         /* (n_layer) */
     const float *embedding; /* (vocab_size, n_embd) */
     const float *table;    /* (vocab_size, heads * head_dim): the first layer's queries, keys and values; NULL if none */
@@ -164,6 +180,7 @@ struct smallm_model {
     const float *cos, *sin; /* (block_size, head_dim / 2) */
     float *rotation;       /* (head_dim): cosines, then sines, that rotate keys back when the cache slides */
     size_t max_codes, max_blocks; /* of the inputs of quantised matrices */
+    float *ones;           /* the scales of the values in a KV cache of 8 bits; NULL if the cache is in fp32 */
 };
 
 /* A stop string, and the length in bytes of its longest prefix that the text ends with (Knuth, Morris, Pratt 1977). */
@@ -203,10 +220,13 @@ struct smallm_context {
     const smallm_model *model;
     volatile int cancelled;
     pool *pool;            /* of the model, during a pass; NULL if it has none, or another pass uses it */
-    float *keys, *values;  /* (n_layer, n_kv_head) times (positions / 16, head_dim, 16); (head_dim / 16, positions, 16) */
+    float *keys, *values;  /* (n_layer, n_kv_head) times (positions / 16, head_dim, 16), (head_dim / 16, positions, 16); or
+                              memory of a cache8 */
     float *stream, *normed, *packed, *scores, *mixed, *hidden, *logits; /* rows of a pass */
     int8_t *codes;         /* rows of a pass in 8 bits */
     float *code_scales;
+    int8_t *head_codes;    /* rows of a head in 8 bits */
+    float *head_scales;
     int32_t *history;      /* (2 block_size): the last block_size ids or more, if there are so many */
     float *processed;      /* (vocab_size): logits after repetition penalty and allowed characters */
     uint64_t *sort_keys, *order, *spare; /* (vocab_size): sort keys of the ids; sorted keys; buffer for sorting */
@@ -1354,7 +1374,7 @@ static smallm_status pack_codes(const weight_file *w, int layer, const char *nam
     if (!find_quantisation(w, layer, name, &bits, &block, m) || !(bits == 8 || bits == 4) || block < 16 ||
         block > 4096 || block % 16 != 0 || shape[0] != m->outputs || shape[2] != block * bits / 8)
         return other_graph(model, name);
-    m->block = (size_t)block, m->blocks = (m->inputs + m->block - 1) / m->block;
+    m->block = (size_t)block, m->blocks = m->stride = (m->inputs + m->block - 1) / m->block;
     if (shape[1] != m->blocks || size_of(scales) != m->outputs * m->blocks * sizeof(float)) return other_graph(model, name);
     if (!are_finite(scales)) return not_finite(model->error);
     m->panels = padded_output(m->outputs - 1, group) / 16 + 1;
@@ -1460,7 +1480,8 @@ static smallm_status read_all(weight_file *w)
     if ((m->inner = inner_units(w)) == 0) return other_graph(m, "feed-forward part");
     m->heads = (size_t)(m->n_head + 2 * m->n_kv_head);
     if (m->head_dim % 16 != 0 || C % 16 != 0) return other_graph(m, "size of the heads");
-    m->padded_inner = (m->inner + 15) / 16 * 16, m->padded_vocab = (V + 15) / 16 * 16, m->positions = (T + 15) / 16 * 16;
+    m->padded_inner = (m->inner + 15) / 16 * 16, m->padded_vocab = (V + 15) / 16 * 16;
+    m->positions = (T + VALUE_BLOCK - 1) / VALUE_BLOCK * VALUE_BLOCK;
     m->layers = reserve(m, (size_t)m->n_layer, sizeof *m->layers);
     if (m->layers == NULL) return no_memory(m->error);
     TRY(read_rows(w, -1, "wte.weight", V, C, &m->embedding));
@@ -1490,12 +1511,27 @@ static smallm_status prepare_rotation(smallm_model *model)
     return SMALLM_OK;
 }
 
+/* Quantised models have a KV cache of 8 bits. Not with a window: each slide would rotate the keys and round them again. */
+static smallm_status prepare_cache(smallm_model *model)
+{
+    size_t T = model->positions, width = (size_t)model->head_dim, sums = T / VALUE_BLOCK * width;
+    model->cache_part = T * width;
+    if (model->max_codes == 0 || model->window > 0) return SMALLM_OK;
+    model->cache_part = T * width / 4 + T + (sums > T ? sums : T);
+    model->ones = reserve(model, sums, sizeof *model->ones);
+    if (model->ones == NULL) return no_memory(model->error);
+    for (size_t i = 0; i < sums; i++) model->ones[i] = 1;
+    return SMALLM_OK;
+}
+
 static smallm_status read_weights(smallm_model *model, span file)
 {
     weight_file w = {model, only(file, 7).bytes, NULL, 0};
     smallm_status status = read_all(&w);
     free(w.items);
-    return status != SMALLM_OK || model->window == 0 ? status : prepare_rotation(model);
+    TRY(status);
+    TRY(prepare_cache(model));
+    return model->window > 0 ? prepare_rotation(model) : SMALLM_OK;
 }
 
 /* -- instruction sets -- */
@@ -1617,7 +1653,7 @@ static void multiply_part(const void *task, size_t part, size_t parts)
                    t->y_stride);
         return;
     }
-    w.codes += from * row * 16, w.scales += from * w.blocks * 16, w.corrections += from * w.blocks * 16;
+    w.codes += from * row * 16, w.scales += from * w.stride * 16, w.corrections += from * w.stride * 16;
     k->product8(t->context->codes, t->context->code_scales, row, t->rows, &w, y, t->y_stride);
 }
 
@@ -1647,16 +1683,53 @@ static void rotate(const smallm_model *m, float *x, size_t position)
 /* The keys and values of a layer and a key/value head. */
 static float *keys_of(const smallm_model *m, smallm_context *c, size_t layer, size_t head)
 {
-    return c->keys + (layer * (size_t)m->n_kv_head + head) * m->positions * (size_t)m->head_dim;
+    return c->keys + (layer * (size_t)m->n_kv_head + head) * m->cache_part;
 }
 
 static float *values_of(const smallm_model *m, smallm_context *c, size_t layer, size_t head)
 {
-    return c->values + (layer * (size_t)m->n_kv_head + head) * m->positions * (size_t)m->head_dim;
+    return c->values + (layer * (size_t)m->n_kv_head + head) * m->cache_part;
+}
+
+static cache8 cache8_of(const smallm_model *m, smallm_context *c, size_t layer, size_t head)
+{
+    float *keys = keys_of(m, c, layer, head), *values = values_of(m, c, layer, head);
+    size_t T = m->positions, codes = T * (size_t)m->head_dim / 4; /* floats that take as much memory */
+    cache8 k = {(int8_t *)keys, (int8_t *)values, keys + codes, values + codes,
+                (int32_t *)(void *)(keys + codes + T), (int32_t *)(void *)(values + codes + T)};
+    return k;
+}
+
+/* The memory for the attention of a head, which each thread has. */
+typedef struct {
+    float *scores, *mixed; /* (MAX_ROWS, positions), (MAX_ROWS, head_dim) */
+    int8_t *codes;         /* (MAX_ROWS, positions or head_dim) */
+    float *scales;
+} buffers;
+
+/* Writes a key and a value into a cache of 8 bits. */
+static void store8(const smallm_model *m, const cache8 *k, const buffers *b, const float *key, const float *value,
+                   size_t position)
+{
+    size_t width = (size_t)m->head_dim, T = m->positions;
+    int8_t *keys = k->keys + position / 16 * width * 16 + position % 16 * 4;
+    int8_t *values = k->values + position / 4 * 64 + position % 4;
+    int32_t *corrections = k->value_corrections + position / VALUE_BLOCK * 16, sum = 0;
+    m->kernels->quantise(key, width, 1, width, b->codes, k->key_scales + position);
+    for (size_t i = 0; i < width; i += 4) memcpy(keys + 16 * i, b->codes + i, 4);
+    for (size_t i = 0; i < width; i++) sum += b->codes[i];
+    k->key_corrections[position] = -128 * sum;
+    m->kernels->quantise(value, width, 1, width, b->codes, k->value_scales + position);
+    for (size_t p = 0; p < width; p += 16, values += T * 16, corrections += T / VALUE_BLOCK * 16)
+        for (size_t i = 0; i < 16; i++) {
+            corrections[i] += 128 * (values[4 * i] - b->codes[p + i]); /* the code that is replaced, and the new one */
+            values[4 * i] = b->codes[p + i];
+        }
 }
 
 /* Normalises and rotates the queries and the key of a key/value head, and writes key and value into the cache. */
-static void store(const smallm_model *m, smallm_context *c, size_t layer, size_t head, float *packed, size_t position)
+static void store(const smallm_model *m, smallm_context *c, const buffers *b, size_t layer, size_t head, float *packed,
+                  size_t position)
 {
     size_t width = (size_t)m->head_dim, group = (size_t)(m->n_head / m->n_kv_head);
     const float *gain = m->layers[layer].qk_gain, *key = packed + ((size_t)m->n_head + head) * width;
@@ -1667,32 +1740,64 @@ static void store(const smallm_model *m, smallm_context *c, size_t layer, size_t
         if (gain != NULL) m->kernels->norm(x, gain + h * width, x, width); /* the table of the first layer is normalised */
         rotate(m, x, position);
     }
+    if (m->ones != NULL) {
+        cache8 k = cache8_of(m, c, layer, head);
+        store8(m, &k, b, key, value, position);
+        return;
+    }
     float *keys = keys_of(m, c, layer, head) + position / 16 * width * 16 + position % 16;
     float *values = values_of(m, c, layer, head) + position * 16;
     for (size_t i = 0; i < width; i++) keys[16 * i] = key[i];
     for (size_t i = 0; i < width; i += 16) memcpy(values + i * m->positions, value + i, 16 * sizeof *values);
 }
 
+/* Scores of the first `padded` positions, from queries that are rounded to 8 bits. */
+static void score8(const smallm_model *m, const cache8 *k, const buffers *b, const float *queries, size_t stride,
+                   size_t rows, size_t padded)
+{
+    size_t width = (size_t)m->head_dim;
+    matrix keys = {width, padded, padded / 16, NULL, 1, width, 1, k->keys, k->key_scales, k->key_corrections};
+    for (size_t r = 0; r < rows; r++)
+        m->kernels->quantise(queries + r * stride, width, 1, width, b->codes + r * width, b->scales + r);
+    m->kernels->product8(b->codes, b->scales, width, rows, &keys, b->scores, m->positions);
+}
+
+/* The sums of the values, with the weights in b->scores; each weight times the scale of its value is rounded to 8 bits. */
+static void mix8(const smallm_model *m, const cache8 *k, const buffers *b, size_t rows, size_t padded)
+{
+    size_t width = (size_t)m->head_dim, T = m->positions, blocks = padded / VALUE_BLOCK;
+    matrix values = {padded, width, width / 16, NULL, blocks, VALUE_BLOCK, T / VALUE_BLOCK, k->values, m->ones,
+                     k->value_corrections};
+    for (size_t r = 0; r < rows; r++) {
+        m->kernels->scale(b->scores + r * T, k->value_scales, padded);
+        m->kernels->quantise(b->scores + r * T, padded, blocks, VALUE_BLOCK, b->codes + r * padded, b->scales + r * blocks);
+    }
+    m->kernels->product8(b->codes, b->scales, padded, rows, &values, b->mixed, width);
+}
+
 /* Attention of `rows` queries to the keys of one head. Row r is at `position` + r * step and sees the last `window`
    positions up to its own. y gets rows of head_dim floats. */
-static void attend(const smallm_model *m, smallm_context *owner, float *scores, float *mixed, size_t layer, size_t head,
+static void attend(const smallm_model *m, smallm_context *owner, const buffers *b, size_t layer, size_t head,
                    const float *queries, size_t stride, size_t rows, size_t position, size_t step, float *y,
                    size_t y_stride)
 {
-    size_t width = (size_t)m->head_dim, window = m->window > 0 ? (size_t)m->window : m->positions;
-    size_t T = m->positions;
+    size_t width = (size_t)m->head_dim, T = m->positions, window = m->window > 0 ? (size_t)m->window : T;
     size_t start = position + 1 > window ? position + 1 - window : 0, end = position + (rows - 1) * step + 1;
-    size_t from = start / 16 * 16, padded = (end + 15) / 16 * 16;
+    size_t unit = m->ones != NULL ? VALUE_BLOCK : 16, from = start / 16 * 16, padded = (end + unit - 1) / unit * unit;
     const float *keys = keys_of(m, owner, layer, head) + from * width, *values = values_of(m, owner, layer, head);
+    cache8 k = cache8_of(m, owner, layer, head);
     float sums[MAX_ROWS];
-    m->kernels->product(queries, stride, rows, keys, width * 16, width, (padded - from) / 16, scores + from, T);
+    if (m->ones != NULL) score8(m, &k, b, queries, stride, rows, padded);
+    else m->kernels->product(queries, stride, rows, keys, width * 16, width, (padded - from) / 16, b->scores + from, T);
     for (size_t r = 0; r < rows; r++) {
         size_t last = position + r * step + 1, first = last > window ? last - window : 0;
-        sums[r] = m->kernels->softmax(scores + r * T, from, first, last, padded);
+        sums[r] = m->kernels->softmax(b->scores + r * T, from, first, last, padded);
     }
-    m->kernels->product(scores + from, T, rows, values + from * 16, T * 16, end - from, width / 16, mixed, width);
+    if (m->ones != NULL) mix8(m, &k, b, rows, padded);
+    else
+        m->kernels->product(b->scores + from, T, rows, values + from * 16, T * 16, end - from, width / 16, b->mixed, width);
     for (size_t r = 0; r < rows; r++)
-        for (size_t i = 0; i < width; i++) y[r * y_stride + i] = mixed[r * width + i] / sums[r];
+        for (size_t i = 0; i < width; i++) y[r * y_stride + i] = b->mixed[r * width + i] / sums[r];
 }
 
 static void add_rows(float *x, const float *y, size_t count)
@@ -1725,6 +1830,21 @@ typedef struct {
     size_t count;
 } attention_task;
 
+/* The floats of a head, or of its codes, that a thread has room for. */
+static size_t head_room(const smallm_model *m)
+{
+    size_t width = (size_t)m->head_dim;
+    return MAX_ROWS * (m->positions > width ? m->positions : width);
+}
+
+static buffers buffers_of(const smallm_context *c, size_t part)
+{
+    size_t room = head_room(c->model);
+    buffers b = {c->scores + part * MAX_ROWS * c->model->positions, c->mixed + part * MAX_ROWS * (size_t)c->model->head_dim,
+                 c->head_codes + part * room, c->head_scales + part * room / 16};
+    return b;
+}
+
 /* Computes the attention of a part of the key/value heads of all segments. */
 static void attend_part(const void *task, size_t part, size_t parts)
 {
@@ -1734,21 +1854,19 @@ static void attend_part(const void *task, size_t part, size_t parts)
     size_t width = (size_t)m->head_dim, stride = m->heads * width, heads = (size_t)m->n_kv_head;
     size_t group = (size_t)m->n_head / heads, out = m->layers[t->layer].attention_out.inputs, item = 0, row = 0;
     size_t from = first_item(t->count * heads, part, parts), end = first_item(t->count * heads, part + 1, parts);
-    float *scores = c->scores + part * MAX_ROWS * m->positions, *mixed = c->mixed + part * MAX_ROWS * width;
+    buffers b = buffers_of(c, part);
     for (const segment *g = t->segments; g < t->segments + t->count; row += g++->count)
         for (size_t h = 0; h < heads; h++, item++) {
             float *packed = c->packed + row * stride, *y = c->hidden + row * out;
             if (item < from || item >= end) continue;
             for (size_t j = 0; j < g->count; j++)
-                store(m, g->context, t->layer, h, packed + j * stride, g->position + j);
+                store(m, g->context, &b, t->layer, h, packed + j * stride, g->position + j);
             size_t first = h * group * width;
             if (g->count == 1) /* the queries that share a key/value head are the rows */
-                attend(m, g->context, scores, mixed, t->layer, h, packed + first, width, group, g->position, 0, y + first,
-                       width);
+                attend(m, g->context, &b, t->layer, h, packed + first, width, group, g->position, 0, y + first, width);
             else
                 for (size_t q = first; q < first + group * width; q += width)
-                    attend(m, g->context, scores, mixed, t->layer, h, packed + q, stride, g->count, g->position, 1, y + q,
-                           out);
+                    attend(m, g->context, &b, t->layer, h, packed + q, stride, g->count, g->position, 1, y + q, out);
         }
 }
 
@@ -2746,7 +2864,8 @@ void smallm_context_free(smallm_context *c)
     if (c == NULL) return;
     end_sequence(&c->state);
     void *memory[] = {c->keys, c->values, c->stream, c->normed, c->packed, c->scores, c->hidden, c->mixed, c->logits,
-                      c->codes, c->code_scales, c->history, c->processed, c->sort_keys, c->order, c->spare, c->weights};
+                      c->codes, c->code_scales, c->head_codes, c->head_scales, c->history, c->processed, c->sort_keys,
+                      c->order, c->spare, c->weights};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free_aligned(memory[i]);
     free(c);
 }
@@ -2758,9 +2877,9 @@ smallm_status smallm_context_new(const smallm_model *m, smallm_context **context
     if (!is_open(m)) return SMALLM_MISTAKE;
     smallm_context *c = calloc(1, sizeof *c);
     if (c == NULL) return SMALLM_NO_MEMORY;
-    size_t V = m->padded_vocab, heads = (size_t)m->n_layer * (size_t)m->n_kv_head, R = MAX_ROWS;
-    size_t hidden = 2 * m->padded_inner, attended = (size_t)(m->n_head * m->head_dim), cache = heads * m->positions;
-    cache *= (size_t)m->head_dim;
+    size_t V = m->padded_vocab, cache = (size_t)m->n_layer * (size_t)m->n_kv_head * m->cache_part, R = MAX_ROWS;
+    size_t hidden = 2 * m->padded_inner, attended = (size_t)(m->n_head * m->head_dim);
+    size_t head_codes = m->ones != NULL ? m->threads * head_room(m) : 0;
     c->model = m;
     c->keys = allocate(cache, sizeof *c->keys);
     c->values = allocate(cache, sizeof *c->values);
@@ -2773,6 +2892,8 @@ smallm_status smallm_context_new(const smallm_model *m, smallm_context **context
     c->logits = allocate(R * V, sizeof *c->logits);
     c->codes = allocate(R * m->max_codes + 1, sizeof *c->codes);
     c->code_scales = allocate(R * m->max_blocks + 1, sizeof *c->code_scales);
+    c->head_codes = allocate(head_codes + 1, sizeof *c->head_codes);
+    c->head_scales = allocate(head_codes / 16 + 1, sizeof *c->head_scales);
     c->history = allocate(2 * (size_t)m->block_size + 4, sizeof *c->history);
     c->processed = allocate(V, sizeof *c->processed);
     c->sort_keys = allocate(V, sizeof *c->sort_keys);
@@ -2780,7 +2901,8 @@ smallm_status smallm_context_new(const smallm_model *m, smallm_context **context
     c->spare = allocate(V, sizeof *c->spare);
     c->weights = allocate(V, sizeof *c->weights);
     if (c->keys && c->values && c->stream && c->normed && c->packed && c->scores && c->hidden && c->mixed && c->logits &&
-        c->codes && c->code_scales && c->history && c->processed && c->sort_keys && c->order && c->spare && c->weights) {
+        c->codes && c->code_scales && c->head_codes && c->head_scales && c->history && c->processed && c->sort_keys &&
+        c->order && c->spare && c->weights) {
         *context = c;
         return SMALLM_OK;
     }
@@ -2796,7 +2918,7 @@ smallm_status smallm_context_copy(const smallm_context *from, smallm_context **c
     const smallm_model *m = from->model;
     smallm_context *to;
     TRY(smallm_context_new(m, &to));
-    size_t cache = (size_t)m->n_layer * (size_t)m->n_kv_head * m->positions * (size_t)m->head_dim;
+    size_t cache = (size_t)m->n_layer * (size_t)m->n_kv_head * m->cache_part;
     memcpy(to->keys, from->keys, cache * sizeof *to->keys);
     memcpy(to->values, from->values, cache * sizeof *to->values);
     memcpy(to->history, from->history, from->state.known * sizeof *to->history);

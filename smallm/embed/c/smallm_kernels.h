@@ -35,9 +35,17 @@ typedef __m512i K(ints);
 #define LOAD_INTS(p) _mm512_loadu_si512((const void *)(p))
 #define ALL_INTS(i) _mm512_set1_epi32(i)
 #define TO_FLOAT(i) _mm512_cvtepi32_ps(i)
-#define DOT4(sum, x, w) /* of x + 128, which the correction takes back */ \
-    _mm512_dpbusd_epi32(sum, _mm512_xor_si512(x, _mm512_set1_epi8((char)0x80)), w)
+#define ADD_INTS(a, b) _mm512_add_epi32(a, b)
+#define DOT4(sum, x, w) K(dot4)(sum, x, w)
+/* Of x + 128, which the correction takes back. Assembly, for GCC copies the sums before and after its intrinsic function. */
+static INLINE TARGET __m512i K(dot4)(__m512i sum, __m512i x, __m512i w)
+{
+    x = _mm512_xor_si512(x, _mm512_set1_epi8((char)0x80));
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "vm"(w));
+    return sum;
+}
 #define START(p) LOAD_INTS(p)
+#define LOW_BYTES(p, v) _mm_storeu_si128((__m128i *)(void *)(p), _mm512_cvtepi32_epi8(_mm512_castps_si512((v)[0])))
 #elif SMALLM_AVX2
 enum { K(LANES) = 8, K(ROWS) = 6, K(PANELS) = 6, K(TILES) = 6 };
 typedef __m256 K(vec);
@@ -56,9 +64,19 @@ typedef __m256i K(ints);
 #define LOAD_INTS(p) _mm256_loadu_si256((const __m256i *)(const void *)(p))
 #define ALL_INTS(i) _mm256_set1_epi32(i)
 #define TO_FLOAT(i) _mm256_cvtepi32_ps(i)
+#define ADD_INTS(a, b) _mm256_add_epi32(a, b)
 #define DOT4(sum, x, w) /* |w| * (x * sign of w): sums of two products fit into 16 bits */ \
     _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)), \
                                             _mm256_set1_epi16(1)))
+#define LOW_BYTES(p, v) K(low_bytes)(p, v)
+static INLINE TARGET void K(low_bytes)(int8_t *p, const __m256 *v)
+{
+    __m256i low = _mm256_set1_epi32(255), a = _mm256_castps_si256(v[0]), b = _mm256_castps_si256(v[1]);
+    __m256i pairs = _mm256_packs_epi32(_mm256_and_si256(a, low), _mm256_and_si256(b, low)); /* a0-3 b0-3 a4-7 b4-7 */
+    pairs = _mm256_permute4x64_epi64(pairs, _MM_SHUFFLE(3, 1, 2, 0));
+    __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    _mm_storeu_si128((__m128i *)(void *)p, bytes);
+}
 #elif SMALLM_SSE2
 enum { K(LANES) = 4, K(ROWS) = 3, K(PANELS) = 3, K(TILES) = 3 };
 typedef __m128 K(vec);
@@ -77,6 +95,7 @@ typedef __m128i K(ints);
 #define LOAD_INTS(p) _mm_loadu_si128((const __m128i *)(const void *)(p))
 #define ALL_INTS(i) _mm_set1_epi32(i)
 #define TO_FLOAT(i) _mm_cvtepi32_ps(i)
+#define ADD_INTS(a, b) _mm_add_epi32(a, b)
 #define DOT4(sum, x, w) K(dot4)(sum, x, w)
 static INLINE TARGET __m128i K(dot4)(__m128i sum, __m128i x, __m128i w)
 {
@@ -85,6 +104,14 @@ static INLINE TARGET __m128i K(dot4)(__m128i sum, __m128i x, __m128i w)
     __m128 even = _mm_shuffle_ps(_mm_castsi128_ps(low), _mm_castsi128_ps(high), _MM_SHUFFLE(2, 0, 2, 0));
     __m128 odd = _mm_shuffle_ps(_mm_castsi128_ps(low), _mm_castsi128_ps(high), _MM_SHUFFLE(3, 1, 3, 1));
     return _mm_add_epi32(sum, _mm_add_epi32(_mm_castps_si128(even), _mm_castps_si128(odd)));
+}
+#define LOW_BYTES(p, v) K(low_bytes)(p, v)
+static INLINE TARGET void K(low_bytes)(int8_t *p, const __m128 *v)
+{
+    __m128i low = _mm_set1_epi32(255), part[4];
+    for (int i = 0; i < 4; i++) part[i] = _mm_and_si128(_mm_castps_si128(v[i]), low);
+    part[0] = _mm_packus_epi16(_mm_packs_epi32(part[0], part[1]), _mm_packs_epi32(part[2], part[3]));
+    _mm_storeu_si128((__m128i *)(void *)p, part[0]);
 }
 #elif SMALLM_NEON
 enum { K(LANES) = 4, K(ROWS) = 4, K(PANELS) = 4, K(TILES) = 6 };
@@ -104,6 +131,7 @@ typedef int32x4_t K(ints);
 #define LOAD_INTS(p) vreinterpretq_s32_s8(vld1q_s8((const int8_t *)(p)))
 #define ALL_INTS(i) vdupq_n_s32(i)
 #define TO_FLOAT(i) vcvtq_f32_s32(i)
+#define ADD_INTS(a, b) vaddq_s32(a, b)
 #if defined(__ARM_FEATURE_DOTPROD)
 #define DOT4(sum, x, w) vdotq_s32(sum, vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(w))
 #else
@@ -114,6 +142,13 @@ static INLINE int32x4_t K(dot4)(int32x4_t sum, int8x16_t x, int8x16_t w)
     return vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
 }
 #endif
+#define LOW_BYTES(p, v) K(low_bytes)(p, v)
+static INLINE void K(low_bytes)(int8_t *p, const float32x4_t *v)
+{
+    int16x4_t part[4];
+    for (int i = 0; i < 4; i++) part[i] = vmovn_s32(vreinterpretq_s32_f32(v[i]));
+    vst1q_s8(p, vcombine_s8(vmovn_s16(vcombine_s16(part[0], part[1])), vmovn_s16(vcombine_s16(part[2], part[3]))));
+}
 #elif SMALLM_WASM
 enum { K(LANES) = 4, K(ROWS) = 4, K(PANELS) = 1, K(TILES) = 4 };
 typedef v128_t K(vec);
@@ -131,6 +166,7 @@ typedef v128_t K(ints);
 #define LOAD_INTS(p) wasm_v128_load(p)
 #define ALL_INTS(i) wasm_i32x4_splat(i)
 #define TO_FLOAT(i) wasm_f32x4_convert_i32x4(i)
+#define ADD_INTS(a, b) wasm_i32x4_add(a, b)
 #define DOT4(sum, x, w) K(dot4)(sum, x, w)
 static INLINE v128_t K(dot4)(v128_t sum, v128_t x, v128_t w)
 {
@@ -139,6 +175,14 @@ static INLINE v128_t K(dot4)(v128_t sum, v128_t x, v128_t w)
     v128_t high = wasm_i32x4_dot_i16x8(four, wasm_i16x8_extend_high_i8x16(w));
     v128_t even = wasm_i32x4_shuffle(low, high, 0, 2, 4, 6), odd = wasm_i32x4_shuffle(low, high, 1, 3, 5, 7);
     return wasm_i32x4_add(sum, wasm_i32x4_add(even, odd));
+}
+#define LOW_BYTES(p, v) K(low_bytes)(p, v)
+static INLINE void K(low_bytes)(int8_t *p, const v128_t *v)
+{
+    v128_t low = wasm_i32x4_splat(255), part[4];
+    for (int i = 0; i < 4; i++) part[i] = wasm_v128_and(v[i], low);
+    part[0] = wasm_i16x8_narrow_i32x4(part[0], part[1]), part[2] = wasm_i16x8_narrow_i32x4(part[2], part[3]);
+    wasm_v128_store(p, wasm_u8x16_narrow_i16x8(part[0], part[2]));
 }
 #else
 enum { K(LANES) = 1, K(ROWS) = 2, K(PANELS) = 1, K(TILES) = 2 };
@@ -157,6 +201,7 @@ typedef int32_t K(ints);
 #define LOAD_INTS(p) K(load_int)(p)
 #define ALL_INTS(i) (i)
 #define TO_FLOAT(i) ((float)(i))
+#define ADD_INTS(a, b) ((a) + (b))
 #define DOT4(sum, x, w) K(dot4)(sum, x, w)
 static INLINE float K(power_of_2)(float v)
 {
@@ -178,6 +223,15 @@ static INLINE int32_t K(dot4)(int32_t sum, int32_t x, int32_t w)
     memcpy(a, &x, sizeof a);
     memcpy(b, &w, sizeof b);
     return sum + a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
+}
+#define LOW_BYTES(p, v) K(low_bytes)(p, v)
+static INLINE void K(low_bytes)(int8_t *p, const float *v)
+{
+    for (int i = 0; i < 16; i++) {
+        int32_t bits;
+        memcpy(&bits, &v[i], sizeof bits);
+        p[i] = (int8_t)(uint8_t)(bits & 255);
+    }
 }
 #endif
 
@@ -262,44 +316,48 @@ static TARGET void K(product)(const float *x, size_t x_stride, size_t rows, cons
 /* -- products in 8 bits: x with a scale per block, weights with a scale per output and block. The sums within a block are
       exact; the blocks are added in order. -- */
 
-static INLINE TARGET void K(tile8)(const int8_t *x, const float *x_scales, size_t x_stride, size_t blocks,
-                                   size_t block, const matrix *w, size_t panel, float *y, size_t y_stride,
-                                   const int rows, const int panels)
+static INLINE TARGET void K(tile8)(const int8_t *x, const float *x_scales, size_t x_stride, const matrix *w,
+                                   size_t panel, float *y, size_t y_stride, const int rows, const int panels)
 {
+    /* Few sums at a time are computed in two parts each, so that an addition need not wait for the one before. */
+    const int split = K(PARTS) < 4 && K(TILES) / (rows * panels) > 1 ? 2 : 1;
+    size_t blocks = w->blocks, block = w->block, stride = w->stride;
     K(vec) sum[K(TILES)][K(PARTS)];
-    size_t steps = block / 4, inputs = blocks * block;
     UNROLL for (int t = 0; t < rows * panels; t++)
         UNROLL for (int v = 0; v < K(PARTS); v++) sum[t][v] = ALL(0.0f);
     for (size_t b = 0; b < blocks; b++) {
-        K(ints) exact[K(TILES)][K(PARTS)];
-        const int8_t *codes = w->codes + (panel * inputs + b * block) * 16;
+        K(ints) exact[2 * K(TILES)][K(PARTS)];
+        const int8_t *codes = w->codes + (panel * stride + b) * block * 16;
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int p = 0; p < panels; p++)
-                UNROLL for (int v = 0; v < K(PARTS); v++)
+                UNROLL for (int v = 0; v < K(PARTS); v++) {
                     exact[r * panels + p][v] =
-                        START(w->corrections + ((panel + (size_t)p) * blocks + b) * 16 + v * K(LANES));
-        for (size_t k = 0; k < steps; k++) {
-            UNROLL for (int p = 0; p < panels; p++) {
-                const int8_t *weights = codes + (size_t)p * inputs * 16 + 64 * k;
-                K(ints) part[K(PARTS)];
-                UNROLL for (int v = 0; v < K(PARTS); v++) part[v] = LOAD_INTS(weights + 4 * v * K(LANES));
-                UNROLL for (int r = 0; r < rows; r++) {
-                    int32_t four;
-                    memcpy(&four, x + (size_t)r * x_stride + b * block + 4 * k, sizeof four);
-                    K(ints) input = ALL_INTS(four);
-                    UNROLL for (int v = 0; v < K(PARTS); v++)
-                        exact[r * panels + p][v] = DOT4(exact[r * panels + p][v], input, part[v]);
+                        START(w->corrections + ((panel + (size_t)p) * stride + b) * 16 + v * K(LANES));
+                    exact[K(TILES) + r * panels + p][v] = ALL_INTS(0);
                 }
-            }
-        }
+        for (size_t k = 0; k < block / 4; k += (size_t)split)
+            UNROLL for (int s = 0; s < split; s++)
+                UNROLL for (int p = 0; p < panels; p++) {
+                    const int8_t *weights = codes + (size_t)p * stride * block * 16 + 64 * (k + (size_t)s);
+                    K(ints) part[K(PARTS)];
+                    UNROLL for (int v = 0; v < K(PARTS); v++) part[v] = LOAD_INTS(weights + 4 * v * K(LANES));
+                    UNROLL for (int r = 0; r < rows; r++) {
+                        const int to = s * K(TILES) + r * panels + p;
+                        int32_t four;
+                        memcpy(&four, x + (size_t)r * x_stride + b * block + 4 * (k + (size_t)s), sizeof four);
+                        K(ints) input = ALL_INTS(four);
+                        UNROLL for (int v = 0; v < K(PARTS); v++) exact[to][v] = DOT4(exact[to][v], input, part[v]);
+                    }
+                }
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int p = 0; p < panels; p++) {
                 K(vec) scale = ALL(x_scales[(size_t)r * blocks + b]);
-                const float *scales = w->scales + ((panel + (size_t)p) * blocks + b) * 16;
-                UNROLL for (int v = 0; v < K(PARTS); v++)
-                    sum[r * panels + p][v] =
-                        ADD(sum[r * panels + p][v],
-                            MUL(MUL(TO_FLOAT(exact[r * panels + p][v]), LOAD(scales + v * K(LANES))), scale));
+                const float *scales = w->scales + ((panel + (size_t)p) * stride + b) * 16;
+                const int t = r * panels + p;
+                UNROLL for (int v = 0; v < K(PARTS); v++) {
+                    if (split > 1) exact[t][v] = ADD_INTS(exact[t][v], exact[K(TILES) + t][v]);
+                    sum[t][v] = ADD(sum[t][v], MUL(MUL(TO_FLOAT(exact[t][v]), LOAD(scales + v * K(LANES))), scale));
+                }
             }
     }
     UNROLL for (int r = 0; r < rows; r++)
@@ -313,11 +371,11 @@ static INLINE TARGET void K(stripe8)(const int8_t *x, const float *x_scales, siz
 {
     const int together = K(TILES) / rows < K(PANELS) ? K(TILES) / rows : K(PANELS);
     for (; p + (size_t)together <= end; p += (size_t)together)
-        K(tile8)(x, x_scales, x_stride, w->blocks, w->block, w, p, y + 16 * p, y_stride, rows, together);
+        K(tile8)(x, x_scales, x_stride, w, p, y + 16 * p, y_stride, rows, together);
     for (; together > 2 && p + 2 <= end; p += 2)
-        K(tile8)(x, x_scales, x_stride, w->blocks, w->block, w, p, y + 16 * p, y_stride, rows, 2);
+        K(tile8)(x, x_scales, x_stride, w, p, y + 16 * p, y_stride, rows, 2);
     for (; p < end; p++)
-        K(tile8)(x, x_scales, x_stride, w->blocks, w->block, w, p, y + 16 * p, y_stride, rows, 1);
+        K(tile8)(x, x_scales, x_stride, w, p, y + 16 * p, y_stride, rows, 1);
 }
 
 static TARGET void K(product8_row)(const int8_t *x, const float *x_scales, const matrix *w, float *y)
@@ -343,19 +401,19 @@ static TARGET void K(product8)(const int8_t *x, const float *x_scales, size_t x_
 static INLINE TARGET float K(add_16)(const K(vec) *sum)
 {
     float part[16];
-    for (int v = 0; v < K(PARTS); v++) STORE(part + v * K(LANES), sum[v]);
-    for (int half = 8; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) part[i] = part[i] + part[i + half];
+    UNROLL for (int v = 0; v < K(PARTS); v++) STORE(part + v * K(LANES), sum[v]);
+    UNROLL for (int half = 8; half > 0; half /= 2)
+        UNROLL for (int i = 0; i < half; i++) part[i] = part[i] + part[i + half];
     return part[0];
 }
 
 static INLINE TARGET float K(largest_of)(const K(vec) *numbers)
 {
-    float part[16], largest;
-    for (int v = 0; v < K(PARTS); v++) STORE(part + v * K(LANES), numbers[v]);
-    largest = part[0];
-    for (int i = 1; i < 16; i++) largest = part[i] > largest ? part[i] : largest;
-    return largest;
+    float part[16];
+    UNROLL for (int v = 0; v < K(PARTS); v++) STORE(part + v * K(LANES), numbers[v]);
+    UNROLL for (int half = 8; half > 0; half /= 2)
+        UNROLL for (int i = 0; i < half; i++) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
+    return part[0];
 }
 
 /* y = x / sqrt(mean(x^2) + 1e-6) * gain (RMSNorm, Zhang and Sennrich 2019). */
@@ -408,14 +466,20 @@ static TARGET float K(softmax)(float *scores, size_t from, size_t first, size_t 
     for (size_t i = from; i < padded; i += 16)
         UNROLL for (int v = 0; v < K(PARTS); v++) part[v] = MAX(part[v], LOAD(scores + i + v * K(LANES)));
     K(vec) largest = ALL(K(largest_of)(part));
-    for (size_t i = from; i < padded; i += 16) {
+    for (size_t i = from; i < padded; i += 16)
         UNROLL for (int v = 0; v < K(PARTS); v++)
             STORE(scores + i + v * K(LANES), K(exponential)(SUB(LOAD(scores + i + v * K(LANES)), largest)));
-        for (size_t j = i; j < i + 16 && j < first; j++) scores[j] = 0;
-        for (size_t j = end > i ? end : i; j < i + 16; j++) scores[j] = 0;
+    for (size_t i = from; i < first; i++) scores[i] = 0;
+    for (size_t i = end; i < padded; i++) scores[i] = 0;
+    for (size_t i = from; i < padded; i += 16)
         UNROLL for (int v = 0; v < K(PARTS); v++) sum[v] = ADD(sum[v], LOAD(scores + i + v * K(LANES)));
-    }
     return K(add_16)(sum);
+}
+
+/* x = x * factors. */
+static TARGET void K(scale)(float *x, const float *factors, size_t length)
+{
+    for (size_t i = 0; i < length; i += K(LANES)) STORE(x + i, MUL(LOAD(x + i), LOAD(factors + i)));
 }
 
 /* Rounds a row to 8 bits: x = code * scale for each block. The scale of a block that is not finite is NaN. */
@@ -423,7 +487,7 @@ static TARGET void K(quantise)(const float *x, size_t inputs, size_t blocks, siz
 {
     for (size_t b = 0; b < blocks; b++) {
         K(vec) largest[K(PARTS)], finite[K(PARTS)];
-        float tail[16] = {0}, rounded[16];
+        float tail[16] = {0};
         size_t from = b * block, whole = inputs - from < block ? (inputs - from) / 16 * 16 : block;
         size_t rest = inputs - from - whole < 16 ? inputs - from - whole : 0;
         memcpy(tail, x + from + whole, (whole < block ? rest : 0) * sizeof *x);
@@ -437,18 +501,18 @@ static TARGET void K(quantise)(const float *x, size_t inputs, size_t blocks, siz
         float size = K(largest_of)(largest), inverse = size > 0 ? 127.0f / size : 0;
         scales[b] = (size + K(add_16)(finite)) / 127.0f;
         for (size_t i = 0; i < block; i += 16) {
-            UNROLL for (int v = 0; v < K(PARTS); v++) { /* to the nearest integer, ties to even */
+            K(vec) rounded[K(PARTS)]; /* to the nearest integer, ties to even, in the low bits of the float */
+            UNROLL for (int v = 0; v < K(PARTS); v++) {
                 K(vec) part = i <= whole ? LOAD((i < whole ? x + from + i : tail) + v * K(LANES)) : ALL(0.0f);
-                part = SUB(ADD(MUL(part, ALL(inverse)), ALL(ROUNDER)), ALL(ROUNDER));
-                STORE(rounded + v * K(LANES), MIN(MAX(part, ALL(-127.0f)), ALL(127.0f)));
+                rounded[v] = ADD(MIN(MAX(MUL(part, ALL(inverse)), ALL(-127.0f)), ALL(127.0f)), ALL(ROUNDER));
             }
-            for (size_t j = 0; j < 16; j++) codes[from + i + j] = (int8_t)(int32_t)rounded[j];
+            LOW_BYTES(codes + from + i, rounded);
         }
     }
 }
 
 static const kernels K(KERNELS) = {
-    K(product), K(product8), K(norm), K(swiglu), K(softmax), K(quantise)};
+    K(product), K(product8), K(norm), K(swiglu), K(softmax), K(scale), K(quantise)};
 
 #undef LOAD
 #undef STORE
@@ -463,7 +527,9 @@ static const kernels K(KERNELS) = {
 #undef LOAD_INTS
 #undef ALL_INTS
 #undef TO_FLOAT
+#undef ADD_INTS
 #undef DOT4
+#undef LOW_BYTES
 #undef START
 #undef EACH_STRIPE
 #undef STRIPE
