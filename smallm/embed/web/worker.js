@@ -3,8 +3,9 @@
 import { LanguageModel } from "./smallm.js";
 
 const SEND_AFTER = 30; // milliseconds between messages to the page
-const loading = load();
+const WARM_UP = 300; // characters
 let running = null; // the AbortController of the text that is being written
+const loading = load();
 
 async function load() {
   const response = await fetch("model.onnx");
@@ -22,6 +23,7 @@ async function load() {
 
 async function write(seed, options) {
   const lm = await loading;
+  running?.abort();
   running = new AbortController();
   const { signal } = running;
   let pieces = [];
@@ -40,12 +42,24 @@ async function write(seed, options) {
   postMessage({ pieces, done: true, stopped: signal.aborted });
 }
 
+/** Writes a text that is not shown: browsers optimise code while it runs, so the next text is fast from its beginning. */
+async function warmUp(lm) {
+  running = new AbortController();
+  const { signal } = running;
+  try {
+    for await (const _ of lm.stream("", { maxLength: WARM_UP, signal }));
+  } catch {} // an error of the model is reported with the next text
+}
+
 onmessage = ({ data }) => {
   if (data.stop) running?.abort();
   else write(data.seed, data.options);
 };
 
 loading.then(
-  ({ metadata, blockSize }) => postMessage({ metadata, blockSize }),
+  (lm) => {
+    postMessage({ metadata: lm.metadata, blockSize: lm.blockSize });
+    if (!running) warmUp(lm);
+  },
   ({ message }) => postMessage({ error: message }),
 );
