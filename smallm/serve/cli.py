@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
     import uvicorn
 
     from smallm.serve.app import build_app
+    from smallm.serve.connection import Connection
     from smallm.serve.generation_queue import GenerationQueue
 
     file = find_model(options.run)
@@ -41,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
         app = build_app(GenerationQueue(model, limits, options.threads), file, options.name or model_name(file),
                         token, options.allow_origin, ["localhost", "127.0.0.1", "["] if local else None)  # fmt: skip
         uvicorn.run(app, host=options.host, port=options.port, log_level="info", access_log=False,
-                    server_header=False, timeout_keep_alive=10, timeout_graceful_shutdown=3)  # fmt: skip
+                    server_header=False, http=Connection, ws="none", timeout_keep_alive=10,
+                    timeout_graceful_shutdown=3)  # fmt: skip
     return 0
 
 

@@ -20,6 +20,7 @@ from smallm import LanguageModel, UserError
 from smallm.serve import cli
 from smallm.serve.app import build_app
 from smallm.serve.completion_request import CompletionRequest, Limits
+from smallm.serve.connection import Connection
 from smallm.serve.generation_queue import GenerationQueue
 
 JS = Path(__file__).parents[1] / "js"
@@ -34,11 +35,15 @@ def model(exported) -> Iterator[LanguageModel]:
 
 
 @contextmanager
-def serving(exported, model, limits: Limits | None = None, **options) -> Iterator[tuple[str, int, GenerationQueue]]:
+def serving(
+    exported, model, limits: Limits | None = None, keep_alive: float = 10, **options
+) -> Iterator[tuple[str, int, GenerationQueue]]:
     """A server in a thread: host, port and queue."""
     queue = GenerationQueue(model, limits or Limits(), threads=2)
     app = build_app(queue, exported / "model.onnx", "tiny", **options)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
+    config = uvicorn.Config(app, port=0, log_level="error", http=Connection, ws="none", timeout_keep_alive=keep_alive,
+                            timeout_graceful_shutdown=1)  # fmt: skip
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -158,6 +163,23 @@ def test_mistakes(client, options, error, message):
         client.completions.create(**{"model": "tiny", "prompt": "the "} | options)
 
 
+@pytest.mark.slow
+def test_the_native_engine(exported):
+    with (
+        LanguageModel.load(exported, engine="native") as native,
+        serving(exported, native) as server,
+        openai_client(server) as client,
+    ):
+        options = {"model": "tiny", "prompt": SEED, "max_tokens": 60, "seed": 7}
+        text = native.generate(SEED, max_length=60, rng_seed=7)
+        assert SEED + client.completions.create(**options).choices[0].text == text
+        answer = client.completions.create(**options, n=2, stream=True, logprobs=1)
+        texts = [SEED, SEED]
+        for chunk in answer:
+            texts[chunk.choices[0].index] += chunk.choices[0].text
+        assert texts == native.generate_many([SEED] * 2, max_length=60, rng_seed=7)
+
+
 # -- clients that misbehave
 
 
@@ -208,6 +230,34 @@ def test_a_client_that_hangs_and_one_that_leaves(exported, model):
         before = queue.characters
         time.sleep(0.2)
         assert queue.characters == before
+
+
+@pytest.mark.parametrize("first_request", [False, True])
+@pytest.mark.parametrize("sends", [b"", b"GET /health HTTP/1.1\r\nhost: x\r\nx: " + b"x" * 200])
+def test_a_client_whose_request_does_not_begin(exported, model, sends, first_request):
+    with (
+        serving(exported, model, keep_alive=0.4) as server,
+        socket.create_connection(server[:2], timeout=20) as connection,
+    ):
+        if first_request:
+            connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += connection.recv(1000)
+        started = time.monotonic()
+        try:
+            for i in range(len(sends)):
+                connection.sendall(sends[i : i + 1])
+                time.sleep(0.02)
+            assert connection.recv(1000) == b""
+        except ConnectionError:
+            pass  # closed while the client was sending
+        assert 0.2 < time.monotonic() - started < 3.5  # all bytes would take 4.8 seconds
+
+
+def test_an_answer_may_take_longer_than_a_request(exported, model):
+    with serving(exported, model, Limits(max_length=10**7, deadline=1), keep_alive=0.2) as server:
+        assert ask(server, "POST", "/v1/completions", {"max_tokens": 10**7})[0] == 504
 
 
 def test_a_busy_server(exported, model):
