@@ -35,8 +35,8 @@ MODES = {  # mode -> the options that it uses; "" = generate text. All modes use
     "": GENERATION | {"engine", "seed", "num_samples", "stream", "json"},
     "interactive": GENERATION | {"engine", "seed", "stream"},
     "next": {"seed", "json"},
-    "perplexity": {"stride", "encoding", "json"},
-    "surprise": {"html", "spans", "encoding", "json"},
+    "perplexity": {"stride", "encoding", "field", "json"},
+    "surprise": {"html", "spans", "encoding", "field", "json"},
 }
 OVERFLOW_NOTE = (
     "note: past its context of {size} ids the model saw the newest half of them (--overflow shift, fast); "
@@ -45,7 +45,7 @@ OVERFLOW_NOTE = (
 MAX_SAMPLES = 10_000  # texts of one call
 DEFAULTS = {
     "engine": "onnxruntime", "seed": "", "num_samples": 1, "stream": True, "json": False, "encoding": "utf-8",
-    "spans": 10,
+    "field": "text", "spans": 10,
 }  # fmt: skip
 
 
@@ -75,7 +75,8 @@ def main(argv: Sequence[str]) -> int:
         from smallm.cli.surprise import surprise
 
         page = Path(options.html) if options.html else None
-        surprise(model, Path(options.surprise), options.encoding, options.spans, page, options.json)
+        text = Path(options.surprise)
+        surprise(model, text, options.encoding, options.spans, page, options.json, options.field)
     elif mode == "next":
         _next_characters(model, options)
     elif mode == "interactive":
@@ -156,7 +157,8 @@ def _next_characters(model: "LanguageModel", options: argparse.Namespace) -> Non
 
 def _perplexity(model: "LanguageModel", paths: list[Path], options: argparse.Namespace) -> None:
     """Measures each file. Of several files, prints a table or a JSON object with the files and their total."""
-    found = [model.perplexity(text_file.pieces(path, options.encoding), stride=options.stride) for path in paths]
+    texts = (text_file.pieces(path, options.encoding, field=options.field) for path in paths)
+    found = [model.perplexity(text, stride=options.stride) for text in texts]
     as_json = [{"file": str(path), **asdict(result)} for path, result in zip(paths, found, strict=True)]
     if len(found) == 1:
         print(json.dumps(as_json[0]) if options.json else found[0])
@@ -212,4 +214,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--spans", "--places", type=int, metavar="N",
         help="for --surprise: number of passages and of words to list (default: 10)")  # fmt: skip
     add("--encoding", metavar="NAME", help="for --perplexity and --surprise: encoding of the file (default: utf-8)")
+    add("--field", "--data.field", metavar="NAME", help="for --perplexity and --surprise: key of JSON lines, or column "
+        "of CSV, that holds the text (default: text)")  # fmt: skip
     return parser

@@ -20,14 +20,15 @@ from smallm.surprisal.terminal_view import legend, painted, span_list
 
 
 def surprise(
-    model: LanguageModel, path: Path, encoding: str, max_spans: int, html: Path | None, as_json: bool
+    model: LanguageModel, path: Path, encoding: str, max_spans: int, html: Path | None, as_json: bool,
+    field: str = "text",
 ) -> None:
     """Measures a text file and prints its figures and most surprising spans.
 
     The coloured text itself is printed if stdout is a terminal with colours and neither `html` nor `as_json` is given.
 
     max_spans: how many passages, and how many words, to list.
-    html: a page to write. as_json: print one JSON object instead.
+    html: a page to write. as_json: print one JSON object instead. field: with the text of JSON lines and CSV.
     Raises `UserError`.
     """
     if max_spans < 1:
@@ -38,7 +39,7 @@ def surprise(
     finder, shown, read = SpanFinder(model.vocabulary, max_spans), [], 0
     if coloured:
         print(legend())
-    for part in measure(model, text_file.pieces(path, encoding, bar=not coloured)):
+    for part in measure(model, text_file.pieces(path, encoding, bar=not coloured, field=field)):
         finder.add(part)
         if html and read < PAGE_CHARACTERS:
             shown.append(part[: PAGE_CHARACTERS - read])

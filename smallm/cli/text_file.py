@@ -26,10 +26,10 @@ def files(names: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def pieces(path: Path, encoding: str, bar: bool = True) -> Iterator[str]:
+def pieces(path: Path, encoding: str, bar: bool = True, field: str = "text") -> Iterator[str]:
     """The text of a file, compressed or not, piece by piece, without a byte-order mark.
 
-    bar: show a progress bar on stderr if stderr is a terminal.
+    bar: show a progress bar on stderr if stderr is a terminal. field: with the text of JSON lines and CSV.
     Raises `UserError` for an unknown encoding, and for a file that cannot be read or is not valid in this encoding.
     """
     from tqdm import tqdm
@@ -37,7 +37,7 @@ def pieces(path: Path, encoding: str, bar: bool = True) -> Iterator[str]:
     try:
         with path.open("rb") as file, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, leave=False,
                                            disable=None if bar else True) as progress:  # fmt: skip
-            for text, size in text_pieces(file, path, encoding, PIECE_BYTES):
+            for text, size in text_pieces(file, path, encoding, PIECE_BYTES, field):
                 yield text
                 progress.update(size)
     except OSError as error:

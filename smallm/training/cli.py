@@ -124,11 +124,12 @@ def _parse_flags(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _evaluate_only(run: Path, as_json: bool, settings: dict[str, Any], options: dict[str, Any]) -> int:
-    if any(options.values()) or not set(settings) <= {"data.source", "data.encoding"}:
-        raise UserError("--eval-only measures a trained model; it takes --data, --encoding and --json only")
+    if any(options.values()) or not set(settings) <= {"data.source", "data.encoding", "data.field"}:
+        taken = "--data, --data.field, --encoding and --json"
+        raise UserError(f"--eval-only measures a trained model; it takes {taken} only")
     from smallm.training.eval_only import evaluate_only
 
-    evaluate_only(run, settings.get("data.source"), settings.get("data.encoding", "utf-8"), as_json)
+    evaluate_only(run, {key.removeprefix("data."): value for key, value in settings.items()}, as_json)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _exit_at_once(0)
     return 0

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,14 +19,15 @@ from smallm.training.devices import build_accelerator
 from smallm.training.evaluate import evaluate
 from smallm.training.output import Output
 from smallm.training.request import PRECISIONS
-from smallm.training.run import report_first_failure
+from smallm.training.run import report_first_failure, with_stored_input
 
 
-def evaluate_only(run: Path, data: tuple[str, ...] | str | None, encoding: str, as_json: bool) -> None:
+def evaluate_only(run: Path, settings: dict[str, Any], as_json: bool) -> None:
     """Prints nats, bits and perplexity per character on stdout, by the protocol of the run's own evaluations.
 
-    run: a run, whose best checkpoint is used, or a checkpoint. data: the text, as train.py takes it; None = the run's
-    validation text. encoding: of the text. as_json: print a JSON object. Raises `UserError`.
+    run: a run, whose best checkpoint is used, or a checkpoint. settings: `source`, `encoding` (default: utf-8) and
+    `field` of the text, as in `DataConfig`; without a source, the run's validation text is measured. as_json: print a
+    JSON object. Raises `UserError`.
     """
     folder = find_checkpoint(run)
     state, config = checkpoint.read_state(folder)
@@ -33,8 +35,10 @@ def evaluate_only(run: Path, data: tuple[str, ...] | str | None, encoding: str, 
     check_fits(folder / "model.safetensors", config.model, vocabulary.size)
     accelerator = build_accelerator(config.train, PRECISIONS.get(str(state.facts.get("precision")), ""))
     with report_first_failure(accelerator):
-        source = data or str(validation_text(folder))
-        text = find_source(replace(config.data, source=source, encoding=encoding, weights=()), cache_folder())
+        given = {"source": str(validation_text(folder)), "encoding": "utf-8", "weights": ()} | settings
+        if isinstance(given["source"], list):
+            given["source"] = tuple(given["source"])
+        text = find_source(with_stored_input(accelerator, replace(config.data, **given)), cache_folder())
         characters, ids = 0, [np.empty(0, np.int64)]
         for piece in text.pieces("reading", progress=accelerator.is_main_process):
             characters += len(piece)

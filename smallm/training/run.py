@@ -5,14 +5,17 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from filelock import Timeout
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not re-exported for checkers
 
 from smallm.errors import ProcessError, UserError, command
+from smallm.runs.cache_folder import cache_folder
 from smallm.runs.layout import LOCK
 from smallm.training import trackers
 from smallm.training.analysis.baselines import seconds_to_reserve
@@ -21,6 +24,8 @@ from smallm.training.budget.configure import open_text, plan_run
 from smallm.training.checkpoint.format import checkpoint_folder
 from smallm.training.checkpoint.manager import newest_checkpoint, quarantine, restore_interrupted
 from smallm.training.checkpoint.safe_load import check_fits
+from smallm.training.config import DataConfig
+from smallm.training.data.source import store_standard_input
 from smallm.training.devices import build_accelerator
 from smallm.training.distributed import broadcast_from_main
 from smallm.training.finetune import base_vocabulary, load_origin
@@ -45,6 +50,7 @@ def run_training(request: Request, started: float, last: bool = True) -> int:
     trackers.check(config.train.trackers)
     accelerator = build_accelerator(config.train, request.precision, request.threads)
     with report_first_failure(accelerator), _locked(accelerator, out):
+        config = replace(config, data=with_stored_input(accelerator, config.data))
         folder = _newest_checkpoint(accelerator, out) if request.resume else None
         origin = load_origin(accelerator, config, out) if config.train.init_from and folder is None else None
         base = origin.vocabulary if origin else base_vocabulary(folder)
@@ -79,6 +85,17 @@ def run_training(request: Request, started: float, last: bool = True) -> int:
         # its destructor would hold Python's lock while it waits for a thread of gloo, which may need that lock.
         accelerator.wait_for_everyone()
     return code
+
+
+def with_stored_input(accelerator: Accelerator, data: DataConfig) -> DataConfig:
+    """The settings with a file in place of standard input, which the main process reads and stores in the cache."""
+    sources = [data.source] if isinstance(data.source, str) else [*data.source]
+    if "-" not in sources or Path("-").is_file():
+        return data
+    path = str(store_standard_input(cache_folder())) if accelerator.is_main_process else ""
+    (path,) = broadcast_object_list([path])
+    stored = tuple(path if name == "-" else name for name in sources)
+    return replace(data, source=path if isinstance(data.source, str) else stored)
 
 
 @contextmanager

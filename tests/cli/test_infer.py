@@ -284,6 +284,19 @@ def test_files_that_cannot_be_measured(infer, tmp_path, monkeypatch, content, fl
 
 
 @pytest.mark.parametrize("flag", ["--perplexity", "--surprise"])
+@pytest.mark.parametrize("field", ["--field", "--data.field"])
+def test_the_field_of_records(infer, tmp_path, flag, field):
+    path, texts = tmp_path / "a.jsonl", ["the small café\n", "sings to the moon\n"] * 9
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts), encoding="utf-8")
+    (tmp_path / "a.txt").write_text("".join(texts), encoding="utf-8")
+    (code, out, _), (_, plain, _) = infer(flag, path, field, "body", "--json"), infer(flag, tmp_path / "a.txt", "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads(plain) | {"file": str(path)}
+    assert "its fields are body; name another with --data.field" in infer(flag, path)[2]
+    assert "goes with --perplexity or --surprise" in infer("--seed", "a", field, "body")[2]
+
+
+@pytest.mark.parametrize("flag", ["--perplexity", "--surprise"])
 @pytest.mark.parametrize(
     ("content", "problem"),
     [

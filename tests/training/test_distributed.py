@@ -39,14 +39,14 @@ def start(launcher, *argv, script=ROOT / "train.py"):
     return subprocess.Popen(
         [sys.executable, "-m", *launcher, str(script), *argv],
         cwd=ROOT, env=inherited | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
 
-def launch(launcher, *argv, script=ROOT / "train.py"):
-    """Runs train.py, or another script, in two processes until it ends."""
+def launch(launcher, *argv, script=ROOT / "train.py", text=""):
+    """Runs train.py, or another script, in two processes until it ends. text: their standard input."""
     with start(launcher, *argv, script=script) as process:
-        out, err = process.communicate(timeout=110)
+        out, err = process.communicate(text, timeout=110)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -79,8 +79,9 @@ def metrics(run, kind):
 def test_two_processes_train_as_one_and_one_process_can_resume(text_file, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     (tmp_path / "b.txt").write_text("Another text.\n" * 99)
-    toy = [*TOY, "--data.split=blocks", f"--data={tmp_path / 'b.txt'}", "--data.weights=1,3"]
-    done = launch(ACCELERATE, "--data", str(text_file), "--out", str(two), *toy, "--train.max_steps=20")
+    toy = ["--data", str(text_file), *TOY, "--data.split=blocks", "--data.weights=1,3"]
+    argv = ["--out", str(two), *toy, "--data=-", "--train.max_steps=20"]  # the main process alone reads standard input
+    done = launch(ACCELERATE, *argv, text="Another text.\n" * 99)
     assert done.returncode == 0, done.stderr
     assert "2 process" in done.stderr
     assert done.stderr.count("owls.txt") == 1  # the second process is silent
@@ -89,7 +90,7 @@ def test_two_processes_train_as_one_and_one_process_can_resume(text_file, tmp_pa
 
     # The learning rate is constant, so a longer run by one process has to give the same result.
     assert cli.main(["--resume", str(two), "--train.max_steps=24"]) == 0
-    assert cli.main(["--data", str(text_file), "--out", str(one), *toy, "--train.max_steps=24"]) == 0
+    assert cli.main(["--out", str(one), *toy, f"--data={tmp_path / 'b.txt'}", "--train.max_steps=24"]) == 0
     assert_same(two, one, 24)
     ours, theirs = ({line["step"]: line["train_loss"] for line in metrics(run, "eval")} for run in (two, one))
     assert [ours[step] for step in (10, 20)] == pytest.approx([theirs[step] for step in (10, 20)], abs=1e-4)

@@ -58,6 +58,17 @@ def test_another_text_and_its_encoding(tiny_run, tmp_path, capsys):
     assert found[0]["characters"] == len(text) - 1
 
 
+def test_the_field_of_records(tiny_run, tmp_path, capsys):
+    lines = ["the small café sings to the moon.\n", "an old owl\nasks for nothing at all.\n"] * 9
+    (tmp_path / "a.txt").write_text("".join(lines), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": line}) + "\n" for line in lines), encoding="utf-8")
+    plain = measured(capsys, tiny_run, "--data", tmp_path / "a.txt")
+    records = measured(capsys, tiny_run, "--data", tmp_path / "a.jsonl", "--data.field", "body")
+    assert records == plain | {"text": "a.jsonl"}
+    twice = measured(capsys, tiny_run, "--data", tmp_path / "a.txt", "--data", tmp_path / "a.txt")
+    assert twice["characters"] == 2 * plain["characters"] + 1
+
+
 def test_mistakes(tiny_run, tmp_path, refused):
     (tmp_path / "a.txt").write_text("a")
     run = str(tiny_run)

@@ -180,7 +180,7 @@ def _find(name: str, data: DataConfig, cache: Path) -> Source:
         return BUILT_IN[name](cache)
     hint = f"pass --data FILE, FOLDER, {' or '.join(BUILT_IN)}"
     if name == "-":
-        return Source("standard input", [_standard_input(cache)], data.encoding)
+        return Source("standard input", [store_standard_input(cache)], data.encoding)
     if name.startswith(PREFIX):
         return Source(name, [stored_dataset(name, data.field, cache)])
     if "://" in name:
@@ -195,19 +195,25 @@ def _name(path: Path) -> str:
     return path.resolve().name if path.is_dir() else path.name if path.is_file() else str(path)
 
 
-def _standard_input(cache: Path) -> Path:
-    """Stores standard input in the cache, because a text is read twice; the same text always gives the same file."""
+def store_standard_input(cache: Path) -> Path:
+    """Stores standard input in the cache, because a text is read twice; the same text always gives the same file.
+
+    Raises `UserError` if standard input is a terminal, or the cache cannot be written.
+    """
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("standard input is a terminal; pipe a text into the command, or pass --data FILE")
     digest = hashlib.sha256()
-    with unfinished_file(cache / "stdin") as unfinished:
-        with unfinished.open("wb") as file:
-            while piece := sys.stdin.buffer.read(1 << 20):
-                digest.update(piece)
-                file.write(piece)
-        path = unfinished.with_name(f"{digest.hexdigest()[:16]}.txt")
-        unfinished.replace(path)
-    print(f"text   standard input is stored in {path}; to resume, pass --data with this path", file=Output("stderr"))
+    try:
+        with unfinished_file(cache.absolute() / "stdin") as unfinished:
+            with unfinished.open("wb") as file:
+                while piece := sys.stdin.buffer.read(1 << 20):
+                    digest.update(piece)
+                    file.write(piece)
+            path = unfinished.with_name(f"{digest.hexdigest()[:16]}.txt")
+            unfinished.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write to {cache}: {error.strerror or error}; set SMALLM_CACHE elsewhere") from None
+    print(f"text   standard input is stored in {path}", file=Output("stderr"))
     return path
 
 
