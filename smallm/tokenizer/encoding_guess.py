@@ -3,18 +3,21 @@
 import codecs
 
 _FREQUENT = {
-    "אבגדהוזחטיךכלםמןנסעףפץצקרשת": (1.0, "cp1255"),
-    "éèêëàâçùûîïôœäöüßÄÖÜñáíóúãõåæøÅÆØ¿¡«»’‘“”–—…°§ ": (1.0, "cp1252 mac-roman cp850"),
+    "éèêëàâçùûîïôœäöüßÄÖÜñáíóúãõåæøÅÆØÀÇÈÉÊÁÍÓÚ¿¡«»’‘“”–—…°§ ": (1.0, "cp1252 mac-roman cp850"),
     "ąćęłńóśżźĄĆĘŁŚŻŹěščřžýáíéúůďťňČŠŽŘöüőűăţş": (1.0, "cp1250 iso8859-2"),
     "ığşİĞŞçöüâÇÖÜ": (1.0, "cp1254"),
     "αβγδεζηθικλμνξοπρστυφχψωςάέήίόύώΑΕΗΟΤΚΠ": (1.0, "cp1253 iso8859-7"),
+    "אבגדהוזחטיךכלםמןנסעףפץצקרשת": (1.0, "cp1255"),
     "абвгдежзийклмнопрстуфхцчшщъыьэюяАВДИКМНОПРСТЯ–—«»": (1.0, "cp1251 koi8-r cp866 utf-16-le utf-16-be"),
     "ابتثجحخدذرزسشصضطظعغفقكلمنهويةىأإآئؤ،": (1.0, "cp1256"),
     "的一是不了在人有我他这這个個们們中来來上大为為和國国地到以，。、": (0.25, "gb18030 big5 utf-16-le utf-16-be"),
     "のにはをたがでてとしれさいるなもっこらりくあんまけそかきうすよ、。": (0.5, "cp932 euc_jp utf-16-le utf-16-be"),
     "이다는을의에가고하지한로도은기를사니아어인서있그나리자대일시들게해수": (0.4, "cp949 utf-16-le utf-16-be"),
 }  # fmt: skip
-"""Frequent non-ASCII characters of a language -> their usual share of the non-ASCII characters, and encodings."""
+"""Frequent non-ASCII characters of a language -> their usual share of the non-ASCII characters, and encodings.
+
+Of equal shares the first counts, because the bytes of accented letters in cp1252 are also letters in cp1255 and cp1251.
+"""
 MIN_SHARE = 0.5  # of the usual share
 MIN_CHARACTERS = 6  # non-ASCII; fewer prove nothing
 SAMPLE = 1 << 14  # bytes

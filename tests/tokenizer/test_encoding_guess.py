@@ -85,6 +85,11 @@ def test_texts_in_many_languages(text, encodings):
     assert guess_encoding(f"{text}\n".encode()) == "utf-8"
 
 
+@pytest.mark.parametrize("text", ["café ", "Zoë’s naïve “quote” ", "ÉCOLE à ", "mañana "])
+def test_a_few_accents(text):
+    assert guess_encoding((20 * text).encode("cp1252")) == "cp1252"
+
+
 def test_no_guess_without_a_reason():
     rng = random.Random(1)
     assert [guess_encoding(rng.randbytes(SAMPLE)) for _ in range(9)] == [""] * 9
