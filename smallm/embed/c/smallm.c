@@ -1536,6 +1536,16 @@ static smallm_status read_weights(smallm_model *model, span file)
 
 /* -- instruction sets -- */
 
+/* Fetches some of the lines of 64 bytes of a panel into the second cache. */
+static INLINE void fetch(const void *panel, size_t lines, size_t from, size_t count)
+{
+#if defined(__GNUC__)
+    for (size_t i = from; i < from + count && i < lines; i++) __builtin_prefetch((const char *)panel + 64 * i, 0, 2);
+#else
+    (void)panel, (void)lines, (void)from, (void)count;
+#endif
+}
+
 #if defined(__x86_64__) || defined(__i386__) || defined(_M_X64)
 #include <immintrin.h>
 #if defined(__GNUC__)

@@ -308,8 +308,10 @@ static TARGET void K(product)(const float *x, size_t x_stride, size_t rows, cons
         return;
     }
     size_t group = rows > K(ROWS) ? 1 : panels; /* many rows take each panel while it is in the first cache */
+    size_t lines = inputs / rows + 1; /* of 64 bytes of the next panel to fetch per row */
     for (size_t p = 0; p < panels; p += group)
-        EACH_STRIPE(K(stripe)(x + r * x_stride, x_stride, w + p * panel_stride, panel_stride, inputs, group,
+        EACH_STRIPE(fetch(w + (p + group) * panel_stride, p + group < panels ? inputs : 0, r * lines, count * lines);
+                    K(stripe)(x + r * x_stride, x_stride, w + p * panel_stride, panel_stride, inputs, group,
                               y + r * y_stride + 16 * p, y_stride, count));
 }
 
@@ -391,8 +393,10 @@ static TARGET void K(product8)(const int8_t *x, const float *x_scales, size_t x_
         return;
     }
     size_t group = rows > K(ROWS) ? 1 : w->panels;
+    size_t all = w->blocks * w->block / 4, lines = all / rows + 1;
     for (size_t p = 0; p < w->panels; p += group)
-        EACH_STRIPE(K(stripe8)(x + r * x_stride, x_scales + r * w->blocks, x_stride, w, p, p + group,
+        EACH_STRIPE(fetch(w->codes + (p + group) * all * 64, p + group < w->panels ? all : 0, r * lines, count * lines);
+                    K(stripe8)(x + r * x_stride, x_scales + r * w->blocks, x_stride, w, p, p + group,
                                y + r * y_stride, y_stride, count));
 }
 
