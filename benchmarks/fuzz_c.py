@@ -78,10 +78,10 @@ def verdict(code: int, stderr: str) -> str:
     return f"exit code {code}, {stderr.count(chr(10))} lines"
 
 
-def build_target(folder: Path) -> Path:
+def build_target(folder: Path, optimisation: str = "-O2") -> Path:
     """Builds the target of libFuzzer. Raises `CalledProcessError`."""
     target = folder / "fuzz_target"
-    flags = ["-std=c99", "-O2", "-g", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
+    flags = ["-std=c99", optimisation, "-g", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
     sources = [HERE / "fuzz_target.c", ENGINE / "smallm.c"]
     subprocess.run(["clang", *flags, f"-I{ENGINE}", *sources, "-lm", "-o", target], check=True)
     return target
