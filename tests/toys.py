@@ -39,8 +39,8 @@ def open_corpus(
 
 def random_model(vocabulary: Vocabulary = TOY_VOCABULARY, **config) -> TransformerLanguageModel:
     """A model of these settings, two small layers by default, in which every matrix and every gain matters."""
-    settings = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64, "block_size": 16, "rope_theta": 10000.0} | config
-    model = TransformerLanguageModel(vocabulary.size, ModelConfig(**settings), seed=1).eval()
+    settings = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64, "block_size": 16, "rope_theta": 10000.0}
+    model = TransformerLanguageModel(vocabulary.size, ModelConfig(**(settings | config)), seed=1).eval()
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
         if parameter.ndim == 2:
