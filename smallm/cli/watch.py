@@ -19,7 +19,7 @@ from smallm.cli.terminal import takes_control_codes
 from smallm.errors import UserError
 from smallm.html.escape import printable
 from smallm.runs.layout import newest_run
-from smallm.runs.metrics import Record
+from smallm.runs.metrics import Record, number
 from smallm.runs.summary import BROKEN, FINISHED, RUNNING, Run, check_run, read_run
 
 TAIL_BYTES = 1 << 20  # of metrics.jsonl: some thousand records
@@ -69,7 +69,7 @@ def _follow(path: Path, every: float, page: str | None) -> None:
         elif run.step != shown or ended:
             print(status(run, time.time()), flush=True)
         shown = run.step or 0
-        count = len(_losses(run, "eval", "val_loss"))
+        count = len(_points(run, "eval", "val_loss"))
         if count and (count != evaluations or ended):
             _write_page(run, page)
         evaluations = count
@@ -87,7 +87,7 @@ def lines(run: Run, now: float, columns: int) -> Iterator[str]:
     yield printable(f"{run.path}: {_state(run, now)}")
     yield _progress(run)
     yield _loss_line(run)
-    yield from chart(_losses(run, "train", "loss"), _losses(run, "eval", "val_loss"), columns)
+    yield from chart(_points(run, "train", "loss"), _points(run, "eval", "val_loss"), columns)
     sample = next((line["sample"] for line in reversed(run.metrics) if isinstance(line.get("sample"), str)), "")
     if sample.strip():
         yield ""
@@ -105,9 +105,7 @@ def status(run: Run, now: float) -> str:
 
 def seconds_left(run: Run) -> float | None:
     """Estimated from the last records, evaluations included; None if the folder does not tell enough."""
-    records = [line for line in run.metrics if line.get("kind") == "train"][-STEPS_FOR_ETA:]
-    points = [(line.get("step"), line.get("seconds")) for line in records]
-    known = [(s, t) for s, t in points if isinstance(s, int) and isinstance(t, int | float)]
+    known = _points(run, "train", "seconds")[-STEPS_FOR_ETA:]
     if len(known) < 2 or run.total_steps is None or known[-1][0] <= known[0][0]:
         return None
     per_step = (known[-1][1] - known[0][1]) / (known[-1][0] - known[0][0])
@@ -141,14 +139,10 @@ def chart(train: list[tuple[float, float]], val: list[tuple[float, float]], colu
             f"{'':{label}}  loss in nats by step: {TRAIN_MARK} training, {VAL_MARK} validation"]  # fmt: skip
 
 
-def _losses(run: Run, kind: str, key: str) -> list[tuple[float, float]]:
-    """(step, loss) of the records of a kind; broken values are left out."""
-    rows = [(line.get("step"), line.get(key)) for line in run.metrics if line.get("kind") == kind]
-    return [(step, loss) for step, loss in rows if _is_number(step) and _is_number(loss)]  # type: ignore[misc]
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e12  # type: ignore[arg-type]
+def _points(run: Run, kind: str, key: str) -> list[tuple[float, float]]:
+    """(step, value) of the records of a kind; broken values are left out."""
+    rows = [(number(line.get("step")), number(line.get(key))) for line in run.metrics if line.get("kind") == kind]
+    return [(step, value) for step, value in rows if step is not None and value is not None]
 
 
 def _state(run: Run, now: float) -> str:
@@ -172,12 +166,11 @@ def _progress(run: Run) -> str:
     share = f" ({100 * run.step / run.total_steps:.0f} %)" if run.step is not None and run.total_steps else ""
     last = _last(run, "train")
     parts = [f"step {step} of {of}{share}", duration(run.seconds)]
-    if _is_number(speed := last.get("characters_per_second")):
+    if (speed := number(last.get("characters_per_second"))) is not None:
         parts.append(f"{speed:,.0f} chars/s")
-    mfu, memory = last.get("mfu"), last.get("memory_bytes")
-    if isinstance(mfu, float) and _is_number(mfu):
+    if (mfu := number(last.get("mfu"))) is not None:
         parts.append(f"MFU {100 * mfu:.0f} %")
-    if _is_number(memory):
+    if (memory := number(last.get("memory_bytes"))) is not None:
         parts.append(f"{short_count(memory)}B")
     if run.state not in (FINISHED, BROKEN) and run.ending != "interrupted":
         parts.append(f"{duration(seconds_left(run))} left")
@@ -185,7 +178,7 @@ def _progress(run: Run) -> str:
 
 
 def _loss_line(run: Run) -> str:
-    train, val = _losses(run, "train", "loss")[-1:], _losses(run, "eval", "val_loss")[-1:]
+    train, val = _points(run, "train", "loss")[-1:], _points(run, "eval", "val_loss")[-1:]
     shown = [f"training loss {train[0][1]:.4f}"] if train else ["no loss yet"]
     if val:
         shown.append(f"validation {val[0][1]:.4f} nats = {val[0][1] / math.log(2):.3f} bits per character")

@@ -13,6 +13,11 @@ from smallm.runs.layout import METRICS
 Record = dict[str, Any]
 
 
+def number(value: Any) -> float | None:
+    """A number of a record, or None for what is missing, broken or implausible."""
+    return float(value) if type(value) in (int, float) and 0 <= value < 1e12 else None
+
+
 def read_metrics(run: Path, max_bytes: int | None = None) -> list[Record]:
     """The records of a run; empty if the file cannot be read. Broken lines, as a kill may leave one, are left out.
 

@@ -14,7 +14,7 @@ from smallm.errors import UserError, command
 from smallm.model_file.manifest import MANIFEST_FILE
 from smallm.runs.config_file import flatten, read_config
 from smallm.runs.layout import CHECKPOINTS, CONFIG, LOCK, METRICS, RECORD, checkpoint_folders, step_of
-from smallm.runs.metrics import Record, read_metrics
+from smallm.runs.metrics import Record, number, read_metrics
 from smallm.runs.state_file import CHANGED, read_json, read_state_file
 
 TAIL_BYTES = 1 << 16  # of metrics.jsonl
@@ -120,10 +120,10 @@ def read_run(run: Path, max_bytes: int | None = TAIL_BYTES) -> Run:
     last = next((line for line in reversed(metrics) if line.get("kind") == "train"), {}) if running or not state else {}
     facts = _section(state, "facts")
     step = _whole(last.get("step", state.get("step")))
-    epochs = [line["epoch"] for line in metrics if _whole(line.get("step")) == step and _number(line.get("epoch"))]
-    losses = [(_number(state.get("best_val_loss")), _whole(state.get("best_step")))]
+    epochs = [line["epoch"] for line in metrics if _whole(line.get("step")) == step and number(line.get("epoch"))]
+    losses = [(number(state.get("best_val_loss")), _whole(state.get("best_step")))]
     if running or not state:
-        losses += [(_number(line.get("val_loss")), _whole(line.get("step"))) for line in metrics]
+        losses += [(number(line.get("val_loss")), _whole(line.get("step"))) for line in metrics]
     known = ((loss, at) for loss, at in losses if loss is not None and at is not None)
     best, best_step = min(known, default=(None, None))
     source = _text(_section(config, "data").get("source")) or ""
@@ -140,7 +140,7 @@ def read_run(run: Path, max_bytes: int | None = TAIL_BYTES) -> Run:
         total_steps=_whole(state.get("planned_steps")) or _whole(record.get("planned_steps"))
         or _whole(_section(config, "train").get("max_steps")) or None,
         epoch=epochs[-1] if epochs else None,
-        seconds=_number(last.get("seconds", state.get("seconds"))),
+        seconds=number(last.get("seconds", state.get("seconds"))),
         written=written,
         exports=_exports(run),
         checkpoints=checkpoints,
@@ -226,10 +226,6 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) and 0 <= value < 1e12 else None
 
 
 def _whole(value: Any) -> int | None:

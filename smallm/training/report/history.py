@@ -14,11 +14,10 @@ from smallm.errors import UserError
 from smallm.runs.baselines_file import Baseline, read_baselines
 from smallm.runs.config_file import flatten, read_config
 from smallm.runs.layout import METRICS
-from smallm.runs.metrics import read_metrics
+from smallm.runs.metrics import Record, read_metrics
 from smallm.training.config import MAX_NUMBER
 from smallm.training.report.record import RunRecord, read_record
 
-Row = dict[str, Any]  # a record of metrics.jsonl
 KINDS = "train", "eval"  # of the records that are read
 MAX_NAME = 54  # columns of a run's name that are shown
 
@@ -37,7 +36,7 @@ class RunHistory:
     each (n,)."""
     val: dict[str, np.ndarray]
     """Columns of m evaluations: `step`, `epoch`, `loss`, `seconds` and `characters`, each (m,)."""
-    evaluations: list[Row]
+    evaluations: list[Record]
     """The records of the m evaluations."""
     config: dict[str, Any]
     """Settings as `section.field`; empty if config.toml is missing or broken."""
@@ -79,7 +78,7 @@ class RunHistory:
         return float(np.nanmedian(speeds)) if np.isfinite(speeds).any() else math.nan
 
     @property
-    def samples(self) -> list[tuple[Row, str]]:
+    def samples(self) -> list[tuple[Record, str]]:
         """The evaluations for which the model wrote a sample, each with the sample."""
         texts = [(row, row.get("sample")) for row in self.evaluations]
         return [(row, text.strip("\n")) for row, text in texts if isinstance(text, str) and text.strip()]
@@ -98,7 +97,7 @@ def distinct_names(runs: Sequence[Path]) -> list[str]:
     return [shortened(name, MAX_NAME) for name in names]
 
 
-def number(row: Row, key: str) -> float:
+def number(row: Record, key: str) -> float:
     """A number of a record; NaN if the number is missing or out of range."""
     value = row.get(key)
     return float(value) if isinstance(value, int | float) and abs(value) <= MAX_NUMBER else math.nan
@@ -133,7 +132,7 @@ def _read(run: Path, name: str) -> RunHistory:
     return replace(history, baselines=baselines)
 
 
-def _columns(rows: Sequence[Row], record: RunRecord, *keys: str) -> dict[str, np.ndarray]:
+def _columns(rows: Sequence[Record], record: RunRecord, *keys: str) -> dict[str, np.ndarray]:
     """Columns (n,) of n records: step, epoch, seconds, characters, and `keys`."""
     columns = {key: np.array([number(row, key) for row in rows]) for key in ("step", "epoch", "seconds", *keys)}
     return columns | {"characters": columns["epoch"] * (record.train_characters or math.nan)}

@@ -17,11 +17,12 @@ from smallm.html.escape import escape
 from smallm.html.page import page, save, table
 from smallm.inference.scoring import perplexity
 from smallm.runs.config_file import flatten
+from smallm.runs.metrics import Record
 from smallm.runs.next_commands import next_commands
 from smallm.training.analysis.baselines import verdict
 from smallm.training.config import Config
 from smallm.training.report.charts import page_charts, spread
-from smallm.training.report.history import Row, RunHistory, number, read_histories
+from smallm.training.report.history import RunHistory, number, read_histories
 from smallm.training.report.record import Passage
 
 REPORT = "report.html"
@@ -168,7 +169,7 @@ def _samples(runs: Sequence[RunHistory]) -> str:
     return f'<div class="{kind}">{shown}</div>{more if len(chosen) < len(found) else ""}' if found else ""
 
 
-def _sample(name: str, row: Row, text: str) -> str:
+def _sample(name: str, row: Record, text: str) -> str:
     title = f"{name}, step {number(row, 'step'):,.0f}, {number(row, 'val_loss'):.3f} nats"
     return f'<figure><figcaption>{escape(title)}</figcaption><pre class="sample">{escape(text)}</pre></figure>'
 
