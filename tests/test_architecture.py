@@ -99,7 +99,7 @@ def belongs(name: str, *packages: str) -> bool:
     return any(f"{name}.".startswith(f"{package}.") for package in packages)
 
 
-NOT_RUNTIME = ("smallm.training", "smallm.export", "smallm.serve.app")
+NOT_RUNTIME = ("smallm.training", "smallm.export", "smallm.serve.app", "smallm.serve.connection")
 RUNTIME = [each for each in MODULES if each != "smallm" and not belongs(each, *NOT_RUNTIME)]
 
 
