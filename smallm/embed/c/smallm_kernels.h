@@ -167,6 +167,15 @@ typedef v128_t K(ints);
 #define ALL_INTS(i) wasm_i32x4_splat(i)
 #define TO_FLOAT(i) wasm_f32x4_convert_i32x4(i)
 #define ADD_INTS(a, b) wasm_i32x4_add(a, b)
+#define LOAD_PART(p, v) K(load_part)(p, v)
+/* Vector `part` at p. clang cannot rule out that an address wraps around, and would add it up before each load. */
+static INLINE v128_t K(load_part)(const float *p, const int part)
+{
+    v128_t v;
+    __asm__("local.get %1\n\tv128.load %2:p2align=2\n\tlocal.set %0"
+            : "=r"(v) : "r"(p), "i"(16 * part), "m"(*(const float(*)[16])p));
+    return v;
+}
 #define DOT4(sum, x, w) K(dot4)(sum, x, w)
 static INLINE v128_t K(dot4)(v128_t sum, v128_t x, v128_t w)
 {
@@ -238,6 +247,9 @@ static INLINE void K(low_bytes)(int8_t *p, const float *v)
 #ifndef START
 #define START(p) ALL_INTS(0)
 #endif
+#ifndef LOAD_PART
+#define LOAD_PART(p, v) LOAD((p) + (v) * K(LANES))
+#endif
 
 /* Runs `call` for all rows: for `count` of them from row r on, at most ROWS. count is a constant in each of the calls. */
 #define EACH_STRIPE(call)                                \
@@ -265,7 +277,7 @@ static INLINE TARGET void K(tile)(const float *x, size_t x_stride, const float *
         UNROLL for (int p = 0; p < panels; p++) {
             const float *weights = w + (size_t)p * panel_stride;
             K(vec) part[K(PARTS)];
-            UNROLL for (int v = 0; v < K(PARTS); v++) part[v] = LOAD(weights + v * K(LANES));
+            UNROLL for (int v = 0; v < K(PARTS); v++) part[v] = LOAD_PART(weights, v);
             UNROLL for (int r = 0; r < rows; r++) {
                 K(vec) input = ALL(x[(size_t)r * x_stride]);
                 UNROLL for (int v = 0; v < K(PARTS); v++)
@@ -519,6 +531,7 @@ static const kernels K(KERNELS) = {
     K(product), K(product8), K(norm), K(swiglu), K(softmax), K(scale), K(quantise)};
 
 #undef LOAD
+#undef LOAD_PART
 #undef STORE
 #undef ALL
 #undef ADD
