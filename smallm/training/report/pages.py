@@ -72,7 +72,7 @@ def report_page(runs: Sequence[RunHistory]) -> str:
     }
     if len(runs) == 1:
         run = runs[0]
-        facts = [(name, str(value)) for name, value in run.record.facts.items()]
+        facts = [(name, f"{each:,}" if isinstance(each, int) else str(each)) for name, each in run.record.facts.items()]
         findings = [line.split(maxsplit=1) for line in run.record.findings]  # the first word is the subject
         sections |= {
             "Surprisal": _surprisal(run.record.passage),
@@ -226,7 +226,10 @@ def _surprisal(passage: Passage) -> str:
 def _commands(run: RunHistory) -> str:
     record, changed = run.record, changed_settings(run.config)
     commands = next_commands(run.run, run.config, record.state, record.planned_steps or run.last_step, changed)
-    shown = "".join(f"<dt>{escape(what)}</dt><dd><pre>{escape(line)}</pre></dd>" for what, line in commands.items())
+    shown = ""
+    for what, line in commands.items():
+        words = " ".join(f"<span>{escape(word)}</span>" for word in line.split(" "))  # lines do not break in "--flags"
+        shown += f"<dt>{escape(what)}</dt><dd><pre>{words}</pre></dd>"
     return f'<dl class="commands">{shown}</dl>'
 
 
