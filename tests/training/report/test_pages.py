@@ -202,7 +202,7 @@ def test_an_interrupted_run_has_a_report_and_a_resumed_run_a_new_one(train, char
     found = read(run / "report.html")
     assert "interrupted" in found.text
     assert "8 of 12" in found.text
-    assert "python -m smallm train --resume run" in found.words
+    assert "python -m smallm train --resume run" in found.text
     passage = read_record(run).passage
     assert passage.step == 5
     train("--resume", "run")
@@ -218,7 +218,7 @@ def test_out_of_patience(train):
                 "--train.max_steps=60", "--optim.schedule=constant")  # fmt: skip
     found = read(run / "report.html")
     assert "ended early because the validation loss no longer fell" in found.text
-    assert "python -m smallm train --resume run --train.patience=0" in found.words
+    assert "python -m smallm train --resume run --train.patience=0" in found.text
 
 
 def test_the_report_of_a_killed_run_can_be_written_later(run):
