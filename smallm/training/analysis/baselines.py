@@ -122,7 +122,7 @@ def _measure(corpus: Corpus) -> list[Baseline]:
 
 
 def _passages(ids: MappedIds, limit: int, mixed: bool = False) -> np.ndarray:
-    """The ids, or about `limit` of them in evenly spaced passages; mixed: shuffle the passages, always alike."""
+    """The ids, or about `limit` of them in evenly spaced passages; mixed: in a random order, always the same one."""
     passages = spread(len(ids), limit, PASSAGE)
     order = np.random.RandomState(0).permutation(len(passages)) if mixed else range(len(passages))
     return np.concatenate([ids[slice(*passages[each])] for each in order])

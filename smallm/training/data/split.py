@@ -1,4 +1,4 @@
-"""Divides a text into blocks, each of which gives its end to the validation part, or into documents, then shuffled.
+"""Splits a text by blocks, each of which gives its end to the validation part, or by documents, which are shuffled.
 
 The text is copied to a temporary file once. The parts are stretches of this file, read in a new order: first those for
 training, then those for validation. The result is again one text with a training part and a validation part after it.
@@ -56,6 +56,7 @@ class Part(NamedTuple):
                         yield text
                     held.clear()
         if held:
+            bar.update(len(held))
             yield decoder.decode(held)
 
 

@@ -1,4 +1,4 @@
-"""The parts of a split lie nowhere on both sides, and make up the text."""
+"""The parts of a split do not overlap, and together they are the whole text."""
 
 import json
 import re
