@@ -73,6 +73,8 @@ def run(text_file, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("hosts") / "owls"
     settings = {
         "model.n_layer": 2, "model.n_head": 2, "model.n_kv_head": 1, "model.n_embd": 64, "model.block_size": 256,
+        "model.rope_theta": 10000.0, "optim.warmup_steps": 10, "optim.decay_fraction": 0.6, "optim.weight_decay": 0.0,
+        "optim.adam_learning_rate": 0.005,
         "train.max_steps": 40, "train.batch_size": 8, "train.eval_every": 40, "train.sample_length": 0,
     }  # fmt: skip
     argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
