@@ -759,6 +759,11 @@ def test_the_page_writes_the_int8_text_of_c(page, int8, c_program):
     assert page["int8"] + "\n" == c_program(int8, "Zoë", {"rng_seed": 1, "temperature": 0.7, "top_k": 30}, 2000)
 
 
+def test_the_page_stays_responsive(page):
+    """In processor time, which other programs do not lengthen."""
+    assert 0 < page["longestTask"] <= 50
+
+
 def test_the_page_on_a_phone(page):
     assert "nats, a probability of " in page["narrow"].pop("value")
     assert page["narrow"] == {"folded": True, "page": 360, "window": 360}

@@ -119,6 +119,25 @@ const scenarios = {
     return finished(page);
   },
 
+  /** Milliseconds of processor time of the longest task of the page's main thread while it writes. */
+  async longestTask() {
+    const page = await opened();
+    const tracing = await browser.newBrowserCDPSession();
+    const events = [];
+    tracing.on("Tracing.dataCollected", ({ value }) => events.push(...value));
+    const complete = new Promise((resolve) => tracing.once("Tracing.tracingComplete", resolve));
+    const traceConfig = { includedCategories: ["toplevel"] };
+    await tracing.send("Tracing.start", { transferMode: "ReportEvents", traceConfig });
+    await page.getByLabel("Length").fill("3000");
+    await page.getByRole("button", { name: "Write" }).click();
+    await finished(page);
+    await tracing.send("Tracing.end");
+    await complete;
+    const thread = ({ pid, tid }) => `${pid} ${tid}`;
+    const main = events.filter(({ args }) => args.name === "CrRendererMain").map(thread);
+    return Math.max(...events.filter((event) => main.includes(thread(event))).map(({ tdur }) => (tdur ?? 0) / 1000));
+  },
+
   async narrow() {
     const page = await opened({ viewport: { width: 360, height: 740 }, hasTouch: true });
     await page.getByLabel("Seed text").fill("x".repeat(300));
