@@ -75,7 +75,7 @@ class LanguageModel:
         file = find_model(as_path("path", path))
         session = Session(file, threads)
         if engine == "native":
-            return cls(session, native=NativeModel(file, session.threads))
+            return cls(session, native=NativeModel(file, session.threads, speculative))
         tables = (file.with_name(name) for name in (DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE))
         table = next((path for path in tables if speculative and path.is_file()), None)
         try:

@@ -57,7 +57,7 @@ static int print_ids(char **argv)
         for (uint32_t id = 0; id < V; id++)
             logits[id] = (float)((mix(256 * (uint32_t)(step % 3) + id) >> 8) / 2097152.0 - 4);
         apply_repetition_penalty(&context, logits, ids + step - seen, seen, strtod(argv[4], NULL));
-        ids[step] = sample(&context, uniform(&context.state), &options);
+        ids[step] = sample(&context, u_of(context.state.key, ++context.state.draws), &options);
         printf("%ld\n", (long)ids[step]);
     }
     return 0;
@@ -317,6 +317,68 @@ static int print_variants(char **argv)
     return 0;
 }
 
+/* Continues with other random numbers after 60 characters; with stop strings, several characters may come at once. */
+static void reseed_once(smallm_context *context, int *reseeded)
+{
+    if (context->state.length < 60 || context->state.stop_count > 0 || (*reseeded)++ > 0) return;
+    smallm_reseed(context, 9, 9);
+}
+
+/* Writes a text and the bits of its log-probabilities. mixed: some ids by smallm_step, some after a copy or a cancelled call.
+   Returns how often drafts were waiting after a call. */
+static int print_drafted(smallm_context **context, const char *seed, const smallm_options *options, int mixed)
+{
+    smallm_context *copy;
+    const char *text;
+    double all[400];
+    size_t bytes, count, known = 0;
+    int waiting = 0, reseeded = 0;
+    smallm_status status = smallm_generate_start(*context, seed, strlen(seed), options);
+    for (int i = 0; status == SMALLM_OK || status == SMALLM_CANCELLED; i++) {
+        if (mixed && i % 5 == 1) smallm_step(context, 1);
+        reseed_once(*context, &reseeded);
+        if (mixed && i % 5 == 2) smallm_cancel(*context);
+        if (mixed && i % 5 == 3 && smallm_context_copy(*context, &copy) == SMALLM_OK)
+            smallm_context_free(*context), *context = copy;
+        status = smallm_next(*context, &text, &bytes);
+        reseed_once(*context, &reseeded);
+        waiting += (*context)->state.drafts > 0;
+        if (status != SMALLM_OK) continue;
+        print_hex(text, bytes);
+        const double *logprobs = smallm_logprobs(*context, &count);
+        memcpy(all + known, logprobs, count * sizeof *all);
+        known += count;
+    }
+    print_hex((const char *)all, known * sizeof *all);
+    printf(" %d\n", (int)status);
+    return waiting;
+}
+
+/* For several options: a text without drafts, twice with drafts, and how often drafts were waiting; with these kernels, and
+   with the draft table beside the model even where it would not pay. */
+static int print_drafts(char **argv)
+{
+    smallm_context *context = open_context(argv[0], strcmp(argv[2], "-") == 0 ? NULL : argv[2], 1);
+    const char *stops[] = {"owls fly", " . ."};
+    smallm_options options;
+    if (find_draft_table((smallm_model *)context->model, argv[0], SIZE_MAX) != SMALLM_OK) return 1;
+    for (int i = 0; i < 12; i++) {
+        smallm_default_options(context->model, &options, sizeof options);
+        options.max_length = 90, options.logprobs = 1, options.rng_seed = (uint32_t)i, options.max_drafts = 0;
+        if (i % 4 == 1) options.overflow = SMALLM_CROP;
+        if (i % 4 == 2) options.repetition_penalty = 1.2, options.repetition_window = 8, options.top_p = 0.9;
+        if (i % 4 == 3) options.stops = stops, options.stop_count = 2, options.min_length = 20, options.banned = "q";
+        if (i % 6 == 0) options.temperature = 0;
+        print_drafted(&context, argv[1], &options, 0);
+        options.max_drafts = 1 + i % 4;
+        int waiting = print_drafted(&context, argv[1], &options, 0);
+        print_drafted(&context, argv[1], &options, 1);
+        printf("%d\n", waiting);
+    }
+    close_context(context);
+    return 0;
+}
+
 /* The metadata value of each key; then the ids of a text, and the text of these ids. */
 static int print_getters(char **argv)
 {
@@ -427,6 +489,8 @@ static int make_mistakes(char **argv)
     WITH(repetition_penalty = NAN);
     WITH(repetition_window = 1 << 20);
     WITH(max_length = -1);
+    WITH(max_drafts = -1);
+    WITH(max_drafts = 5);
     WITH(min_length = 501);
     WITH(overflow = SMALLM_SLIDE);
     WITH(overflow = 3);
@@ -554,6 +618,7 @@ int main(int argc, char **argv)
     if (strcmp(what, "logits") == 0) return print_logits(argv + 2);
     if (strcmp(what, "next") == 0) return print_next(argv + 2);
     if (strcmp(what, "variants") == 0) return print_variants(argv + 2);
+    if (strcmp(what, "drafts") == 0) return print_drafts(argv + 2);
     if (strcmp(what, "getters") == 0) return print_getters(argv + 2);
     if (strcmp(what, "threads") == 0) return print_threads(argv + 2);
     return 2;

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from smallm.errors import UserError
 from smallm.export.model_card import filled
+from smallm.generation.draft_table import DRAFT_TABLE_FILE
 from smallm.html.web_page import PAGE_FILES, SOURCES, stated_sizes
 from smallm.language_model import MODEL_FILE, find_model
 from smallm.model_file.manifest import MANIFEST_FILE
@@ -69,9 +70,13 @@ def _sha256(file: Path) -> str:
 
 
 def write_sources(kit: str, model: Path, out: Path) -> None:
-    """Writes a model, which is a .onnx file or an export folder, and the sources of a kit into a folder."""
+    """Writes a model, which is a .onnx file or an export folder, and the sources of a kit into a folder; for C also the
+    draft table beside the model, if there is one."""
     files = {file.name: file for pattern in FILES[kit] for file in SOURCES.glob(pattern) if file.is_file()}
     model = find_model(model)
+    table = model.with_name(DRAFT_TABLE_FILE)
+    if kit == "c" and table.is_file():
+        files[DRAFT_TABLE_FILE] = table
     out.mkdir(parents=True, exist_ok=True)
     for name, file in {**files, MODEL_FILE: model}.items():
         shutil.copyfile(file, out / name)

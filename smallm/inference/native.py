@@ -20,7 +20,7 @@ PREBUILT = Path(__file__).with_name("smallm_native.dll" if platform.system() == 
 """The compiled library, which wheels for one platform have; see `.ci/build_hook.py`."""
 FLAGS = ("-O2", "-std=c99", "-shared", "-fPIC")
 OK, DONE = 0, 1
-MAX_THREADS = 256  # of smallm.c
+MAX_THREADS, MAX_DRAFTS = 256, 4  # of smallm.c
 OVERFLOW = {"crop": 0, "shift": 1, "slide": 2}
 
 
@@ -39,20 +39,21 @@ class Options(ctypes.Structure):
         ("repetition_penalty", ctypes.c_double), ("repetition_window", ctypes.c_int64), ("rng_seed", ctypes.c_uint32),
         ("stream_number", ctypes.c_uint32), ("stops", ctypes.POINTER(ctypes.c_char_p)), ("stop_count", ctypes.c_size_t),
         ("min_length", ctypes.c_int64), ("overflow", ctypes.c_int32), ("logprobs", ctypes.c_int32),
-        ("allowed", ctypes.c_char_p), ("banned", ctypes.c_char_p),
+        ("allowed", ctypes.c_char_p), ("banned", ctypes.c_char_p), ("max_drafts", ctypes.c_int32),
     ]  # fmt: skip
 
 
 class NativeModel:
     """A model file that the C library has opened; threads may share it."""
 
-    def __init__(self, path: Path, threads: int = 1):
+    def __init__(self, path: Path, threads: int = 1, speculative: bool = True):
         """threads: threads that compute a text together, 1 or more; more than `MAX_THREADS` count as this number.
+        speculative: whether to use a draft table beside the file.
 
         Raises `UserError` without a C compiler, and for a file that is damaged.
         """
         self.path, self.library, self.pointer = path, native_library(), ctypes.c_void_p()
-        self.threads = min(threads, MAX_THREADS)
+        self.threads, self.speculative = min(threads, MAX_THREADS), speculative
         options = OpenOptions(ctypes.sizeof(OpenOptions), None, self.threads)
         status = self.library.smallm_open(os.fsencode(path), ctypes.byref(options), ctypes.byref(self.pointer))
         message = self.library.smallm_model_error(self.pointer).decode(errors="replace")
@@ -60,8 +61,8 @@ class NativeModel:
         if status != OK:
             raise UserError(message)
 
-    def __reduce__(self) -> tuple[type["NativeModel"], tuple[Path, int]]:
-        return NativeModel, (self.path.absolute(), self.threads)
+    def __reduce__(self) -> tuple[type["NativeModel"], tuple[Path, int, bool]]:
+        return NativeModel, (self.path.absolute(), self.threads, self.speculative)
 
 
 class NativeContext:
@@ -90,7 +91,7 @@ class NativeContext:
             fields[name] = None if fields[name] is None else _encoded(name, fields[name])
         stops = [_encoded("stop", each) for each in options["stop"]]
         fields |= {"stops": (ctypes.c_char_p * len(stops))(*stops), "stop_count": len(stops)}
-        fields["overflow"] = OVERFLOW[options["overflow"]]
+        fields |= {"overflow": OVERFLOW[options["overflow"]], "max_drafts": MAX_DRAFTS * self._model.speculative}
         struct, text = Options(size=ctypes.sizeof(Options), **fields), seed.encode()
         self._check(self._library.smallm_generate_start(self._context, text, len(text), ctypes.byref(struct)))
 

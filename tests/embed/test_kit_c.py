@@ -24,6 +24,7 @@ from smallm.cli import main as cli
 from smallm.errors import UserError
 from smallm.export import kits
 from smallm.export.cli import KITS
+from smallm.export.draft_table import write_draft_table
 from smallm.export.kits import SOURCES, write_kit
 from smallm.export.precision import PRECISIONS, write_quantised
 from smallm.generation.sampler import sample
@@ -37,7 +38,7 @@ STRICT = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
 SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 NON_ASCII = Vocabulary.from_characters("éñ€中")
 FILES = {"smallm.h", "smallm.c", "smallm_kernels.h", "smallm_threads.h", "main.c", "Makefile", "CMakeLists.txt",
-         "README.md", "SAMPLING.md", "SHA256SUMS", "model.onnx", "smallm.json"}  # fmt: skip
+         "README.md", "SAMPLING.md", "SHA256SUMS", "model.onnx", "smallm.json", "draft_table.npy"}  # fmt: skip
 
 
 def run(*argv, cwd: Path | None = None, stdin: bytes = b"", env: dict[str, str] | None = None):
@@ -368,6 +369,44 @@ def test_ways_to_one_text(inner, exported):
         assert len(lines) == 23
         assert len(set(lines)) == 1
         assert lines[0]
+
+
+@pytest.mark.parametrize("kernels", ["-", "plain"])
+def test_drafts_do_not_change_a_text(inner, exported, kernels):
+    """Steps, copies, cancelled calls and other random numbers while drafts wait give the text without drafts, and its
+    log-probabilities; also where the context of 32 ids is full."""
+    assert sum(_drafts_waiting(inner, exported / "model.onnx", kernels)) > 50
+
+
+def test_drafts_of_a_quantised_model_with_a_window(inner, tmp_path, text_file):
+    """The same with 8 bits and a cache that slides."""
+    path, model = tmp_path / "model.onnx", random_model(window=6)
+    write_quantised(model, manifest_of(model), save_onnx(model, path), PRECISIONS["int8"])
+    write_draft_table(path, text_file.read_text(encoding="utf-8"))
+    assert sum(_drafts_waiting(inner, path, "-")) > 0
+
+
+def _drafts_waiting(inner, path: Path, kernels: str) -> list[int]:
+    lines = inner("drafts", path, "the ", kernels).split("\n")[:-1]
+    assert len(lines) == 48
+    for at in range(0, 48, 4):
+        assert lines[at] == lines[at + 1] == lines[at + 2]
+    return [int(line) for line in lines[3::4]]
+
+
+def test_a_damaged_draft_table_is_left_aside(sanitized, exported, tmp_path):
+    """The text is that without a table."""
+    model, table = tmp_path / "model.onnx", (exported / "draft_table.npy").read_bytes()
+    argv = [model, "--seed", "the ", "--rng-seed", "1", "--max-length", "60"]
+    shutil.copyfile(exported / "model.onnx", model)
+    expected, header = succeed(sanitized, *argv), table.index(b"\n") + 1
+    for damaged in (
+        table, b"", table[:5], table[:100], table[:-1], b"x" + table[1:], table.replace(b"<u2", b"<u4"),
+        table[:8] + b"\xff\xff" + table[10:], table[:header] + b"\xff" * 64, table[:-8] + b"\xff" * 8,
+    ):  # fmt: skip
+        (tmp_path / "draft_table.npy").write_bytes(damaged)
+        assert succeed(sanitized, *argv) == expected
+    assert succeed(sanitized, exported / "model.onnx", *argv[1:], "--max-drafts", "0") == expected
 
 
 @pytest.mark.parametrize("text", ["the ", "na", "", "é" * 50])

@@ -27,7 +27,7 @@ SMALLM_API void golden_ids(double temperature, double top_k, double top_p, doubl
         for (uint32_t id = 0; id < V; id++)
             logits[id] = (float)((mix(256 * (uint32_t)(step % 3) + id) >> 8) / 2097152.0 - 4);
         apply_repetition_penalty(&context, logits, ids + step - seen, seen, penalty);
-        ids[step] = sample(&context, uniform(&context.state), &options);
+        ids[step] = sample(&context, u_of(context.state.key, ++context.state.draws), &options);
     }
 }
 

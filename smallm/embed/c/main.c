@@ -26,6 +26,7 @@ static const char USAGE[] =
     "  --min-length N                           ignores stop strings within the first N characters\n"
     "  --allowed CHARACTERS --banned CHARACTERS the only characters to generate; characters never to generate\n"
     "  --overflow crop|shift|slide              past the context: exact; fast (default); both (with a window)\n"
+    "  --max-drafts N                           next ids to guess at once, 0 to 4; default 4; the text is the same\n"
     "  --kernels avx512|avx2|sse2|neon|plain    instruction set; default: the fastest\n"
     "  --threads N                              threads that compute the text together; default 1\n"
     "  --score FILE                             prints the mean nats per character of FILE instead\n";
@@ -89,6 +90,8 @@ static int read_option(arguments *a, const char *name, const char *value, int *k
         good = whole(value, 0, UINT32_MAX, &n), o->rng_seed = (uint32_t)n, a->set |= SET_RNG_SEED;
     else if (strcmp(name, "--stream-number") == 0)
         good = whole(value, 0, UINT32_MAX, &n), o->stream_number = (uint32_t)n;
+    else if (strcmp(name, "--max-drafts") == 0)
+        good = whole(value, INT32_MIN, INT32_MAX, &n), o->max_drafts = (int32_t)n;
     else if (strcmp(name, "--kernels") == 0) a->open.kernels = value;
     else if (strcmp(name, "--threads") == 0) good = whole(value, 1, 256, &n), a->open.threads = (size_t)n;
     else if (strcmp(name, "--overflow") == 0) {

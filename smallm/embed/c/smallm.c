@@ -69,6 +69,10 @@ enum {
     PANELS_TOGETHER = 6,     /* of a product, for the same thread: what the kernels of AVX2 and AVX-512 compute at a time */
     MAX_PUSHED = 24,         /* bytes of text that an id can complete: each of its 4 bytes can give two U+FFFD */
     CODE_POINTS = 0x110000,
+    MAX_DRAFTS = 4,          /* in a pass; also the room of a history beyond its ids */
+    DRAFT_CONTEXT = 4,       /* ids of context in a draft table, at most */
+    ALTERNATIVES = 8,        /* ids that a draft table has for a context */
+    NO_ID = 255,             /* as nats in a draft table */
     ERROR_BYTES = 600
 };
 #define MAX_SIZE (1 << 24)
@@ -78,6 +82,8 @@ enum {
 #define LARGE_PAGE ((size_t)2 << 20)
 #define MAX_SMALL_CACHE (64u << 20)     /* bytes of KV cache that a file of any size may ask for */
 #define MIN_TEMPERATURE 1e-200          /* a lower temperature changes nothing, but a division could overflow */
+#define MIN_CHANCE 0.55                 /* that a draft is right; see also write_drafts */
+#define BIG_FILE (8u << 20)             /* bytes: the caches of many processors do not hold such a model */
 #define MIN_PROBABILITY 1e-6            /* of the characters of several ids that smallm_next_characters finds */
 #define ROUNDER 12582912.0f             /* 1.5 * 2^23: x + ROUNDER - ROUNDER is x rounded to an integer */
 
@@ -141,7 +147,16 @@ typedef struct {
     float (*softmax)(float *scores, size_t from, size_t first, size_t end, size_t padded);
     void (*scale)(float *x, const float *factors, size_t length);
     void (*quantise)(const float *x, size_t inputs, size_t blocks, size_t block, int8_t *codes, float *scales);
+    size_t lanes; /* floats in a vector */
 } kernels;
+
+/* A row of the draft table (generation/draft_table.py): ids that may follow a context. The context packs its ids, each plus
+   1, the newest in the lowest 16 bits. nats: by how many 1/32 nats each id is less likely than the likeliest; 255 = no id. */
+typedef struct {
+    uint64_t context;
+    uint16_t ids[ALTERNATIVES];
+    uint8_t nats[ALTERNATIVES];
+} draft_row;
 
 /* Names as in export/graph.py. */
 typedef struct {
@@ -181,6 +196,8 @@ struct smallm_model {
     float *rotation;       /* (head_dim): cosines, then sines, that rotate keys back when the cache slides */
     size_t max_codes, max_blocks; /* of the inputs of quantised matrices */
     float *ones;           /* the scales of the values in a KV cache of 8 bits; NULL if the cache is in fp32 */
+    const draft_row *draft_table; /* (draft_rows), by context; NULL if none, or if it would not pay */
+    size_t draft_rows;
 };
 
 /* A stop string, and the length in bytes of its longest prefix that the text ends with (Knuth, Morris, Pratt 1977). */
@@ -198,6 +215,10 @@ typedef struct {
     int64_t length;            /* number of new characters */
     size_t known;              /* ids in history */
     size_t cached, wanted;     /* ids in the KV cache, now and when the pass that was begun is complete */
+    size_t drafts;             /* ids behind `known` in history that the cache holds as well, not chosen yet */
+    size_t row;                /* of the logits of the last pass that the last id was chosen from */
+    double draft_weights[256]; /* by the nats of an id in the draft table */
+    double acceptance;         /* moving average of how often drafts are right, divided by their chance */
     pending decoder;
     stop *stops;
     size_t stop_count;
@@ -1985,10 +2006,7 @@ static uint32_t rng_key(uint32_t seed, uint32_t stream) { return mix(mix(seed) +
 /* Draw i = 1, 2, ... of a key; its upper 24 bits are u. */
 static uint32_t draw(uint32_t key, uint32_t i) { return mix(key + i * 0x9E3779B9u); }
 
-static double uniform(sequence_state *d)
-{
-    return (double)(draw(d->key, ++d->draws) >> 8) / 16777216.0;
-}
+static double u_of(uint32_t key, uint32_t i) { return (double)(draw(key, i) >> 8) / 16777216.0; }
 
 /* Writes the logits into c->processed, with the repetition penalty on the given ids. */
 static void apply_repetition_penalty(smallm_context *c, const float *logits, const int32_t *ids, size_t count, double penalty)
@@ -2300,7 +2318,7 @@ static smallm_status choose(smallm_context *c, const float *logits)
     if (seen > d->known) seen = d->known;
     apply_repetition_penalty(c, logits, c->history + (d->known - seen), seen, o->repetition_penalty);
     apply_allowed(c, logits);
-    int32_t id = sample(c, uniform(d), o);
+    int32_t id = sample(c, u_of(d->key, ++d->draws), o);
     if (id < 0) return not_finite(c->error);
     if (o->logprobs != 0) d->logprob -= nats_of(logits, (size_t)c->model->vocab_size, id);
     push(c, id);
@@ -2329,6 +2347,88 @@ static smallm_status advance(smallm_context *const *contexts, size_t count)
         if (first == SMALLM_OK) first = status;
     }
     return first;
+}
+
+/* -- drafts: speculative decoding (Leviathan et al. 2023). A pass computes the last id together with drafts of the next ids.
+      The draft table and the logits choose with the same u, so they often agree. A wrong draft costs time only. -- */
+
+/* The row of the longest end of a context that the table has; NULL if it has none. */
+static const draft_row *find_row(const smallm_model *m, uint64_t context)
+{
+    for (int left = DRAFT_CONTEXT; left >= 0; left--) {
+        uint64_t key = left > 0 ? context << 16 * (DRAFT_CONTEXT - left) >> 16 * (DRAFT_CONTEXT - left) : 0;
+        size_t from = 0, to = m->draft_rows;
+        while (from < to) {
+            size_t middle = (from + to) / 2;
+            if (m->draft_table[middle].context < key) from = middle + 1;
+            else to = middle;
+        }
+        if (from < m->draft_rows && m->draft_table[from].context == key) return &m->draft_table[from];
+    }
+    return NULL;
+}
+
+/* The id that u selects after a context, and the chance that the logits select the same; -1 without a row. */
+static int32_t propose(const smallm_context *c, uint64_t context, double u, double *chance)
+{
+    const draft_row *row = find_row(c->model, context);
+    const double *weights = c->state.draft_weights;
+    double sum = 0, total = 0;
+    size_t i = 0;
+    if (row == NULL) return -1;
+    for (size_t j = 0; j < ALTERNATIVES; j++) total += weights[row->nats[j]];
+    while ((sum += weights[row->nats[i]]) <= u * total && i + 1 < ALTERNATIVES) i++;
+    double p = weights[row->nats[i]] / total;
+    *chance = (p + 0.05) / (p + 0.15); /* as measured: 0.4 for unlikely ids, 0.9 for likely ones */
+    return row->ids[i];
+}
+
+/* Writes drafts behind the history, as long as all are likely to be right, and returns their number. *first = the chance of
+   the first draft, which is there even if the number is 0, unless *first = 0. */
+static size_t write_drafts(smallm_context *c, double *first)
+{
+    sequence_state *d = &c->state;
+    size_t T = (size_t)c->model->block_size, room = (size_t)d->options.max_drafts, count = 0;
+    static const double MIN_CHANCES[MAX_DRAFTS] = {MIN_CHANCE, 0.7, 0.3, 0.3}; /* 4 ids take hardly longer than 3 */
+    uint64_t context = 0;
+    double all = d->acceptance, chance = 0;
+    if (room > T - d->wanted) room = T - d->wanted;
+    if (room > 2 * T - d->known) room = 2 * T - d->known; /* `remember` would move the drafts */
+    for (size_t i = d->known < DRAFT_CONTEXT ? 0 : d->known - DRAFT_CONTEXT; i < d->known; i++)
+        context = context << 16 | (uint64_t)(c->history[i] + 1);
+    for (; count < room; count++) {
+        int32_t id = propose(c, context, u_of(d->key, d->draws + 1 + (uint32_t)count), &chance);
+        if (id < 0) break;
+        c->history[d->known + count] = id;
+        if (count == 0) *first = chance;
+        if ((all *= chance) < MIN_CHANCES[count]) break;
+        context = context << 16 | (uint64_t)(id + 1);
+    }
+    return count;
+}
+
+/* Chooses the next id of a context: after a right draft from the logits of the last pass, else from those of a new one. */
+static smallm_status advance_with_drafts(smallm_context *c)
+{
+    sequence_state *d = &c->state;
+    double first = 0;
+    if (d->drafts > 0) {
+        d->drafts--, d->row++;
+    } else {
+        segment s = last_segment(c);
+        /* An acceptance that leaves no chance to any draft is measured with one id of eight: looking up takes time. */
+        if (s.count == 1 && c->model->draft_table != NULL && (d->acceptance >= MIN_CHANCE || d->draws % 8 == 0))
+            d->drafts = write_drafts(c, &first);
+        s.count += d->drafts, d->row = 0;
+        forward(c, &s, 1, d->drafts > 0, true);
+    }
+    d->cached = d->wanted;
+    int32_t draft = c->history[d->known]; /* of the id that is chosen now, if there is one */
+    TRY(choose(c, c->logits + d->row * c->model->padded_vocab));
+    bool right = c->history[d->known - 1] == draft;
+    if (!right) d->drafts = 0;
+    if (first > 0) d->acceptance += (right - d->acceptance * first) / 32;
+    return SMALLM_OK;
 }
 
 /* -- the start of a text -- */
@@ -2387,6 +2487,8 @@ static smallm_status check_options(const smallm_model *model, char *error, const
                     (long long)o->min_length, (long long)o->max_length);
     if (o->overflow != SMALLM_CROP && o->overflow != SMALLM_SHIFT && o->overflow != SMALLM_SLIDE)
         return out_of_range(error, "overflow", o->overflow, "SMALLM_CROP, SMALLM_SHIFT or SMALLM_SLIDE");
+    if (o->max_drafts < 0 || o->max_drafts > MAX_DRAFTS)
+        return out_of_range(error, "max_drafts", o->max_drafts, "from 0 to 4 (0 = no drafts)");
     if (o->overflow == SMALLM_SLIDE && model->window == 0)
         return fail(error, SMALLM_MISTAKE, "overflow = SMALLM_SLIDE needs a model that was trained with model.window; "
                     "use SMALLM_CROP or SMALLM_SHIFT");
@@ -2474,6 +2576,8 @@ static smallm_status start(smallm_context *c, const char *seed, size_t bytes, co
     d->key = rng_key(d->options.rng_seed, d->options.stream_number);
     d->done = d->options.max_length == 0;
     d->begun = true;
+    d->acceptance = 1;
+    for (int i = 0; i < NO_ID; i++) d->draft_weights[i] = weight(-i / 32.0, 0, d->options.temperature);
     return SMALLM_OK;
 }
 
@@ -2494,6 +2598,7 @@ static bool copy_sequence(const smallm_model *model, const sequence_state *from,
     size_t words = 0;
     for (size_t i = 0; i < from->stop_count; i++) words += from->stops[i].length;
     *to = *from;
+    to->drafts = 0; /* their logits are not copied */
     to->stops = copy_of(from->stops, (from->stop_count + 1) * sizeof *to->stops, &enough);
     to->words = copy_of(from->words, words + 1, &enough);
     to->borders = copy_of(from->borders, (words + 1) * sizeof *to->borders, &enough);
@@ -2762,13 +2867,10 @@ static uint8_t *file_memory(size_t bytes)
 }
 
 /* Reads a file or pipe to its end, into memory that the caller frees. */
-static smallm_status read_file(smallm_model *model, const char *path, uint8_t **data, size_t *bytes)
+/* Reads a file, with this name in messages, to its end and closes it. */
+static smallm_status read_file(smallm_model *model, FILE *file, const char *name, uint8_t **data, size_t *bytes)
 {
-    FILE *file = open_file(path);
-    size_t room = 0, got = 1, known = file != NULL ? size_of_file(file) : 0;
-    if (file == NULL)
-        return fail(model->error, SMALLM_BAD_MODEL, "cannot read %s; give the path of a model.onnx that export.py wrote",
-                    model->name);
+    size_t room = 0, got = 1, known = size_of_file(file);
     smallm_status status = SMALLM_OK;
     while (status == SMALLM_OK && got > 0) {
         if (*bytes == room) {
@@ -2781,8 +2883,54 @@ static smallm_status read_file(smallm_model *model, const char *path, uint8_t **
         if (status == SMALLM_OK) *bytes += got = fread(*data + *bytes, 1, room - *bytes, file);
     }
     if (status == SMALLM_OK && ferror(file))
-        status = fail(model->error, SMALLM_BAD_MODEL, "cannot read %s to its end; is it a file?", model->name);
+        status = fail(model->error, SMALLM_BAD_MODEL, "cannot read %s to its end; is it a file?", name);
     fclose(file);
+    return status;
+}
+
+/* Reads the draft table from the content of its file, an array of numpy. A table that is damaged or belongs to a model with
+   fewer ids is left aside. */
+static smallm_status read_draft_table(smallm_model *m, span file)
+{
+    static const char TYPE[] = "{'descr': [('context', '<u8'), ('ids', '<u2', (8,)), ('nats', '|u1', (8,))], 'fortran_order': "
+                               "False, 'shape': (";
+    size_t start = size_of(file) < 10 ? 0 : 10 + file.at[8] + 256 * (size_t)file.at[9], bytes = size_of(file) - start;
+    bool good = start >= 10 + sizeof TYPE && start <= size_of(file) && memcmp(file.at, "\x93NUMPY\x01", 7) == 0 &&
+                memcmp(file.at + 10, TYPE, sizeof TYPE - 1) == 0 && bytes % sizeof(draft_row) == 0;
+    draft_row *rows = good ? reserve(m, m->draft_rows = bytes / sizeof *rows, sizeof *rows) : NULL;
+    if (good && rows == NULL) return no_memory(m->error);
+    if (good) memcpy(rows, file.at + start, bytes);
+    for (size_t i = 0; good && i < m->draft_rows; i++) {
+        bool likeliest = false;
+        for (int j = 0; j < ALTERNATIVES; j++) {
+            good = good && rows[i].ids[j] < m->vocab_size;
+            likeliest = likeliest || rows[i].nats[j] == 0;
+        }
+        good = good && likeliest;
+    }
+    if (good) m->draft_table = rows;
+    return SMALLM_OK;
+}
+
+/* Reads the draft table beside the model file, if there is one, and if drafts pay: where reading the weights takes longer
+   than the arithmetic, because vectors are wide or the weights come from memory. */
+static smallm_status find_draft_table(smallm_model *model, const char *path, size_t model_bytes)
+{
+    static const char NAME[] = "draft_table.npy";
+    size_t folder = strlen(path);
+    if (model->kernels->lanes < 8 && model_bytes < BIG_FILE) return SMALLM_OK;
+    while (folder > 0 && path[folder - 1] != '/' && path[folder - 1] != '\\') folder--;
+    char *name = malloc(folder + sizeof NAME);
+    if (name == NULL) return no_memory(model->error);
+    memcpy(name, path, folder);
+    memcpy(name + folder, NAME, sizeof NAME);
+    FILE *file = open_file(name);
+    uint8_t *data = NULL;
+    size_t bytes = 0;
+    smallm_status status = file != NULL ? read_file(model, file, name, &data, &bytes) : SMALLM_OK;
+    if (status == SMALLM_OK && file != NULL) status = read_draft_table(model, span_of(data, bytes));
+    free(data);
+    free(name);
     return status;
 }
 
@@ -2792,10 +2940,16 @@ smallm_status smallm_open(const char *path, const smallm_open_options *options, 
     *model = new_model(path == NULL ? "" : path);
     if (*model == NULL) return SMALLM_NO_MEMORY;
     if (path == NULL) return fail((*model)->error, SMALLM_MISTAKE, "path is NULL; give the path of a model.onnx");
+    FILE *file = open_file(path);
+    if (file == NULL)
+        return fail((*model)->error, SMALLM_BAD_MODEL, "cannot read %s; give the path of a model.onnx that export.py wrote",
+                    (*model)->name);
     uint8_t *data = NULL;
     size_t bytes = 0;
-    smallm_status status = read_file(*model, path, &data, &bytes);
+    smallm_status status = read_file(*model, file, (*model)->name, &data, &bytes);
     if (status == SMALLM_OK) status = open_checked(*model, span_of(data, bytes), options);
+    if (status == SMALLM_OK) status = find_draft_table(*model, path, bytes);
+    (*model)->open = status == SMALLM_OK;
     free(data);
     return status;
 }
@@ -2904,7 +3058,7 @@ smallm_status smallm_context_new(const smallm_model *m, smallm_context **context
     c->code_scales = allocate(R * m->max_blocks + 1, sizeof *c->code_scales);
     c->head_codes = allocate(head_codes + 1, sizeof *c->head_codes);
     c->head_scales = allocate(head_codes / 16 + 1, sizeof *c->head_scales);
-    c->history = allocate(2 * (size_t)m->block_size + 4, sizeof *c->history);
+    c->history = allocate(2 * (size_t)m->block_size + MAX_DRAFTS, sizeof *c->history);
     c->processed = allocate(V, sizeof *c->processed);
     c->sort_keys = allocate(V, sizeof *c->sort_keys);
     c->order = allocate(V, sizeof *c->order);
@@ -2957,6 +3111,7 @@ void smallm_default_options(const smallm_model *model, smallm_options *options, 
     all.top_p = open ? model->top_p : 1;
     all.min_p = open ? model->min_p : 0;
     all.repetition_penalty = 1;
+    all.max_drafts = MAX_DRAFTS;
     all.overflow = open && model->window > 0 ? SMALLM_SLIDE : SMALLM_SHIFT;
     if (options == NULL) return;
     memset(options, 0, size);
@@ -3027,7 +3182,7 @@ smallm_status smallm_next(smallm_context *c, const char **text, size_t *bytes)
     TRY(begin(c));
     while (c->state.ready == 0 && !c->state.done) {
         smallm_status status = prepare_pass(c);
-        if (status == SMALLM_OK) status = advance(&c, 1);
+        if (status == SMALLM_OK) status = advance_with_drafts(c);
         if (status == SMALLM_CANCELLED) return status;
         if (status != SMALLM_OK) {
             end_sequence(&c->state);
@@ -3054,7 +3209,7 @@ smallm_status smallm_step(smallm_context *const *contexts, size_t count)
             if (status == SMALLM_OK && c->state.done) continue;
             if (status == SMALLM_OK && c->state.room - c->state.ready - c->state.held < MAX_PUSHED)
                 status = fail(c->error, SMALLM_MISTAKE, "too much text is waiting; call smallm_take after each step");
-            if (status == SMALLM_OK) status = prepare_pass(c);
+            if (status == SMALLM_OK) c->state.drafts = 0, status = prepare_pass(c);
             if (status == SMALLM_OK) more = c->state.wanted - c->state.cached;
         }
         if (held > 0 && (i == count || rows + more > MAX_ROWS)) {

@@ -528,7 +528,7 @@ static TARGET void K(quantise)(const float *x, size_t inputs, size_t blocks, siz
 }
 
 static const kernels K(KERNELS) = {
-    K(product), K(product8), K(norm), K(swiglu), K(softmax), K(scale), K(quantise)};
+    K(product), K(product8), K(norm), K(swiglu), K(softmax), K(scale), K(quantise), K(LANES)};
 
 #undef LOAD
 #undef LOAD_PART

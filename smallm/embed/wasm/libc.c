@@ -1,7 +1,7 @@
 /* The part of the C library that smallm.c needs as WebAssembly, and the layout that smallm.js expects. */
 #include "../c/smallm.h"
 
-_Static_assert(sizeof(smallm_options) == 104 && offsetof(smallm_options, repetition_window) == 56 &&
+_Static_assert(sizeof(smallm_options) == 112 && offsetof(smallm_options, repetition_window) == 56 &&
                offsetof(smallm_options, stops) == 72 && offsetof(smallm_options, min_length) == 80 &&
                offsetof(smallm_options, banned) == 100, "smallm.js writes options at these offsets");
 _Static_assert(sizeof(smallm_character) == 16 && offsetof(smallm_character, probability) == 8, "and reads characters");
