@@ -2917,8 +2917,8 @@ static smallm_status read_draft_table(smallm_model *m, span file)
 static smallm_status find_draft_table(smallm_model *model, const char *path, size_t model_bytes)
 {
     static const char NAME[] = "draft_table.npy";
-    size_t folder = strlen(path);
-    if (model->kernels->lanes < 8 && model_bytes < BIG_FILE) return SMALLM_OK;
+    size_t folder = strlen(path), wide = model->max_codes > 0 ? 16 : 8; /* codes take less time to read */
+    if (model->kernels->lanes < wide && model_bytes < BIG_FILE) return SMALLM_OK;
     while (folder > 0 && path[folder - 1] != '/' && path[folder - 1] != '\\') folder--;
     char *name = malloc(folder + sizeof NAME);
     if (name == NULL) return no_memory(model->error);
