@@ -26,13 +26,13 @@ END_ID = 255  # a byte that UTF-8 never contains; stands for the end-of-text id,
 
 
 class Smallm:
-    """An exported model through `LanguageModel`."""
+    """An exported model through `LanguageModel`, on ONNX Runtime or the native engine."""
 
-    def __init__(self, checkpoint: Path, folder: Path, threads: int, precision: str):
+    def __init__(self, checkpoint: Path, folder: Path, threads: int, precision: str, engine: str = "onnxruntime"):
         folder = folder.with_name(f"smallm-{precision}")  # shared by all numbers of threads
         if not folder.exists():
             export_checkpoint(checkpoint, folder, precision, allow_loss=True)
-        self.model = LanguageModel.load(folder, threads=threads)
+        self.model = LanguageModel.load(folder, threads=threads, engine=engine)
 
     def write(self, seed: str, length: int, rng_seed: int) -> str:
         return self.model.generate(seed, length, temperature=TEMPERATURE, top_k=TOP_K, rng_seed=rng_seed)[len(seed) :]
@@ -172,6 +172,8 @@ PEERS = {
     "smallm fp32": lambda *a: Smallm(*a, "fp32"),
     "smallm int8": lambda *a: Smallm(*a, "int8"),
     "smallm int4": lambda *a: Smallm(*a, "int4"),
+    "smallm native fp32": lambda *a: Smallm(*a, "fp32", "native"),
+    "smallm native int8": lambda *a: Smallm(*a, "int8", "native"),
     "transformers": Transformers,
     "genai fp32": lambda *a: GenAI(*a, "fp32"),
     "genai int4": lambda *a: GenAI(*a, "int4"),

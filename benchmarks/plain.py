@@ -1,8 +1,9 @@
 """Compares smallm.c with plain.c, a program of straightforward loops in the manner of llama2.c, on one thread.
 
-    python benchmarks/plain.py FP32.onnx [INT8.onnx] [--length 512] [--rounds 7]
+    python benchmarks/plain.py FP32.onnx [INT8.onnx] [--length 512] [--rounds 7] [--onnxruntime]
 
-plain.c gets -O3 -march=native -ffast-math; smallm.c is built as its Makefile does. Both generate the same texts. Each
+plain.c gets -O3 -march=native -ffast-math; smallm.c is built as its Makefile does. With --onnxruntime, infer.py
+generates the texts too, on ONNX Runtime, with the draft table beside each model. All generate the same texts. Each
 round runs all programs in turn, as whole processes, for one character and for --length more; the difference of the
 processor times gives the characters per second. Prints medians, the ratios within a round with their range, and
 whether the texts of fp32 are equal, then all figures as one line of JSON.
@@ -72,6 +73,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="plain.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("model", type=Path, nargs="+", help="a model.onnx in fp32, then others of the same shape")
     parser.add_argument("--length", type=int, default=512, help="new characters after the first (default: 512)")
+    parser.add_argument("--onnxruntime", action="store_true", help="also measure infer.py, on ONNX Runtime")
     parser.add_argument("--rounds", type=int, default=7, help="texts of each program (default: 7)")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="smallm-") as work:
@@ -80,6 +82,9 @@ def main(argv: Sequence[str]) -> int:
         subprocess.run(["cc", "-O2", *sources, "-lm", "-o", program], check=True)
         commands = {"plain.c": build_plain(options.model[0], Path(work))}
         commands |= {f"smallm.c {model}": [str(program), str(model)] for model in options.model}
+        if options.onnxruntime:
+            infer = [sys.executable, str(HERE.parent / "infer.py"), "--threads", "1", "--model"]
+            commands |= {f"infer.py {model}": [*infer, str(model)] for model in options.model}
         speeds: dict[str, list[float]] = {name: [] for name in commands}
         texts: dict[str, list[bytes]] = {name: [] for name in commands}
         for rng_seed in range(options.rounds):

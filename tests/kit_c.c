@@ -237,6 +237,33 @@ static int print_logits(char **argv)
     return 0;
 }
 
+/* Attention of one query in 8 bits: the bits of its result, for a query and then keys and values from stdin. */
+static int print_attention(char **argv)
+{
+    smallm_context *context = open_context(argv[0], argv[1], 1);
+    const smallm_model *m = context->model;
+    size_t width = (size_t)m->head_dim, count = (size_t)atoi(argv[2]);
+    float query[64], key[64], value[64], y[64];
+    buffers b = buffers_of(context, 0);
+    cache8 k = cache8_of(m, context, 0, 0);
+    if (m->ones == NULL || width > 64) return 1;
+    for (size_t i = 0; i < width; i++) if (scanf("%f", &query[i]) != 1) return 1;
+    for (size_t at = 0; at < count; at++) {
+        for (size_t i = 0; i < width; i++) if (scanf("%f", &key[i]) != 1) return 1;
+        for (size_t i = 0; i < width; i++) if (scanf("%f", &value[i]) != 1) return 1;
+        store8(m, &k, &b, value, key, at); /* codes that the next line replaces */
+        store8(m, &k, &b, key, value, at);
+    }
+    attend(m, context, &b, 0, 0, query, width, 1, count - 1, 0, y, width);
+    for (size_t i = 0; i < width; i++) {
+        uint32_t bits;
+        memcpy(&bits, &y[i], sizeof bits);
+        printf("%08lx ", (unsigned long)bits);
+    }
+    close_context(context);
+    return 0;
+}
+
 /* The next characters after a text and their probabilities. */
 static int print_next(char **argv)
 {
@@ -616,6 +643,7 @@ int main(int argc, char **argv)
     if (strcmp(what, "mistakes") == 0) return make_mistakes(argv + 2);
     if (strcmp(what, "tensor-bytes") == 0) return print_tensor_bytes();
     if (strcmp(what, "logits") == 0) return print_logits(argv + 2);
+    if (strcmp(what, "attention") == 0) return print_attention(argv + 2);
     if (strcmp(what, "next") == 0) return print_next(argv + 2);
     if (strcmp(what, "variants") == 0) return print_variants(argv + 2);
     if (strcmp(what, "drafts") == 0) return print_drafts(argv + 2);

@@ -362,6 +362,82 @@ def test_quantised_logits(inner, tiny_run, tmp_path, text_file, precision):
     assert bits == pytest.approx(lm.perplexity(text).bits_per_char, abs=0.002)  # an untrained toy on 3,000 characters
 
 
+def save_int8(path, **config):
+    """The model file of a random model in int8."""
+    model = random_model(**config)
+    save_onnx(model, path)
+    write_quantised(model, manifest_of(model, precision="int8"), path, PRECISIONS["int8"])
+    return path
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_quantised_logits_of_a_long_text(inner, tmp_path, window):
+    """Several blocks of positions: equal bits for every instruction set, ids in a pass and threads; near ONNX Runtime."""
+    path = save_int8(tmp_path / "model.onnx", block_size=150, window=window)
+    lm = LanguageModel.load(path)
+    ids = np.random.default_rng(1).integers(0, lm.vocab_size, lm.block_size)
+    stdin = " ".join(map(str, ids)).encode()
+    ways = [(kernels, per_pass, 1) for kernels in kernel_names() for per_pass in (48, 1)] + [("plain", 7, 3)]
+    found = {inner("logits", path, *way, stdin=stdin) for way in ways}
+    assert len(found) == 1
+    bits = [[int(word, 16) for word in line.split()] for line in found.pop().splitlines()]
+    difference = np.array(bits, np.uint32).view(np.float32) - lm.logits(ids[None])[0]
+    assert np.sqrt(np.mean(difference**2)) < 0.1  # the deviation of the logits is 1.6
+
+
+def rounded(x):
+    """float32 numbers -> codes from -127 to 127 and their scale: SAMPLING.md."""
+    largest = np.abs(x).max()
+    return np.rint(x * (np.float32(127) / largest)).astype(int), largest / np.float32(127)
+
+
+def exponential(x):
+    """exp of float32 numbers: SAMPLING.md, with the polynomial of smallm_kernels.h."""
+    f = np.float32
+    x = np.clip(x, f(-87), f(87))
+    n = np.rint(x * f(1.44269504))
+    r = (x - n * f(0.693359375)) - n * f(-2.12194440e-4)
+    e = f(1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        e = e * r + f(c)
+    return (e * r * r + r + f(1)) * np.exp2(n)
+
+
+def sum_of_row(x):
+    """The sum of float32 numbers in the order of SAMPLING.md."""
+    parts = np.zeros(16, np.float32)
+    for row in np.pad(x, (0, -len(x) % 16)).reshape(-1, 16):
+        parts += row
+    while len(parts) > 1:
+        parts = parts[: len(parts) // 2] + parts[len(parts) // 2 :]
+    return parts[0]
+
+
+def attention8(query, keys, values):
+    """Attention of int8 models as SAMPLING.md specifies it, in float32."""
+    (q, q_scale), k, v = rounded(query), [rounded(row) for row in keys], [rounded(row) for row in values]
+    scores = np.array([np.float32(codes @ q) * scale * q_scale for codes, scale in k])
+    weights = exponential(scores - scores.max())
+    scaled, out = weights * np.array([scale for _, scale in v]), np.zeros(len(query), np.float32)
+    for at in range(0, len(keys), 64):
+        codes, scale = rounded(scaled[at : at + 64])
+        out += np.float32(codes @ [row for row, _ in v[at : at + 64]]) * scale
+    return out / sum_of_row(weights)
+
+
+@pytest.mark.parametrize("count", [1, 64, 131])
+def test_attention_in_8_bits(inner, tmp_path, count):
+    path = save_int8(tmp_path / "model.onnx", block_size=150)
+    rng = np.random.default_rng(count)
+    query, *rows = rng.normal(size=(1 + 2 * count, 16)).astype(np.float32)
+    expected = attention8(query, rows[0::2], rows[1::2])
+    assert expected.dtype == np.float32
+    stdin = " ".join(f"{x:.9g}" for row in (query, *rows) for x in row).encode()
+    for kernels in kernel_names():
+        words = inner("attention", path, kernels, count, stdin=stdin).split()
+        assert np.array([int(word, 16) for word in words], np.uint32).view(np.float32).tolist() == expected.tolist()
+
+
 def test_ways_to_one_text(inner, exported):
     """Uninterrupted; cancelled before each chunk; copied after each; and stepped with 59 other texts."""
     for seed, stop in (("the ", "never"), ("naïve " * 30, "moon")):
