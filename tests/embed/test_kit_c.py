@@ -372,7 +372,7 @@ def save_int8(path, **config):
 
 @pytest.mark.parametrize("window", [0, 40])
 def test_quantised_logits_of_a_long_text(inner, tmp_path, window):
-    """Several blocks of positions: equal bits for every instruction set, ids in a pass and threads; near ONNX Runtime."""
+    """Several blocks of positions: equal bits for all instruction sets, ids in a pass, threads; near ONNX Runtime."""
     path = save_int8(tmp_path / "model.onnx", block_size=150, window=window)
     lm = LanguageModel.load(path)
     ids = np.random.default_rng(1).integers(0, lm.vocab_size, lm.block_size)

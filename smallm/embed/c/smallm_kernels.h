@@ -407,7 +407,8 @@ static TARGET void K(product8)(const int8_t *x, const float *x_scales, size_t x_
     size_t group = rows > K(ROWS) ? 1 : w->panels;
     size_t all = w->blocks * w->block / 4, lines = all / rows + 1;
     for (size_t p = 0; p < w->panels; p += group)
-        EACH_STRIPE(fetch(w->codes + (p + group) * all * 64, p + group < w->panels ? all : 0, r * lines, count * lines);
+        EACH_STRIPE(fetch(w->codes + (p + group) * w->stride * w->block * 16, p + group < w->panels ? all : 0, r * lines,
+                          count * lines);
                     K(stripe8)(x + r * x_stride, x_scales + r * w->blocks, x_stride, w, p, p + group,
                                y + r * y_stride, y_stride, count));
 }
