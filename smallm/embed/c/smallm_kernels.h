@@ -99,8 +99,9 @@ typedef __m128i K(ints);
 #define DOT4(sum, x, w) K(dot4)(sum, x, w)
 static INLINE TARGET __m128i K(dot4)(__m128i sum, __m128i x, __m128i w)
 {
-    __m128i low = _mm_madd_epi16(_mm_srai_epi16(_mm_unpacklo_epi8(x, x), 8), _mm_srai_epi16(_mm_unpacklo_epi8(w, w), 8));
-    __m128i high = _mm_madd_epi16(_mm_srai_epi16(_mm_unpackhi_epi8(x, x), 8), _mm_srai_epi16(_mm_unpackhi_epi8(w, w), 8));
+    __m128i four = _mm_srai_epi16(_mm_unpacklo_epi8(x, x), 8); /* x repeats its four numbers */
+    __m128i low = _mm_madd_epi16(four, _mm_srai_epi16(_mm_unpacklo_epi8(w, w), 8));
+    __m128i high = _mm_madd_epi16(four, _mm_srai_epi16(_mm_unpackhi_epi8(w, w), 8));
     __m128 even = _mm_shuffle_ps(_mm_castsi128_ps(low), _mm_castsi128_ps(high), _MM_SHUFFLE(2, 0, 2, 0));
     __m128 odd = _mm_shuffle_ps(_mm_castsi128_ps(low), _mm_castsi128_ps(high), _MM_SHUFFLE(3, 1, 3, 1));
     return _mm_add_epi32(sum, _mm_add_epi32(_mm_castps_si128(even), _mm_castps_si128(odd)));
