@@ -106,7 +106,7 @@ def test_fine_tuning_beats_training_from_scratch(tiny_run, text_file):
     text = text_file.read_text(encoding="utf-8")[:9000].replace("owl", "çok owl").replace("river", "ship")
     Path("new.txt").write_text(text, encoding="utf-8")
     shape = ["--model.n_layer=2", "--model.n_head=2", "--model.n_kv_head=1", "--model.n_embd=32",
-             "--model.block_size=32"]  # fmt: skip
+             "--model.block_size=32", "--model.rope_theta=10000"]  # fmt: skip
     assert cli.main(["--data", "new.txt", "--out", "scratch", *SHORT, *shape]) == 0
     assert fine_tune(tiny_run, "new.txt", "run") == 0
     fine_tuned, scratch = Path("run"), Path("scratch")
