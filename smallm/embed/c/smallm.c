@@ -63,7 +63,8 @@ enum {
     MAX_START_IDS = 999,
     MAX_NODES = 20000,       /* of the graph; also its initialisers */
     MAX_DIMENSIONS = 8,
-    MAX_ROWS = 48,           /* ids that a pass computes together */
+    MAX_ROWS = 96,           /* ids that a pass computes together: half of that for small layers, of which more gain nothing */
+    SMALL_LAYER = 1 << 20,   /* weights */
     MAX_THREADS = 256,
     VALUE_BLOCK = 64,        /* positions whose attention weights share a scale, in 8 bits */
     PANELS_TOGETHER = 6,     /* of a product, for the same thread: what the kernels of AVX2 and AVX-512 compute at a time */
@@ -195,6 +196,7 @@ struct smallm_model {
     const float *cos, *sin; /* (block_size, head_dim / 2) */
     float *rotation;       /* (head_dim): cosines, then sines, that rotate keys back when the cache slides */
     size_t max_codes, max_blocks; /* of the inputs of quantised matrices */
+    size_t rows;           /* ids that a pass computes together */
     float *ones;           /* the scales of the values in a KV cache of 8 bits; NULL if the cache is in fp32 */
     const draft_row *draft_table; /* (draft_rows), by context; NULL if none, or if it would not pay */
     size_t draft_rows;
@@ -1503,6 +1505,8 @@ static smallm_status read_all(weight_file *w)
     if (m->head_dim % 16 != 0 || C % 16 != 0) return other_graph(m, "size of the heads");
     m->padded_inner = (m->inner + 15) / 16 * 16, m->padded_vocab = (V + 15) / 16 * 16;
     m->positions = (T + VALUE_BLOCK - 1) / VALUE_BLOCK * VALUE_BLOCK;
+    bool small = (m->heads * (size_t)m->head_dim + (size_t)m->n_head * (size_t)m->head_dim + 3 * m->inner) * C <= SMALL_LAYER;
+    m->rows = small ? MAX_ROWS / 2 : MAX_ROWS;
     m->layers = reserve(m, (size_t)m->n_layer, sizeof *m->layers);
     if (m->layers == NULL) return no_memory(m->error);
     TRY(read_rows(w, -1, "wte.weight", V, C, &m->embedding));
@@ -1979,15 +1983,16 @@ static void plan_pass(smallm_context *c)
     d->wanted = window < d->known ? window : d->known;
 }
 
-/* Computes all wanted ids but the last MAX_ROWS; SMALLM_CANCELLED if that is asked for. */
+/* Computes all wanted ids but the last m->rows; SMALLM_CANCELLED if that is asked for. */
 static smallm_status prefill(smallm_context *c)
 {
     sequence_state *d = &c->state;
-    while (d->wanted - d->cached > MAX_ROWS) {
+    size_t rows = c->model->rows;
+    while (d->wanted - d->cached > rows) {
         if (c->cancelled) return fail(c->error, SMALLM_CANCELLED, "generation was cancelled; call again to continue");
-        segment s = {c, c->history + (d->known - (d->wanted - d->cached)), MAX_ROWS, d->cached};
+        segment s = {c, c->history + (d->known - (d->wanted - d->cached)), rows, d->cached};
         forward(c, &s, 1, false, false);
-        d->cached += MAX_ROWS;
+        d->cached += rows;
     }
     return SMALLM_OK;
 }
@@ -2325,7 +2330,7 @@ static smallm_status choose(smallm_context *c, const float *logits)
     return SMALLM_OK;
 }
 
-/* The last ids of the pass that is planned, at most MAX_ROWS. */
+/* The last ids of the pass that is planned, at most m->rows. */
 static segment last_segment(smallm_context *c)
 {
     sequence_state *d = &c->state;
@@ -2632,7 +2637,7 @@ static smallm_status measure(scorer *r)
     const smallm_model *m = r->context->model;
     if (r->held < 2) return SMALLM_OK;
     for (size_t at = 0; at < r->held - 1;) {
-        size_t count = r->held - 1 - at < MAX_ROWS ? r->held - 1 - at : MAX_ROWS;
+        size_t count = r->held - 1 - at < m->rows ? r->held - 1 - at : m->rows;
         segment s = {r->context, r->ids + at, count, at};
         forward(r->context, &s, 1, true, true);
         for (size_t i = 0; i < count; i++, at++) {
@@ -2722,7 +2727,7 @@ static const float *logits_after(smallm_context *c, const path *p)
         for (size_t i = 0; i < n; i++) c->history[known + i] = p->ids[i];
         size_t all = known + n, kept = all < T ? all : T;
         for (size_t at = 0; at < kept;) {
-            size_t count = kept - at < MAX_ROWS ? kept - at : MAX_ROWS;
+            size_t count = kept - at < c->model->rows ? kept - at : c->model->rows;
             segment s = {c, c->history + (all - kept + at), count, at};
             forward(c, &s, 1, false, at + count == kept);
             at += count;
@@ -3212,7 +3217,7 @@ smallm_status smallm_step(smallm_context *const *contexts, size_t count)
             if (status == SMALLM_OK) c->state.drafts = 0, status = prepare_pass(c);
             if (status == SMALLM_OK) more = c->state.wanted - c->state.cached;
         }
-        if (held > 0 && (i == count || rows + more > MAX_ROWS)) {
+        if (held > 0 && (i == count || rows + more > contexts[0]->model->rows)) {
             smallm_status result = advance(together, held);
             if (first <= SMALLM_DONE) first = result;
             held = rows = 0;
