@@ -63,8 +63,8 @@ class LanguageModel:
     ) -> "LanguageModel":
         """Opens a run that was exported, an export folder or an .onnx file.
 
-        threads: threads of the engine, 1 to 1024; None chooses by the size of the model. speculative: whether to
-        decode with `draft_table.npy` if the export left this file beside the model, which is up to twice as fast; with
+        threads: threads of the engine, 1 to 1024; None chooses by the size of the model for ONNX Runtime, and is 1 for
+        "native", where more threads pay for large models on cores without other work. speculative: whether to decode with `draft_table.npy` if the export left this file beside the model, which is up to twice as fast; with
         int8 and int4, rounding may change the text. A damaged table is left aside, with a warning. engine: what
         generates text, "onnxruntime", or "native" for the C kit, which a C compiler on this machine compiles at first
         use: faster, the same text but for rounding; all other results are those of ONNX Runtime. Raises
@@ -75,7 +75,7 @@ class LanguageModel:
         file = find_model(as_path("path", path))
         session = Session(file, threads)
         if engine == "native":
-            return cls(session, native=NativeModel(file, session.threads, speculative))
+            return cls(session, native=NativeModel(file, threads or 1, speculative))
         tables = (file.with_name(name) for name in (DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE))
         table = next((path for path in tables if speculative and path.is_file()), None)
         try:

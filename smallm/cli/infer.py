@@ -187,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", "--model_path", metavar="PATH", help="run, export folder or .onnx file (default: the newest run)")
     add("--engine", choices=("onnxruntime", "native"), help="what computes the text; native = the C kit, "
         "faster, compiled at first use by this machine's C compiler (default: onnxruntime)")
-    add("--threads", type=int, metavar="N", help="threads of the engine (default: by the size of the model)")
+    add("--threads", type=int, metavar="N", help="threads of the engine (default: by the size of the model; native: 1)")
     add("--seed", "--seed_string", metavar="TEXT", help="text to continue; --seed=-x if it begins with a dash")
     for each in GenerationConfig.options():
         if each.flag:

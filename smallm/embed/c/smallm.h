@@ -79,7 +79,7 @@ typedef struct smallm_open_options {
     size_t size;         /* sizeof(smallm_open_options) */
     const char *kernels; /* instruction set: "avx512", "avx2", "sse2", "neon", "wasm" or "plain"; NULL = the fastest */
     size_t threads;      /* threads that compute a text together, 1 to 256; 0 or 1 = none but that of the caller, which is
-                            best for small models. More than the processor has cores are slower */
+                            best for small models, and where other programs keep the cores busy */
 } smallm_open_options;
 
 /* Call smallm_default_options first, then change fields. */
