@@ -64,11 +64,12 @@ class LanguageModel:
         """Opens a run that was exported, an export folder or an .onnx file.
 
         threads: threads of the engine, 1 to 1024; None chooses by the size of the model for ONNX Runtime, and is 1 for
-        "native", where more threads pay for large models on cores without other work. speculative: whether to decode with `draft_table.npy` if the export left this file beside the model, which is up to twice as fast; with
-        int8 and int4, rounding may change the text. A damaged table is left aside, with a warning. engine: what
-        generates text, "onnxruntime", or "native" for the C kit, which a C compiler on this machine compiles at first
-        use: faster, the same text but for rounding; all other results are those of ONNX Runtime. Raises
-        `UserError` for a path without a model, a model file that is damaged, and "native" without a compiler.
+        "native", where more threads pay for large models on cores without other work. speculative: whether to decode
+        with `draft_table.npy` if the export left this file beside the model, which is up to twice as fast; with int8
+        and int4, rounding may change the text. A damaged table is left aside, with a warning. engine: what generates
+        text, "onnxruntime", or "native" for the C kit, which a C compiler on this machine compiles at first use:
+        faster, the same text but for rounding; all other results are those of ONNX Runtime. Raises `UserError` for a
+        path without a model, a model file that is damaged, and "native" without a compiler.
         """
         check_bool("speculative", speculative)
         Option(str, "", choices=ENGINES, name="engine", default="").check(engine)
