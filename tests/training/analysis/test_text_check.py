@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import open_corpus
+from toys import message, open_corpus
 
 from smallm.cli.main import run, train
 from smallm.tokenizer.vocabulary import CODE_POINTS, Vocabulary
@@ -228,7 +228,7 @@ def test_scripts_and_rare_characters(statistics_of):
 
 def test_utf16_without_a_mark_and_binary_files(statistics_of):
     ascii_text = prose(9_000).encode("ascii", "ignore").decode()
-    assert "--encoding utf-16-le" in warnings(statistics_of(ascii_text.encode("utf-16-le")))[0]
+    assert "--encoding utf-16-le" in message(statistics_of, ascii_text.encode("utf-16-le"))
     noise = np.random.default_rng(1).integers(0, 256, 60_000).astype(np.uint8).tobytes()
     assert "binary" in warnings(statistics_of(noise, encoding="latin-1"))[0]
 
@@ -285,8 +285,8 @@ def test_check_reports_everything_and_trains_nothing(tmp_path, monkeypatch, caps
         (prose(5000).encode("utf-16"), ["--encoding utf-16"]),
         (b"\x7fELF\x02\x01\x01\xff\x00" * 50, ["is a program"]),
         (b"%PDF-1.7\n\xe2\xe3\xcf\xd3\n", ["is a PDF"]),
-        (b"\1\2\xff\0" * 50, ["binary file"]),
-        ("Größe\n".encode("latin-1") * 50, ["--encoding latin-1"]),
+        (b"\1\2\xff\3\0" * 50, ["binary file"]),
+        ("Größe\n".encode("latin-1") * 50, ["--encoding cp1252"]),
     ],
 )
 def test_an_unreadable_text_is_one_line(tmp_path, refused, content, words):
