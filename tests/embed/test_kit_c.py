@@ -482,6 +482,15 @@ def test_a_damaged_draft_table_is_left_aside(sanitized, exported, tmp_path):
     ):  # fmt: skip
         (tmp_path / "draft_table.npy").write_bytes(damaged)
         assert succeed(sanitized, *argv) == expected
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        damaged = np.frombuffer(table, np.uint8).copy()
+        damaged[rng.integers(0, len(table), 3)] = rng.integers(0, 256, 3)
+        (tmp_path / "draft_table.npy").write_bytes(damaged[: rng.integers(1, len(table))])
+        assert succeed(sanitized, *argv) == expected
+    (tmp_path / "draft_table.npy").unlink()
+    (tmp_path / "draft_table.npy").mkdir()  # fopen opens it, fread fails
+    assert succeed(sanitized, *argv) == expected
     assert succeed(sanitized, exported / "model.onnx", *argv[1:], "--max-drafts", "0") == expected
 
 

@@ -2933,7 +2933,8 @@ static smallm_status find_draft_table(smallm_model *model, const char *path, siz
     uint8_t *data = NULL;
     size_t bytes = 0;
     smallm_status status = file != NULL ? read_file(model, file, name, &data, &bytes) : SMALLM_OK;
-    if (status == SMALLM_OK && file != NULL) status = read_draft_table(model, span_of(data, bytes));
+    if (status == SMALLM_BAD_MODEL) status = SMALLM_OK, bytes = 0, model->error[0] = '\0'; /* it only affects speed */
+    if (status == SMALLM_OK && bytes > 0) status = read_draft_table(model, span_of(data, bytes));
     free(data);
     free(name);
     return status;
