@@ -15,17 +15,18 @@ KINDS = {
     "texts": ("corpora", "sources", "locks"),
     "downloads": ("downloads", "hf"),
     "compiled": ("*.so",),
+    "stdin": ("stdin",),
 }
 """Kind -> the names in the cache folder: encoded texts with their statistics and baselines, texts that were
-downloaded, and compiled C."""
+downloaded, compiled C, and texts from standard input, which their runs need to be resumed."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs `smallm cache` with these arguments."""
-    parser = ArgumentParser(prog="smallm cache", description="Shows what the cache folder holds. Everything in it is "
-                            "made or downloaded again when it is needed.")  # fmt: skip
-    parser.add_argument("--clear", nargs="?", const="all", choices=("all", *KINDS), help="delete everything, or only "
-                        "one kind; no run must be training meanwhile")  # fmt: skip
+    parser = ArgumentParser(prog="smallm cache", description="Shows what the cache folder holds. All but the texts "
+                            "from standard input is made or downloaded again when it is needed.")  # fmt: skip
+    parser.add_argument("--clear", nargs="?", const="all", choices=("all", *KINDS), help="delete everything that can "
+                        "be made again, or only one kind; no run must be training meanwhile")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print a JSON object; sizes in bytes, before --clear")
     options = parser.parse_args(argv)
     folder = cache_folder()
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         rows = [[kind, f"{short_count(size)}B"] for kind, size in sizes.items()]
         print(printable(str(folder)), *table([*rows, ["all", f"{short_count(sum(sizes.values()))}B"]]), sep="\n")
     if options.clear:
-        kinds = KINDS if options.clear == "all" else (options.clear,)
+        kinds = [kind for kind in KINDS if kind != "stdin"] if options.clear == "all" else [options.clear]
         _delete([path for kind in kinds for path in entries[kind]])
         if not options.json:
             print(f"deleted: {', '.join(kinds)}")

@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +22,11 @@ from smallm.runs.cache_folder import cache_folder
 
 EXTRAS = {
     "train": ("torch", "accelerate", "safetensors", "onnx", "matplotlib", "tomli-w", "pooch", "filelock"),
+    "serve": ("starlette", "uvicorn"),
     "gguf": ("gguf",),
+    "hub": ("huggingface_hub",),
+    "datasets": ("datasets",),
+    "zstd": ("zstandard",) if sys.version_info < (3, 14) else (),
 }
 """Extra -> its packages, as in pyproject.toml."""
 BASE = ("numpy", "onnxruntime", "tqdm")
@@ -69,7 +74,7 @@ def facts() -> dict[str, Any]:
             "native engine": native,
             "train, export": "no" if extras["train"] else "yes",
             "kernels": kernels,
-            "gguf": "no" if extras["gguf"] else "yes",
+            **{name: "no" if missing else "yes" for name, missing in extras.items() if name != "train"},
         },
     }  # fmt: skip
 

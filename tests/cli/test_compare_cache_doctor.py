@@ -1,7 +1,10 @@
 """The small commands `smallm compare`, `smallm cache`, `smallm doctor`, and the filters of `smallm runs`."""
 
 import json
+import re
 import shutil
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -69,12 +72,25 @@ def test_cache_is_measured_and_cleared(tmp_path, capsys, monkeypatch):
     (tmp_path / "cache" / "corpora" / "x" / "ids").write_bytes(b"12345")
     (tmp_path / "cache" / "kernels-1.so").write_bytes(b"123")
     (tmp_path / "cache" / "mine.txt").write_text("not smallm's")
+    (tmp_path / "cache" / "stdin").mkdir()
+    (tmp_path / "cache" / "stdin" / "1.txt").write_bytes(b"12")
     found = json.loads(output(capsys, cli.cache, "--json"))
-    assert found["bytes"] == {"texts": 5, "downloads": 0, "compiled": 3}
+    assert found["bytes"] == {"texts": 5, "downloads": 0, "compiled": 3, "stdin": 2}
     assert "deleted: compiled" in output(capsys, cli.cache, "--clear", "compiled")
     assert (tmp_path / "cache" / "corpora" / "x" / "ids").exists()
     output(capsys, cli.cache, "--clear")
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["mine.txt", "stdin"]
+    output(capsys, cli.cache, "--clear", "stdin")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["mine.txt"]
+
+
+def test_doctor_knows_the_extras_for_users():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    for name, packages in doctor.EXTRAS.items():
+        declared = [requirement for requirement in project["optional-dependencies"][name]
+                    if sys.version_info < (3, 14) or "python_version" not in requirement]  # fmt: skip
+        assert [re.match(r"[\w-]+", requirement)[0] for requirement in declared] == list(packages)
+    assert set(project["optional-dependencies"]) - set(doctor.EXTRAS) == {"test", "dev", "hosts"}
 
 
 @pytest.mark.slow

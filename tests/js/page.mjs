@@ -25,6 +25,27 @@ async function finished(page) {
   return page.locator("#text").textContent();
 }
 
+/** Milliseconds of processor time of the longest task of the page's main thread while it writes. */
+async function longestTask() {
+  const page = await opened();
+  const tracing = await browser.newBrowserCDPSession();
+  const events = [];
+  tracing.on("Tracing.dataCollected", ({ value }) => events.push(...value));
+  const complete = new Promise((resolve) => tracing.once("Tracing.tracingComplete", resolve));
+  const traceConfig = { includedCategories: ["toplevel"] };
+  await tracing.send("Tracing.start", { transferMode: "ReportEvents", traceConfig });
+  await page.getByLabel("Length").fill("3000");
+  await page.getByRole("button", { name: "Write" }).click();
+  await finished(page);
+  await tracing.send("Tracing.end");
+  await complete;
+  await tracing.detach();
+  const thread = ({ pid, tid }) => `${pid} ${tid}`;
+  const main = events.filter(({ args }) => args.name === "CrRendererMain").map(thread);
+  await page.close();
+  return Math.max(...events.filter((event) => main.includes(thread(event))).map(({ tdur }) => (tdur ?? 0) / 1000));
+}
+
 const scenarios = {
   async calls() {
     const page = await opened();
@@ -119,23 +140,9 @@ const scenarios = {
     return finished(page);
   },
 
-  /** Milliseconds of processor time of the longest task of the page's main thread while it writes. */
+  /** The least of three texts: other programs can lengthen a task even in processor time. */
   async longestTask() {
-    const page = await opened();
-    const tracing = await browser.newBrowserCDPSession();
-    const events = [];
-    tracing.on("Tracing.dataCollected", ({ value }) => events.push(...value));
-    const complete = new Promise((resolve) => tracing.once("Tracing.tracingComplete", resolve));
-    const traceConfig = { includedCategories: ["toplevel"] };
-    await tracing.send("Tracing.start", { transferMode: "ReportEvents", traceConfig });
-    await page.getByLabel("Length").fill("3000");
-    await page.getByRole("button", { name: "Write" }).click();
-    await finished(page);
-    await tracing.send("Tracing.end");
-    await complete;
-    const thread = ({ pid, tid }) => `${pid} ${tid}`;
-    const main = events.filter(({ args }) => args.name === "CrRendererMain").map(thread);
-    return Math.max(...events.filter((event) => main.includes(thread(event))).map(({ tdur }) => (tdur ?? 0) / 1000));
+    return Math.min(await longestTask(), await longestTask(), await longestTask());
   },
 
   async narrow() {
