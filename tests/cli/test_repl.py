@@ -559,6 +559,7 @@ def test_ctrl_c_stops_the_text_and_not_the_program(typist, tmp_path):
     person.press("/undo\n")
     taken = re.search(r"removed ([\d,]+) characters", person.expect("left are 4 characters: Zoë"))
     assert int(taken[1].replace(",", "")) >= 300  # of 500 seen, some are echoes and escape codes
+    person.expect("> ")  # before the prompt, Ctrl-C belongs to the command
     person.press("half a line\x03")
     person.expect("Ctrl-D or /quit leaves")
     person.press("/bran\t\n")  # completed up to the first ambiguity
