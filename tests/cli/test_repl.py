@@ -7,6 +7,7 @@ import select
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -523,8 +524,10 @@ def typist(exported, tmp_path):
             os.write(self.screen, keys.encode())
 
         def leave(self) -> int:
-            self.press("\x04")
-            return self.process.wait(30)
+            while True:  # again, because a terminal drops a Ctrl-D that comes just before the prompt
+                self.press("\x04")
+                with suppress(subprocess.TimeoutExpired):
+                    return self.process.wait(2)
 
     typists = []
 
@@ -559,8 +562,11 @@ def test_ctrl_c_stops_the_text_and_not_the_program(typist, tmp_path):
     person.press("/undo\n")
     taken = re.search(r"removed ([\d,]+) characters", person.expect("left are 4 characters: Zoë"))
     assert int(taken[1].replace(",", "")) >= 300  # of 500 seen, some are echoes and escape codes
-    person.expect("> ")  # before the prompt, Ctrl-C belongs to the command
-    person.press("half a line\x03")
+    person.expect("> ")
+    person.press("half a line")
+    person.expect("half a line")
+    time.sleep(0.2)  # CPython loses a Ctrl-C that comes just before it waits for a key
+    person.press("\x03")
     person.expect("Ctrl-D or /quit leaves")
     person.press("/bran\t\n")  # completed up to the first ambiguity
     person.expect("stored as 1")
