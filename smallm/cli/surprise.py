@@ -28,7 +28,8 @@ def surprise(
     The coloured text itself is printed if stdout is a terminal with colours and neither `html` nor `as_json` is given.
 
     max_spans: how many passages, and how many words, to list.
-    html: a page to write. as_json: print one JSON object instead. field: with the text of JSON lines and CSV.
+    html: a page to write. as_json: print one JSON object instead. field: key of JSON lines, or column
+    of CSV, that holds the text.
     Raises `UserError`.
     """
     if max_spans < 1:

@@ -29,7 +29,8 @@ def files(names: Sequence[str]) -> list[Path]:
 def pieces(path: Path, encoding: str, bar: bool = True, field: str = "text") -> Iterator[str]:
     """The text of a file, compressed or not, piece by piece, without a byte-order mark.
 
-    bar: show a progress bar on stderr if stderr is a terminal. field: with the text of JSON lines and CSV.
+    bar: show a progress bar on stderr if stderr is a terminal. field: key of JSON lines, or column
+    of CSV, that holds the text.
     Raises `UserError` for an unknown encoding, and for a file that cannot be read or is not valid in this encoding.
     """
     from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""A connection of the server that must send its requests in time; uvicorn has no such limit of its own."""
+"""HTTP connections with a time limit for the beginning of a request, which uvicorn does not have."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ class Connection(H11Protocol):
     """Closes a connection whose next request takes too long to begin.
 
     The line and headers of a request must arrive within `timeout_keep_alive` seconds of the start of the connection or
-    of the answer before, so that clients that send nothing, or a byte now and then, do not hold sockets forever.
+    of the answer before, so that a client that sends nothing, or one byte from time to time, cannot keep a socket open.
     """
 
     _timer: asyncio.TimerHandle | None = None
@@ -25,7 +25,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.cycle is None or self.cycle.response_complete:  # no further request was waiting
+        if self.cycle is None or self.cycle.response_complete:  # the client has not sent the next request yet
             self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -43,7 +43,7 @@ class GenerationQueue:
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """A place among the active requests. Raises `BusyError` if there is none."""
+        """A place among the active requests. Raises `BusyError` if `max_requests` requests are active."""
         if self.active >= self.limits.max_requests:
             raise BusyError
         self.active += 1

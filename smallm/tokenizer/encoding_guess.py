@@ -19,12 +19,12 @@ _FREQUENT = {
 Of equal shares the first counts, because the bytes of accented letters in cp1252 are also letters in cp1255 and cp1251.
 """
 MIN_SHARE = 0.5  # of the usual share
-MIN_CHARACTERS = 6  # non-ASCII; fewer prove nothing
+MIN_CHARACTERS = 6  # non-ASCII characters that a guess needs
 SAMPLE = 1 << 14  # bytes
 
 
 def guess_encoding(data: bytes) -> str:
-    """The encoding in which these bytes are likely to be a text; "" if there is none.
+    """Returns the most likely encoding of these bytes, or "" if no encoding is likely.
 
     The share of frequent characters among all non-ASCII characters decides; it is low in a wrong encoding.
     """
@@ -42,7 +42,7 @@ def guess_encoding(data: bytes) -> str:
 
 
 def _foreign(data: bytes, encoding: str) -> list[str]:
-    """The non-ASCII characters; none if they are few, or if the bytes are not a text in this encoding."""
+    """The non-ASCII characters; an empty list if they are few, or if the bytes are not a text in this encoding."""
     try:
         text = codecs.getincrementaldecoder(encoding)().decode(data)  # the sample may end within a character
     except UnicodeDecodeError:

@@ -97,9 +97,10 @@ def text_pieces(
 
 
 def ending(text: str, separator: str) -> str:
-    """What to write after a document that ends with `text`: the separator, unless it is there, also before line ends.
+    """Returns what to write after a document that ends with `text`.
 
-    A newline is written before `DOCUMENT_END` if there is none.
+    The result is the separator, or "" if the document already ends with the separator, with or without line ends after
+    it. If the document does not end with a newline, a newline precedes `DOCUMENT_END`.
     """
     if text.endswith(separator) or text.rstrip("\r\n").endswith(separator):
         return ""
@@ -200,7 +201,11 @@ RECORDS = {
 
 
 def text_of_record(record: object, name: str, line: int, field: str) -> str:
-    """The text in a field of a record. Raises `UserError` if there is none; name and line: for the message."""
+    """Returns the text in a field of a record.
+
+    name, line: the file and the line of the record, for the message. Raises `UserError` if the record has no such
+    field, or if the field does not hold a text.
+    """
     value = record.get(field) if isinstance(record, dict) else None
     if not isinstance(value, str):
         known = ", ".join(map(str, list(record)[:9])) if isinstance(record, dict) else ""
@@ -252,5 +257,5 @@ def _ended(texts: Iterator[str], separator: str) -> Iterator[str]:
 
 
 def last_part(text: str, separator: str) -> str:
-    """The end of a text, as much of it as `ending` needs."""
+    """Returns the last characters of a text, enough of them for `ending`."""
     return text[-len(separator) - MAX_LINE_ENDS :]

@@ -54,7 +54,7 @@ class DataConfig:
     )
     weights: tuple[float, ...] = option(
         (), "Shares of the training windows that are drawn from each of several texts, such as 2,1 for twice as many "
-        "from the first as from the second; each text is split for itself. Empty = in proportion to their lengths.",
+        "from the first as from the second; each text is split separately. Empty = in proportion to their lengths.",
         more_than=0,
     )  # fmt: skip
     split: Literal["tail", "blocks", "documents"] = option(

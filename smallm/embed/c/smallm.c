@@ -2,9 +2,10 @@
 
    In this order: functions of real numbers; bytes and text; the vocabulary; JSON; the check of the ONNX file; the
    manifest; the weights; the forward pass; the sampler; allowed characters; the state of a text; measuring; the public
-   functions. smallm_kernels.h has the arithmetic for each instruction set, smallm_threads.h the threads. SAMPLING.md specifies the text that results. The Python package has the same parts
-   in model_file/onnx_reader.py, model_file/manifest.py, export/graph.py, generation/sampler.py,
-   generation/logits_processors.py and generation/sequence_state.py. */
+   functions. smallm_kernels.h has the arithmetic for each instruction set, smallm_threads.h the threads. SAMPLING.md
+   specifies the text that results. The Python package has the same parts in model_file/onnx_reader.py,
+   model_file/manifest.py, export/graph.py, generation/sampler.py, generation/logits_processors.py and
+   generation/sequence_state.py. */
 
 #ifdef SMALLM_SHARED
 #define SMALLM_BUILD
@@ -1337,7 +1338,8 @@ static smallm_status pack_floats(const weight_file *w, span data, bool rows_are_
     return SMALLM_OK;
 }
 
-/* The bits and the block of the MatMulNBits node that reads these codes; false if there is none or it has other inputs. */
+/* The bits and the block of the MatMulNBits node that reads these codes; false if no such node exists, or if its other
+   inputs differ. */
 static bool find_quantisation(const weight_file *w, int layer, const char *name, uint64_t *bits, uint64_t *block,
                               const matrix *m)
 {
@@ -1688,7 +1690,7 @@ static void multiply_part(const void *task, size_t part, size_t parts)
                    t->y_stride);
         return;
     }
-    w.codes += from * row * 16, w.scales += from * w.stride * 16, w.corrections += from * w.stride * 16;
+    w.codes += from * w.stride * w.block * 16, w.scales += from * w.stride * 16, w.corrections += from * w.stride * 16;
     k->product8(t->context->codes, t->context->code_scales, row, t->rows, &w, y, t->y_stride);
 }
 
@@ -2357,7 +2359,7 @@ static smallm_status advance(smallm_context *const *contexts, size_t count)
 /* -- drafts: speculative decoding (Leviathan et al. 2023). A pass computes the last id together with drafts of the next ids.
       The draft table and the logits choose with the same u, so they often agree. A wrong draft costs time only. -- */
 
-/* The row of the longest end of a context that the table has; NULL if it has none. */
+/* The row for the longest suffix of a context that is in the table; NULL if no suffix is. */
 static const draft_row *find_row(const smallm_model *m, uint64_t context)
 {
     for (int left = DRAFT_CONTEXT; left >= 0; left--) {
@@ -2388,8 +2390,8 @@ static int32_t propose(const smallm_context *c, uint64_t context, double u, doub
     return row->ids[i];
 }
 
-/* Writes drafts behind the history, as long as all are likely to be right, and returns their number. *first = the chance of
-   the first draft, which is there even if the number is 0, unless *first = 0. */
+/* Writes drafts behind the history, as long as all of them are likely to be right, and returns their number. *first = the
+   chance of the first proposal, which is written even if it is too unlikely to be a draft; unchanged without a proposal. */
 static size_t write_drafts(smallm_context *c, double *first)
 {
     sequence_state *d = &c->state;
@@ -2421,7 +2423,7 @@ static smallm_status advance_with_drafts(smallm_context *c)
         d->drafts--, d->row++;
     } else {
         segment s = last_segment(c);
-        /* An acceptance that leaves no chance to any draft is measured with one id of eight: looking up takes time. */
+        /* If acceptance is too low for any draft, the table is only used for one id in eight, to measure it again. */
         if (s.count == 1 && c->model->draft_table != NULL && (d->acceptance >= MIN_CHANCE || d->draws % 8 == 0))
             d->drafts = write_drafts(c, &first);
         s.count += d->drafts, d->row = 0;
@@ -2871,8 +2873,7 @@ static uint8_t *file_memory(size_t bytes)
 #endif
 }
 
-/* Reads a file or pipe to its end, into memory that the caller frees. */
-/* Reads a file, with this name in messages, to its end and closes it. */
+/* Reads a file or pipe to its end, into memory that the caller frees, and closes it. name: of the file, for messages. */
 static smallm_status read_file(smallm_model *model, FILE *file, const char *name, uint8_t **data, size_t *bytes)
 {
     size_t room = 0, got = 1, known = size_of_file(file);

@@ -78,8 +78,8 @@ enum {
 typedef struct smallm_open_options {
     size_t size;         /* sizeof(smallm_open_options) */
     const char *kernels; /* instruction set: "avx512", "avx2", "sse2", "neon", "wasm" or "plain"; NULL = the fastest */
-    size_t threads;      /* threads that compute a text together, 1 to 256; 0 or 1 = none but that of the caller, which is
-                            best for small models, and where other programs keep the cores busy */
+    size_t threads;      /* number of threads that compute a text together, the caller's included, 0 to 256; 0 and 1: only
+                            the caller's thread, the best choice for small models and on cores that are busy; default 1 */
 } smallm_open_options;
 
 /* Call smallm_default_options first, then change fields. */
@@ -101,8 +101,9 @@ typedef struct smallm_options {
     int32_t logprobs;           /* 1 = compute what smallm_logprob returns; default 0 */
     const char *allowed;        /* the only characters that may be generated (UTF-8); default NULL = all */
     const char *banned;         /* characters that are never generated (UTF-8); default NULL = none */
-    int32_t max_drafts;         /* next ids that are guessed and computed together with an id, 0 to 4, where the model has a
-                                   draft table; the text is the same; default 4, 0 = none */
+    int32_t max_drafts;         /* speculative decoding: the largest number of draft ids that one pass verifies, 0 to 4;
+                                   0 turns speculative decoding off; used only if the model has a draft table; does not
+                                   change the text; default 4 */
 } smallm_options;
 
 /* -- models -- */
@@ -111,8 +112,9 @@ typedef struct smallm_options {
 SMALLM_API int smallm_version(void);
 
 /* Opens a model file; path is UTF-8 on every system. Reads draft_table.npy, if export.py left this file in the same folder,
-   where it makes generation faster (in fp32 by 1.2 to 1.4 times; the text is the same). options NULL = defaults. *model is always set and must be closed by
-   smallm_close; if opening failed, it only holds the error message (NULL if there was no memory even for that). */
+   where it makes generation faster (in fp32 by 1.2 to 1.4 times; the text is the same). options NULL = defaults. *model is
+   always set and must be closed by smallm_close; if opening failed, it only holds the error message (NULL if there was no
+   memory even for that). */
 SMALLM_API smallm_status smallm_open(const char *path, const smallm_open_options *options, smallm_model **model);
 
 /* The same, given the content of such a file, which may be freed when the call returns. */

@@ -5,7 +5,7 @@
    A thread without work waits actively for a few dozen microseconds and then sleeps: on a busy machine nobody waits long for
    a processor that is not free.
 
-   SMALLM_NO_THREADS leaves the threads out, as does WebAssembly and a compiler without atomic operations. */
+   Threads are left out with SMALLM_NO_THREADS, for WebAssembly, and by compilers without atomic operations. */
 
 #if defined(_WIN32) && !defined(SMALLM_NO_THREADS)
 #define SMALLM_THREADS 1
@@ -111,11 +111,11 @@ static void set_task(pool *p, part_function *function, const void *task, size_t 
 {
     p->function = function, p->task = task, p->parts = parts;
     STORE_COUNTER(&p->unfinished, (int32_t)parts);
-    STORE_COUNTER(&p->unclaimed, (int32_t)parts); /* only who has claimed a part reads the other fields */
+    STORE_COUNTER(&p->unclaimed, (int32_t)parts); /* a thread reads the other fields only after it has claimed a part */
     wake(p);
 }
 
-/* The number of a part from 1 on, which nobody else gets; 0 if none is left. */
+/* Claims a part: returns its number, from 1 on, or 0 if all parts are claimed. */
 static size_t claim(pool *p)
 {
     int32_t left;

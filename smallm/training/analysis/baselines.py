@@ -81,7 +81,8 @@ def verdict(baselines: list[Baseline], bits_per_char: float) -> str:
     if len(beaten) == len(excess):
         return f"beats all of them, and needs {_percent(-excess[beaten[0]], f'less than {beaten[0]}')}"
     parts = [("beats", beaten), ("is about as good as", equal), ("needs", ahead)]
-    return ", ".join(f"{verb} {_joined(names)}" for verb, names in parts if names)
+    clauses = [f"{verb} {_joined(names)}" for verb, names in parts if names]
+    return ", and ".join([*filter(None, [", ".join(clauses[:-1])]), clauses[-1]])
 
 
 def _percent(share: float, than: str) -> str:

@@ -44,10 +44,10 @@ class CharDataset:
 
 
 class WeightedDataset(CharDataset):
-    """Windows of several texts, drawn in proportion to weights; an epoch has as many as without weights.
+    """Windows of several texts, drawn in proportion to weights. An epoch has as many windows as without weights.
 
     Each text is a `CharDataset` with an endless sequence of windows. An epoch takes the next windows of each sequence,
-    their number by its weight, in shuffled order.
+    a number in proportion to the weight of the text, and shuffles them.
     """
 
     def __init__(

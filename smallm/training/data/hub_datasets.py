@@ -16,7 +16,7 @@ PREFIX = "hf:"
 
 
 def stored_dataset(name: str, field: str, cache: Path) -> Path:
-    """A file of JSON lines with the texts of a dataset, in `field`; a file that exists is not loaded again.
+    """A file of JSON lines with the texts of a dataset, in `field`; a dataset whose file exists is not loaded again.
 
     name: hf:NAME[:CONFIG[:SPLIT]][#COLUMN]; the split is "train" by default, the column `field`.
     Raises `UserError` if `datasets` is missing, and for a dataset or a column that cannot be read.

@@ -79,7 +79,7 @@ class Text(Protocol):
 
     @property
     def train_characters(self) -> Sequence[int]:
-        """The lengths of the training parts at the beginning; none if `data.val_fraction` gives the length."""
+        """The lengths of the training parts at the beginning; empty if `data.val_fraction` gives the length."""
 
     def pieces(self, label: str, progress: bool) -> Iterator[str]:
         """Yields the text in pieces of bounded size, none of them empty.

@@ -84,10 +84,10 @@ class SplitText:
 
 @contextmanager
 def split_text(text: Source, data: DataConfig, seed: int, cache: Path, progress: bool) -> Iterator[Text]:
-    """The text in the order of `data.split`; with `data.weights`, each of its texts is split for itself.
+    """The text in the order of `data.split`; with `data.weights`, each of its texts is split separately.
 
-    Yields the text itself if its order stays. The temporary files lie in `cache`. seed: of the order of documents.
-    Raises `UserError` if there is only one document.
+    Yields the text itself if `data.split` and `data.weights` leave its order as it is. The temporary files lie in
+    `cache`. seed: of the order of documents. Raises `UserError` if there is only one document.
     """
     if data.split == "tail" and not data.weights:
         yield text

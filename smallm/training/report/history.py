@@ -11,11 +11,11 @@ import numpy as np
 
 from smallm.cli.table import shortened
 from smallm.errors import UserError
+from smallm.runs import metrics
 from smallm.runs.baselines_file import Baseline, read_baselines
 from smallm.runs.config_file import flatten, read_config
 from smallm.runs.layout import METRICS
 from smallm.runs.metrics import Record, read_metrics
-from smallm.training.config import MAX_NUMBER
 from smallm.training.report.record import RunRecord, read_record
 
 KINDS = "train", "eval"  # of the records that are read
@@ -99,8 +99,8 @@ def distinct_names(runs: Sequence[Path]) -> list[str]:
 
 def number(row: Record, key: str) -> float:
     """A number of a record; NaN if the number is missing or out of range."""
-    value = row.get(key)
-    return float(value) if isinstance(value, int | float) and abs(value) <= MAX_NUMBER else math.nan
+    value = metrics.number(row.get(key))
+    return math.nan if value is None else value
 
 
 def _read(run: Path, name: str) -> RunHistory:

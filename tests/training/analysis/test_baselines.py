@@ -190,9 +190,9 @@ def test_a_run_with_a_time_budget_reserves_time_for_them(tmp_path):
 @pytest.mark.parametrize(("bits", "words"), [
     (1.6, "the model beats all of them, and needs 20 % less than 5-gram"),
     (1.989, "the model beats all of them, and needs 1 % less than 5-gram"),
-    (2.001, "the model beats bz2 and gzip, is about as good as 5-gram"),
-    (2.2, "the model beats gzip, is about as good as bz2, needs 10 % more than 5-gram"),
-    (2.5, "the model beats gzip, needs 25 % more than 5-gram and 14 % more than bz2"),
+    (2.001, "the model beats bz2 and gzip, and is about as good as 5-gram"),
+    (2.2, "the model beats gzip, is about as good as bz2, and needs 10 % more than 5-gram"),
+    (2.5, "the model beats gzip, and needs 25 % more than 5-gram and 14 % more than bz2"),
     (4.0, "the model needs 100 % more than 5-gram, 82 % more than bz2 and 33 % more than gzip"),
 ])  # fmt: skip
 def test_the_model_is_compared_with_each_baseline(bits, words):

@@ -14,6 +14,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from unittest.mock import Mock
 
 import pooch
 import pytest
@@ -304,9 +305,7 @@ def test_threads_and_processes_at_once(tmp_path, cache, monkeypatch):
 
 
 def test_the_slower_process_uses_the_result_of_the_faster(tmp_path, cache, monkeypatch):
-    def no_locks(lock, *args, **options):
-        raise NotImplementedError  # as on some network file systems without locks
-
+    no_locks = Mock(side_effect=NotImplementedError)  # filelock's answer on a file system without locks
     monkeypatch.setattr(FileLock, "acquire", no_locks)
     file, fsync = write(tmp_path / "a.txt", MIXED), os.fsync
 

@@ -52,7 +52,7 @@ def has_bf16() -> bool:
 
 
 def _compiler() -> str | None:
-    """The C compiler; None if there is none whose OpenMP the kernels can use."""
+    """The C compiler; None without a compiler, or without an OpenMP library that the kernels can use."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if SYSTEM == "Darwin" and compiler and (openmp_library() is None or not _has_developer_tools()):
         return None
