@@ -54,14 +54,16 @@ def run_training(request: Request, started: float, last: bool = True) -> int:
         folder = _newest_checkpoint(accelerator, out) if request.resume else None
         origin = load_origin(accelerator, config, out) if config.train.init_from and folder is None else None
         base = origin.vocabulary if origin else base_vocabulary(folder)
-        corpus = open_text(accelerator, config, base)
+        planned = bool(config.train.minutes) and folder is None
+        smaller_validation = planned and "data.val_fraction" not in request.explicit
+        corpus = open_text(accelerator, config, base, smaller_validation)
         # The end takes about as long as the imports, since both depend on the machine, besides the measurements.
         end = max(END_SECONDS, imports) + seconds_to_reserve(corpus, 60 * config.train.minutes)
         end += origin.seconds if origin else 0
         clock = Clock(started, *broadcast_from_main(accelerator, end))  # the same on all processes
         planned_steps = 0
-        if config.train.minutes and folder is None:
-            config, corpus, planned_steps = plan_run(accelerator, config, corpus, request.explicit, clock, base)
+        if planned:
+            config, planned_steps = plan_run(accelerator, config, corpus, request.explicit, clock)
         if origin:
             config = origin.scale_learning_rates(config, request.explicit)
         try:

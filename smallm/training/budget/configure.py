@@ -4,6 +4,7 @@ import bz2
 import math
 from collections.abc import Mapping, Set
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
@@ -27,32 +28,38 @@ SAMPLE_IDS, SAMPLE_PIECES = 1 << 20, 4  # size and number of pieces of the sampl
 MIN_SECONDS = 1.0  # shortest duration to plan for
 
 
-def open_text(accelerator: Accelerator, config: Config, base: Vocabulary = BYTES) -> Corpus:
+def open_text(
+    accelerator: Accelerator, config: Config, base: Vocabulary = BYTES, smaller_validation: bool = False
+) -> Corpus:
     """Opens the text on all processes. On each machine the first process encodes it, then the others open the result.
 
     Machines that share a cache folder encode once, guarded by a lock; otherwise each machine encodes.
 
     base: the vocabulary to which the characters of the text are added.
+    smaller_validation: makes the validation part of a long text so small that `train.minutes` allow its evaluation.
     """
+    minutes, default = config.train.minutes, config.data.val_fraction
     with accelerator.local_main_process_first():
-        return open_corpus(config.data, base, progress=accelerator.is_main_process, seed=config.train.seed)
+        return open_corpus(
+            config.data, base, progress=accelerator.is_main_process, seed=config.train.seed,
+            choose_val_fraction=partial(choose_val_fraction, minutes=minutes, default=default)
+            if smaller_validation else None,
+        )  # fmt: skip
 
 
 def plan_run(
-    accelerator: Accelerator, config: Config, corpus: Corpus, explicit: Set[str], clock: Clock,
-    base: Vocabulary = BYTES,
-) -> tuple[Config, Corpus, int]:
+    accelerator: Accelerator, config: Config, corpus: Corpus, explicit: Set[str], clock: Clock
+) -> tuple[Config, int]:
     """Chooses all settings that the user has not set; prints three lines about them to stderr.
 
     Measures the speed twice: with a standard model, to choose a shape, and with the chosen shape, to choose the rest;
     the second time with the compiled model if the run will compile it.
 
     explicit: the settings that the user has set, as "section.field". clock: the time that has passed is deducted.
-    base: see `open_text`. All processes must call this. Returns the complete config, the corpus with the chosen
-    validation part, and the estimated number of steps.
+    All processes must call this. Returns the complete config and the estimated number of steps.
     """
     minutes, on_cpu, ranks = config.train.minutes, accelerator.device.type == "cpu", accelerator.num_processes
-    config, corpus = _choose_validation(accelerator, config, corpus, explicit, base)
+    config = replace(config, data=replace(config.data, val_fraction=corpus.val_fraction))
     kept = {key: value for key, value in flatten(config.to_dict()).items() if key in explicit}
     text_bytes = compressed_bytes(corpus)
     min_batch_ids = (CPU_MIN_BATCH_IDS if on_cpu else GPU_MIN_BATCH_IDS) * ranks
@@ -79,7 +86,7 @@ def plan_run(
     config = final.config(first_config)
     if accelerator.is_main_process:
         print(*_summary(final, config, corpus, text_bytes, speed), sep="\n", file=Output("stderr"))
-    return config, corpus, final.steps
+    return config, final.steps
 
 
 def compressed_bytes(corpus: Corpus) -> float:
@@ -94,20 +101,6 @@ def compressed_bytes(corpus: Corpus) -> float:
 def bz2_nats_per_character(corpus: Corpus) -> float:
     """Size of the training part compressed by bz2, in nats per character."""
     return compressed_bytes(corpus) * 8 * math.log(2) / corpus.train_characters
-
-
-def _choose_validation(
-    accelerator: Accelerator, config: Config, corpus: Corpus, explicit: Set[str], base: Vocabulary
-) -> tuple[Config, Corpus]:
-    """Config and corpus with a validation part that can be evaluated in time, unless the user has set its size."""
-    if "data.val_fraction" in explicit:
-        return config, corpus
-    characters = corpus.train_characters + corpus.val_characters
-    val_fraction = choose_val_fraction(characters, config.train.minutes, config.data.val_fraction)
-    if val_fraction == config.data.val_fraction:
-        return config, corpus
-    config = replace(config, data=replace(config.data, val_fraction=val_fraction))
-    return config, open_text(accelerator, config, base)
 
 
 def _summary(plan: Plan, config: Config, corpus: Corpus, text_bytes: float, speed: float) -> list[str]:

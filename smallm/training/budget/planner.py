@@ -105,7 +105,7 @@ def choose_settings(
 def choose_val_fraction(characters: int, minutes: float, default: float) -> float:
     """Fraction of the text for validation: the default, or less if its evaluation would take too much time."""
     validation = min(MAX_VALIDATION, max(MIN_VALIDATION, VALIDATION_PER_MINUTE * minutes))
-    return min(default, float(f"{validation / characters:.4g}"))
+    return min(default, float(f"{validation / max(1, characters):.4g}"))
 
 
 def choose_dropout(epochs: float) -> float:

@@ -3,11 +3,12 @@
 import codecs
 import errno
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,8 +35,8 @@ class Corpus:
     train_ids, val_ids: (N,) of the vocabulary's dtype, read-only. train_characters, val_characters: the lengths of the
     same parts in characters (code points). fingerprint: SHA-256 of the whole text in UTF-8, in hex, in the order of the
     parts. start_text: the character that generation from an empty seed starts from: a newline if the training part has
-    one, otherwise its first character. folder: where the ids are stored. split: the `data.split` of the parts.
-    train_ends: with `data.weights`, where the training part of each text ends in `train_ids`.
+    one, otherwise its first character. folder: where the ids are stored. split, val_fraction: the settings of `data`
+    that made the parts. train_ends: with `data.weights`, where the training part of each text ends in `train_ids`.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Corpus:
     start_text: str
     folder: Path = field(repr=False)
     split: str = "tail"
+    val_fraction: float = 0.1
     train_ends: tuple[int, ...] = ()
 
     def val_text(self) -> str:
@@ -66,7 +68,8 @@ class Corpus:
 
 
 def open_corpus(
-    data: DataConfig, base: Vocabulary = BYTES, cache: Path | None = None, progress: bool = True, seed: int = 1
+    data: DataConfig, base: Vocabulary = BYTES, cache: Path | None = None, progress: bool = True, seed: int = 1,
+    choose_val_fraction: Callable[[int], float] | None = None,
 ) -> Corpus:
     """Opens the text that the settings name; reads and encodes it only if the cache does not know it yet.
 
@@ -74,37 +77,48 @@ def open_corpus(
     cache: folder for encoded texts; by default $SMALLM_CACHE, or the user's cache folder.
     progress: show a bar on stderr while a long text is read.
     seed: of the order of documents (`train.seed`).
+    choose_val_fraction: gives the share of the validation part for the length of the text in characters; by default
+    the share is `data.val_fraction`.
     Raises `UserError` for a text that cannot be found, read, decoded, split or stored.
     """
     decoder_of(data.encoding)  # an unknown encoding is an error for built-in texts, too
     cache = cache or cache_folder()
     try:
         text = find_source(data, cache)
-        return _open(text, data, base, cache, progress, seed)
+        return _open(text, data, base, cache, progress, seed, choose_val_fraction or (lambda _: data.val_fraction))
     except OSError as error:
         if error.errno == errno.ENOMEM:
             raise MemoryError from None
         raise UserError(f"cannot write to {cache}: {error.strerror or error}; set SMALLM_CACHE elsewhere") from None
 
 
-def _open(text: Source, data: DataConfig, base: Vocabulary, cache: Path, progress: bool, seed: int) -> Corpus:
-    key = (data.min_count, *split_key(data, seed))
+def _open(
+    text: Source, data: DataConfig, base: Vocabulary, cache: Path, progress: bool, seed: int,
+    choose_val_fraction: Callable[[int], float],
+) -> Corpus:
+    def key(val_fraction: float | None) -> tuple[object, ...]:
+        return (data.min_count, *split_key(data, seed, val_fraction))
+
+    def recall() -> dict[str, Any] | None:
+        found = store.recall(cache, text, key(None))
+        return store.recall(cache, text, key(choose_val_fraction(found["characters"]))) if found else None
 
     def parts(known: Survey) -> tuple[int, Vocabulary, Path]:
-        train_characters = _train_characters(text.name, known, data.val_fraction)
+        train_characters = _train_characters(text.name, known, choose_val_fraction(known.characters))
         vocabulary = known.vocabulary(train_characters, base)
         return train_characters, vocabulary, store.ids_folder(cache, known.fingerprint, vocabulary.hex_tokens().split())
 
     stored = None
-    if remembered := store.recall(cache, text, key):
+    if remembered := recall():
         known = Survey(**remembered)
         train_characters, vocabulary, folder = parts(known)
         stored = store.load(folder)
     if stored is None:  # read it, also if it is remembered: `encode` must get the fingerprint of the text as it is now
         before = store.stamps(text)
-        with split_text(text, data, seed, cache, progress) as ordered:
+        with split_text(text, data, seed, cache, progress, choose_val_fraction) as ordered:
             known = survey(ordered, data.min_count, progress)
-            store.remember(cache, text, key, before, asdict(known))
+            for each in {key(None), key(choose_val_fraction(known.characters))}:
+                store.remember(cache, text, each, before, asdict(known))
             train_characters, vocabulary, folder = parts(known)
             stored = store.load(folder) or store.build(
                 folder, lambda folder: encode(ordered, vocabulary, known.fingerprint, folder, progress), progress
@@ -118,7 +132,7 @@ def _open(text: Source, data: DataConfig, base: Vocabulary, cache: Path, progres
         text.name, vocabulary, ids.part(0, cut), ids.part(cut, len(ids)),
         train_characters, known.characters - train_characters, known.fingerprint,
         start_text="\n" if known.first_newline < train_characters else known.first_character, folder=folder,
-        split=data.split, train_ends=tuple(ends),
+        split=data.split, val_fraction=choose_val_fraction(known.characters), train_ends=tuple(ends),
     )  # fmt: skip
 
 

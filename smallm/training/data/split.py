@@ -8,9 +8,9 @@ import codecs
 import mmap
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -67,27 +67,40 @@ class SplitText:
     name: str
     train: list[Part]
     val: list[Part]
+    train_characters: list[int] = field(default_factory=list)
+    """The length of the training part of each text; known when `pieces` has yielded the whole text."""
 
     def pieces(self, label: str, progress: bool) -> Iterator[str]:
         """Yields the text in pieces of bounded size, as `Source.pieces` does."""
-        parts = [*self.train, *self.val]
+        parts, lengths = [*self.train, *self.val], [0] * len(self.train)
         with progress_bar(label, sum(part.size for part in parts), progress) as bar:
-            for part in parts:
-                yield from part.pieces(bar)
+            for number, part in enumerate(parts):
+                for text in part.pieces(bar):
+                    if number < len(lengths):
+                        lengths[number] += len(text)
+                    yield text
+        self.train_characters[:] = lengths
 
-    @property
-    def train_characters(self) -> tuple[int, ...]:
-        """The length of the training part of each text."""
-        with progress_bar("splitting", 0, progress=False) as bar:
-            return tuple(sum(map(len, part.pieces(bar))) for part in self.train)
+
+class Copy(NamedTuple):
+    """A text in a temporary file, in UTF-8; with `data.split documents`, each document ends with the separator."""
+
+    text: Source
+    file: IO[bytes]
+    characters: int
+    """Length of the text without `DOCUMENT_END`."""
 
 
 @contextmanager
-def split_text(text: Source, data: DataConfig, seed: int, cache: Path, progress: bool) -> Iterator[Text]:
+def split_text(
+    text: Source, data: DataConfig, seed: int, cache: Path, progress: bool,
+    choose_val_fraction: Callable[[int], float],
+) -> Iterator[Text]:
     """The text in the order of `data.split`; with `data.weights`, each of its texts is split separately.
 
     Yields the text itself if `data.split` and `data.weights` leave its order as it is. The temporary files lie in
-    `cache`. seed: of the order of documents. Raises `UserError` if there is only one document.
+    `cache`. seed: of the order of documents. choose_val_fraction: gives the share of the validation part for the length
+    of the text in characters. Raises `UserError` if there is only one document.
     """
     if data.split == "tail" and not data.weights:
         yield text
@@ -95,43 +108,55 @@ def split_text(text: Source, data: DataConfig, seed: int, cache: Path, progress:
     cache.mkdir(parents=True, exist_ok=True)
     with ExitStack() as files:
         texts = text.texts if data.weights else (text,)
-        parts = [_split(one, files.enter_context(TemporaryFile(dir=cache)), data, seed, progress) for one in texts]
+        copies = [_copy(one, files.enter_context(TemporaryFile(dir=cache)), data, progress) for one in texts]
+        val_fraction = choose_val_fraction(sum(copy.characters for copy in copies))
+        parts = [_split(copy, data.split, val_fraction, seed) for copy in copies]
         yield SplitText(text.name, [train for train, _ in parts], [val for _, val in parts])
 
 
-def _split(text: Source, file: IO[bytes], data: DataConfig, seed: int, progress: bool) -> tuple[Part, Part]:
-    """Copies the text into the file; the parts for training and for validation."""
-    if data.split != "documents":
-        _copy(text, file, progress)
-        stretches, count = _blocks(file, data.val_fraction, MAX_BLOCKS if data.split == "blocks" else 1)
-    else:
-        text = replace(text, separator=data.separator or DOCUMENT_END)
-        last = _copy(text, file, progress)
-        file.write(_bytes(ending(last, text.separator) if last else ""))
-        documents = _documents(file, text.separator)
-        if len(documents) == 1:
-            raise UserError(f"{text.name} is one document; name what ends its documents with --data.separator, or "
-                            "pass --data.split blocks")  # fmt: skip
-        stretches, count = _shuffled(documents, data.val_fraction, seed)
-    return Part(file, stretches[:count]), Part(file, stretches[count:])
+def split_key(data: DataConfig, seed: int, val_fraction: float | None) -> tuple[object, ...]:
+    """The settings, besides the text, on which the content and the order of the parts depend.
 
-
-def split_key(data: DataConfig, seed: int) -> tuple[object, ...]:
-    """The settings, besides the text, on which the content and the order of the parts depend."""
+    val_fraction: None for what all fractions have in common, the length of the text.
+    """
     separator = (data.separator,) if data.separator else ()
     if data.split == "tail" and not data.weights:
         return separator
     separate = (len(data.weights),) if data.weights else ()
-    return (*separator, *separate, data.split, data.val_fraction, *((seed,) if data.split == "documents" else ()))
+    return (*separator, *separate, data.split, val_fraction, *((seed,) if data.split == "documents" else ()))
 
 
-def _copy(text: Source, file: IO[bytes], progress: bool) -> str:
-    """Writes the text into the file; returns its last characters."""
-    last = ""
-    for piece in text.pieces("copying", progress):
+def _copy(text: Source, file: IO[bytes], data: DataConfig, progress: bool) -> Copy:
+    """Copies the text into the file."""
+    documents = data.split == "documents"
+    text = replace(text, separator=data.separator or DOCUMENT_END) if documents else text
+    last, characters = "", 0
+
+    def write(piece: str) -> None:
+        nonlocal characters
         file.write(_bytes(piece))
+        characters += len(piece) - piece.count(DOCUMENT_END)
+
+    for piece in text.pieces("copying", progress):
+        write(piece)
         last = last_part(last + piece, text.separator)
-    return last
+    if documents and last:
+        write(ending(last, text.separator))
+    return Copy(text, file, characters)
+
+
+def _split(copy: Copy, split: str, val_fraction: float, seed: int) -> tuple[Part, Part]:
+    """The parts for training and for validation."""
+    text, file, _ = copy
+    if split != "documents":
+        stretches, count = _blocks(file, val_fraction, MAX_BLOCKS if split == "blocks" else 1)
+    else:
+        documents = _documents(file, text.separator)
+        if len(documents) == 1:
+            raise UserError(f"{text.name} is one document; name what ends its documents with --data.separator, or "
+                            "pass --data.split blocks")  # fmt: skip
+        stretches, count = _shuffled(documents, val_fraction, seed)
+    return Part(file, stretches[:count]), Part(file, stretches[count:])
 
 
 def _bytes(text: str) -> bytes:

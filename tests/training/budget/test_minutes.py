@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_training import ctrl_c, flags, metrics
 
 from smallm.training import cli, run
-from smallm.training.budget import probe
+from smallm.training.budget import planner, probe
 from smallm.training.budget.clock import END_SECONDS, Clock, Forecast, StepBudget, TimeBudget
 from smallm.training.budget.configure import compressed_bytes, open_text, plan_run
 from smallm.training.budget.probe import flops_per_second
@@ -292,18 +292,22 @@ def test_a_timed_run_prints_its_plan_and_resumes_after_ctrl_c(text_file, capsys)
 
 
 def test_resuming_a_finished_timed_run_asks_for_more_minutes(text_file, refused, capsys):
-    assert cli.main(["--data", str(text_file), "--minutes", "0.04", "--out", "run", *flags(TINY)]) == 0
+    argv = ["--data", str(text_file), "--data.val_fraction", "0.2", "--minutes", "0.04", "--out", "run", *flags(TINY)]
+    assert cli.main(argv) == 0
     line = refused("--resume", "run")
     assert "finished" in line
     assert "--minutes N" in line
-    before = read_state(checkpoints(Path("run"))[-1])[0]
+    before, config = read_state(checkpoints(Path("run"))[-1])
+    assert config.data.val_fraction == 0.2
     capsys.readouterr()
     assert cli.main(["--resume", "run", "--train.max_steps", str(before.step + 3)]) == 0
     assert read_state(checkpoints(Path("run"))[-1])[0].step == before.step + 3
 
 
-def test_the_saved_config_gives_the_same_shape_again(text_file):
+def test_the_saved_config_gives_the_same_shape_and_parts_again(text_file, monkeypatch):
+    monkeypatch.setattr(planner, "MAX_VALIDATION", len(text_file.read_text()) // 20)
     assert cli.main(["--data", str(text_file), "--minutes", "0.04", "--out", "a"]) == 0
     assert cli.main(["--config", "a/config.toml", "--out", "b"]) == 0
     a, b = (read_state(checkpoints(Path(run))[-1])[1] for run in ("a", "b"))
     assert a == b
+    assert a.data.val_fraction == pytest.approx(0.05, rel=0.01)

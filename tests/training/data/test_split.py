@@ -4,6 +4,7 @@ import json
 import re
 import tempfile
 import zipfile
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -69,7 +70,8 @@ def test_the_stretches_of_any_text_do_not_overlap_and_leave_nothing_out(text, va
         patch.setattr(split, "MIN_BLOCK_BYTES", 16)
         patch.setattr(source, "PIECE_BYTES", piece_bytes)
         data = DataConfig(str(written(Path(folder) / "a.txt", text)), split="blocks", val_fraction=val_fraction)
-        with split.split_text(find_source(data, Path(folder)), data, 1, Path(folder), False) as found:
+        text_source = find_source(data, Path(folder))
+        with split.split_text(text_source, data, 1, Path(folder), False, lambda _: val_fraction) as found:
             assert isinstance(found, split.SplitText)
             train, val = (part.stretches for part in (found.train[0], found.val[0]))
             in_order = sorted([*train.tolist(), *val.tolist()])
@@ -78,7 +80,7 @@ def test_the_stretches_of_any_text_do_not_overlap_and_leave_nothing_out(text, va
             assert all(a[1] == b[0] for a, b in pairwise(in_order))
             parts = [b"".join(text.encode()[a:b] for a, b in part).decode() for part in (train, val)]
             assert "".join(found.pieces("reading", False)) == "".join(parts)
-            assert found.train_characters == (len(parts[0]),)
+            assert found.train_characters == [len(parts[0])]
 
 
 def test_a_known_text_is_not_read_again(tmp_path, monkeypatch):
@@ -89,6 +91,41 @@ def test_a_known_text_is_not_read_again(tmp_path, monkeypatch):
     assert both_texts(again) == both_texts(first)
     assert again.train_characters == first.train_characters
     assert open_corpus(file).val_text() == "".join(LINES)[-sum(map(len, LINES)) // 10 :]  # the tail has another entry
+
+
+@pytest.mark.parametrize(
+    ("settings", "readings"),
+    [
+        ({"split": "tail"}, ["reading", "encoding"]),
+        ({"split": "blocks"}, ["copying"]),
+        ({"split": "documents"}, ["copying"]),
+        ({"split": "documents", "separator": "|"}, ["copying"]),
+        ({"split": "tail", "weights": (2.0, 1.0)}, ["copying"] * 2),
+    ],
+)
+def test_a_text_is_read_once_to_choose_the_size_of_the_validation_part(tmp_path, monkeypatch, settings, readings):
+    """`--minutes` chooses the size by the length of the text, which is known when the text is copied."""
+    files = [str(written(tmp_path / f"{n}.jsonl", json_lines(STORIES[n : 300 - n]))) for n in range(2)]
+    data = DataConfig(tuple(files) if "weights" in settings else files[0], **settings)
+    labels, lengths, pieces = [], set(), source.Source.pieces
+    monkeypatch.setattr(
+        source.Source, "pieces", lambda self, label, progress: labels.append(label) or pieces(self, label, progress)
+    )
+
+    def choose(characters: int) -> float:
+        lengths.add(characters)
+        return 0.25
+
+    corpus = corpus_module.open_corpus(data, choose_val_fraction=choose)
+    assert labels == readings
+    assert lengths == {corpus.train_characters + corpus.val_characters}
+    assert corpus.val_fraction == 0.25
+    for again in (
+        corpus_module.open_corpus(replace(data, val_fraction=0.25)),
+        corpus_module.open_corpus(data, choose_val_fraction=choose),
+    ):
+        assert both_texts(again) == both_texts(corpus)
+    assert labels == readings  # the others come from the cache
 
 
 def test_texts_that_are_too_short(tmp_path):
