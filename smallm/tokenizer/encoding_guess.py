@@ -1,6 +1,7 @@
 """Guesses the encoding of a text from its most frequent characters; the guess is only proposed to the user."""
 
 import codecs
+import unicodedata
 
 _FREQUENT = {
     "éèêëàâçùûîïôœäöüßÄÖÜñáíóúãõåæøÅÆØÀÇÈÉÊÁÍÓÚ¿¡«»’‘“”–—…°§ ": (1.0, "cp1252 mac-roman cp850"),
@@ -21,16 +22,24 @@ Of equal shares the first counts, because the bytes of accented letters in cp125
 MIN_SHARE = 0.5  # of the usual share
 MIN_CHARACTERS = 6  # non-ASCII characters that a guess needs
 SAMPLE = 1 << 14  # bytes
+_WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
+MIN_ASCII = 0.05  # share of ASCII characters, such as spaces and line ends, of most texts
+_NO_TEXT = {"Cc", "Cn", "Co", "Cs"}  # categories: control, unassigned, private use, surrogate
 
 
 def guess_encoding(data: bytes) -> str:
     """Returns the most likely encoding of these bytes, or "" if no encoding is likely.
 
-    The share of frequent characters among all non-ASCII characters decides; it is low in a wrong encoding.
+    Bytes are UTF-16 or UTF-32 if they give assigned characters, some of them ASCII. Otherwise the share of
+    frequent characters among all non-ASCII characters decides; it is low in a wrong encoding.
     """
-    data = data[: SAMPLE - SAMPLE % 2]
+    data = data[:SAMPLE]
     if _foreign(data, "utf-8"):
         return "utf-8"
+    for encoding in _WIDE:
+        text = _text(data, encoding)
+        if len(text) >= MIN_CHARACTERS and sum(map(str.isascii, text)) >= MIN_ASCII * len(text):
+            return encoding
     found = []
     for frequent, (usual, encodings) in _FREQUENT.items():
         for encoding in encodings.split():
@@ -43,10 +52,14 @@ def guess_encoding(data: bytes) -> str:
 
 def _foreign(data: bytes, encoding: str) -> list[str]:
     """The non-ASCII characters; an empty list if they are few, or if the bytes are not a text in this encoding."""
+    foreign = [c for c in _text(data, encoding) if not c.isascii()]
+    return [] if len(foreign) < MIN_CHARACTERS else foreign
+
+
+def _text(data: bytes, encoding: str) -> str:
+    """The decoded bytes; "" if the bytes are not a text in this encoding."""
     try:
         text = codecs.getincrementaldecoder(encoding)().decode(data)  # the sample may end within a character
     except UnicodeDecodeError:
-        return []
-    foreign = [c for c in text if not c.isascii()]
-    controls = any((c < " " and c not in "\t\n\r\f") or "\x7f" <= c < "\xa0" for c in text)
-    return [] if controls or len(foreign) < MIN_CHARACTERS else foreign
+        return ""
+    return "" if any(unicodedata.category(c) in _NO_TEXT for c in set(text) - set("\t\n\r\f")) else text

@@ -13,17 +13,24 @@ from smallm.errors import UserError
 from smallm.tokenizer.encoding_guess import SAMPLE, guess_encoding
 
 BYTE_ORDER_MARK = "\ufeff"
-HEAD_BYTES = 16  # enough to recognise a format
+HEAD_BYTES = 512  # enough to recognise a format; a multiple of 4, as UTF-32 needs
 _MARKS = {  # UTF-32 comes first, because its little-endian mark starts with the one of UTF-16
     "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
-_CONTROLS = bytes({*range(32)} - set(b"\t\n\f\r"))  # high bytes of UTF-16 in most alphabets; not in other texts
+_WIDE = ("utf-16", "utf-32")
+_CONTROLS = bytes({*range(32)} - set(b"\t\n\f\r"))  # high bytes of UTF-16 in most alphabets; rare in other texts
+MAX_CONTROLS = 0.05  # share of such bytes; in compressed or random bytes it is 0.11
 _FORMATS = {
     rb"%PDF-": "is a PDF; convert it to plain text first, for instance with pdftotext",
     rb"\{\\rtf": "is an RTF document; save it as plain text first",
-    rb"\x89PNG|\xff\xd8\xff|GIF8[79]a": "is a picture; pass a plain text",
+    rb"\xd0\xcf\x11\xe0": "is a document of an office program; save it as plain text first",
+    rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF.{4}WEBP": "is a picture; pass a plain text",
+    rb"RIFF.{4}(WAVE|AVI )|OggS\0|fLaC\0|ID3[\2-\4]|\0.{3}ftyp": "is sound or a film; pass a plain text",
     rb"\x7fELF|MZ\x90\0": "is a program; pass a plain text",
+    rb"SQLite format 3\0": "is a database; export its text first",
+    rb"PAR1\x15": "is a Parquet file; save its text as JSON lines first",
+    rb"7z\xbc\xaf|Rar!\x1a|.{257}ustar": "is an archive; unpack it and pass the folder",
 }
 
 
@@ -62,14 +69,14 @@ def decoded(stream: "BufferedReader[Any]", name: object, encoding: str, piece_by
 def _format_problem(head: bytes, encoding: str) -> str:
     """What is wrong with a file that begins with these bytes, and what to do; "" if nothing is."""
     codec = codecs.lookup(encoding).name
-    if not codec.startswith(("utf-16", "utf-32")):
-        for name, high, low in (("utf-16-le", head[1::2], head[::2]), ("utf-16-be", head[::2], head[1::2])):
-            if len(high) > 3 and not high.strip(_CONTROLS) and 2 * sum(byte >= 32 for byte in low) >= len(low):
-                return f"looks like {name.upper()} without a byte-order mark, not {encoding}; pass --encoding {name}"
     marked = next((name for name, marks in _MARKS.items() if head.startswith(marks)), "")
     if not codec.startswith(marked):
         return f"looks like {marked.upper()}, not {encoding}; pass --encoding {marked}"
-    return next((problem for pattern, problem in _FORMATS.items() if re.match(pattern, head)), "")
+    if problem := next((problem for pattern, problem in _FORMATS.items() if re.match(pattern, head, re.DOTALL)), ""):
+        return problem
+    if not codec.startswith(_WIDE) and (likely := guess_encoding(head)).startswith(_WIDE):
+        return f"looks like {likely.upper()} without a byte-order mark, not {encoding}; pass --encoding {likely}"
+    return ""
 
 
 def _decoding_problem(error: UnicodeError, encoding: str, read: int, newlines: int, rest: bytes) -> str:
@@ -77,16 +84,18 @@ def _decoding_problem(error: UnicodeError, encoding: str, read: int, newlines: i
 
     read: bytes read so far; newlines: decoded before the piece with the error; rest: some bytes after the piece.
     """
-    codec, what, hint = codecs.lookup(encoding).name, str(error), ""
+    codec, what = codecs.lookup(encoding).name, str(error)
     example = "latin-1" if codec.startswith("utf-8") else "utf-8"
     if isinstance(error, UnicodeDecodeError):
         before = error.object[: error.start]  # error.object starts in the previous piece
         what = f"byte 0x{error.object[error.start]:02x} at offset {read - len(error.object) + error.start}"
         with suppress(UnicodeError):  # some codecs, such as idna, cannot ignore errors
             what += f" (line {1 + newlines + before.decode(encoding, 'ignore').count(chr(10))})"
-        if b"\0" in error.object and not codec.startswith(("utf-16", "utf-32")):
-            hint, example = ", perhaps a binary file or UTF-16", "utf-16-le"
-        sample = error.object[max(0, error.start - 1000) // 2 * 2 :] + rest  # from an even offset, as UTF-16 needs
+        first, begin = read - len(error.object), max(0, error.start - 1000)
+        sample = error.object[begin + -(first + begin) % 4 :] + rest  # from a multiple of 4, as UTF-32 needs
         if before.isascii() and (likely := guess_encoding(sample)):
             return f"is not valid {encoding} but looks like {likely}: {what}; pass --encoding {likely}"
-    return f"is not valid {encoding}{hint}: {what}; pass --encoding NAME, for example --encoding {example}"
+        controls = sum(byte in _CONTROLS for byte in sample)
+        if not codec.startswith(_WIDE) and (b"\0" in sample or controls > MAX_CONTROLS * len(sample)):
+            return f"is not valid {encoding}, perhaps a binary file: {what}; pass a plain text, or name its --encoding"
+    return f"is not valid {encoding}: {what}; pass --encoding NAME, for example --encoding {example}"

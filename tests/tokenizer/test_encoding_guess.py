@@ -1,7 +1,11 @@
 """The likely encoding of a text that is not UTF-8."""
 
+import marshal
+import pickle
 import random
+import zlib
 
+import numpy as np
 import pytest
 
 from smallm.tokenizer.encoding_guess import SAMPLE, guess_encoding
@@ -94,3 +98,39 @@ def test_no_guess_without_a_reason():
     rng = random.Random(1)
     assert [guess_encoding(rng.randbytes(SAMPLE)) for _ in range(9)] == [""] * 9
     assert [guess_encoding(data) for data in (b"", b"\xff", b"plain ASCII\n" * 99, b"one \xe9 alone")] == [""] * 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Call me Ishmael. Some years ago",
+        "one word",
+        "Été, naïveté, “quotes”\n",
+        "सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता",
+        "吾輩は猫である。\n名前はまだ無い。\n",
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_wide_characters(text, encoding):
+    for sample in (text, 99 * text):
+        assert guess_encoding(sample.encode(encoding)) == encoding
+
+
+BINARY = [
+    b"\1\2\xff\0" * 50,
+    b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + zlib.compress(bytes(range(256)) * 9),
+    b"\x7fELF\2\1\1\0" + bytes(8) + b"\3\0>\0\1\0\0\0\x80\x10" + bytes(30) + b".text\0.data\0\xff" * 9,
+    np.linspace(-1, 1, 999, dtype=np.float32).tobytes(),
+    np.ones(99, np.float32).tobytes(),
+    np.arange(999, dtype=np.int16).tobytes(),
+    np.sin(np.arange(999.0)).tobytes(),
+    (9999 * np.sin(np.arange(999.0))).astype(">i2").tobytes(),
+    pickle.dumps({"weights": list(range(999)), "bias": 0.5}),
+    marshal.dumps(compile("print([x + 1 for x in range(9)])", "a.py", "exec")),
+    zlib.compress(str(list(range(9999))).encode()),
+]
+
+
+@pytest.mark.parametrize("data", BINARY)
+def test_a_binary_file_is_in_no_encoding(data):
+    assert guess_encoding(data) == ""

@@ -71,12 +71,7 @@ def warnings(statistics: TextStatistics, split: str = "tail") -> list[str]:
 def _reading_problems(s: TextStatistics) -> Iterator[str]:
     """Signs that the file is not the intended text or was decoded wrongly."""
     controls = sum(s.controls.values())
-    if s.controls.get("U+0000", 0) > s.characters / 8:
-        yield (
-            f"{_percent(s.controls['U+0000'] / s.characters)} of the text are NUL characters, so the file is UTF-16 or "
-            "binary; try --encoding utf-16-le or --encoding utf-16-be"
-        )
-    elif controls > BINARY * s.characters:
+    if controls > BINARY * s.characters:
         yield (
             f"{_percent(controls / s.characters)} of the text are control characters, so the file is probably binary; "
             "save it as plain text, or pass the right --encoding"
