@@ -147,6 +147,12 @@ def _kernels() -> Kernels:
     return kernels
 
 
+def _parts_of_threads(total: Tensor) -> Tensor:
+    """Memory for the partial sums of a gradient: two for each thread; one thread adds to the gradient itself."""
+    threads = torch.get_num_threads()
+    return total if threads == 1 else total.new_empty(2 * threads, *total.shape)
+
+
 def _norm_and_rotate(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x = F.rms_norm(x, gain.shape, None, NORM_EPS) * gain.to(x.dtype)
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # (T, 1, hd)
@@ -175,7 +181,8 @@ class _Block(Function):
         x, qkv, attended, lse, middle, gate_up, cos, sin, *weights = ctx.saved_tensors
         dx, dattended, dqkv = (torch.empty_like(t) for t in (x, attended, qkv))
         sizes = [w.numel() for w in weights]
-        gradients, packed, parts = (x.new_empty(n * sum(sizes)) for n in (1, 1, 2 * torch.get_num_threads()))
+        gradients, packed = (x.new_empty(sum(sizes)) for _ in range(2))
+        parts = _parts_of_threads(gradients)
         ctx.kernels("block_backward", grad.contiguous(), x, qkv, attended, lse, middle, gate_up, dx, gradients,
                dattended, dqkv, packed, parts, *weights, cos, sin, *ctx.sizes)  # fmt: skip
         dweights = (g.view_as(w) for g, w in zip(gradients.split(sizes), weights, strict=True))
@@ -195,8 +202,7 @@ class _RMSNorm(Function):
     def backward(ctx, grad):
         x, gain = ctx.saved_tensors
         dx, dgain = torch.empty_like(x), torch.empty_like(gain)
-        parts = x.new_empty(2 * torch.get_num_threads(), gain.numel())
-        _kernels()("rms_norm_backward", grad.contiguous(), x, gain, dx, dgain, parts,
+        _kernels()("rms_norm_backward", grad.contiguous(), x, gain, dx, dgain, _parts_of_threads(dgain),
                x.numel() // x.size(-1), x.size(-1), NORM_EPS)  # fmt: skip
         return dx, dgain
 

@@ -46,9 +46,9 @@ def built(source: Path, *flags: str) -> Path:
 
 class Emulated(loader.Kernels):
     def __init__(self) -> None:
-        source = FOLDER / "kernels.c"
-        source.write_bytes(Path(compiler.__file__).with_name("kernels.c").read_bytes())
-        self._object = built(source, "-O2", "-fno-math-errno", "-c")
+        for source in Path(compiler.__file__).parent.glob("*.[ch]"):
+            (FOLDER / source.name).write_bytes(source.read_bytes())
+        self._object = built(FOLDER / "kernels.c", "-O2", "-fno-math-errno", "-c")
 
     def __call__(self, name: str, *arguments: torch.Tensor | int | float) -> None:
         tensors = [a.detach() for a in arguments if isinstance(a, torch.Tensor)]
