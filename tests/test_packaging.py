@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -48,6 +49,24 @@ def test_workflows_are_valid(name):
             if "run" in step and shutil.which("bash"):
                 shell = re.sub(r"\$\{\{.*?\}\}", "x", step["run"])
                 assert subprocess.run(["bash", "-n", "-c", shell], capture_output=True).returncode == 0
+
+
+def test_workflows_agree_with_the_package():
+    """The versions of Python, from the oldest to the newest, and the files that the steps name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    ci, release = (yaml.safe_load((WORKFLOWS / name).read_text(encoding="utf-8")) for name in ("ci.yml", "release.yml"))
+    oldest, newest = (int(version.removeprefix("3.")) for version in ci["jobs"]["fast"]["strategy"]["matrix"]["python"])
+    assert project["requires-python"] == f">=3.{oldest}"
+    named = [re.search(r":: 3\.(\d+)$", each) for each in project["classifiers"]]
+    assert [int(each[1]) for each in named if each] == list(range(oldest, newest + 1))
+    steps = [step for each in (ci, release) for job in each["jobs"].values() for step in job["steps"]]
+    versions = {str(step["with"]["python-version"]) for step in steps if "python-version" in step.get("with", {})}
+    assert versions == {f"3.{oldest}", "${{ matrix.python }}"}
+    wheels = next(step["env"] for step in steps if "cibuildwheel" in step.get("uses", ""))
+    assert wheels["CIBW_BUILD"] == f"cp3{oldest}-*"
+    files = {path for step in steps for path in re.findall(r"(?:\.ci|tests|smallm)/[\w/.]+", step.get("run", ""))}
+    assert files == {".ci/run", "tests/cli/test_locales.py", "smallm/embed/js"}
+    assert all((ROOT / path).exists() for path in files)
 
 
 def test_a_release_needs_its_tests_and_the_tag_of_the_version():
