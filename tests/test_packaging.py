@@ -171,6 +171,10 @@ def test_every_command_from_the_installed_wheel_in_an_empty_folder(wheel, tmp_pa
     small = "--model.n_layer 1 --model.n_embd 32 --model.n_head 1 --model.block_size 32 --train.batch_size 4"
     steps = "--train.max_steps 4 --train.eval_every 4 --train.sample_length 0"
     assert smallm(site, cwd, "--version") == f"smallm {__version__}\n"
+    for name in re.findall(r"^  smallm (\w+)", smallm(site, cwd, "--help"), re.MULTILINE):
+        text = smallm(site, cwd, name, "--help")
+        assert text.startswith(f"usage: smallm {name} ")
+        assert "python" not in text.replace("python-docs", "").lower().partition("options:")[0]
     smallm(site, cwd, "train", "--config", "quickstart", "--data", str(text_file), "--out", "owls", *small.split(),
            *steps.split())  # fmt: skip
     smallm(site, cwd, "export", "owls")

@@ -5,14 +5,18 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from smallm.errors import UserError
+from smallm.errors import UserError, command
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """An `argparse.ArgumentParser` without abbreviated options that raises `UserError` instead of exiting."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False} | options)
+    def __init__(self, name: str, **options: Any) -> None:
+        """name: of the command, such as "train"; the texts call it `smallm train`, the user reads what was typed."""
+        typed = command(name)
+        for part in {"usage", "description", "epilog"} & options.keys():
+            options[part] = options[part].replace(f"smallm {name}", typed)
+        super().__init__(prog=typed, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")

@@ -23,7 +23,7 @@ downloaded, compiled C, and texts from standard input, which their runs need to 
 
 def main(argv: Sequence[str]) -> int:
     """Runs `smallm cache` with these arguments."""
-    parser = ArgumentParser(prog="smallm cache", description="Shows what the cache folder holds. All but the texts "
+    parser = ArgumentParser("cache", description="Shows what the cache folder holds. All but the texts "
                             "from standard input is made or downloaded again when it is needed.")  # fmt: skip
     parser.add_argument("--clear", nargs="?", const="all", choices=("all", *KINDS), help="delete everything that can "
                         "be made again, or only one kind; no run must be training meanwhile")  # fmt: skip

@@ -19,7 +19,7 @@ MAX_VALUE = 32  # columns of a value
 
 def main(argv: Sequence[str]) -> int:
     """Runs `smallm compare` with these arguments."""
-    parser = ArgumentParser(prog="smallm compare", description="Shows the settings in which runs differ, and their "
+    parser = ArgumentParser("compare", description="Shows the settings in which runs differ, and their "
                             "losses.")  # fmt: skip
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; at least two")
     output = parser.add_mutually_exclusive_group()

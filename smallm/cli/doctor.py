@@ -36,7 +36,7 @@ LABEL = 12  # columns of the labels
 
 def main(argv: Sequence[str]) -> int:
     """Runs `smallm doctor` with these arguments."""
-    parser = ArgumentParser(prog="smallm doctor", description="Shows versions, devices, compilers and what works here, "
+    parser = ArgumentParser("doctor", description="Shows versions, devices, compilers and what works here, "
                             "for a bug report.")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     options = parser.parse_args(argv)

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  python infer.py --seed "O God, O God!"
-  python infer.py --model runs/shakespeare --seed "ROMEO:" --max-length 500 --temperature 0.8 --top-k 40
-  python infer.py --seed "Anna" --stop "\\n" --num-samples 5
-  python infer.py --interactive
-  python infer.py --perplexity my.txt    (without a file: on the run's own validation text)
-  python infer.py --surprise my.txt --html surprise.html"""
+  smallm infer --seed "O God, O God!"
+  smallm infer --model runs/shakespeare --seed "ROMEO:" --max-length 500 --temperature 0.8 --top-k 40
+  smallm infer --seed "Anna" --stop "\\n" --num-samples 5
+  smallm infer --interactive
+  smallm infer --perplexity my.txt    (without a file: on the run's own validation text)
+  smallm infer --surprise my.txt --html surprise.html"""
 GENERATION = {each.name for each in GenerationConfig.options() if each.flag}
 MODES = {  # mode -> the options that it uses; "" = generate text. All modes use --model and --threads.
     "": GENERATION | {"engine", "seed", "num_samples", "stream", "json"},
@@ -178,7 +178,7 @@ def _perplexity(model: "LanguageModel", paths: list[Path], options: argparse.Nam
 
 def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
-        prog="infer.py",
+        "infer",
         description="Generates text with an exported model, or measures a model on a text.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -34,7 +34,7 @@ SORTS: dict[str, Callable[[Run], Any]] = {
 
 def main(argv: Sequence[str]) -> int:
     """Runs `smallm runs` with these arguments."""
-    parser = ArgumentParser(prog="smallm runs", description="Lists the runs in a folder.")
+    parser = ArgumentParser("runs", description="Lists the runs in a folder.")
     parser.add_argument("folder", nargs="?", type=Path, help="folder of runs, or one run; default: runs")
     parser.add_argument("--sort", choices=SORTS, default="newest", help="order: names and losses from the lowest, "
                         "times, steps and sizes from the highest; default: newest")  # fmt: skip

@@ -26,7 +26,7 @@ LABEL = 13  # columns of the labels
 
 def main(argv: Sequence[str]) -> int:
     """Runs `smallm show` with these arguments."""
-    parser = ArgumentParser(prog="smallm show", description="Shows all about one run.")
+    parser = ArgumentParser("show", description="Shows all about one run.")
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run; default: the newest one")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     options = parser.parse_args(argv)

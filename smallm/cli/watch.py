@@ -34,7 +34,7 @@ TOP, CLEAR_LINE, CLEAR_REST = "\x1b[H", "\x1b[K", "\x1b[J"
 
 def main(argv: Sequence[str]) -> int:
     """Runs `smallm watch` with these arguments."""
-    parser = ArgumentParser(prog="smallm watch", description="Follows a run until it ends: loss, chart, last sample, "
+    parser = ArgumentParser("watch", description="Follows a run until it ends: loss, chart, last sample, "
                             "speed and time left. Without a terminal, prints a line for each step that is new.",
                             )  # fmt: skip
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run; default: the newest one")

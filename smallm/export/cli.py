@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(prog="export.py", description=DESCRIPTION,
+    parser = ArgumentParser("export", description=DESCRIPTION,
                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("run", nargs="?", type=Path, help="a run folder or one of its checkpoints (default: the newest run)")

@@ -18,7 +18,7 @@ variable HF_TOKEN or from `hf auth login`; it needs the permission to write."""
 
 def main(argv: Sequence[str]) -> int:
     """Runs `smallm push` with these arguments."""
-    parser = ArgumentParser(prog="smallm push", description=DESCRIPTION,
+    parser = ArgumentParser("push", description=DESCRIPTION,
                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="a run that has been exported, or an export folder")

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> ArgumentParser:
     """The options of `smallm serve`."""
-    parser = ArgumentParser(prog="smallm serve", description="Serves an exported model: POST /v1/completions for "
+    parser = ArgumentParser("serve", description="Serves an exported model: POST /v1/completions for "
                             "clients of OpenAI's API, and a web page at /. Ctrl-C ends the server.")  # fmt: skip
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="a run that was exported, an export folder or an .onnx file")

@@ -23,14 +23,14 @@ from smallm.training.request import Request, load_config, resolve
 DESCRIPTION = """\
 Trains a character-level language model on a text and writes a run folder with checkpoints, metrics and a report.
 
-  python train.py                                built-in text, less than a minute on two cores
-  python train.py --data my.txt                  your own text
-  python train.py --data my.txt --minutes 5      size, batch and schedule are chosen for this text, machine and time
-  python train.py --config configs/shakespeare-cpu.toml --data shakespeare --out runs/shakespeare
-  python train.py --resume runs/shakespeare      continues a run exactly where it stopped
-  python train.py --init-from runs/shakespeare --data my.txt    fine-tunes its model on another text, in a new run
-  python train.py --eval-only runs/shakespeare --data my.txt    measures its best checkpoint; trains nothing
-  python train.py --check my.txt                 reports problems of a text and how to solve them; trains nothing
+  smallm train                                built-in text, less than a minute on two cores
+  smallm train --data my.txt                  your own text
+  smallm train --data my.txt --minutes 5      size, batch and schedule are chosen for this text, machine and time
+  smallm train --config shakespeare-cpu --data shakespeare --out runs/shakespeare
+  smallm train --resume runs/shakespeare      continues a run exactly where it stopped
+  smallm train --init-from runs/shakespeare --data my.txt    fine-tunes its model on another text, in a new run
+  smallm train --eval-only runs/shakespeare --data my.txt    measures its best checkpoint; trains nothing
+  smallm train --check my.txt                 reports problems of a text and how to solve them; trains nothing
 
 Every setting below is also a line of a TOML file: --model.n_layer 6 is n_layer = 6 in the section [model]. Flags
 override files."""
@@ -78,9 +78,9 @@ def parse(argv: Sequence[str]) -> Request:
 def build_parser() -> ArgumentParser:
     """The parser of `train.py`; its result holds only the settings that are given."""
     parser = ArgumentParser(
-        prog="train.py",
-        usage="train.py [--data TEXT] [--minutes N] [--config TOML] [--out DIR] [--section.setting VALUE ...]\n"
-        "       train.py --resume RUN [--section.setting VALUE ...]",
+        "train",
+        usage="smallm train [--data TEXT] [--minutes N] [--config TOML] [--out DIR] [--section.setting VALUE ...]\n"
+        "       smallm train --resume RUN [--section.setting VALUE ...]",
         description=DESCRIPTION,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,9 +1,9 @@
 """Draws what runs learned: training and validation loss by step and by epoch, and the learning rate.
 
-    python -m smallm plot runs/shakespeare                        writes the picture runs/shakespeare/loss.png
-    python -m smallm plot runs/decay runs/constant --out lr.png   draws several runs over each other
-    python -m smallm plot runs/shakespeare --html report.html     writes the report of the run again, as a page
-    python -m smallm plot runs/decay runs/constant --html c.html  compares runs on a page
+    smallm plot runs/shakespeare                        writes the picture runs/shakespeare/loss.png
+    smallm plot runs/decay runs/constant --out lr.png   draws several runs over each other
+    smallm plot runs/shakespeare --html report.html     writes the report of the run again, as a page
+    smallm plot runs/decay runs/constant --html c.html  compares runs on a page
 
 Reads the metrics.jsonl of each run. Losses are in nats per character.
 """
@@ -42,7 +42,7 @@ def plot_runs(runs: Sequence[Path], out: Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `smallm plot` with these arguments and prints the files written. Raises `UserError`."""
-    parser = ArgumentParser(prog="smallm plot", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser("plot", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a training run")
     parser.add_argument("--out", type=Path, help="picture to write: .png, .svg or .pdf (default: loss.png in the "
                         "folder of one run, compare.png for several runs, no picture with --html)")  # fmt: skip
