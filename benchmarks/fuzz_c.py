@@ -7,9 +7,10 @@
 --program must write text or one `smallm:` line. Build it with -fsanitize=address,undefined -fno-sanitize-recover=all,
 so that every memory error and every leak is a finding. Case N is a function of --seed and N (see mutations.py).
 
---runs builds smallm.c and fuzz_target.c with clang's libFuzzer and the same sanitizers. It opens each file from memory
-and generates and scores a few characters. The files begin as the models, which should be small: 30 kB give 600 files a
-second. More than 1 GB of memory, 512 MB at once, or 30 s for a file are findings, and the first finding ends the runs.
+--runs builds fuzz_target.c, which holds smallm.c, with clang's libFuzzer and the same sanitizers. It opens each file
+from memory and generates and scores a few characters. The files begin as the models, each with the draft table beside
+it, if there is one. They should be small: 30 kB give 600 files a second. More than 1 GB of memory, 512 MB at once, or
+30 s for a file are findings, and the first finding ends the runs.
 
 The files of findings are kept in --keep. Prints a table, then all figures as one line of JSON; progress goes to stderr.
 """
@@ -82,8 +83,7 @@ def build_target(folder: Path, optimisation: str = "-O2") -> Path:
     """Builds the target of libFuzzer. Raises `CalledProcessError`."""
     target = folder / "fuzz_target"
     flags = ["-std=c99", optimisation, "-g", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
-    sources = [HERE / "fuzz_target.c", ENGINE / "smallm.c"]
-    subprocess.run(["clang", *flags, f"-I{ENGINE}", *sources, "-lm", "-o", target], check=True)
+    subprocess.run(["clang", *flags, f"-I{ENGINE}", HERE / "fuzz_target.c", "-lm", "-o", target], check=True)
     return target
 
 
@@ -92,7 +92,9 @@ def run_target(target: Path, models: Sequence[Path], runs: int, seed: int) -> di
     corpus = target.with_name("corpus")
     corpus.mkdir()
     for number, model in enumerate(models):
-        (corpus / f"{number}.onnx").write_bytes(mutations.without_checksum(model.read_bytes()))
+        table = model.with_name("draft_table.npy")
+        content = mutations.without_checksum(model.read_bytes()) + (table.read_bytes() if table.is_file() else b"")
+        (corpus / f"{number}.onnx").write_bytes(content)
     largest = max(model.stat().st_size for model in models)
     flags = {"runs": runs, "seed": seed, "max_len": 3 * largest // 2, "rss_limit_mb": 1024, "malloc_limit_mb": 512,
              "timeout": MAX_SECONDS, "artifact_prefix": f"{target.parent}/"}  # fmt: skip

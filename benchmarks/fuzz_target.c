@@ -1,9 +1,7 @@
-/* The target of libFuzzer that fuzz_c.py builds with smallm.c: opens a model from memory, then generates and scores a few
-   characters with it. */
+/* The target of libFuzzer that fuzz_c.py builds: opens a model, and a draft table that may follow it in the file, then
+   generates and scores a few characters. */
 
-#include "smallm.h"
-
-#include <string.h>
+#include "smallm.c" /* not smallm.h: the library reads draft tables only from files of their own */
 
 size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t room);
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t room, unsigned seed);
@@ -12,7 +10,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 enum { MAX_PART = 64 };
 
 /* Three of four mutations keep the size of the file: the lengths of the messages around a change stay right, so that the
-   reader gets further. Half of them change the first or the last 6,000 bytes, where the nodes and the metadata are. */
+   reader gets further. Half of them change the first or the last 6,000 bytes, where the nodes, the metadata and the draft
+   table are. */
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t room, unsigned seed)
 {
     uint8_t part[MAX_PART];
@@ -26,30 +25,53 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t room, unsigned
     return size;
 }
 
+/* Where the draft table begins: at the last head of a numpy file; the end of the file if there is none. */
+static size_t find_table(const uint8_t *data, size_t size)
+{
+    for (size_t at = size; at-- > 0;)
+        if (size - at >= 7 && data[at] == 0x93 && memcmp(data + at, "\x93NUMPY\x01", 7) == 0) return at;
+    return size;
+}
+
+/* Generates a text; of some files one half of it together with a copy. */
+static void generate(smallm_context *context, bool together)
+{
+    smallm_context *both[2] = {context, NULL};
+    const char *text;
+    size_t bytes;
+    for (int i = 0; together && i < 3; i++) smallm_next(context, &text, &bytes);
+    if (together && smallm_context_copy(context, &both[1]) == SMALLM_OK) {
+        smallm_reseed(both[1], 1, 2);
+        while (smallm_step(both, 2) == SMALLM_OK)
+            for (int i = 0; i < 2; i++) smallm_take(both[i], &text, &bytes);
+    }
+    smallm_context_free(both[1]);
+    while (smallm_next(context, &text, &bytes) == SMALLM_OK) {}
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    static const char *const stops[] = {"e", "\xC3\xA9 "}, *const kernels[] = {NULL, "avx2", "sse2", "plain"};
+    static const char *const stops[] = {"e", "\xC3\xA9 "}, *const names[] = {NULL, "avx2", "sse2", "plain"};
     uint32_t choice = 2166136261u; /* of kernels and options: FNV-1a of the file */
     for (size_t i = 0; i < size; i += 5) choice = (choice ^ data[i]) * 16777619u;
-    smallm_open_options how = {sizeof how, kernels[choice % 4], 1};
+    smallm_open_options how = {sizeof how, names[choice % 4], 1};
     smallm_model *model = NULL;
     smallm_context *context = NULL;
     smallm_options options;
     smallm_character likeliest[4];
     double nats[8];
-    const char *text;
-    size_t bytes;
-    smallm_status status = smallm_open_memory(data, size, &how, &model);
-    if (status == SMALLM_MISTAKE) status = smallm_open_memory(data, 0, NULL, &model); /* no such kernels here */
+    size_t bytes, end = find_table(data, size);
+    smallm_status status = smallm_open_memory(data, end, &how, &model);
+    if (status == SMALLM_OK && end < size) read_draft_table(model, span_of(data + end, size - end));
     if (status == SMALLM_OK && smallm_context_new(model, &context) == SMALLM_OK) {
         smallm_default_options(model, &options, sizeof options);
         options.max_length = 12, options.rng_seed = choice, options.logprobs = 1;
         if (choice % 8 < 4) options.stops = stops, options.stop_count = 2, options.banned = "a\xC3\xA9";
         if (choice % 16 < 8) options.repetition_penalty = 1.5, options.overflow = SMALLM_CROP;
         smallm_generate_start(context, "a\xC3\xA9", choice % 32 < 8 ? 0 : 3, &options);
-        while (smallm_next(context, &text, &bytes) == SMALLM_OK) {}
+        generate(context, choice / 32 % 4 == 0);
         smallm_score(context, "an \xC3\xA9.", 6, nats, 8, &bytes);
-        if (choice % 1024 < 32) smallm_next_characters(context, "an", 2, likeliest, 4, &bytes); /* many passes */
+        if (choice / 128 % 32 == 0) smallm_next_characters(context, "an", 2, likeliest, 4, &bytes); /* many passes */
     }
     smallm_context_free(context);
     smallm_close(model);

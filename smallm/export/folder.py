@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,11 +20,12 @@ from smallm.export.hugging_face import SPECIAL_TOKENS_FILE, export_files
 from smallm.export.kits import FILES, write_kit
 from smallm.export.model_card import CARD_FILE, WEIGHTS_FILE, is_card, licence_of, model_card
 from smallm.export.output_folder import check_replaceable, replacing
-from smallm.export.parity import check_parity
+from smallm.export.parity import check_native, check_parity
 from smallm.export.portable_graph import PORTABLE_FILE, build_portable
 from smallm.export.precision import PRECISIONS, Precision, Quality, check_loss, measure, write_quantised
 from smallm.generation.draft_table import DRAFT_TABLE_FILE, OLD_DRAFT_TABLE_FILE
 from smallm.generation.speculative import drafts_per_pass
+from smallm.inference.native import is_compiled, native_library
 from smallm.language_model import MODEL_FILE, LanguageModel
 from smallm.model_file.manifest import MANIFEST_FILE, Manifest
 from smallm.model_file.onnx_reader import read_onnx
@@ -81,6 +83,8 @@ def export_run(
         path = (run.parent.parent if is_in_run else run) / (f"kit-{kit}" if kit else EXPORT)
     if kit is None:
         return export_checkpoint(checkpoint, path, precision, allow_loss, gguf, portable)
+    with suppress(UserError):  # without a C compiler the engine of the kit is not compared with ONNX Runtime
+        native_library()
     with TemporaryDirectory(prefix="smallm-") as folder:
         export = export_checkpoint(checkpoint, Path(folder) / EXPORT, precision, allow_loss)
         write_kit(kit, export.path, path)
@@ -97,6 +101,8 @@ def export_checkpoint(
 ) -> Export:
     """Writes the export folder of a checkpoint, completely or not at all.
 
+    If the C library is there, compiled before or in the wheel, the C engine is compared with ONNX Runtime as well.
+
     Args:
         checkpoint: A checkpoint folder.
         out: The folder to write; missing, empty, or an earlier export, which is replaced.
@@ -106,8 +112,8 @@ def export_checkpoint(
         portable: Also write a model file with standard ONNX operators only; it is in fp32 in every export.
 
     Raises:
-        UserError: The checkpoint or `out` is not usable, the exported model differs from the PyTorch model, or the
-            precision costs more bits per character than allowed.
+        UserError: The checkpoint or `out` is not usable, the exported model differs from the PyTorch model or in the C
+            engine, or the precision costs more bits per character than allowed.
     """
     manifest = replace(build_manifest(checkpoint), precision=precision)
     if gguf:
@@ -124,6 +130,9 @@ def export_checkpoint(
             manifest, difference, measured = _write_model(
                 model, manifest, path, PRECISIONS[precision], text, allow_loss
             )
+            sample = _sample(path)
+            if is_compiled():
+                check_native(path, text if len(text) > 1 else sample, precision)
             _write_json_files(folder, checkpoint, manifest)
             _link(path, folder / PRECISIONS[precision].transformers_js[1])
             if precision == "fp32":  # a quantised export is meant to be small
@@ -134,7 +143,7 @@ def export_checkpoint(
                 measured.append(_write_portable(model, manifest, folder / PORTABLE_FILE, text))
             sizes = {file: (folder / file).stat().st_size for file in _names(name) if (folder / file).is_file()}
             baselines = read_baselines(checkpoint.resolve().parent.parent)
-            content = model_card(name, manifest, measured, sizes, _sample(path), licence, baselines)
+            content = model_card(name, manifest, measured, sizes, sample, licence, baselines)
             (folder / CARD_FILE).write_text(content, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror}; choose another --out") from None

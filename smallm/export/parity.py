@@ -1,5 +1,6 @@
-"""The parity check: an exported file computes the logits of the PyTorch model, in every way that hosts run it."""
+"""The parity checks: an exported file computes the logits of the PyTorch model, in every way that hosts run it."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -7,13 +8,19 @@ import torch
 
 from smallm.errors import UserError
 from smallm.inference.kv_cache import KVCache
+from smallm.inference.native import NativeContext, NativeModel
 from smallm.inference.session import Session
+from smallm.language_model import LanguageModel
 from smallm.training.model.transformer import TransformerLanguageModel
 
 TOLERANCE = 1e-4
 """Largest allowed difference of a logit, in fp32 arithmetic."""
 MAX_IDS = 1024
 """Longest sequence that is compared."""
+MAX_TEXT = 2_000
+"""Characters on which the C engine is compared with ONNX Runtime."""
+MAX_LOSS = 0.0005
+"""Largest allowed difference in bits per character between the C engine and ONNX Runtime, of quantised models."""
 
 
 def check_parity(model: TransformerLanguageModel, path: Path, max_ids: int = MAX_IDS) -> float:
@@ -73,3 +80,24 @@ def _difference(what: str, found: np.ndarray, expected: np.ndarray) -> float:
             f"at most {TOLERANCE:g} is allowed), so nothing was written; please report this"
         )
     return difference
+
+
+def check_native(path: Path, text: str, precision: str) -> None:
+    """Compares the surprisal of each character of a text between the C engine and ONNX Runtime.
+
+    In fp32 each may differ by 2 * TOLERANCE nats, since it is a difference of two logits. The two engines round the
+    inputs of quantised products differently; there the mean may differ by MAX_LOSS, and by four standard errors.
+    Raises `UserError`.
+    """
+    text = text[:MAX_TEXT]
+    differences = NativeContext(NativeModel(path)).score(text)[1:] - LanguageModel.load(path).score(text)[1:]
+    if precision == "fp32":
+        difference, allowed, unit = np.abs(differences).max(), 2 * TOLERANCE, "nats for a character"
+    else:
+        difference, unit = abs(differences.mean()) / math.log(2), "bits per character"
+        allowed = MAX_LOSS + 4 * differences.std() / math.sqrt(len(differences)) / math.log(2)
+    if not difference <= allowed:  # also true for NaN
+        raise UserError(
+            f"the C engine differs from ONNX Runtime by {difference:.2g} {unit} (at most {allowed:.2g} is allowed), so "
+            "nothing was written; please report this"
+        )

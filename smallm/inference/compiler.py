@@ -20,18 +20,28 @@ def compile_library(compiler: str, flags: Sequence[str], source: Path) -> Path:
     Compiles into a temporary folder and renames, since several processes may compile at once. The name of the library
     ends in its digest: a damaged library would end the process.
     """
-    folder, content = cache_folder(), [each.read_bytes() for each in sorted(source.parent.glob("*.[ch]"))]
-    key = hashlib.sha256(repr((content, flags, compiler, processor())).encode()).hexdigest()[:16]
-    name = f"{source.stem}-{key}"
-    for stored in folder.glob(f"{name}-*.so"):
-        if stored.stem.endswith(_digest(stored)):
-            return stored
+    if stored := stored_library(compiler, flags, source):
+        return stored
+    folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         built = Path(temporary) / "library.so"
         command = [compiler, *flags, str(source), "-lm", "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT)
-        return built.replace(folder / f"{name}-{_digest(built)}.so")
+        return built.replace(folder / f"{_name(compiler, flags, source)}-{_digest(built)}.so")
+
+
+def stored_library(compiler: str, flags: Sequence[str], source: Path) -> Path | None:
+    """The library of a C file in the cache; None if it was not compiled yet."""
+    stored = cache_folder().glob(f"{_name(compiler, flags, source)}-*.so")
+    return next((library for library in stored if library.stem.endswith(_digest(library))), None)
+
+
+def _name(compiler: str, flags: Sequence[str], source: Path) -> str:
+    """The name of a library without its digest: what it was compiled from."""
+    content = [each.read_bytes() for each in sorted(source.parent.glob("*.[ch]"))]
+    key = hashlib.sha256(repr((content, flags, compiler, processor())).encode()).hexdigest()[:16]
+    return f"{source.stem}-{key}"
 
 
 def processor() -> str:

@@ -12,8 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from smallm.errors import UserError
-from smallm.inference.compiler import INSTALL, compile_library
+from smallm.inference.compiler import INSTALL, compile_library, stored_library
 
 SOURCE = Path(__file__).parents[1] / "embed" / "c" / "smallm.c"
 PREBUILT = Path(__file__).with_name("smallm_native.dll" if platform.system() == "Windows" else "smallm_native.so")
@@ -117,6 +119,13 @@ class NativeContext:
         self._bytes.value = 0
         return done
 
+    def score(self, text: str) -> np.ndarray:
+        """The nats of each character, (len(text),) float64; NaN for the first."""
+        encoded, nats = text.encode(), (ctypes.c_double * len(text))()
+        sizes = ctypes.c_size_t(len(encoded)), nats, ctypes.c_size_t(len(text))
+        self._check(self._library.smallm_score(self._context, encoded, *sizes, ctypes.byref(self._count)))
+        return np.array(nats)
+
     def copy(self) -> "NativeContext":
         """A context that continues from here independently."""
         return NativeContext(self._model, self)
@@ -141,6 +150,16 @@ def _encoded(name: str, text: str) -> bytes:
     return text.encode()
 
 
+def is_compiled() -> bool:
+    """Whether the C library is there already: from the wheel, or compiled on this machine before."""
+    compiler = _compiler()
+    return PREBUILT.is_file() or (compiler is not None and stored_library(compiler, FLAGS, SOURCE) is not None)
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CC", "cc")) if platform.system() in INSTALL else None
+
+
 @cache
 def native_library() -> Any:
     """The C library, that of the wheel or compiled now. Raises `UserError`."""
@@ -152,8 +171,8 @@ def native_library() -> Any:
             "engine = 'native' needs smallm.c, which this program lacks; collect the data files of smallm "
             "(PyInstaller: --collect-data smallm), or leave out the engine"
         )
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None or platform.system() not in INSTALL:
+    compiler = _compiler()
+    if compiler is None:
         install = INSTALL.get(platform.system())
         raise UserError(
             "engine = 'native' needs a C compiler, and this machine has none; "

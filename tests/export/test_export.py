@@ -30,6 +30,7 @@ from smallm.export import precision as export_precision
 from smallm.export.folder import export_checkpoint
 from smallm.export.gguf import check_gguf
 from smallm.export.parity import TOLERANCE, check_parity
+from smallm.inference.native import NativeModel
 from smallm.inference.session import Session
 from smallm.language_model import MODEL_FILE
 from smallm.model_file.manifest import MANIFEST_FILE, Manifest
@@ -260,6 +261,29 @@ def test_a_broken_graph_is_not_exported(run, monkeypatch, capsys, break_):
         assert err.count("\n") == 1
     assert contents(run) == before  # the older export is as it was
     assert [path.name for path in run.parent.iterdir()] == [run.name]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.parametrize(("precision", "unit"), [("fp32", "nats for a character"), ("int8", "bits per character")])
+def test_a_kit_whose_engine_differs_from_onnx_runtime_is_not_written(run, monkeypatch, capsys, precision, unit):
+    argv = [run, "--kit", "c", "--precision", precision, "--allow-loss"]
+    assert run_export(capsys, *argv)[::2] == (0, "")
+    before = contents(run)
+
+    def damaged(path):
+        proto = onnx.load(path)
+        change_initializer("wte.weight", lambda w: w[::-1].copy())(proto)
+        next(entry for entry in proto.metadata_props if entry.key == "smallm.checksum").value = "0"
+        onnx.save(proto, path.with_name("damaged.onnx"))
+        return NativeModel(path.with_name("damaged.onnx"))
+
+    monkeypatch.setattr("smallm.export.parity.NativeModel", damaged)
+    code, out, err = run_export(capsys, *argv)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("smallm: the C engine differs from ONNX Runtime by ")
+    assert unit in err
+    assert contents(run) == before
 
 
 def test_an_error_in_the_middle_leaves_nothing(run, monkeypatch):
