@@ -153,7 +153,11 @@ static INLINE void K(low_bytes)(int8_t *p, const float32x4_t *v)
 #elif SMALLM_WASM
 enum { K(LANES) = 4, K(ROWS) = 4, K(PANELS) = 1, K(TILES) = 4 };
 typedef v128_t K(vec);
-typedef v128_t K(ints);
+/* Weights are numbers of 16 bits, and so are the four inputs, repeated in `low`. Sums have two parts for each output, for the
+   first and the last two of four products, which TO_FLOAT adds: one addition per product of two vectors, and no shuffles. */
+typedef struct {
+    v128_t low, high;
+} K(ints);
 #define LOAD(p) wasm_v128_load(p)
 #define STORE(p, v) wasm_v128_store(p, v)
 #define ALL(f) wasm_f32x4_splat(f)
@@ -164,10 +168,12 @@ typedef v128_t K(ints);
 #define MAX(a, b) wasm_f32x4_pmax(b, a)
 #define MIN(a, b) wasm_f32x4_pmin(b, a)
 #define POWER_OF_2(v) wasm_i32x4_add(wasm_i32x4_shl(v, 23), wasm_i32x4_splat(127 << 23))
-#define LOAD_INTS(p) wasm_v128_load(p)
-#define ALL_INTS(i) wasm_i32x4_splat(i)
-#define TO_FLOAT(i) wasm_f32x4_convert_i32x4(i)
-#define ADD_INTS(a, b) wasm_i32x4_add(a, b)
+#define LOAD_INTS(p) (K(ints)){wasm_i16x8_load8x8(p), wasm_i16x8_load8x8((p) + 8)}
+#define ALL_INTS(i) (K(ints)){wasm_i16x8_extend_low_i8x16(wasm_i32x4_splat(i)), wasm_i32x4_splat(0)}
+#define ADD_INTS(a, b) (K(ints)){wasm_i32x4_add((a).low, (b).low), wasm_i32x4_add((a).high, (b).high)}
+#define TO_FLOAT(i) \
+    wasm_f32x4_convert_i32x4(wasm_i32x4_add(wasm_i32x4_shuffle((i).low, (i).high, 0, 2, 4, 6), \
+                                            wasm_i32x4_shuffle((i).low, (i).high, 1, 3, 5, 7)))
 #define LOAD_PART(p, v) K(load_part)(p, v)
 /* Vector `part` at p. clang cannot rule out that an address wraps around, and would add it up before each load. */
 static INLINE v128_t K(load_part)(const float *p, const int part)
@@ -177,15 +183,9 @@ static INLINE v128_t K(load_part)(const float *p, const int part)
             : "=r"(v) : "r"(p), "i"(16 * part), "m"(*(const float(*)[16])p));
     return v;
 }
-#define DOT4(sum, x, w) K(dot4)(sum, x, w)
-static INLINE v128_t K(dot4)(v128_t sum, v128_t x, v128_t w)
-{
-    v128_t four = wasm_i16x8_extend_low_i8x16(x); /* x repeats its four numbers */
-    v128_t low = wasm_i32x4_dot_i16x8(four, wasm_i16x8_extend_low_i8x16(w));
-    v128_t high = wasm_i32x4_dot_i16x8(four, wasm_i16x8_extend_high_i8x16(w));
-    v128_t even = wasm_i32x4_shuffle(low, high, 0, 2, 4, 6), odd = wasm_i32x4_shuffle(low, high, 1, 3, 5, 7);
-    return wasm_i32x4_add(sum, wasm_i32x4_add(even, odd));
-}
+#define DOT4(sum, x, w) (K(ints)){ \
+    wasm_i32x4_add((sum).low, wasm_i32x4_dot_i16x8((x).low, (w).low)), \
+    wasm_i32x4_add((sum).high, wasm_i32x4_dot_i16x8((x).low, (w).high))}
 #define LOW_BYTES(p, v) K(low_bytes)(p, v)
 static INLINE void K(low_bytes)(int8_t *p, const v128_t *v)
 {
