@@ -75,6 +75,12 @@ class RunSnapshot:
         return self.state.step / self.total_steps
 
     @property
+    def member(self) -> str:
+        """The model that trains, such as "model 1 of 2"; empty unless train.ensemble is set."""
+        size = self.config.train.ensemble
+        return f"model {self.state.member + 1} of {size}" if size > 1 else ""
+
+    @property
     def seconds(self) -> float:
         """Seconds since the start of the run, without interruptions."""
         return time.perf_counter() - self.start
@@ -102,6 +108,9 @@ class Callback:
 
     def on_evaluation(self, run: RunSnapshot, evaluation: Evaluation) -> None:
         """After every evaluation that was not interrupted."""
+
+    def on_member(self, run: RunSnapshot) -> None:
+        """Before the first step of every later model of an ensemble (train.ensemble)."""
 
     def on_end(self, run: RunSnapshot) -> None:
         """After the last step and its checkpoint. `KeyboardInterrupt` may be raised here: handlers are restored."""
@@ -131,9 +140,22 @@ class StartupSummary(Callback):
             f"context {c.model.block_size}, {run.model.flops_per_id() / 1e6:.1f} MFLOP per id\n"
             f"run    {run.folder}: {about}{run.total_steps:,} steps of {plan.characters_per_step:,.0f} characters "
             f"= {run.total_steps / plan.steps_per_epoch:.1f} epochs, {c.optim.name}\n"
+            f"{self._models(run)}"
             f"on     {facts['processes']} process(es), each with {facts['device']}, {facts['precision']}, "
             f"{plan.grad_accum_steps} x {plan.micro_batch_size} sequences a step"
         )
+
+    def on_member(self, run: RunSnapshot) -> None:
+        teachers = "the one before" if run.state.member == 1 else f"the {run.state.member} before"
+        run.logger.info(f"step {run.state.step:,}: {run.member} learns from the text and from {teachers}")
+
+    def _models(self, run: RunSnapshot) -> str:
+        """The line about train.ensemble."""
+        if not run.member:
+            return ""
+        size = run.config.train.ensemble
+        share = 200 / (size + 1)
+        return f"models {size}, one after another; the last, with {share:.0f} % of the steps, is the result\n"
 
     def _origin(self, run: RunSnapshot) -> str:
         """The line about train.init_from."""
@@ -155,7 +177,7 @@ class MetricsLog(Callback):
         self._peak_flops: float | None = None
 
     def on_start(self, run: RunSnapshot) -> None:
-        if run.config.train.minutes and run.is_main:
+        if run.config.train.minutes and run.is_main and not run.member:  # the forecast is fitted to single models
             self._forecast = Forecast(run.progress, bz2_nats_per_character(run.corpus))
         if run.is_main:
             self._peak_flops = matrix_flops(run.accelerator.device, run.accelerator.mixed_precision)
@@ -166,25 +188,31 @@ class MetricsLog(Callback):
         speed, memory = metrics["characters_per_second"], peak_memory(run.accelerator.device)
         flops = speed * run.plan.ids_per_character * run.model.flops_per_id() / run.accelerator.num_processes
         mfu = flops / self._peak_flops if self._peak_flops else None
-        shown = [f"loss {metrics['loss']:.3f}", f"{speed:,.0f} chars/s"]
+        shown = [run.member] if run.member else []
+        shown += [f"loss {metrics['loss']:.3f}", f"{speed:,.0f} chars/s"]
         shown += [f"MFU {100 * mfu:.0f} %"] if mfu is not None else []
         shown += [f"{memory / 1e9:.2g} GB"] if memory is not None else []
         run.logger.show(", ".join(shown))
-        run.logger.write("train", metrics | {"mfu": mfu, "memory_bytes": memory})
+        run.logger.write("train", metrics | {"mfu": mfu, "memory_bytes": memory} | self._member(run))
 
     def on_evaluation(self, run: RunSnapshot, evaluation: Evaluation) -> None:
         sample, step, epoch = self._sample(run), run.state.step, run.state.step / run.plan.steps_per_epoch
         loss, train_loss, bits = evaluation.val_loss, evaluation.train_loss, evaluation.val_loss / math.log(2)
         train = "" if train_loss is None else f", train {train_loss:.4f}"
+        at = f"epoch {epoch:.2f}, {run.member}" if run.member else f"epoch {epoch:.2f}"
         run.logger.info(
-            f"step {step:,} (epoch {epoch:.2f}): validation {loss:.4f} nats per character = {bits:.3f} bits{train}"
+            f"step {step:,} ({at}): validation {loss:.4f} nats per character = {bits:.3f} bits{train}"
         )
         if sample:
             run.logger.info("    " + sample.strip("\n").replace("\n", "\n    "))
         run.logger.write("eval", {
             "step": step, "epoch": epoch, "train_loss": train_loss, "val_loss": loss, "bits_per_character": bits,
-            "perplexity": perplexity(loss), "seconds": run.seconds, "sample": sample,
+            "perplexity": perplexity(loss), "seconds": run.seconds, "sample": sample, **self._member(run),
         })  # fmt: skip
+
+    def _member(self, run: RunSnapshot) -> dict[str, int]:
+        """For the records of an ensemble: the number of the model, from 1."""
+        return {"member": run.state.member + 1} if run.member else {}
 
     def _sample(self, run: RunSnapshot) -> str:
         """Seed text and continuation by the settings of the run; computed by all processes (FSDP)."""

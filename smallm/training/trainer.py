@@ -25,6 +25,7 @@ from smallm.training.data.corpus import Corpus
 from smallm.training.data.dataset import CharDataset, WeightedDataset
 from smallm.training.devices import environment_facts, prepare
 from smallm.training.distributed import broadcast_from_main, full_tensor, sum_over_processes
+from smallm.training.ensemble import Ensemble
 from smallm.training.evaluate import evaluate
 from smallm.training.logger import Logger, Meter
 from smallm.training.model.compilation import compile_model, should_compile
@@ -54,6 +55,7 @@ class Trainer:
         dataset = _dataset(config, corpus)
         self.plan = StepPlan.of(config, corpus, dataset, accelerator.num_processes)
         self.budget = self._build_budget(planned_steps)
+        self.ensemble = Ensemble(accelerator, config, corpus.vocabulary.size)
 
         self.model = TransformerLanguageModel(corpus.vocabulary.size, config.model, seed=config.train.seed)
         # `model` stays the plain module, for evaluation and checkpoints; `prepared` is only for training steps.
@@ -72,6 +74,11 @@ class Trainer:
         """Steps of the whole run; under train.minutes an estimate that is updated as the run goes on."""
         return self.budget.total_steps
 
+    @property
+    def member_end(self) -> int:
+        """The step at which the training of the current model ends; `total_steps`, unless train.ensemble is set."""
+        return self.ensemble.end(self.state, self.total_steps)
+
     def train(self) -> int:
         """Trains to the last step, until patience runs out, or until a signal arrives.
 
@@ -84,8 +91,11 @@ class Trainer:
                 if self.saved and self._is_due(self.plan.eval_every):
                     self._evaluate_and_save()  # the evaluation during which the run was interrupted
                 while not (self.signals.signum or self.state.step >= self.total_steps or self._stopped_early()):
+                    if self._is_trained():
+                        self._start_next_member()
                     step = self.state.step
-                    factor = learning_rate_factor(step, c.optim, self.total_steps, self.plan.steps_per_epoch)
+                    done, steps = self._member_step(step)
+                    factor = learning_rate_factor(done, c.optim, steps, self.plan.steps_per_epoch)
                     set_learning_rate(self.optimizer, factor)
                     loss, norm = self.train_step(step)
                     self.state.step, self.state.val_loss, self.saved = step + 1, None, False
@@ -124,19 +134,24 @@ class Trainer:
             self._halve_micro_batch()
 
     def _forward_backward(self, step: int) -> Tensor:
-        """Adds the gradient of a step to the parameters; returns the mean loss of this process (nats per id)."""
+        """Adds the gradient of a step to the parameters; returns the mean loss of this process (nats per id).
+
+        The loss that is returned is that of the text, also where the model learns from teachers too.
+        """
         total = torch.zeros((), device=self.accelerator.device)
         for micro_step in range(self.plan.grad_accum_steps):
             if self.config.model.dropout:
                 self.loader.seed_dropout(step, micro_step)
-            window = window_length(step, self.config, self.total_steps)
+            done, steps = self._member_step(step)
+            window = window_length(done, self.config, steps)
             ids, targets = self.loader.batch(step, micro_step, window)  # (B, T)
             last = micro_step == self.plan.grad_accum_steps - 1
             with nullcontext() if last else self.accelerator.no_sync(self.prepared):
-                loss = cross_entropy(self.forward(ids), targets) / self.plan.grad_accum_steps
+                losses = self.ensemble.loss(self.forward(ids), ids, targets)
+                loss, text_loss = (loss / self.plan.grad_accum_steps for loss in losses)
                 # The factor is 1, or NaN if the loss is not finite: then the gradient is NaN on all processes.
                 self.accelerator.backward(loss * (1 + 0 * loss.detach()))
-            total += loss.detach()
+            total += text_loss.detach()
         return total
 
     def resume(self, folder: Path) -> None:
@@ -152,6 +167,7 @@ class Trainer:
             raise UserError(f"{self.folder} is finished ({used}); train longer with {self.budget.extend_flag}")
         checkpoint.load_weights(folder, self.model)
         checkpoint.load_optimizer(folder, self.model, self.optimizer)
+        self.ensemble.restore(folder, state)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.guard.restore(state.skipped_steps, state.skipped_in_a_row)
@@ -164,6 +180,9 @@ class Trainer:
         t, plan = self.config.train, self.plan
         if not t.minutes:
             steps = total_steps(t.max_steps, t.epochs, plan.steps_per_epoch)
+            if steps < t.ensemble:
+                raise UserError(f"train.ensemble = {t.ensemble} trains {t.ensemble} models, but the run has {steps} "
+                                "step(s); train for longer")  # fmt: skip
             return StepBudget(steps, is_default=not (t.max_steps or t.epochs))
         # A forward pass takes a third of a step.
         steps_per_evaluation = len(self.corpus.val_ids) / (3 * t.batch_size * self.config.model.block_size)
@@ -238,10 +257,27 @@ class Trainer:
                             f"{self.plan.grad_accum_steps} passes of {smaller}")  # fmt: skip
 
     def _is_due(self, every: int) -> bool:
-        return self.state.step % every == 0 or self.state.step >= self.total_steps
+        return self.state.step % every == 0 or self.state.step >= self.member_end
 
     def _stopped_early(self) -> bool:
+        return self._out_of_patience() and self.ensemble.is_last(self.state)
+
+    def _out_of_patience(self) -> bool:
         return 0 < self.config.train.patience <= self.state.evaluations_since_best
+
+    def _is_trained(self) -> bool:
+        """Whether it is the turn of the next model of an ensemble."""
+        ended = self.state.step >= self.member_end or self._out_of_patience()
+        return ended and not self.ensemble.is_last(self.state)
+
+    def _start_next_member(self) -> None:
+        with self.meter.paused():
+            self.ensemble.start_next(self.model, self.optimizer, self.state)
+            self._call("on_member")
+
+    def _member_step(self, step: int) -> tuple[int, int]:
+        """The step (0-based) within the training of the current model, and the number of its steps."""
+        return step - self.state.member_start, self.member_end - self.state.member_start
 
     def _update_budget(self) -> None:
         """Under train.minutes: updates the estimate of `total_steps`, by the clock of the main process."""
@@ -322,7 +358,8 @@ class Trainer:
             if self.accelerator.is_main_process:
                 s.seconds, s.planned_steps = self.meter.seconds, self.total_steps
                 s.scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
-                checkpoint.save_checkpoint(self.folder, s, self.config, tensors, self.corpus.vocabulary)
+                checkpoint.save_checkpoint(self.folder, s, self.config, tensors, self.corpus.vocabulary,
+                                           self.ensemble.tensors())  # fmt: skip
                 manager.prune(self.folder, s.best_step, self.config.train.keep_last)
             self.accelerator.wait_for_everyone()
         self.saved = True

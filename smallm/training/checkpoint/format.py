@@ -3,6 +3,7 @@
 checkpoints/step-000500/
     model.safetensors, config.json, generation_config.json, tokenizer.json, tokenizer_config.json
     optimizer.safetensors     optimiser state by parameter name
+    teachers.safetensors      weights of the models trained before, by number and parameter name (train.ensemble)
     training_state.json       step, losses, resolved config, fingerprint of the text, versions, SHA-256 of the others
 
 A checkpoint is written into a temporary folder and renamed, so it is either complete or absent. Pickle is never used.
@@ -36,6 +37,7 @@ from smallm.training.distributed import full_tensor, shard_like
 from smallm.training.model.transformer import TransformerLanguageModel
 from smallm.training.optim.optimizers import moment_names
 
+TEACHERS = "teachers.safetensors"
 REPLACED = ".old"  # suffix of a checkpoint while another one of the same step takes its place
 
 
@@ -53,6 +55,10 @@ class TrainingState:
     """Step of the lowest validation loss."""
     evaluations_since_best: int = 0
     """Number of evaluations after `best_step`."""
+    member: int = 0
+    """Number of models of an ensemble (train.ensemble) that are trained; the best loss is that of the current model."""
+    member_start: int = 0
+    """Step at which the training of the current model began."""
     planned_steps: int = 0
     """Number of steps of the whole run; under train.minutes the estimate at this step."""
     seconds: float = 0.0
@@ -98,10 +104,11 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def save_checkpoint(
     run: Path, state: TrainingState, config: Config, tensors: tuple[dict[str, Tensor], dict[str, Tensor]],
-    vocabulary: Vocabulary,
+    vocabulary: Vocabulary, teachers: dict[str, Tensor] | None = None,
 ) -> Path:  # fmt: skip
     """Writes the folder `checkpoints/step-NNNNNN` with the result of `gather_tensors`, and returns its path.
 
+    teachers: the weights of the models of an ensemble that are trained, as `number.parameter`.
     A checkpoint of the same step is replaced. If anything fails, the old checkpoint stays and nothing else is left
     behind. Raises `OSError`.
     """
@@ -113,6 +120,8 @@ def save_checkpoint(
         weights, moments = tensors
         save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
         save_file(moments, unfinished / "optimizer.safetensors")
+        if teachers:
+            save_file(teachers, unfinished / TEACHERS)
         for name, content in hugging_face_files(config, vocabulary).items():
             _write_json(unfinished / name, content)
         values = {"format_version": FORMAT_VERSION, **asdict(state), "config": config.to_dict(),
@@ -148,8 +157,11 @@ def read_state(folder: Path) -> tuple[TrainingState, Config]:
         config, state = Config.from_dict(values.pop("config")), TrainingState(**values)
         check_types(state)
         check_facts(state.facts)
-        if not all(type(n) is int and n >= 0 for n in (state.step, state.best_step, state.evaluations_since_best)):
+        if not all(type(n) is int and n >= 0 for n in (state.step, state.best_step, state.evaluations_since_best,
+                                                       state.member, state.member_start)):  # fmt: skip
             raise ValueError("step counts must not be negative")
+        if state.member >= config.train.ensemble:
+            raise ValueError("an ensemble has no model of this number")
         return state, config
     except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         reason = f" ({error})" if isinstance(error, UserError) else ""
@@ -221,6 +233,16 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
             optimizer.state[parameter][key] = tensor if key == "step" else shard_like(parameter, tensor)
     if tensors:
         raise UserError(f"{file} does not match the optimiser of this run: unexpected {next(iter(tensors))}")
+
+
+def load_teachers(folder: Path, teachers: nn.ModuleList) -> None:
+    """Loads the weights of the teachers of a checkpoint. Raises `UserError` unless all names and shapes match."""
+    file = folder / TEACHERS
+    tensors = _load_tensors(file) if teachers else {}
+    try:
+        teachers.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"{file} does not match its config: {' '.join(str(error).split())}") from None
 
 
 def _whole(tensor: Tensor) -> Tensor:

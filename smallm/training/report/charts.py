@@ -97,16 +97,24 @@ def page_charts(runs: Sequence[RunHistory]) -> str:
 def loss_limits(runs: Sequence[RunHistory]) -> tuple[float, float]:
     """The (lowest, highest) loss to show: all losses after the first tenth of the longest run.
 
-    By then the steep fall is over. Spikes, a run that ended earlier and a run that diverged do not squash the rest.
+    By then the steep fall is over. Spikes, a run that ended earlier and a run that diverged do not squash the rest. In
+    an ensemble the steps count from the start of each model.
     """
-    lines = [(points["step"], points["loss"]) for run in runs for points in (run.train, run.val)]
+    lines = [(_member_steps(points), points["loss"]) for run in runs for points in (run.train, run.val)]
     lines = [(step[ok], loss[ok]) for step, loss in lines if (ok := np.isfinite(loss)).any()]
-    fallen = max(step[-1] for step, _ in lines) / 10
-    high = max(np.quantile(loss[step >= fallen], 0.99) for step, loss in lines if step[-1] >= fallen)
+    fallen = max(step.max() for step, _ in lines) / 10
+    high = max(np.quantile(loss[step >= fallen], 0.99) for step, loss in lines if step.max() >= fallen)
     high = min(high, max([6.0, *(loss[0] for _, loss in lines)]))  # a loss above that of an untrained model
     low = min(loss.min() for _, loss in lines)
     margin = 0.06 * (high - low) or 0.1
     return float(low - margin), float(high + margin)
+
+
+def _member_steps(points: dict[str, np.ndarray]) -> np.ndarray:
+    """The steps since each model of an ensemble began, (n,); the steps of the run where there is one model."""
+    step, member = points["step"], np.nan_to_num(points["member"])
+    _, first, index = np.unique(member, return_index=True, return_inverse=True)
+    return step - np.where(member > 1, step[first][index], 0)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

@@ -32,10 +32,10 @@ class RunHistory:
     """What the run is called beside other runs."""
     train: dict[str, np.ndarray]
     """Columns of n training records in order of the step, NaN where a value is missing: `step`, `epoch`, `loss`,
-    `learning_rate`, `seconds`, `characters` (of text seen so far), `characters_per_second`, `mfu` and `memory_bytes`,
-    each (n,)."""
+    `learning_rate`, `seconds`, `characters` (of text seen so far), `characters_per_second`, `mfu`, `memory_bytes` and
+    `member` (of an ensemble, from 1; NaN without one), each (n,)."""
     val: dict[str, np.ndarray]
-    """Columns of m evaluations: `step`, `epoch`, `loss`, `seconds` and `characters`, each (m,)."""
+    """Columns of m evaluations: `step`, `epoch`, `loss`, `seconds`, `characters` and `member`, each (m,)."""
     evaluations: list[Record]
     """The records of the m evaluations."""
     config: dict[str, Any]
@@ -47,8 +47,10 @@ class RunHistory:
 
     @cached_property
     def best_index(self) -> int | None:
-        """Index into `val` of the lowest loss; None if no loss was measured."""
-        return int(np.nanargmin(self.val["loss"])) if np.isfinite(self.val["loss"]).any() else None
+        """Index into `val` of the lowest loss, of an ensemble that of its latest model; None if none was measured."""
+        loss, member = self.val["loss"], self.val["member"]
+        loss = np.where(member < np.nanmax(member), np.nan, loss) if np.isfinite(member).any() else loss
+        return int(np.nanargmin(loss)) if np.isfinite(loss).any() else None
 
     @property
     def best_loss(self) -> float:
@@ -118,8 +120,9 @@ def _read(run: Path, name: str) -> RunHistory:
     history = RunHistory(
         run,
         name,
-        train=_columns(train, record, "loss", "learning_rate", "characters_per_second", "mfu", "memory_bytes"),
-        val=_columns([row | {"loss": row.get("val_loss")} for row in evaluations], record, "loss"),
+        train=_columns(train, record, "loss", "learning_rate", "characters_per_second", "mfu", "memory_bytes",
+                       "member"),
+        val=_columns([row | {"loss": row.get("val_loss")} for row in evaluations], record, "loss", "member"),
         evaluations=evaluations,
         config=flatten(read_config(run)),
         baselines=read_baselines(run),
