@@ -166,8 +166,8 @@ FLAGS = """
 --optim.grad_clip
 --train.batch_size --train.short_windows --train.short_until --train.micro_batch_size --train.max_steps --train.epochs
 --train.minutes --train.eval_every --train.save_every --train.keep_last --train.patience --train.log_every
---train.log_with --train.sample_length --train.init_from --train.seed --train.mixed_precision --train.compile
---sample.seed --sample.temperature --sample.top_k --sample.top_p --sample.min_p
+--train.log_with --train.sample_length --train.ensemble --train.init_from --train.seed --train.mixed_precision
+--train.compile --sample.seed --sample.temperature --sample.top_k --sample.top_p --sample.min_p
 """
 
 

@@ -151,3 +151,18 @@ def test_ctrl_c_under_a_launcher_saves(text_file, tmp_path):
     (saved,) = checkpoints(run)
     assert read_state(saved)[0].step > 0
     assert f"--resume {run}" in err
+
+
+@pytest.mark.parametrize("launcher", [ACCELERATE, FSDP], ids=["ddp", "fsdp"])
+def test_two_processes_train_an_ensemble_as_one(text_file, tmp_path, launcher):
+    """Models of 4 and 8 steps; one process goes on after the tenth step, with the same teacher."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    toy = ["--data", str(text_file), *TOY, "--train.ensemble=2", "--train.max_steps=12", "--train.eval_every=5"]
+    done = launch(launcher, "--out", str(two), *toy)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("learns from the text and from the one before") == 1
+    assert cli.main(["--out", str(one), *toy]) == 0
+    assert_same(two, one, 12)
+    (two / "checkpoints" / "step-000012").rename(tmp_path / "last")
+    assert cli.main(["--resume", str(two)]) == 0
+    assert_same(two, one, 12)

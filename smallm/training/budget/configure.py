@@ -106,6 +106,7 @@ def bz2_nats_per_character(corpus: Corpus) -> float:
 def _summary(plan: Plan, config: Config, corpus: Corpus, text_bytes: float, speed: float) -> list[str]:
     """Three lines: the speed, the text, the model."""
     m, t = config.model, config.train
+    models = f", {t.ensemble} models one after another, each taught by those before it" if t.ensemble > 1 else ""
     end = f"; more than {MAX_EPOCHS} times would not help, so it ends before its time" if plan.short_text else ""
     return [
         f"plan   this machine trains at {speed / 1e9:,.0f} GFLOP/s, so {t.minutes:g} minutes buy "
@@ -113,5 +114,5 @@ def _summary(plan: Plan, config: Config, corpus: Corpus, text_bytes: float, spee
         f"plan   the text holds about {text_bytes / 1e3:,.0f} KB of information in {corpus.train_characters:,} "
         f"characters to learn; the run reads it {plan.epochs:,.1f} times{end}",
         f"plan   {m.n_layer} layers x {m.n_embd}, {plan.parameters / 1e6:,.1f} M parameters, context {m.block_size}, "
-        f"{t.batch_size} sequences a step, dropout {m.dropout:g}, about {plan.steps:,} steps",
+        f"{t.batch_size} sequences a step, dropout {m.dropout:g}, about {plan.steps:,} steps{models}",
     ]

@@ -28,6 +28,8 @@ SHORT = ((256, (4, 2), (0.15, 0.8)), (128, (2,), (0.5,)), (64, (2,), (0.4,)))  #
 MIN_WINDOWS = 4  # windows in the training part, at least
 NEAR_THETA, NEAR_WINDOW, FAR_THETA = 1000.0, 256, 10000.0  # up to 256 positions, slower rotations are useless
 DROPOUT = ((3, 0.0), (6, 0.1), (12, 0.2), (25, 0.3))  # (epochs, best dropout)
+ENSEMBLE_FROM, ENSEMBLE = 12, 2  # epochs from which a model taught by another one is better; models of the run
+ENSEMBLE_DROPOUT = 0.1  # at most: a model that is taught does not overfit, and 0.2 was 0.07 nats worse after 7 epochs
 MAX_EPOCHS = 60  # beyond this, the model overfits with any dropout
 MOMENTUM = ((0, 0.75), (400e3, 0.9), (30e6, 0.95))  # (ids of the run, momentum of Muon)
 NEWTON_SCHULZ = ((0, 3), (5e6, 5))  # (ids of the run, iterations): short runs gain more from more steps
@@ -91,13 +93,18 @@ def choose_settings(
     window = _window(min(max_ids, compute / matrices), train_ids)
     flops_per_id = matrices + 6 * layers * width * explicit.get("model.block_size", window)
     ids = min(max_ids, compute / flops_per_id)
+    single = ids < ENSEMBLE_FROM * train_ids or explicit.get("train.init_from")
+    settings = {"train.ensemble": 1 if single else ENSEMBLE, "model.block_size": window} | settings
+    cost, share = _ensemble(settings["train.ensemble"])
+    ids = min(max_ids, compute / (cost * flops_per_id))
     epochs = ids / train_ids
-    settings = {"model.block_size": window, "model.dropout": choose_dropout(epochs)} | settings
-    window = settings["model.block_size"]
+    dropout, window = choose_dropout(share * epochs), settings["model.block_size"]
+    settings = {"model.dropout": min(dropout, ENSEMBLE_DROPOUT) if share < 1 else dropout} | settings
     settings = _windows(window, explicit) | _batch(ids, window, ranks, min_batch_ids, explicit) | settings
     steps = max(1, round(ids / (settings["train.batch_size"] * window)))
     evaluations = EVALUATION_TIME * MAX_EVALUATIONS * seconds / (val_ids * flops_per_id / 3 / flops_per_second)
-    settings = _optimiser(ids, steps, settings["optim.name"]) | _intervals(steps, evaluations) | settings
+    optimiser = _optimiser(share * ids, share * steps, settings["optim.name"])
+    settings = optimiser | _intervals(steps, evaluations) | settings
     chosen = {key: value for key, value in settings.items() if key not in explicit}
     return Plan(chosen, parameters, ids, steps, epochs, short_text=ids == max_ids)
 
@@ -132,6 +139,14 @@ def _shape(compute: float, compressed_bytes: float, explicit: Mapping[str, Any])
     return {"model.n_layer": layers, "model.n_embd": width, "model.n_head": heads}
 
 
+def _ensemble(size: int) -> tuple[float, float]:
+    """Cost of a mean step, in steps of a single model, and the share of the steps that the first model gets."""
+    if size == 1:
+        return 1.0, 1.0
+    shares = [(1 + (number == size - 1)) / (size + 1) for number in range(size)]
+    return sum(share * (1 + number / 3) for number, share in enumerate(shares)), shares[0]  # a forward pass: a third
+
+
 def _window(ids: float, train_ids: int) -> int:
     window = _lookup(WINDOW_RUNS, ids)
     while window > 1 and window * MIN_WINDOWS > train_ids:
@@ -157,7 +172,7 @@ def _batch(ids: float, window: int, ranks: int, min_ids: int, explicit: Mapping[
     return {"train.batch_size": max(-(-2 // unit), round(batch_ids / (window * unit))) * unit}
 
 
-def _optimiser(ids: float, steps: int, name: str) -> dict[str, Any]:
+def _optimiser(ids: float, steps: float, name: str) -> dict[str, Any]:
     settings = {"schedule": "wsd", "decay_fraction": DECAY, "warmup_steps": max(1, round(WARMUP * steps)),
                 "weight_decay": 0.1}  # fmt: skip
     if name == "muon":

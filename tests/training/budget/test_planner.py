@@ -109,7 +109,8 @@ def test_flops_of_the_plan_are_those_of_the_model():
 def test_a_short_text_gets_a_small_model_dropout_and_an_early_end():
     short = plan(180_000, 400)
     assert size(short) < size(plan(1_000_000, 400))
-    assert short.settings["model.dropout"] == 0.3
+    assert short.settings["model.dropout"] == 0.1
+    assert plan(180_000, 400, train__ensemble=1).settings["model.dropout"] == 0.3
     assert not short.short_text
     assert plan(180_000, 3600).short_text
     assert plan(180_000, 3600).steps == plan(180_000, 7200).steps
@@ -120,6 +121,17 @@ def test_dropout_rises_with_the_epochs():
     assert [choose_dropout(epochs) for epochs in (0.1, 2.7, 3, 6, 8, 12, 25, 60)] == [0, 0, 0, 0.1, 0.14, 0.2, 0.3, 0.3]
     rising = [choose_dropout(1.1**n) for n in range(50)]
     assert rising == sorted(rising)
+
+
+def test_a_text_that_is_read_many_times_gets_two_models():
+    few, many = plan(1e6, 600), plan(200_000, 180)
+    assert (few.epochs < 12, few.settings["train.ensemble"]) == (True, 1)
+    assert (many.epochs > 12, many.settings["train.ensemble"]) == (True, 2)
+    one = plan(200_000, 180, train__ensemble=1)
+    assert many.ids == pytest.approx(9 / 11 * one.ids)  # two thirds of the steps take a third longer
+    assert many.settings["optim.warmup_steps"] == round(0.02 * many.steps / 3)
+    assert plan(200_000, 180, train__init_from="runs/a").settings["train.ensemble"] == 1
+    assert plan(1e6, 600, train__ensemble=3).ids == pytest.approx(plan(1e6, 600).ids / (1 + 1 / 12 + 1 / 3))
 
 
 def test_a_gpu_gets_a_long_window_and_clipping():
