@@ -178,6 +178,10 @@ class TrainConfig:
     short_until: tuple[float, ...] = option(
         (), "Fraction of the run at which each of the short windows ends, such as 0.2,0.8."
     )
+    noise: float = option(
+        0.0, "Fraction of the input characters that are replaced by random ones while training, such as 0.05; helps "
+        "against overfitting when a text is read many times.", at_least=0, less_than=1,
+    )  # fmt: skip
     micro_batch_size: int = option(
         0, "Sequences per process and forward pass; 0 = batch_size / processes, without gradient accumulation.",
         at_least=0,

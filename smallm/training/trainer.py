@@ -63,7 +63,8 @@ class Trainer:
         self.forward: Callable[[Tensor], Tensor] = self.prepared  # or its compiled form
         self.parameters = list(self.prepared.parameters())
         self.guard = StepGuard(accelerator, self.optimizer)
-        self.loader = BatchLoader(dataset, config.train.batch_size, self.plan.micro_batch_size, accelerator)
+        sizes = config.train.batch_size, self.plan.micro_batch_size
+        self.loader = BatchLoader(dataset, *sizes, accelerator, config.train.noise)
         self.signals = SignalGuard(accelerator)
         facts = _facts(accelerator, config, corpus, self.model)
         self.state = TrainingState(fingerprint=corpus.fingerprint, start_text=corpus.start_text, facts=facts)

@@ -164,10 +164,10 @@ FLAGS = """
 --optim.name --optim.learning_rate --optim.adam_learning_rate --optim.schedule --optim.gamma --optim.warmup_steps
 --optim.decay_fraction --optim.min_lr --optim.weight_decay --optim.betas --optim.momentum --optim.newton_schulz_steps
 --optim.grad_clip
---train.batch_size --train.short_windows --train.short_until --train.micro_batch_size --train.max_steps --train.epochs
---train.minutes --train.eval_every --train.save_every --train.keep_last --train.patience --train.log_every
---train.log_with --train.sample_length --train.ensemble --train.init_from --train.seed --train.mixed_precision
---train.compile --sample.seed --sample.temperature --sample.top_k --sample.top_p --sample.min_p
+--train.batch_size --train.short_windows --train.short_until --train.noise --train.micro_batch_size --train.max_steps
+--train.epochs --train.minutes --train.eval_every --train.save_every --train.keep_last --train.patience
+--train.log_every --train.log_with --train.sample_length --train.ensemble --train.init_from --train.seed
+--train.mixed_precision --train.compile --sample.seed --sample.temperature --sample.top_k --sample.top_p --sample.min_p
 """
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 TOY = [
     "--model.n_layer=2", "--model.n_head=2", "--model.n_embd=32", "--model.block_size=16", "--train.batch_size=8",
     "--train.log_every=1", "--train.eval_every=10", "--train.sample_length=8", "--train.mixed_precision=no",
-    "--train.short_windows=[4, 8]", "--train.short_until=[0.04, 0.08]",
+    "--train.short_windows=[4, 8]", "--train.short_until=[0.04, 0.08]", "--train.noise=0.1",
     "--optim.learning_rate=0.01", "--optim.adam_learning_rate=0.002", "--optim.schedule=constant",
 ]  # fmt: skip
 

@@ -109,11 +109,12 @@ def test_two_runs_are_bitwise_equal(train):
     "changes",
     [
         {"optim__name": "muon", "model__dropout": 0.1, "train__micro_batch_size": 2, "model__n_kv_head": 1,
-         "train__short_windows": "[4, 8]", "train__short_until": "[0.3, 0.7]", "data__split": "blocks"},
+         "train__short_windows": "[4, 8]", "train__short_until": "[0.3, 0.7]", "data__split": "blocks",
+         "train__noise": 0.2},
         {"optim__name": "adamw", "optim__learning_rate": 0.01, "optim__schedule": "cosine", "train__log_every": 3,
          "data__split": "documents", "data__separator": ".\n", "data__source": "b.jsonl.gz", "data__weights": "1,3"},
     ],
-    ids=["muon, dropout, accumulation, short windows, blocks", "adamw, cosine, documents, weights, gzip"],
+    ids=["muon, dropout, accumulation, short windows, blocks, noise", "adamw, cosine, documents, weights, gzip"],
 )
 def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(train, capsys, changes):
     Path("b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "Another text."}\n' * 99))

@@ -19,9 +19,19 @@ class BatchLoader:
     A text that fits into a small part of the GPU's memory is kept there; then only the offsets of the windows are sent.
     """
 
-    def __init__(self, dataset: CharDataset, batch_size: int, micro_batch_size: int, accelerator: Accelerator):
-        """batch_size: sequences of a step on all processes; micro_batch_size: of one forward pass on one process."""
+    def __init__(
+        self, dataset: CharDataset, batch_size: int, micro_batch_size: int, accelerator: Accelerator, noise: float = 0.0
+    ):
+        """
+        Args:
+            dataset: the windows.
+            batch_size: sequences of a step on all processes.
+            micro_batch_size: sequences of one forward pass on one process.
+            accelerator: of the run.
+            noise: fraction of the input ids that are replaced by random ids of the same window; default 0.
+        """
         self.dataset, self.batch_size, self.micro_batch_size = dataset, batch_size, micro_batch_size
+        self.noise = noise
         self.rank, self.ranks, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
         fits = 4 * len(dataset.ids) <= RESIDENT_SHARE * free_bytes(self.device)
         self.text = _resident(dataset.ids, self.device) if fits else None
@@ -40,7 +50,10 @@ class BatchLoader:
         else:
             starts = to_device(self.dataset.starts(rows), self.device)  # (B,)
             windows = self.text[starts[:, None] + self._window].long()
-        return windows[:, :-1].reshape(-1, window), windows[:, 1:].reshape(-1, window)
+        ids, targets = windows[:, :-1], windows[:, 1:]  # (B, T) each
+        if self.noise:
+            ids = ids.gather(1, to_device(self.dataset.sources(rows, self.noise), self.device))
+        return ids.reshape(-1, window), targets.reshape(-1, window)
 
     def seed_dropout(self, step: int, micro_step: int) -> None:
         """Seeds dropout from (seed, step, micro-step, rank), so that a resumed run draws the same masks."""

@@ -30,6 +30,18 @@ class CharDataset:
         starts = self.starts(rows)  # (B,)
         return self.ids[starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
 
+    def sources(self, rows: np.ndarray, noise: float) -> np.ndarray:
+        """The positions (B, T) within the windows of some rows (B,) from which noisy inputs take their ids.
+
+        With probability `noise` that is a random position of the same window, and otherwise the position itself. So the
+        ids that replace others are as frequent as in the text. The choice depends on seed, row and position alone.
+        """
+        T = self.block_size
+        places = np.asarray(rows, dtype=np.uint64)[:, None] * np.uint64(T) + np.arange(T, dtype=np.uint64)  # (B, T)
+        bits = _mix(_mix(places) + _key(self.seed, -1))
+        chosen = (bits >> np.uint64(32)) < np.uint64(noise * 2**32)
+        return np.where(chosen, (bits & np.uint64(0xFFFFFFFF)) % np.uint64(T), np.arange(T)).astype(np.int64)
+
     def starts(self, rows: np.ndarray) -> np.ndarray:
         """The offsets (B,) in the text of the windows of some rows (B,)."""
         T, n = self.block_size, self._windows

@@ -59,6 +59,21 @@ def test_short_windows_are_pieces_of_long_windows(dataset):
             assert torch.equal(part.reshape(6, 8), long)
 
 
+def test_noise_replaces_a_share_of_the_inputs_by_ids_of_the_same_window(dataset, resident, monkeypatch):
+    clean, near = (BatchLoader(dataset, 120, 120, process(0, 1), noise) for noise in (0.0, 0.25))
+    monkeypatch.setattr(batch_loader, "free_bytes", lambda device: 0)
+    far = BatchLoader(dataset, 120, 120, process(0, 1), 0.25)
+    parts = [BatchLoader(dataset, 120, 20, process(rank, 2), 0.25) for rank in range(2)]
+    (ids, targets), (noisy, same), (again, _) = (loader.batch(2, 0, 8) for loader in (clean, near, far))
+    assert torch.equal(targets, same)
+    assert torch.equal(noisy, again)
+    assert torch.equal(noisy, torch.cat([part.batch(2, i, 8)[0] for i in range(3) for part in parts]))
+    assert torch.equal(noisy.reshape(-1, 4), near.batch(2, 0, 4)[0])
+    assert 0.15 < (noisy != ids).float().mean() < 0.3  # a quarter, less those replaced by an equal id
+    assert not torch.equal(noisy != ids, near.batch(3, 0, 8)[0] != clean.batch(3, 0, 8)[0])
+    assert all(set(changed) <= set(window) for changed, window in zip(noisy.tolist(), ids.tolist(), strict=True))
+
+
 def test_a_text_that_is_too_long_is_not_resident(dataset, resident, monkeypatch):
     assert BatchLoader(dataset, 2, 2, process(0, 1)).text.dtype == torch.int32
     monkeypatch.setattr(batch_loader, "free_bytes", lambda device: 4 * 1003 * 10 - 1)
