@@ -21,7 +21,8 @@ const hosts = {
     }
   },
 
-  // The page updates its text for several characters at a time. The seed is printed when the browser has started.
+  // The page updates its text for several characters at a time. The seed is printed when the browser has started. The text
+  // is the second one: the page writes a first one by itself.
   async chromium() {
     const { chromium } = require("playwright-core");
     const args = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"];
@@ -29,8 +30,8 @@ const hosts = {
     process.stdout.write(seed);
     const page = await browser.newPage();
     await page.exposeFunction("wrote", (text) => void process.stdout.write(text));
-    await page.goto(model);
-    await page.waitForFunction(() => !document.querySelector("#write").disabled);
+    await page.goto(`${model}?maxLength=300`);
+    await page.waitForFunction(() => /^Done/.test(document.querySelector("#status").textContent));
     await page.evaluate((values) => {
       for (const [id, value] of Object.entries(values)) document.getElementById(id).value = value;
       const output = document.getElementById("text");

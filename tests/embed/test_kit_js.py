@@ -731,6 +731,11 @@ def test_a_text_in_the_page(page, model):
     assert saw["title"] == [name, name]
 
 
+def test_the_page_writes_a_first_text(page, model):
+    """With the fields of its address; screen readers do not read it aloud."""
+    assert page["first"] == [model.generate("Zoë ", 80, rng_seed=9, overflow="shift"), "off"]
+
+
 def test_the_page_by_keyboard(page, model):
     saw = page["keyboard"]
     fields = ["temperature", "topK", "maxLength", "rngSeed", "overflow"]

@@ -12,7 +12,7 @@ for (const [name, viewport] of Object.entries(sizes)) {
   page.setDefaultTimeout(60_000);
   page.on("pageerror", (error) => saw.problems.push(error.message));
   await page.goto(url);
-  await page.waitForFunction(() => !document.querySelector("#write").disabled);
+  await page.waitForFunction(() => /^Done/.test(document.querySelector("#status").textContent)); // the first text
   await page.getByLabel("Seed text").fill("the moon ");
   if (name === "phone") await page.getByText("Settings").click();
   await page.getByLabel("Temperature").fill("0.8");

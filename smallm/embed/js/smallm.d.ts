@@ -87,8 +87,8 @@ export interface Manifest {
 export class LanguageModel {
   private constructor();
 
-  /** Opens a model.onnx. Each call loads its own copy of the model, with its own memory. */
-  static load(model: Source, options?: LoadOptions): Promise<LanguageModel>;
+  /** Opens a model.onnx, or a promise of one. Each call loads its own copy of the model, with its own memory. */
+  static load(model: Source | PromiseLike<Source>, options?: LoadOptions): Promise<LanguageModel>;
 
   readonly metadata: Readonly<Manifest>;
   /** Longest context, in ids. */

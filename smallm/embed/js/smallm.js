@@ -456,7 +456,8 @@ async function compile(wasm) {
 }
 
 /** Bytes and name of a file given as bytes, as a URL, or, outside of browsers, as a path. */
-async function read(source, what) {
+async function read(given, what) {
+  const source = await given;
   if (source instanceof ArrayBuffer) return [new Uint8Array(source), `the ${what}`];
   if (ArrayBuffer.isView(source)) {
     return [new Uint8Array(source.buffer, source.byteOffset, source.byteLength), `the ${what}`];

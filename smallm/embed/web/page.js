@@ -28,9 +28,24 @@ function showModel() {
     `A language model of ${size}${precision}. It was trained on ${text}${length} and continues the text that you enter.`;
   if (metadata.window) at("overflow").add(new Option("slide: fast and exact", "slide", true, true), 0);
   at("overflow-hint").textContent = `beyond ${count(blockSize)} characters`;
-  at("status").textContent = "Ready";
-  at("progress").textContent = "";
+  const address = new URLSearchParams(location.search); // a link may set the fields: ?seed=Once&rngSeed=7
+  for (const field of FIELDS) field.value = address.get(field.id) ?? field.value;
   at("write").disabled = at("another").disabled = false;
+  write(); // a first text, which also lets the browser optimise the module
+}
+
+/** Downloads the model while the worker starts. */
+async function load() {
+  const response = await fetch("model.onnx");
+  if (!response.ok) throw new Error(`the server answers ${response.status}`);
+  let received = 0;
+  const transform = (chunk, controller) => {
+    received += chunk.length;
+    at("progress").textContent = `${Math.min(100, Math.round((100 * received) / MODEL_BYTES))} %`;
+    controller.enqueue(chunk);
+  };
+  const bytes = await new Response(response.body.pipeThrough(new TransformStream({ transform }))).arrayBuffer();
+  worker.postMessage({ bytes }, [bytes]);
 }
 
 function count(number) {
@@ -99,7 +114,6 @@ function finish() {
 }
 
 worker.onmessage = ({ data }) => {
-  if (data.received) at("progress").textContent = `${Math.min(100, Math.round((100 * data.received) / MODEL_BYTES))} %`;
   if (data.metadata) {
     model = data;
     showModel();
@@ -113,6 +127,7 @@ worker.onmessage = ({ data }) => {
   if (run && (data.done || data.error)) finish();
 };
 worker.onerror = () => worker.onmessage({ data: { error: "cannot start worker.js; reload the page" } });
+load().catch(({ message }) => worker.onmessage({ data: { error: `cannot load model.onnx: ${message}; reload the page` } }));
 
 function coloured({ text, surprisal }) {
   const element = document.createElement("span");
@@ -163,6 +178,7 @@ function stop() {
 
 at("form").addEventListener("submit", (event) => {
   event.preventDefault();
+  at("text").ariaLive = "polite"; // the first text, which no one asked for, is not read aloud
   if (run) stop();
   else if (model) write();
 });
