@@ -14,6 +14,7 @@ from typing import Any
 
 from smallm.runs.config_file import flatten
 from smallm.training.config import Config
+from smallm.training.optim.schedule import mean_step_cost, member_shares
 
 LADDER = ((2, 64), (3, 96), (4, 128), (6, 128), (6, 160), (6, 192), (6, 256), (8, 320), (8, 384), (10, 512), (12, 640),
           (12, 768))  # fmt: skip
@@ -95,11 +96,11 @@ def choose_settings(
     ids = min(max_ids, compute / flops_per_id)
     single = ids < ENSEMBLE_FROM * train_ids or explicit.get("train.init_from")
     settings = {"train.ensemble": 1 if single else ENSEMBLE, "model.block_size": window} | settings
-    cost, share = _ensemble(settings["train.ensemble"])
-    ids = min(max_ids, compute / (cost * flops_per_id))
+    size, share = settings["train.ensemble"], member_shares(settings["train.ensemble"])[0]
+    ids = min(max_ids, compute / (mean_step_cost(size) * flops_per_id))
     epochs = ids / train_ids
     dropout, window = choose_dropout(share * epochs), settings["model.block_size"]
-    settings = {"model.dropout": min(dropout, ENSEMBLE_DROPOUT) if share < 1 else dropout} | settings
+    settings = {"model.dropout": min(dropout, ENSEMBLE_DROPOUT) if size > 1 else dropout} | settings
     settings = _windows(window, explicit) | _batch(ids, window, ranks, min_batch_ids, explicit) | settings
     steps = max(1, round(ids / (settings["train.batch_size"] * window)))
     evaluations = EVALUATION_TIME * MAX_EVALUATIONS * seconds / (val_ids * flops_per_id / 3 / flops_per_second)
@@ -137,14 +138,6 @@ def _shape(compute: float, compressed_bytes: float, explicit: Mapping[str, Any])
         sizes = (WIDE_HEAD, NARROW_HEAD, 16) if width > NARROW else (NARROW_HEAD, 16)
         heads = width // next((size for size in sizes if width % size == 0), width)
     return {"model.n_layer": layers, "model.n_embd": width, "model.n_head": heads}
-
-
-def _ensemble(size: int) -> tuple[float, float]:
-    """Cost of a mean step, in steps of a single model, and the share of the steps that the first model gets."""
-    if size == 1:
-        return 1.0, 1.0
-    shares = [(1 + (number == size - 1)) / (size + 1) for number in range(size)]
-    return sum(share * (1 + number / 3) for number, share in enumerate(shares)), shares[0]  # a forward pass: a third
 
 
 def _window(ids: float, train_ids: int) -> int:

@@ -44,6 +44,16 @@ def window_length(step: int, config: Config, total_steps: int) -> int:
     return config.model.block_size
 
 
+def member_shares(size: int) -> list[float]:
+    """Fractions of the steps of a run that each model of an ensemble gets: the last one twice as many as each other."""
+    return [1 / (size + 1)] * (size - 1) + [2 / (size + 1)] if size > 1 else [1.0]
+
+
+def mean_step_cost(size: int) -> float:
+    """Duration of a mean step of an ensemble, in steps of a single model: a teacher's forward pass takes a third."""
+    return sum(share * (1 + teachers / 3) for teachers, share in enumerate(member_shares(size)))
+
+
 def divide_batch(batch_size: int, micro_batch_size: int, ranks: int) -> tuple[int, int]:
     """Divides the global batch: (sequences per process and micro-step, number of micro-steps).
 
