@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from smallm.errors import UserError, command
+from smallm.errors import UserError, command, quoted
+
+TEXT_FLAGS = ("--data", "--seed")
+"""The flags whose name newcomers leave out."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -29,9 +32,11 @@ class ArgumentParser(argparse.ArgumentParser):
         return found
 
     def _hint(self, word: str) -> str:
-        if not word.startswith("-"):
-            return "quote a value that holds spaces or *; see --help"
         known = list(self._option_string_actions)
+        if not word.startswith("-"):
+            flag = next((f"{flag} {quoted(word)}" for flag in TEXT_FLAGS if flag in known), "")
+            advice = "quote a value that holds spaces or *"
+            return f"did you mean {flag}? ({advice})" if flag else f"{advice}; see --help"
         flags = {f"--{flag.split('.')[-1].lstrip('-')}": flag for flag in known} | {flag: flag for flag in known}
         flags = {name.replace("_", "-"): flag for name, flag in reversed(flags.items())}
         near = get_close_matches(word.split("=")[0].lower().replace("_", "-"), flags, n=1, cutoff=0.7)

@@ -12,7 +12,7 @@ PIECE_BYTES = 1 << 16  # small enough for the progress bar to move every few sec
 def files(names: Sequence[str]) -> list[Path]:
     """The files that names of files, folders (all .txt files below) and patterns such as `notes/**/*.md` stand for.
 
-    Raises `UserError` for a folder or a pattern without files, and for a folder that cannot be read.
+    Raises `UserError` for a folder or a pattern without files, a web address, and a folder that cannot be read.
     """
     found: list[Path] = []
     for name in names:
@@ -22,6 +22,8 @@ def files(names: Sequence[str]) -> list[Path]:
             raise UserError(f"cannot read {error.filename or name}: {error.strerror}") from None
         if not matches and (Path(name).is_dir() or is_pattern(name)):
             raise UserError(f"{name} has no text file; name files, folders with .txt files, or a pattern in quotes")
+        if not matches and "://" in name:
+            raise UserError(f"{name[:80]!r} is a web address; download the text, then name the file")
         found += matches or [Path(name)]  # opening a file that does not exist tells why
     return list(dict.fromkeys(found))
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from smallm.errors import UserError
 from smallm.inference.compiler import INSTALL, compile_library, stored_library
+from smallm.runs.cache_folder import cache_folder
 
 SOURCE = Path(__file__).parents[1] / "embed" / "c" / "smallm.c"
 PREBUILT = Path(__file__).with_name("smallm_native.dll" if platform.system() == "Windows" else "smallm_native.so")
@@ -181,7 +182,10 @@ def native_library() -> Any:
     try:
         return _declared(ctypes.CDLL(str(compile_library(compiler, FLAGS, SOURCE))))
     except (OSError, subprocess.SubprocessError) as error:
-        raise UserError(f"{compiler} cannot compile {SOURCE.name}: {error}; leave out engine = 'native'") from None
+        problem, advice = f"{compiler} cannot compile {SOURCE.name}: {error}", "leave out engine = 'native'"
+        if isinstance(error, OSError) and str(error.filename or "").startswith(str(cache_folder())):
+            problem, advice = f"cannot write to {cache_folder()}: {error.strerror}", f"set SMALLM_CACHE, or {advice}"
+        raise UserError(f"{problem}; {advice}") from None
 
 
 def _declared(library: Any) -> Any:

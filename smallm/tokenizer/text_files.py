@@ -23,7 +23,7 @@ from smallm.tokenizer.text_formats import HEAD_BYTES, decoded
 
 Stream = Any  # a binary file with `read` and `peek`: BufferedReader, GzipFile, BZ2File, LZMAFile or ZipExtFile
 
-ZIP = rb"PK\x03\x04"
+ZIP = rb"PK\x03\x04|PK\x05\x06"  # with files and without
 DOCUMENTS = (".docx", ".odt", ".epub", ".xlsx", ".pptx")
 DOCUMENT_MEMBERS = {"[Content_Types].xml", "mimetype"}
 MAX_LINE_ENDS = 16  # characters after a separator
@@ -117,14 +117,18 @@ def _texts(
                 yield from _ended(_texts(opened, member, encoding, piece_bytes, field, separator), separator)
         return
     if unpack := next((unpack for pattern, unpack in UNPACK.items() if re.match(pattern, head)), None):
-        inner = re.sub(r"\.(gz|bz2|xz|zst)$", "", name, flags=re.IGNORECASE)
         with unpack(stream, name) as unpacked:
-            yield from _texts(unpacked, inner, encoding, piece_bytes, field, separator)
+            yield from _texts(unpacked, name, encoding, piece_bytes, field, separator)
         return
     texts: Iterator[str] = (text for text, _ in decoded(stream, name, encoding, piece_bytes))
-    if records := RECORDS.get(PurePath(name).suffix.lower()):
+    if records := RECORDS.get(_suffix(name)):
         texts = _gathered(records(texts, name, field), piece_bytes, separator)
     yield from texts
+
+
+def _suffix(name: str) -> str:
+    """The suffix of a name before those of compressed files, in lower case."""
+    return PurePath(re.sub(r"(\.(gz|bz2|xz|zst))+$", "", name.lower())).suffix
 
 
 # -- archives and compressed files
@@ -186,7 +190,7 @@ def _json_lines(texts: Iterator[str], name: str, field: str) -> Iterator[str]:
 
 
 def _comma_separated(texts: Iterator[str], name: str, field: str) -> Iterator[str]:
-    delimiter = "\t" if name.lower().endswith(".tsv") else ","
+    delimiter = "\t" if _suffix(name) == ".tsv" else ","
     rows = csv.DictReader(_lines(texts), delimiter=delimiter)
     try:
         for row in rows:

@@ -138,6 +138,8 @@ def _evaluate_only(run: Path, as_json: bool, settings: dict[str, Any], options: 
 def _check_text(text: str, settings: dict[str, Any], options: dict[str, Any]) -> int:
     if options["resume"] or options["out"]:
         raise UserError("--check only reports on a text; leave out --resume and --out, or --check")
+    if "data.source" in settings:
+        raise UserError("--check TEXT names the text; leave out --data")
     from smallm.training.analysis.text_check import check
 
     return check(load_config(*options["configs"], settings=settings | {"data.source": text}))

@@ -218,6 +218,15 @@ def test_without_a_compiler(exported, monkeypatch, tmp_path, cc, message):
     native.native_library.cache_clear()
 
 
+def test_a_cache_that_cannot_be_written(exported, monkeypatch, tmp_path):
+    native.native_library.cache_clear()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SMALLM_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match=r"^cannot write to .*cache: Not a directory; set SMALLM_CACHE, or leave out"):
+        LanguageModel.load(exported, engine="native")
+    native.native_library.cache_clear()
+
+
 def test_a_frozen_program_without_the_data_files(exported, monkeypatch, tmp_path):
     native.native_library.cache_clear()
     monkeypatch.setattr(native, "SOURCE", tmp_path / "smallm.c")

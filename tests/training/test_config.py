@@ -252,7 +252,7 @@ def test_default_folder_is_the_first_free_one(folder):
         (["--model.n_layers=2"], ["--model.n_layers=2", "did you mean --model.n_layer?"]),
         (["--n_layers", "2"], ["--n_layers 2", "did you mean --model.n_layer?"]),
         (["--rsume", "r"], ["--rsume r", "did you mean --resume?"]),
-        (["--data", "a.txt", "b.txt"], ["unrecognized arguments: b.txt", "quote a value"]),
+        (["--data", "a.txt", "b.txt"], ["unrecognized arguments: b.txt", "did you mean --data b.txt", "quote a value"]),
         (["--train.learning_rate", "1"], ["train.learning_rate", "optim.learning_rate"]),
         (["--batch_size", "4"], ["batch_size", "train.batch_size"]),
         (["--train.max-steps", "4"], ["train.max-steps", "train.max_steps"]),

@@ -209,6 +209,8 @@ def store_standard_input(cache: Path) -> Path:
                 while piece := sys.stdin.buffer.read(1 << 20):
                     digest.update(piece)
                     file.write(piece)
+            if not unfinished.stat().st_size:
+                raise UserError("standard input is empty; pipe a text into the command, or pass --data FILE")
             path = unfinished.with_name(f"{digest.hexdigest()[:16]}.txt")
             unfinished.replace(path)
     except OSError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from smallm.cli.arguments import ArgumentParser
 from smallm.errors import UserError
+from smallm.runs.summary import check_run
 from smallm.training.report.charts import picture
 from smallm.training.report.history import read_histories
 from smallm.training.report.pages import write_report
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                         "folder of one run, compare.png for several runs, no picture with --html)")  # fmt: skip
     parser.add_argument("--html", type=Path, help="page to write: the report of one run, a comparison of several runs")
     args = parser.parse_args(argv)
+    for run in args.runs:
+        check_run(run)
     alone = len(args.runs) == 1
     if args.html:
         print(write_report(args.runs, args.html))

@@ -298,6 +298,7 @@ def test_an_unreadable_text_is_one_line(tmp_path, refused, content, words):
 
 def test_check_refuses_a_run(refused):
     assert "--check only reports" in refused("--check", "a.txt", "--out", "runs/x")
+    assert "leave out --data" in refused("--check", "a.txt", "--data", "b.txt")
 
 
 # -- normalisation and newlines

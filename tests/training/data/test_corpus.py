@@ -551,6 +551,7 @@ def test_a_likely_encoding_is_proposed(tmp_path, monkeypatch, piece_bytes):
         (b"\xd0\xcf\x11\xe0\xa1\xb1", "a.doc", "is a document of an office program; save it as plain text first"),
         (b"SQLite format 3\0\x10\0\1\1", "a.db", "is a database; export its text first"),
         (b"PAR1\x15\4", "a.parquet", "is a Parquet file; save its text as JSON lines first"),
+        (gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar"), "a.tar.gz", "is an archive; unpack it and pass the"),
         (b"a.txt".ljust(257, b"\0") + b"ustar", "a.tar", "is an archive; unpack it and pass the folder"),
         (b"\1\2\xff\0" * 50, "a.bin", "is not valid utf-8, perhaps a binary file: byte 0xff at offset 2 (line 1)"),
         (b'{"body": "a"}\n' * 9, "a.JSONL", "has no text in field 'text' of line 1: its fields are body; name another"),
@@ -564,6 +565,10 @@ def test_files_that_are_not_plain_text(tmp_path, cache, content, name, problem):
     file = write(tmp_path / name, content)
     assert message(file).startswith(f"{file} {problem}")
     assert not cache.exists()
+
+
+def test_an_archive_without_files(tmp_path):
+    assert message(write(tmp_path / "a.zip", b"PK\5\6" + bytes(18))) == "a.zip is empty; pass a text with --data FILE"
 
 
 @pytest.mark.parametrize(
