@@ -178,7 +178,7 @@ function stop() {
 
 at("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  at("text").ariaLive = "polite"; // the first text, which no one asked for, is not read aloud
+  at("text").setAttribute("aria-live", "polite"); // the first text, which no one asked for, is not read aloud
   if (run) stop();
   else if (model) write();
 });
