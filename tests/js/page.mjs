@@ -131,7 +131,13 @@ const scenarios = {
     await page.getByLabel("Length").fill("40");
     await page.getByRole("button", { name: "Another" }).click();
     await page.waitForFunction(() => document.querySelector("#status").textContent === "Done: 40 characters");
-    return [await page.getByLabel("Random seed").inputValue(), await page.locator("#text").textContent()];
+    const another = [await page.getByLabel("Random seed").inputValue(), await page.locator("#text").textContent()];
+    await page.getByLabel("Length").fill("100000");
+    await page.getByRole("button", { name: "Write" }).click();
+    await page.getByLabel("Length").fill("30");
+    await page.getByLabel("Seed text").press("Control+Enter"); // writes, also while a text is written
+    await page.waitForFunction(() => document.querySelector("#status").textContent === "Done: 30 characters");
+    return another;
   },
 
   async window() {

@@ -176,23 +176,28 @@ function stop() {
   worker.postMessage({ stop: true });
 }
 
+/** Writes a text, after stopping the one that is being written. */
+function writeAnew() {
+  at("text").setAttribute("aria-live", "polite"); // the first text, which no one asked for, is not read aloud
+  if (!run) return write();
+  run.again = true;
+  stop();
+}
+
 at("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  at("text").setAttribute("aria-live", "polite"); // the first text, which no one asked for, is not read aloud
   if (run) stop();
-  else if (model) write();
+  else if (model) writeAnew();
 });
 at("seed").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("form").requestSubmit();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && model) writeAnew();
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && run) stop();
 });
 at("another").addEventListener("click", () => {
   at("rngSeed").value = crypto.getRandomValues(new Uint32Array(1))[0];
-  if (!run) return write();
-  run.again = true;
-  stop();
+  writeAnew();
 });
 at("text").addEventListener("click", ({ target }) => choose(target));
 at("text").addEventListener("keydown", (event) => {
