@@ -148,6 +148,7 @@ typedef struct {
     void (*swiglu)(const float *gate, const float *up, float *y, size_t length);
     float (*softmax)(float *scores, size_t from, size_t first, size_t end, size_t padded);
     void (*scale)(float *x, const float *factors, size_t length);
+    void (*exponentials)(double *x, size_t count);
     void (*quantise)(const float *x, size_t inputs, size_t blocks, size_t block, int8_t *codes, float *scales);
     size_t lanes; /* floats in a vector */
 } kernels;
@@ -323,20 +324,21 @@ static void free_aligned(void *memory)
 
 /* -- functions of real numbers, the same on every system -- */
 
-/* e^x for x up to 0: 2^n times the Taylor series of the remainder, at most ln 2 / 2. */
-static double exponential(double x)
+/* e^x for x up to 0: 2^n times the Taylor series of the remainder, at most ln 2 / 2. Without branches, for vectors. */
+static INLINE double exponential(double x)
 {
     static const double TAYLOR[14] = {
         1, 1, 1 / 2.0, 1 / 6.0, 1 / 24.0, 1 / 120.0, 1 / 720.0, 1 / 5040.0, 1 / 40320.0, 1 / 362880.0, 1 / 3628800.0,
         1 / 39916800.0, 1 / 479001600.0, 1 / 6227020800.0};
-    if (x < -708) return x < -745 ? 0 : exponential(x + 64) * 1.6038108905486378e-28; /* e^-64 */
-    double n = (double)(int)(x * 1.4426950408889634 - 0.5), r = (x - n * 0.69314718036912382) - n * 1.9082149292705877e-10;
-    double e = TAYLOR[13];
-    for (int i = 12; i >= 0; i--) e = e * r + TAYLOR[i];
-    uint64_t bits = (uint64_t)(1023 + (int)n) << 52;
+    double moved = (x > -745 ? x : -745) + (x < -708 ? 64.0 : 0.0); /* 2^n is a normal number */
+    double factor = (x < -708 ? 1.6038108905486378e-28 : 1.0) * (x < -745 ? 0.0 : 1.0); /* e^-64 */
+    int whole = (int)(moved * 1.4426950408889634 - 0.5);
+    double n = whole, r = (moved - n * 0.69314718036912382) - n * 1.9082149292705877e-10, e = TAYLOR[13];
+    UNROLL for (int i = 12; i >= 0; i--) e = e * r + TAYLOR[i];
+    uint64_t bits = (uint64_t)(1023 + whole) << 52;
     double power;
     memcpy(&power, &bits, sizeof power);
-    return e * power;
+    return e * power * factor;
 }
 
 /* ln x for x > 0: with x = 2^n times m, the series of ln m in (m - 1) / (m + 1). */
@@ -2294,9 +2296,10 @@ static void push(smallm_context *c, int32_t id)
     }
 }
 
-/* The largest of the logits (V), and the sum of e^(logit - largest); false if they are not finite. */
-static bool softmax_sum(const float *logits, size_t V, double *largest, double *total)
+/* Writes e^(logit - largest) into c->weights; the largest logit and the sum. False if the logits are not finite. */
+static bool softmax_sum(smallm_context *c, const float *logits, double *largest, double *total)
 {
+    size_t V = (size_t)c->model->vocab_size;
     float most = logits[0];
     for (size_t i = 0; i < V; i++) {
         if (isnan(logits[i])) return false;
@@ -2304,15 +2307,17 @@ static bool softmax_sum(const float *logits, size_t V, double *largest, double *
     }
     if (!isfinite(most)) return false;
     *largest = most, *total = 0;
-    for (size_t i = 0; i < V; i++) *total += exponential((double)logits[i] - *largest);
+    for (size_t i = 0; i < V; i++) c->weights[i] = (double)logits[i] - *largest;
+    c->model->kernels->exponentials(c->weights, c->model->padded_vocab);
+    for (size_t i = 0; i < V; i++) *total += c->weights[i];
     return true;
 }
 
-/* Surprisal of a target in nats, from the logits (V); NaN if the logits are not finite. */
-static double nats_of(const float *logits, size_t V, int32_t target)
+/* Surprisal of a target in nats, from the logits; NaN if the logits are not finite. */
+static double nats_of(smallm_context *c, const float *logits, int32_t target)
 {
     double largest, total;
-    if (!softmax_sum(logits, V, &largest, &total)) return NAN;
+    if (!softmax_sum(c, logits, &largest, &total)) return NAN;
     return logarithm(total) - ((double)logits[target] - largest);
 }
 
@@ -2327,7 +2332,7 @@ static smallm_status choose(smallm_context *c, const float *logits)
     apply_allowed(c, logits);
     int32_t id = sample(c, u_of(d->key, ++d->draws), o);
     if (id < 0) return not_finite(c->error);
-    if (o->logprobs != 0) d->logprob -= nats_of(logits, (size_t)c->model->vocab_size, id);
+    if (o->logprobs != 0) d->logprob -= nats_of(c, logits, id);
     push(c, id);
     return SMALLM_OK;
 }
@@ -2645,7 +2650,7 @@ static smallm_status measure(scorer *r)
         for (size_t i = 0; i < count; i++, at++) {
             int32_t target = r->ids[at + 1];
             if (begins_character(target)) r->nats[++r->character] = 0;
-            double found = nats_of(r->context->logits + i * m->padded_vocab, (size_t)m->vocab_size, target);
+            double found = nats_of(r->context, r->context->logits + i * m->padded_vocab, target);
             if (!isfinite(found)) return not_finite(r->context->error);
             r->nats[r->character] += found; /* the first character stays NaN */
         }
@@ -2747,12 +2752,12 @@ static smallm_status extend(smallm_context *c, const path *p, paths *list)
     size_t V = (size_t)c->model->vocab_size;
     const float *logits = logits_after(c, p);
     double largest, total;
-    if (!softmax_sum(logits, V, &largest, &total)) return not_finite(c->error);
+    if (!softmax_sum(c, logits, &largest, &total)) return not_finite(c->error);
     for (size_t i = 0; i < V; i++) {
         path longer_path = *p;
         if (begins_character((int32_t)i) != (p->count == 0)) continue; /* it could not become a character */
         longer_path.ids[longer_path.count++] = (int32_t)i;
-        longer_path.probability *= exponential((double)logits[i] - largest) / total;
+        longer_path.probability *= c->weights[i] / total;
         if (!add_path(list, &longer_path)) return no_memory(c->error);
     }
     return SMALLM_OK;

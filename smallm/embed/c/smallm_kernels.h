@@ -15,10 +15,10 @@
 #define K(name) JOIN(name, SUFFIX)
 
 /* -- vectors of LANES floats, and of LANES integers. At a time a product computes at most ROWS rows, PANELS panels and TILES
-      pairs of both: as many as there are registers for their sums. -- */
+      pairs of both, or one panel: as many as there are registers for their sums. -- */
 
 #if SMALLM_AVX512
-enum { K(LANES) = 16, K(ROWS) = 6, K(PANELS) = 6, K(TILES) = 6 };
+enum { K(LANES) = 16, K(ROWS) = 12, K(PANELS) = 6, K(TILES) = 6 };
 typedef __m512 K(vec);
 typedef __m512i K(ints);
 #define LOAD(p) _mm512_loadu_ps(p)
@@ -255,7 +255,7 @@ static INLINE void K(low_bytes)(int8_t *p, const float *v)
 /* Runs `call` for all rows: for `count` of them from row r on, at most ROWS. count is a constant in each of the calls. */
 #define EACH_STRIPE(call)                                \
     for (size_t r = 0, end_ = rows; r < end_;)           \
-        STRIPE(6, call) STRIPE(5, call) STRIPE(4, call) STRIPE(3, call) STRIPE(2, call) STRIPE(1, call) {}
+        STRIPE(12, call) STRIPE(6, call) STRIPE(5, call) STRIPE(4, call) STRIPE(3, call) STRIPE(2, call) STRIPE(1, call) {}
 #define STRIPE(n, call)                                  \
     if ((n) <= K(ROWS) && end_ - r >= (n)) {             \
         enum { count = (n) <= K(ROWS) ? (n) : 1 };       \
@@ -263,7 +263,11 @@ static INLINE void K(low_bytes)(int8_t *p, const float *v)
         r += (n);                                        \
     } else
 
-enum { K(PARTS) = 16 / K(LANES) }; /* vectors in a panel */
+enum {
+    K(PARTS) = 16 / K(LANES),                             /* vectors in a panel */
+    K(SUMS) = K(ROWS) > K(TILES) ? K(ROWS) : K(TILES),    /* pairs of a row and a panel, at most */
+    K(FEW) = K(ROWS) < K(TILES) ? K(ROWS) : K(TILES)      /* rows that are always computed together */
+};
 
 /* -- products: y (rows, panels * 16) = x (rows, inputs) times panels (panels, inputs, 16) -- */
 
@@ -271,7 +275,7 @@ enum { K(PARTS) = 16 / K(LANES) }; /* vectors in a panel */
 static INLINE TARGET void K(tile)(const float *x, size_t x_stride, const float *w, size_t panel_stride, size_t inputs,
                                   float *y, size_t y_stride, const int rows, const int panels)
 {
-    K(vec) sum[K(TILES)][K(PARTS)];
+    K(vec) sum[K(SUMS)][K(PARTS)];
     UNROLL for (int t = 0; t < rows * panels; t++)
         UNROLL for (int v = 0; v < K(PARTS); v++) sum[t][v] = ALL(0.0f);
     for (const float *end = x + inputs; x != end; x++, w += 16) {
@@ -296,7 +300,7 @@ static INLINE TARGET void K(tile)(const float *x, size_t x_stride, const float *
 static INLINE TARGET void K(stripe)(const float *x, size_t x_stride, const float *w, size_t panel_stride, size_t inputs,
                                     size_t panels, float *y, size_t y_stride, const int rows)
 {
-    const int together = K(TILES) / rows < K(PANELS) ? K(TILES) / rows : K(PANELS);
+    const int fit = K(TILES) / rows, together = fit < 1 ? 1 : fit < K(PANELS) ? fit : K(PANELS);
     size_t p = 0;
     for (; p + (size_t)together <= panels; p += (size_t)together)
         K(tile)(x, x_stride, w + p * panel_stride, panel_stride, inputs, y + 16 * p, y_stride, rows, together);
@@ -320,7 +324,7 @@ static TARGET void K(product)(const float *x, size_t x_stride, size_t rows, cons
         K(product_row)(x, w, panel_stride, inputs, panels, y);
         return;
     }
-    size_t group = rows > K(ROWS) ? 1 : panels; /* many rows take each panel while it is in the first cache */
+    size_t group = rows > K(FEW) ? 1 : panels; /* many rows take each panel while it is in the first cache */
     size_t lines = inputs / rows + 1; /* of 64 bytes of the next panel to fetch per row */
     for (size_t p = 0; p < panels; p += group)
         EACH_STRIPE(fetch(w + (p + group) * panel_stride, p + group < panels ? inputs : 0, r * lines, count * lines);
@@ -337,18 +341,18 @@ static INLINE TARGET void K(tile8)(const int8_t *x, const float *x_scales, size_
     /* Few sums at a time are computed in two parts each, so that an addition need not wait for the one before. */
     const int split = K(PARTS) < 4 && K(TILES) / (rows * panels) > 1 ? 2 : 1;
     size_t blocks = w->blocks, block = w->block, stride = w->stride;
-    K(vec) sum[K(TILES)][K(PARTS)];
+    K(vec) sum[K(SUMS)][K(PARTS)];
     UNROLL for (int t = 0; t < rows * panels; t++)
         UNROLL for (int v = 0; v < K(PARTS); v++) sum[t][v] = ALL(0.0f);
     for (size_t b = 0; b < blocks; b++) {
-        K(ints) exact[2 * K(TILES)][K(PARTS)];
+        K(ints) exact[2 * K(SUMS)][K(PARTS)];
         const int8_t *codes = w->codes + (panel * stride + b) * block * 16;
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int p = 0; p < panels; p++)
                 UNROLL for (int v = 0; v < K(PARTS); v++) {
                     exact[r * panels + p][v] =
                         START(w->corrections + ((panel + (size_t)p) * stride + b) * 16 + v * K(LANES));
-                    exact[K(TILES) + r * panels + p][v] = ALL_INTS(0);
+                    exact[K(SUMS) + r * panels + p][v] = ALL_INTS(0);
                 }
         for (size_t k = 0; k < block / 4; k += (size_t)split)
             UNROLL for (int s = 0; s < split; s++)
@@ -357,7 +361,7 @@ static INLINE TARGET void K(tile8)(const int8_t *x, const float *x_scales, size_
                     K(ints) part[K(PARTS)];
                     UNROLL for (int v = 0; v < K(PARTS); v++) part[v] = LOAD_INTS(weights + 4 * v * K(LANES));
                     UNROLL for (int r = 0; r < rows; r++) {
-                        const int to = s * K(TILES) + r * panels + p;
+                        const int to = s * K(SUMS) + r * panels + p;
                         int32_t four;
                         memcpy(&four, x + (size_t)r * x_stride + b * block + 4 * (k + (size_t)s), sizeof four);
                         K(ints) input = ALL_INTS(four);
@@ -370,7 +374,7 @@ static INLINE TARGET void K(tile8)(const int8_t *x, const float *x_scales, size_
                 const float *scales = w->scales + ((panel + (size_t)p) * stride + b) * 16;
                 const int t = r * panels + p;
                 UNROLL for (int v = 0; v < K(PARTS); v++) {
-                    if (split > 1) exact[t][v] = ADD_INTS(exact[t][v], exact[K(TILES) + t][v]);
+                    if (split > 1) exact[t][v] = ADD_INTS(exact[t][v], exact[K(SUMS) + t][v]);
                     sum[t][v] = ADD(sum[t][v], MUL(MUL(TO_FLOAT(exact[t][v]), LOAD(scales + v * K(LANES))), scale));
                 }
             }
@@ -384,7 +388,7 @@ static INLINE TARGET void K(tile8)(const int8_t *x, const float *x_scales, size_
 static INLINE TARGET void K(stripe8)(const int8_t *x, const float *x_scales, size_t x_stride, const matrix *w, size_t p,
                                      size_t end, float *y, size_t y_stride, const int rows)
 {
-    const int together = K(TILES) / rows < K(PANELS) ? K(TILES) / rows : K(PANELS);
+    const int fit = K(TILES) / rows, together = fit < 1 ? 1 : fit < K(PANELS) ? fit : K(PANELS);
     for (; p + (size_t)together <= end; p += (size_t)together)
         K(tile8)(x, x_scales, x_stride, w, p, y + 16 * p, y_stride, rows, together);
     for (; together > 2 && p + 2 <= end; p += 2)
@@ -405,7 +409,7 @@ static TARGET void K(product8)(const int8_t *x, const float *x_scales, size_t x_
         K(product8_row)(x, x_scales, w, y);
         return;
     }
-    size_t group = rows > K(ROWS) ? 1 : w->panels;
+    size_t group = rows > K(FEW) ? 1 : w->panels;
     size_t all = w->blocks * w->block / 4, lines = all / rows + 1;
     for (size_t p = 0; p < w->panels; p += group)
         EACH_STRIPE(fetch(w->codes + (p + group) * w->stride * w->block * 16, p + group < w->panels ? all : 0, r * lines,
@@ -500,6 +504,13 @@ static TARGET void K(scale)(float *x, const float *factors, size_t length)
     for (size_t i = 0; i < length; i += K(LANES)) STORE(x + i, MUL(LOAD(x + i), LOAD(factors + i)));
 }
 
+/* e^x of double-precision numbers up to 0, whose number is a multiple of 8, which compilers turn into vectors. */
+static TARGET void K(exponentials)(double *x, size_t count)
+{
+    for (; count > 0; count -= 8, x += 8)
+        for (int i = 0; i < 8; i++) x[i] = exponential(x[i]);
+}
+
 /* Rounds a row to 8 bits: x = code * scale for each block. The scale of a block that is not finite is NaN. */
 static TARGET void K(quantise)(const float *x, size_t inputs, size_t blocks, size_t block, int8_t *codes, float *scales)
 {
@@ -530,7 +541,7 @@ static TARGET void K(quantise)(const float *x, size_t inputs, size_t blocks, siz
 }
 
 static const kernels K(KERNELS) = {
-    K(product), K(product8), K(norm), K(swiglu), K(softmax), K(scale), K(quantise), K(LANES)};
+    K(product), K(product8), K(norm), K(swiglu), K(softmax), K(scale), K(exponentials), K(quantise), K(LANES)};
 
 #undef LOAD
 #undef LOAD_PART
