@@ -110,7 +110,7 @@ def test_a_short_text_gets_a_small_model_dropout_and_an_early_end():
     short = plan(180_000, 400)
     assert size(short) < size(plan(1_000_000, 400))
     assert short.settings["model.dropout"] == 0.1
-    assert plan(180_000, 400, train__ensemble=1).settings["model.dropout"] == 0.3
+    assert plan(180_000, 400, train__ensemble=1).settings["model.dropout"] == 0.2
     assert not short.short_text
     assert plan(180_000, 3600).short_text
     assert plan(180_000, 3600).steps == plan(180_000, 7200).steps
@@ -118,7 +118,7 @@ def test_a_short_text_gets_a_small_model_dropout_and_an_early_end():
 
 
 def test_dropout_rises_with_the_epochs():
-    assert [choose_dropout(epochs) for epochs in (0.1, 2.7, 3, 6, 8, 12, 25, 60)] == [0, 0, 0, 0.1, 0.14, 0.2, 0.3, 0.3]
+    assert [choose_dropout(epochs) for epochs in (0.1, 2.7, 5, 8, 12, 17, 25, 60)] == [0, 0, 0, 0.05, 0.1, 0.15, 0.2, 0.2]
     rising = [choose_dropout(1.1**n) for n in range(50)]
     assert rising == sorted(rising)
 
