@@ -59,7 +59,8 @@ class Trainer:
 
         self.model = TransformerLanguageModel(corpus.vocabulary.size, config.model, seed=config.train.seed)
         # `model` stays the plain module, for evaluation and checkpoints; `prepared` is only for training steps.
-        self.prepared, self.optimizer = prepare(accelerator, self.model, build_optimizer(self.model, config.optim))
+        optimizer = build_optimizer(self.model, config.optim, bf16=accelerator.mixed_precision == "bf16")
+        self.prepared, self.optimizer = prepare(accelerator, self.model, optimizer)
         self.forward: Callable[[Tensor], Tensor] = self.prepared  # or its compiled form
         self.parameters = list(self.prepared.parameters())
         self.guard = StepGuard(accelerator, self.optimizer)

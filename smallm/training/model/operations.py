@@ -129,11 +129,16 @@ def attention(
     return y.transpose(1, 2)  # (B, nh, T, hd) -> (B, T, nh, hd)
 
 
-def polynomial_iteration(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
-    """x (n, rows, columns) -> a x + (b S + c S S) x with S = x x^T, repeated for each (a, b, c) of the coefficients."""
+def polynomial_iteration(
+    x: Tensor, coefficients: Sequence[tuple[float, float, float]], bf16: bool = False
+) -> Tensor:
+    """x (n, rows, columns) -> a x + (b S + c S S) x with S = x x^T, repeated for each (a, b, c) of the coefficients.
+
+    bf16: whether kernels for bf16 compute float32 tensors on a CPU: with operands in bf16, and sums in float32.
+    """
     if cpu_kernels(x) and x.size(1) % KERNEL_MULTIPLE == x.size(2) % KERNEL_MULTIPLE == 0:
         x = x.clone(memory_format=torch.contiguous_format)
-        _kernels()("orthogonalise", x, x.new_tensor(coefficients), *x.shape, len(coefficients))
+        _kernels(bf16 and has_bf16())("orthogonalise", x, x.new_tensor(coefficients), *x.shape, len(coefficients))
         return x
     for a, b, c in coefficients:
         gram = x @ x.mT  # (n, rows, rows)
@@ -141,8 +146,8 @@ def polynomial_iteration(x: Tensor, coefficients: Sequence[tuple[float, float, f
     return x
 
 
-def _kernels() -> Kernels:
-    kernels = load()
+def _kernels(bf16: bool = False) -> Kernels:
+    kernels = load(bf16)
     assert kernels is not None  # `cpu_kernels` has returned kernels
     return kernels
 

@@ -37,11 +37,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = factor * group["peak_lr"]
 
 
-def build_optimizer(model: TransformerLanguageModel, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: TransformerLanguageModel, config: OptimConfig, bf16: bool = False) -> torch.optim.Optimizer:
     """The optimiser `config.name`: "adam", "adamw" or "muon" (matrices by Muon, embedding and gains by AdamW).
 
     Weight decay applies to matrices only, not to the embedding and the gains, and never under "adam". Each parameter
-    group has its own "peak_lr", which `set_learning_rate` scales.
+    group has its own "peak_lr", which `set_learning_rate` scales. bf16: see `orthogonalise`.
     """
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim == 2 and name != "wte.weight"]
@@ -54,7 +54,7 @@ def build_optimizer(model: TransformerLanguageModel, config: OptimConfig) -> tor
     if muon:
         packed = {p: model.config.packed_rows.get(name.split(".", 2)[-1]) for name, p in named}
         groups[0]["rows"] = [packed[p] or (p.size(0),) for p in matrices]
-        return MuonAdamW(groups, config)
+        return MuonAdamW(groups, config, bf16)
     adam = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return adam(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
@@ -76,13 +76,14 @@ class MuonAdamW(torch.optim.Optimizer):
 
     found_inf: Tensor | None = None
 
-    def __init__(self, params: Iterable[dict[str, Any]], config: OptimConfig):
+    def __init__(self, params: Iterable[dict[str, Any]], config: OptimConfig, bf16: bool = False):
         """params: parameter groups; a group with `muon=True` has a list "rows" with, for each parameter, the numbers of
-        rows of the matrices packed in it.
+        rows of the matrices packed in it. bf16: see `orthogonalise`.
         """
         defaults = {"lr": config.learning_rate, "betas": config.betas, "eps": 1e-8, "weight_decay": 0.0, "muon": False}
         super().__init__(params, defaults)
         self.momentum, self.coefficients = config.momentum, POLAR_EXPRESS[: config.newton_schulz_steps]
+        self.bf16 = bf16
 
     # The decorators of these methods import PyTorch's compiler, which takes as long as the first 50 steps of a small
     # model. AdamW.step imports it too, so `_adamw_step` calls the functional form.
@@ -133,7 +134,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 by_shape[tuple(sorted(pair[0].shape))].append(pair)
         for matrices in by_shape.values():
             wide = torch.stack([update if update.size(0) <= update.size(1) else update.mT for _, update in matrices])
-            updates = divide_rows(lambda x: orthogonalise(x, self.coefficients), wide)
+            updates = divide_rows(lambda x: orthogonalise(x, self.coefficients, self.bf16), wide)
             if self.found_inf is not None:
                 updates = updates * keep
             for (weight, _), update in zip(matrices, updates, strict=True):
@@ -145,15 +146,18 @@ class MuonAdamW(torch.optim.Optimizer):
                 parameter.add_(shard_like(parameter, weight))
 
 
-def orthogonalise(matrices: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+def orthogonalise(
+    matrices: Tensor, coefficients: Sequence[tuple[float, float, float]], bf16: bool = False
+) -> Tensor:
     """matrices (n, rows, columns) -> the same singular vectors with all singular values near 1.
 
     Runs one quintic Newton-Schulz iteration per (a, b, c) of the coefficients; fastest with rows <= columns. GPUs that
-    multiply bf16 in hardware compute in bf16, which is precise enough and twice as fast.
+    multiply bf16 in hardware compute in bf16, which is precise enough and twice as fast. bf16: whether CPUs that have
+    kernels for bf16 use them.
     """
     x = matrices.bfloat16() if multiplies_bf16(matrices.device) else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01).clamp(min=1e-7)
-    return polynomial_iteration(x, coefficients).to(matrices.dtype)
+    return polynomial_iteration(x, coefficients, bf16).to(matrices.dtype)
 
 
 def _chunks(parameters: list[Tensor]) -> Iterable[list[Tensor]]:

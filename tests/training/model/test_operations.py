@@ -139,6 +139,17 @@ def test_polynomial_iteration(plain, shape):
     assert_close([ours], [plain(operations.polynomial_iteration, x, POLAR_EXPRESS[:4])])
 
 
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 64, 96), (5, 96, 256)])
+def test_polynomial_iteration_in_bf16_products(plain, monkeypatch, shape):
+    monkeypatch.setattr(operations, "has_bf16", lambda: True)
+    x = numbers(*shape, seed=1)
+    x = x / x.norm(dim=(1, 2), keepdim=True)
+    ours = operations.polynomial_iteration(x, POLAR_EXPRESS[:3], bf16=True)
+    exact, gpu = (plain(operations.polynomial_iteration, y, POLAR_EXPRESS[:3]) for y in (x.double(), x.bfloat16()))
+    error, error_on_a_gpu = (((y - exact).norm() / exact.norm()).item() for y in (ours, gpu))
+    assert 1e-3 < error < min(0.03, 1.1 * error_on_a_gpu)
+
+
 def dropped_block(p):
     config = ModelConfig(n_head=2, n_embd=64, block_size=32, dropout=p)
     whole = shaken(TransformerLanguageModel(40, config, seed=1))

@@ -243,7 +243,7 @@ def test_muon_computes_in_bf16_only_on_gpus_with_bf16_tensor_cores(monkeypatch, 
     seen = []
     monkeypatch.setattr(optim, "multiplies_bf16", lambda device: multiplies_bf16(torch.device("cuda")))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(optim, "polynomial_iteration", lambda x, coefficients: (seen.append(x.dtype), x)[1])
+    monkeypatch.setattr(optim, "polynomial_iteration", lambda x, *options: (seen.append(x.dtype), x)[1])
     assert orthogonalise(torch.ones(1, 4, 4), POLAR_EXPRESS).dtype == torch.float32
     assert seen == [dtype]
 

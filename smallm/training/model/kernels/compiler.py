@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,7 +49,13 @@ def openmp_library() -> Path | None:
 
 def has_bf16() -> bool:
     """Whether the processor has bf16 matrix instructions (AVX512_BF16)."""
-    return SYSTEM == "Linux" and "avx512_bf16" in processor().split()
+    return SYSTEM == "Linux" and "avx512_bf16" in _features()
+
+
+@cache
+def _features() -> frozenset[str]:
+    """The feature flags of the processor, which every step of a training run asks for."""
+    return frozenset(processor().split())
 
 
 def _compiler() -> str | None:

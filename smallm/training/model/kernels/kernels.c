@@ -134,7 +134,8 @@ static void multiply_symmetric(int64_t n, int64_t K, const operand *a, const ope
 }
 
 /* For each (a, b, c) of the coefficients (steps, 3): x = a x + (b S + c S S) x with S = x x', in place. x holds n matrices
- * (rows, columns) of norm about 1 with rows <= columns, both multiples of PANEL. */
+ * (rows, columns) of norm about 1 with rows <= columns, both multiples of PANEL. In bf16, x and S are rounded in the sums
+ * too: as parts of a polynomial of one matrix most errors cancel. */
 void orthogonalise(float *x, const float *coefficients, int64_t n, int64_t rows, int64_t columns, int64_t steps,
                    int threads)
 {
@@ -149,9 +150,9 @@ void orthogonalise(float *x, const float *coefficients, int64_t n, int64_t rows,
             multiply_symmetric(rows, columns, in_rows(z, whole, left), right, gram);
             multiply_symmetric(rows, rows, in_rows(gram, square, left), in_panels(gram, rows, rows, right), polynomial);
             for (int64_t i = 0; i < square; i += W)
-                store(polynomial + i, all(abc[1]) * load(gram + i) + all(abc[2]) * load(polynomial + i));
+                store(polynomial + i, all(abc[1]) * rounded(load(gram + i)) + all(abc[2]) * load(polynomial + i));
             in_panels(z, rows, columns, right);
-            for (int64_t i = 0; i < whole; i += W) store(z + i, all(abc[0]) * load(z + i));
+            for (int64_t i = 0; i < whole; i += W) store(z + i, all(abc[0]) * rounded(load(z + i)));
             multiply(rows, columns, rows, in_rows(polynomial, square, left), right, z, 1);
         }
     }

@@ -26,6 +26,17 @@ INLINE int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
 /* ---- Rounding to bf16: to nearest, ties to even; NaN stays NaN ---- */
 
+/* The values that operands hold for x. */
+INLINE vec rounded(vec x)
+{
+#ifdef BF16
+    uvec bits = (uvec)x, even = (bits + 0x7fffu + ((bits >> 16) & 1)) & 0xffff0000u;
+    return choose(x != x, x, (vec)even);
+#else
+    return x;
+#endif
+}
+
 #if defined(BF16) && defined(__AVX512BF16__)
 #include <immintrin.h>
 
@@ -55,19 +66,12 @@ INLINE vec multiply_add(vec sums, operands a, operands b)
     return sums + (vec)(a << 16) * (vec)(b << 16) + (vec)(a & 0xffff0000u) * (vec)(b & 0xffff0000u);
 }
 
-INLINE uvec rounded(vec x)
-{
-    uvec bits = (uvec)x;
-    uvec even = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
-    return (uvec)choose(x != x, (vec)((uvec){0} + 0x7fc0u), (vec)even);
-}
-
-INLINE operands combine(const vec *x) { return rounded(x[0]) | rounded(x[1]) << 16; }
+INLINE operands combine(const vec *x) { return (uvec)rounded(x[0]) >> 16 | (uvec)rounded(x[1]); }
 
 INLINE void store_row(operand *p, vec x)
 {
-    uvec bits = rounded(x);
-    for (int i = 0; i < W; i += 2) p[i / 2] = bits[i] | bits[i + 1] << 16;
+    uvec bits = (uvec)rounded(x);
+    for (int i = 0; i < W; i += 2) p[i / 2] = bits[i] >> 16 | bits[i + 1];
 }
 
 #else /* float32 */
