@@ -85,8 +85,8 @@ INLINE ivec lanes_from(int64_t first)
     return lanes;
 }
 
-/* scores (keys, QUERIES) of the keys from `low` on and the queries from `first` on -> p, the numerators of the softmax in
- * panels of pairs of keys; for each query, top (QUERIES) = highest score and total (QUERIES) = denominator. */
+/* scores (keys, QUERIES) of the keys from `low` on and the queries from `first` on -> p, the numerators of the softmax
+ * in panels of pairs of keys; for each query, top (QUERIES) = highest score and total (QUERIES) = denominator. */
 static void softmax(float *scores, int64_t keys, int64_t low, int64_t first, int64_t window, operand *p, float *top,
                     float *total)
 {
@@ -97,7 +97,7 @@ static void softmax(float *scores, int64_t keys, int64_t low, int64_t first, int
             float *at = scores + j * QUERIES + q;
             if (needs_mask(low + j, first, window))
                 store(at, choose(sees(query, low + j, window), load(at), all(-INFINITY)));
-            highest = choose(load(at) > highest, load(at), highest);
+            highest = larger(load(at), highest);
         }
         for (int64_t j = 0; j < keys; j += PAIR) {
             vec e[PAIR];
@@ -116,7 +116,7 @@ static void softmax(float *scores, int64_t keys, int64_t low, int64_t first, int
  * so that the compiler specialises the function. */
 INLINE void attend(const Attention *s, int64_t task, const int64_t D)
 {
-    const int64_t T = s->T, H = s->H, G = s->G, b = task / G, g = task % G;
+    const int64_t T = s->T, H = s->H, G = s->G, b = task / G, g = task % G, words = D / PAIR;
     const int64_t row = (H + 2 * G) * D, group = H / G, P = padded_keys(T), E = padded(D);
     const float factor = 1.0f / sqrtf((float)D), *x = s->qkv + b * T * row;
     float *k = scratch((size_t)(3 * P * D + P * E + QUERIES * (2 * P + 2 * D + E + 2) + PANEL)), *v = k + P * D;
@@ -130,12 +130,13 @@ INLINE void attend(const Attention *s, int64_t task, const int64_t D)
     pack(v, D, P, 0, E / PANEL, values);
     for (int64_t h = g * group; h < (g + 1) * group; h++)
         for (int64_t first = 0; first < T; first += QUERIES) {
-            int64_t n = T - first < QUERIES ? T - first : QUERIES, low = first_key(s, first), count = first + QUERIES - low;
+            int64_t n = T - first < QUERIES ? T - first : QUERIES, low = first_key(s, first);
+            int64_t count = first + QUERIES - low;
             for (int64_t i = 0; i < n; i++)
                 norm_rotate(s, D, x + (first + i) * row + h * D, s->q_gain, first + i, factor, q + i * D);
             memset(q + n * D, 0, (size_t)((QUERIES - n) * D) * sizeof(float));
             pack_transposed(q, D, D, 0, QUERIES / PANEL, queries);
-            product(count, QUERIES, D / PAIR, keys + low * D / PAIR, D / PAIR, 1, queries, D / PAIR, scores, QUERIES, 0);
+            product(count, QUERIES, words, keys + low * words, words, 1, queries, words, scores, QUERIES, 0);
             softmax(scores, count, low, first, s->window, p, top, total);
             product(n, E, count / PAIR, p, 1, QUERIES, values + low / PAIR * PANEL, P / PAIR, o, E, 0);
             for (int64_t i = 0; i < n; i++) {
@@ -146,9 +147,9 @@ INLINE void attend(const Attention *s, int64_t task, const int64_t D)
         }
 }
 
-/* scores and dscores (keys, QUERIES), the latter the gradient of the probabilities: -> p and ds, the probabilities and the
- * gradient of the scores, in rows, and ds also in panels of pairs of keys. lse (QUERIES): log-sum-exp of the scores of each
- * query; means (QUERIES): mean of dscores of each query. */
+/* scores and dscores (keys, QUERIES), the latter the gradient of the probabilities -> p and ds, the probabilities and the
+ * gradient of the scores, in rows, and ds also in panels of pairs of keys. For each query, lse (QUERIES) is the
+ * log-sum-exp of the scores, and means (QUERIES) the mean of dscores, weighted with the probabilities. */
 static void softmax_backward(const float *scores, const float *dscores, int64_t keys, int64_t low, int64_t first,
                              int64_t window, const float *lse, const float *means, operand *p, operand *ds,
                              operand *ds_panels)
@@ -177,9 +178,10 @@ INLINE void attend_backward(const Attention *s, int64_t task, const int64_t D, f
     const int64_t row = (H + 2 * G) * D, group = H / G, P = padded_keys(T), E = padded(D);
     const float factor = 1.0f / sqrtf((float)D), *x = s->qkv + b * T * row;
     float *dx = s->dqkv + b * T * row;
-    float *k = scratch((size_t)(4 * P * D + 3 * P * E + QUERIES * (5 * KEYS + 4 * D + 3 * E + 2) + PANEL)), *v = k + P * D;
-    float *dk = v + P * D, *dv = dk + P * E, *q = dv + P * E, *dout = q + QUERIES * D, *dq = dout + QUERIES * D;
-    float *lse = dq + QUERIES * E, *means = lse + QUERIES, *scores = means + QUERIES, *dscores = scores + QUERIES * KEYS;
+    float *k = scratch((size_t)(4 * P * D + 3 * P * E + QUERIES * (5 * KEYS + 4 * D + 3 * E + 2) + PANEL));
+    float *v = k + P * D, *dk = v + P * D, *dv = dk + P * E, *q = dv + P * E, *dout = q + QUERIES * D;
+    float *dq = dout + QUERIES * D, *lse = dq + QUERIES * E, *means = lse + QUERIES, *scores = means + QUERIES;
+    float *dscores = scores + QUERIES * KEYS;
     operand *p = (operand *)(dscores + QUERIES * KEYS), *ds = p + QUERIES * KEYS, *ds_panels = ds + QUERIES * KEYS;
     operand *q_columns = ds_panels + QUERIES * KEYS, *dout_columns = q_columns + QUERIES * D;
     operand *q_panels = dout_columns + QUERIES * D, *dout_panels = q_panels + QUERIES * E;
@@ -209,13 +211,14 @@ INLINE void attend_backward(const Attention *s, int64_t task, const int64_t D, f
             pack(q, D, QUERIES, 0, E / PANEL, q_panels);
             pack(dout, D, QUERIES, 0, E / PANEL, dout_panels);
             for (int64_t key = low; key < first + QUERIES; key += KEYS) {
-                const int64_t m = first + QUERIES - key < KEYS ? first + QUERIES - key : KEYS;
+                const int64_t m = first + QUERIES - key < KEYS ? first + QUERIES - key : KEYS, pairs = QUERIES / PAIR;
                 product(m, QUERIES, words, k_rows + key * words, words, 1, q_columns, words, scores, QUERIES, 0);
                 product(m, QUERIES, words, v_rows + key * words, words, 1, dout_columns, words, dscores, QUERIES, 0);
                 softmax_backward(scores, dscores, m, key, first, s->window, lse, means, p, ds, ds_panels);
-                product(m, E, QUERIES / PAIR, p, QUERIES / PAIR, 1, dout_panels, QUERIES / PAIR, dv + key * E, E, 1);
-                product(m, E, QUERIES / PAIR, ds, QUERIES / PAIR, 1, q_panels, QUERIES / PAIR, dk + key * E, E, 1);
-                product(n, E, m / PAIR, ds_panels, 1, QUERIES, k_panels + key / PAIR * PANEL, P / PAIR, dq, E, key > low);
+                product(m, E, pairs, p, pairs, 1, dout_panels, pairs, dv + key * E, E, 1);
+                product(m, E, pairs, ds, pairs, 1, q_panels, pairs, dk + key * E, E, 1);
+                const operand *right = k_panels + key / PAIR * PANEL;
+                product(n, E, m / PAIR, ds_panels, 1, QUERIES, right, P / PAIR, dq, E, key > low);
             }
             for (int64_t i = 0; i < n; i++)
                 norm_rotate_backward(s, D, x + (first + i) * row + h * D, s->q_gain, first + i, factor, dq + i * E,

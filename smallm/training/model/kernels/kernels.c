@@ -204,6 +204,7 @@ INLINE void swiglu(const float *x, float *y, int64_t I)
 INLINE void swiglu_backward(const float *dy, const float *x, float *dx, float *y, int64_t I)
 {
     for (int64_t i = 0; i < I; i += W) {
+        __builtin_prefetch(x + 4 * I + i), __builtin_prefetch(x + 5 * I + i); /* of the row after the next one */
         vec gate = load(x + i), up = load(x + I + i), d = load(dy + i);
         vec sigmoid = all(1.0f) / (all(1.0f) + exponential(-gate)), silu = gate * sigmoid;
         store(y + i, silu * up);

@@ -1,12 +1,16 @@
 """Loads the compiled kernels and calls them with tensors."""
 
 import ctypes
+import sys
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from smallm.training.model.kernels.compiler import compile_kernels, openmp_library
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+MAX_KEPT = 1 << 30
 
 
 class Kernels:
@@ -40,6 +44,19 @@ def load(bf16: bool = False) -> Kernels | None:
         path = compile_kernels(bf16)
         if openmp := openmp_library():  # a process must not load two of them
             ctypes.CDLL(str(openmp), ctypes.RTLD_GLOBAL)
+        _keep_freed_memory()
         return Kernels(ctypes.CDLL(str(path))) if path else None
     except OSError:
         return None
+
+
+def _keep_freed_memory() -> None:
+    """Lets the C library of Linux keep up to MAX_KEPT bytes of freed memory.
+
+    Each step of training allocates and frees the same tensors. By default glibc returns their memory to the system,
+    which clears the pages again at the next use: a tenth of a step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:  # glibc has this function, musl does not
+        mallopt(M_TRIM_THRESHOLD, MAX_KEPT)
+        mallopt(M_MMAP_THRESHOLD, MAX_KEPT)

@@ -38,8 +38,6 @@ INLINE vec rounded(vec x)
 }
 
 #if defined(BF16) && defined(__AVX512BF16__)
-#include <immintrin.h>
-
 /* sums + product of the low halves + product of the high halves. */
 INLINE vec multiply_add(vec sums, operands a, operands b)
 {

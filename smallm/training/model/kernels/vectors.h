@@ -3,6 +3,7 @@
 /* ---- Vectors ---- */
 
 #ifdef __AVX512F__
+#include <immintrin.h>
 enum { W = 16, ROWS = 8 }; /* W: floats per register; ROWS: rows per tile, whose 2 * ROWS sums fill the registers */
 #else
 enum { W = 8, ROWS = 6 };
@@ -15,7 +16,6 @@ typedef int32_t ivec __attribute__((vector_size(W * sizeof(float))));
 typedef uint32_t uvec __attribute__((vector_size(W * sizeof(float))));
 typedef float vec8 __attribute__((vector_size(32)));
 typedef float vec8_anywhere __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t ivec8 __attribute__((vector_size(32)));
 typedef float vec4 __attribute__((vector_size(16)));
 
 INLINE vec load(const float *p) { return *(const vec_anywhere *)p; }
@@ -27,36 +27,52 @@ INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) 
 
 INLINE float sum(vec x)
 {
-    union { vec v; vec8 halves[W / 8]; vec4 quarters[W / 4]; } u = {x};
-    if (W == 16) u.halves[0] += u.halves[W / 8 - 1];
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    union { vec v; vec4 quarters[W / 4]; } u = {x};
     vec4 q = u.quarters[0] + u.quarters[1];
     return (q[0] + q[1]) + (q[2] + q[3]);
+#endif
 }
 
 INLINE float max_of(vec x)
 {
-    union { vec v; vec8 halves[W / 8]; } u = {x};
-    if (W == 16) {
-        ivec8 over = u.halves[W / 8 - 1] > u.halves[0];
-        u.halves[0] = (vec8)((over & (ivec8)u.halves[W / 8 - 1]) | (~over & (ivec8)u.halves[0]));
-    }
-    vec8 h = u.halves[0];
-    float a = h[0] > h[4] ? h[0] : h[4], b = h[1] > h[5] ? h[1] : h[5];
-    float c = h[2] > h[6] ? h[2] : h[6], d = h[3] > h[7] ? h[3] : h[7];
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float a = x[0] > x[4] ? x[0] : x[4], b = x[1] > x[5] ? x[1] : x[5];
+    float c = x[2] > x[6] ? x[2] : x[6], d = x[3] > x[7] ? x[3] : x[7];
     a = a > b ? a : b;
     c = c > d ? c : d;
     return a > c ? a : c;
+#endif
 }
 
-/* e^x with an error of at most 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. Returns 0
- * below -87 and NaN for NaN. */
+/* The larger of each pair of elements; b where one of the two is NaN. */
+INLINE vec larger(vec a, vec b)
+{
+#ifdef __AVX512F__
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
+
+/* e^x with an error of at most 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. Returns 0 for
+ * -infinity and NaN for NaN. */
 INLINE vec exponential(vec x)
 {
+#ifdef __AVX512F__
+    x = larger(all(-110.0f), x);
+    vec n = (vec)_mm512_roundscale_ps((__m512)(x * all(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+#else
     const vec magic = all(12582912.0f); /* 1.5 * 2^23: adding this rounds to an integer, which stands in the low bits */
     ivec tiny = x < all(-87.0f);
     x = choose(x > all(88.0f), all(88.0f), x);
     vec shifted = x * all(1.44269504f) + magic;
     vec n = shifted - magic;
+#endif
     vec r = x - n * all(0.693359375f) + n * all(2.12194440e-4f);
     vec p = all(1.9875691500e-4f);
     p = p * r + all(1.3981999507e-3f);
@@ -65,8 +81,12 @@ INLINE vec exponential(vec x)
     p = p * r + all(1.6666665459e-1f);
     p = p * r + all(5.0000001201e-1f);
     p = p * r * r + r + all(1.0f);
+#ifdef __AVX512F__
+    return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     vec power = (vec)((((ivec)shifted - (ivec)magic) << 23) + (ivec)all(1.0f));
     return choose(tiny, all(0.0f), p * power);
+#endif
 }
 
 /* SHUFFLE(a, b, i...): the elements of a and b, one after another, with these indices. */
