@@ -1,5 +1,8 @@
 """smallm.training.model.operations: the kernels give the results of plain PyTorch and autograd."""
 
+import ctypes
+import sys
+
 import pytest
 import torch
 
@@ -382,6 +385,20 @@ def test_a_compiler_that_hangs_counts_as_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("SMALLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(compiler, "TIMEOUT", 0.1)
     assert kernels.load.__wrapped__() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_freed_memory_is_kept_for_the_next_step():
+    """Otherwise the system clears the pages again in each step."""
+    resource = pytest.importorskip("resource")
+
+    def page_faults():
+        begun = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(16_000_000)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begun
+
+    page_faults()
+    assert min(page_faults() for _ in range(3)) < 1000  # of 15,600 pages
 
 
 def test_kernels_refuse_tensors_that_they_would_misread():
