@@ -118,7 +118,8 @@ def test_a_short_text_gets_a_small_model_dropout_and_an_early_end():
 
 
 def test_dropout_rises_with_the_epochs():
-    assert [choose_dropout(epochs) for epochs in (0.1, 2.7, 5, 8, 12, 17, 25, 60)] == [0, 0, 0, 0.05, 0.1, 0.15, 0.2, 0.2]
+    epochs = (0.1, 2.7, 5, 8, 12, 17, 25, 60)
+    assert [choose_dropout(number) for number in epochs] == [0, 0, 0, 0.05, 0.1, 0.15, 0.2, 0.2]
     rising = [choose_dropout(1.1**n) for n in range(50)]
     assert rising == sorted(rising)
 
