@@ -109,7 +109,7 @@ def test_flops_of_the_plan_are_those_of_the_model():
 def test_a_short_text_gets_a_small_model_dropout_and_an_early_end():
     short = plan(180_000, 400)
     assert size(short) < size(plan(1_000_000, 400))
-    assert short.settings["model.dropout"] == 0.1
+    assert short.settings["model.dropout"] == 0.05
     assert plan(180_000, 400, train__ensemble=1).settings["model.dropout"] == 0.2
     assert not short.short_text
     assert plan(180_000, 3600).short_text
@@ -126,8 +126,8 @@ def test_dropout_rises_with_the_epochs():
 
 def test_a_text_that_is_read_many_times_gets_two_models():
     few, many = plan(1e6, 600), plan(200_000, 180)
-    assert (few.epochs < 12, few.settings["train.ensemble"]) == (True, 1)
-    assert (many.epochs > 12, many.settings["train.ensemble"]) == (True, 2)
+    assert (few.epochs < 8, few.settings["train.ensemble"]) == (True, 1)
+    assert (many.epochs > 8, many.settings["train.ensemble"]) == (True, 2)
     one = plan(200_000, 180, train__ensemble=1)
     assert many.ids == pytest.approx(9 / 11 * one.ids)  # two thirds of the steps take a third longer
     assert many.settings["optim.warmup_steps"] == round(0.02 * many.steps / 3)
