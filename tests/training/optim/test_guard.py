@@ -129,7 +129,7 @@ def poisoned(monkeypatch):
             return plain(self, step)
 
         current, plain = [0], Trainer.train_step
-        monkeypatch.setattr("smallm.training.trainer.cross_entropy", loss)
+        monkeypatch.setattr("smallm.training.ensemble.cross_entropy", loss)
         monkeypatch.setattr(Trainer, "train_step", train_step)
 
     return poisoned
