@@ -44,7 +44,7 @@ from smallm.cli.main import run, train
 from smallm.cli.table import table
 from smallm.errors import UserError
 from smallm.runs.metrics import read_metrics
-from smallm.training import devices, trainer
+from smallm.training import devices, ensemble, trainer
 from smallm.training.checkpoint.format import load_model, read_state
 from smallm.training.checkpoint.manager import best_checkpoint, checkpoints, saved_config
 from smallm.training.config import ModelConfig, OptimConfig
@@ -119,7 +119,7 @@ def work(options: dict[str, Any], argv: Sequence[str]) -> int:
     file for the peak memory in bytes).
     """
     torch.use_deterministic_algorithms(options["deterministic"], warn_only=True)
-    plain_train, plain_step, loss = trainer.Trainer.train, trainer.Trainer.train_step, trainer.cross_entropy
+    plain_train, plain_step, loss = trainer.Trainer.train, trainer.Trainer.train_step, ensemble.cross_entropy
 
     def whole_run(self: trainer.Trainer) -> int:
         if "ACCELERATE_USE_FSDP" in os.environ and not hasattr(self.parameters[0], "full_tensor"):
@@ -130,7 +130,7 @@ def work(options: dict[str, Any], argv: Sequence[str]) -> int:
         return code
 
     def train_step(self: trainer.Trainer, step: int) -> Any:
-        poisoned = patch.object(trainer, "cross_entropy", lambda *tensors: loss(*tensors) * float("nan"))
+        poisoned = patch.object(ensemble, "cross_entropy", lambda *tensors: loss(*tensors) * float("nan"))
         with poisoned if step == options["nan_step"] else nullcontext():
             return plain_step(self, step)
 

@@ -956,7 +956,7 @@ def test_guided_mutations_find_nothing(tmp_path, monkeypatch):
     target = fuzz_c.build_target(tmp_path, "-O0")
     ended = fuzz_c.run_target(target, models, runs=300, seed=1)
     assert (ended["code"], ended["findings"]) == (0, [])
-    assert ended["edges"] > 1000
+    assert ended["edges"] > 900
 
 
 def test_the_fuzzer_recognises_bad_exits(monkeypatch):
