@@ -28,6 +28,9 @@ POLAR_EXPRESS = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
+# Divides the argument of each polynomial in bf16 (Amsel et al. 2025): rounding moves singular values beyond the range
+# of the next polynomial, and the later iterations would multiply them by 10 to 1,000.
+BF16_SAFETY = 1.01
 MAX_GATHERED = 1 << 26  # elements of sharded matrices that are whole at the same time
 
 
@@ -157,6 +160,9 @@ def orthogonalise(
     """
     x = matrices.bfloat16() if multiplies_bf16(matrices.device) else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01).clamp(min=1e-7)
+    if bf16 or x.dtype == torch.bfloat16:
+        s = BF16_SAFETY
+        coefficients = [(a / s, b / s**3, c / s**5) for a, b, c in coefficients]
     return polynomial_iteration(x, coefficients, bf16).to(matrices.dtype)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from smallm.training.config import Config, ModelConfig, OptimConfig, TrainConfig
 from smallm.training.devices import multiplies_bf16
+from smallm.training.model import operations
 from smallm.training.model.transformer import TransformerLanguageModel
 from smallm.training.optim import optimizers as optim
 from smallm.training.optim.optimizers import POLAR_EXPRESS, MuonAdamW, build_optimizer, orthogonalise, set_learning_rate
@@ -237,6 +238,19 @@ def test_orthogonalise_brings_singular_values_near_one(shape, steps, lowest, hig
     assert (rotated - torch.diag_embed(values)).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+@pytest.mark.parametrize("steps", [5, 8])
+def test_orthogonalise_in_bf16_keeps_singular_values_bounded(monkeypatch, device, steps):
+    """Ill-conditioned gradients, as small batches give: rounding must not be multiplied by the later iterations."""
+    monkeypatch.setattr(operations, "has_bf16", lambda: True)  # other processors emulate the products
+    monkeypatch.setattr(optim, "multiplies_bf16", lambda _: device == "gpu")
+    generator = torch.Generator().manual_seed(3)
+    u, v = (torch.linalg.qr(torch.randn(200, n, 32, generator=generator))[0] for n in (32, 96))
+    for smallest in (-1, -3):
+        result = orthogonalise(u * torch.logspace(0, smallest, 32) @ v.mT, POLAR_EXPRESS[:steps], bf16=device == "cpu")
+        assert torch.linalg.matrix_norm(result, 2).max() < 1.2
+
+
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
 def test_muon_computes_in_bf16_only_on_gpus_with_bf16_tensor_cores(monkeypatch, capability, dtype):
     """The device is faked: the matrices are on the CPU, but report a CUDA device."""
@@ -284,6 +298,7 @@ def test_the_optimiser_does_not_import_the_compiler():
     """Importing it takes longer than the first 50 steps of a small model."""
     code = """
 import sys, torch
+from smallm.training.model import operations
 from smallm.training.optim import optimizers as optim
 from smallm.training.config import ModelConfig, OptimConfig
 from smallm.training.model.transformer import TransformerLanguageModel
