@@ -109,6 +109,11 @@ def run_pair(text: Path, home: Path, minutes: float, seed: int, steps: int) -> l
             Result(NAMES[1], minutes, seed, seconds[1], model.parameter_count(), losses)]  # fmt: skip
 
 
+def warm_up(text: Path, home: Path) -> None:
+    """A short run of smallm: the first run on a machine compiles the kernels, and the first on a text encodes it."""
+    seconds_of(smallm_command(text, home / "first", 0.1, 1), halves()[1], home / "cache")
+
+
 def seconds_per_step(text: Path, home: Path) -> tuple[float, float]:
     """Seconds of the reference for its start and per step, beside a busy process on the other half of the cores."""
     times = []
@@ -137,6 +142,7 @@ def measure(options: argparse.Namespace) -> list[Result]:
         home, corpus = Path(folder), train_speed.open_text(options.data, 1)
         text = home / "text.txt"
         text.write_bytes((corpus.vocabulary.decode(corpus.train_ids) + corpus.val_text()).encode())
+        warm_up(text, home)
         start, each = seconds_per_step(text, home)
         for minutes, seed in missing:
             pair = run_pair(text, home, minutes, seed, max(1, round((60 * minutes - start) / each)))

@@ -30,6 +30,7 @@ def test_a_series_goes_on_and_prints_means(headline, monkeypatch, tmp_path, caps
     text, results, picture = tmp_path / "text.txt", tmp_path / "results.jsonl", tmp_path / "loss.svg"
     text.write_text("a line of text\n" * 100)
     runs = []
+    monkeypatch.setattr(headline, "warm_up", lambda text, home: None)
     monkeypatch.setattr(headline, "seconds_per_step", lambda text, home: (4.0, 0.5))
 
     def run_pair(text, home, minutes, seed, steps):
