@@ -186,7 +186,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         points: dict[float, Any] = means(results, name)
         seconds, losses = [p[0] for p in points.values()], [p[1] for p in points.values()]
         axes.plot(seconds, losses, "o-", color=colour, linewidth=2, markersize=5)
-        axes.annotate(name, (seconds[-1], losses[-1]), xytext=(0, 8), textcoords="offset points", ha="right",
+        axes.annotate(name, (seconds[-1], losses[-1]), xytext=(9, 0), textcoords="offset points", va="center",
                       color=colour, fontweight="bold")  # fmt: skip
         for x, y in zip(seconds, losses, strict=True):
             axes.annotate(f"{y:.2f}", (x, y), xytext=(0, -14), textcoords="offset points", ha="center", fontsize=8,
@@ -195,7 +195,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.minorticks_off()
-    axes.margins(0.08, 0.12)
+    axes.margins(0.16, 0.12)
     axes.set_ylabel("validation loss (nats per character)")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
