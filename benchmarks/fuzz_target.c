@@ -26,7 +26,7 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t room, unsigned
     return size;
 }
 
-/* Where the draft table begins: at the last head of a numpy file; the end of the file if there is none. */
+/* Returns the offset of the last numpy signature, with which the draft table starts, or `size` without a signature. */
 static NOT_GUIDED size_t find_table(const uint8_t *data, size_t size)
 {
     for (size_t at = size; at-- > 0;)

@@ -33,7 +33,7 @@ DAMAGES = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeErro
 
 
 def find_files(name: str, include: Sequence[str] = ("*.txt",), exclude: Sequence[str] = ()) -> list[Path]:
-    """The files that a name stands for, in the order of their paths; [] if there are none.
+    """The files that a name stands for, in the order of their paths; [] if no file matches.
 
     name: a file, a folder (the files below it that `include` names and `exclude` does not) or a pattern such as
     `notes/**/*.md` (the files that it matches and `exclude` does not name). Raises `OSError` for a folder that cannot

@@ -30,7 +30,7 @@ def check(config: Config) -> int:
 
 
 def summary_lines(statistics: TextStatistics, split: str = "tail") -> list[str]:
-    """For the start of training: the warnings, or one line if there are none. split: as `data.split`."""
+    """For the start of training: the warnings, or one line that no problem was found. split: as `data.split`."""
     lines = warnings(statistics, split) or [f"{_characters(statistics)}; no problems found"]
     return [f"check  {line}" for line in lines]
 

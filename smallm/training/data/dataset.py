@@ -33,8 +33,8 @@ class CharDataset:
     def sources(self, rows: np.ndarray, noise: float) -> np.ndarray:
         """The positions (B, T) within the windows of some rows (B,) from which noisy inputs take their ids.
 
-        With probability `noise` that is a random position of the same window, and otherwise the position itself. So the
-        ids that replace others are as frequent as in the text. The choice depends on seed, row and position alone.
+        Each position is replaced by a random position of the same window with probability `noise`. The ids that replace
+        others are therefore as frequent as in the text. The choice depends on seed, row and position alone.
         """
         T = self.block_size
         places = np.asarray(rows, dtype=np.uint64)[:, None] * np.uint64(T) + np.arange(T, dtype=np.uint64)  # (B, T)
