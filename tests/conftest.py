@@ -26,6 +26,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_make_parametrize_id(val):
+    """Bytes are not part of a test's name: `gzip.compress` writes the time, and workers must agree on each name."""
+    return "bytes" if isinstance(val, bytes) else None
+
+
 SUBJECTS = ["the small café", "an old owl", "my naïve friend", "the river", "Zoë", "every child", "the piñata"]
 VERBS = ["sings to", "remembers", "asks for", "paints", "follows", "never sees"]
 OBJECTS = ["the moon", "a crème brûlée", "the long winter", "its façade", "ten euros (10 €)", "nothing at all"]
