@@ -57,7 +57,21 @@ def longer_training(config: Mapping[str, Any], changed: Mapping[str, Any], secon
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:
-    return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
+    flags = []
+    for key, value in settings.items():
+        repeated = value if key == "data.source" and isinstance(value, list) else [value]
+        flags += [f"--{key}={_typed(each)}" for each in repeated]
+    return flags
+
+
+def _typed(value: Any) -> str:
+    """A value as a flag takes it: `a,b` for a list, or TOML for a list that this cannot express."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple) and value and not any("," in str(each) for each in value):
+        joined = ",".join(map(str, value))
+        return joined if joined and not joined.startswith("[") else str(list(value))
+    return str(value)
 
 
 def _twice_as_long(config: Mapping[str, Any], steps: int | None) -> str:

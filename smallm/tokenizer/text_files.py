@@ -36,8 +36,8 @@ def find_files(name: str, include: Sequence[str] = ("*.txt",), exclude: Sequence
     """The files that a name stands for, in the order of their paths; [] if no file matches.
 
     name: a file, a folder (the files below it that `include` names and `exclude` does not) or a pattern such as
-    `notes/**/*.md` (the files that it matches and `exclude` does not name). Raises `OSError` for a folder that cannot
-    be read.
+    `notes/**/*.md` (the files that it matches and `exclude` does not name). Paths in `exclude` begin at the folder, or
+    where the first wildcard is. Raises `OSError` for a folder that cannot be read.
     """
     path = Path(name)
     if path.is_file():
@@ -45,8 +45,13 @@ def find_files(name: str, include: Sequence[str] = ("*.txt",), exclude: Sequence
     if name and path.is_dir():
         files = {file.relative_to(path).as_posix(): file for file in _files(path)}
         return [files[each] for each in sorted(files) if _matches(each, include) and not _matches(each, exclude)]
-    matches = sorted(glob.glob(name, recursive=True)) if is_pattern(name) else []  # noqa: PTH207, absolute ones too
-    return [Path(file) for file in matches if Path(file).is_file() and not _matches(file, exclude)]
+    if not is_pattern(name):
+        return []
+    parts = path.parts
+    folder = Path(*parts[: next(i for i, part in enumerate(parts) if is_pattern(part))])
+    matches = map(Path, sorted(glob.glob(name, recursive=True)))  # noqa: PTH207, absolute ones too
+    names = {file: (file.as_posix(), file.relative_to(folder).as_posix()) for file in matches if file.is_file()}
+    return [file for file, paths in names.items() if not any(_matches(each, exclude) for each in paths)]
 
 
 def is_pattern(name: str) -> bool:

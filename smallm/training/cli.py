@@ -152,7 +152,7 @@ def _read(text: Any, kind: Any) -> Any:
             return text
         if kind in (int, float):
             return kind(text)
-        if text.startswith("[") and get_origin(kind) in (tuple, UnionType):
+        if text.startswith("[") and text.endswith("]") and get_origin(kind) in (tuple, UnionType):
             return tomllib.loads(f"x = {text}")["x"]
         if get_origin(kind) is tuple:
             return [get_args(kind)[0](part) for part in text.split(",")]

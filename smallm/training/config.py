@@ -74,7 +74,7 @@ class DataConfig:
         check_section(self, "data")
         texts = 1 if isinstance(self.source, str) else len(self.source)
         if self.weights and len(self.weights) != texts:
-            raise UserError(f"data.weights = {self.weights} must be {texts} numbers, one for each --data")
+            raise UserError(f"data.weights = {self.weights} must be one number for each --data, {texts} in all")
 
 
 @dataclass(frozen=True)

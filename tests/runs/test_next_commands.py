@@ -19,6 +19,7 @@ from smallm.training.report.pages import changed_settings
     [],
     ["--sample.seed=a 'b' \"c\" $HOME `x` \\ \n\té\x1b", "--data=-my text;.txt", "--model.dropout=0.25"],
     ["--train.short_windows=[64, 32]", "--train.short_until=[0.2, 0.5]", "--optim.betas=[0.9, 0.99]"],
+    ["--data", "a, b", "--data", "c", "--data.weights=2,1", "--data.include=*.md,a*", "--data.exclude=['x,y', 'z']"],
     ["--sample.seed=1e3", "--train.minutes=5", "--optim.learning_rate=0.00001"],
 ])  # fmt: skip
 @pytest.mark.skipif(sys.platform == "win32", reason="the commands are quoted for cmd.exe, which runs no bash")
@@ -64,7 +65,11 @@ def test_a_longer_run_is_twice_as_long(config, steps, flag):
     ([], "--data python-docs"),
     (["--data", "my text;.txt", "--data=-b.txt"], "--data 'my text;.txt' --data ./-b.txt"),
     (["--data", "-", "--encoding", "latin-1", "--model.n_layer", "2"], "--data - --data.encoding=latin-1"),
-    (["--data", "a", "--data.include", "*.md"], "--data a '--data.include=['\"'\"'*.md'\"'\"']'"),
+    (["--data", "a", "--data.include", "*.md"], "--data a '--data.include=*.md'"),
+    (["--data", "a", "--data.include", "*.md,*.rst", "--data.exclude", "[a]*"],
+     "--data a '--data.include=*.md,*.rst' "
+     "'--data.exclude=['\"'\"'[a]*'\"'\"']'"),
+    (["--data", "a", "--data", "b", "--data.weights", "2,1"], "--data a --data b --data.weights=2.0,1.0"),
 ])  # fmt: skip
 @pytest.mark.skipif(sys.platform == "win32", reason="the commands are quoted for cmd.exe")
 def test_a_better_model_is_trained_on_the_same_text(flags, typed):
@@ -74,7 +79,8 @@ def test_a_better_model_is_trained_on_the_same_text(flags, typed):
     again = cli.parse(shlex.split(line)[4:]).config
     assert again.train.minutes == 5
     assert [Path(each) for each in _texts(again)] == [Path(each) for each in _texts(config)]
-    assert replace(again.data, source="") == replace(config.data, source="")
+    assert again.data.weights == config.data.weights
+    assert replace(again.data, source="", weights=()) == replace(config.data, source="", weights=())
 
 
 def _texts(config):

@@ -253,6 +253,6 @@ def test_with_weights_each_text_is_split_for_itself(tmp_path, split_by):
 
 def test_one_weight_for_each_text():
     assert message(lambda: DataConfig(("a", "b"), weights=(1.0,))) == (
-        "data.weights = (1.0,) must be 2 numbers, one for each --data"
+        "data.weights = (1.0,) must be one number for each --data, 2 in all"
     )
     assert "must be more than 0" in message(lambda: DataConfig(("a", "b"), weights=(1.0, 0.0)))

@@ -7,10 +7,13 @@ import io
 import json
 import lzma
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from toys import open_corpus
+
+from smallm.tokenizer.text_files import find_files
 
 DOCUMENTS = [f"Document {n}: naïve café, “quoted”, comma\nand a second line\n" for n in range(60)]
 TEXT = "".join(DOCUMENTS)
@@ -102,3 +105,13 @@ def test_several_texts_patterns_and_folders(tmp_path, plain):
     notes = tmp_path / "notes"
     assert ids(notes, include=("*.md", "deep/*.txt"), exclude=("draft*",)) == plain
     assert ids(f"{notes}/**/*.md", exclude=("draft*",)) == ids(notes / "deep" / "b.md")
+
+
+@pytest.mark.parametrize("name", ["notes", "notes/**/*.txt", "./notes/**/*.txt", "n*/**/*.txt"])
+def test_an_excluded_path_begins_at_the_folder_or_at_the_first_wildcard(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for file in ("notes/a.txt", "notes/sub/b.txt"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text("x")
+    begin = "notes/" if name.startswith("n*") else ""
+    assert find_files(name, exclude=(f"{begin}sub/*",)) == [Path("notes/a.txt")]
