@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--out", default="runs/names", help="a new folder for the run (default: runs/names)")
     args = parser.parse_args()
 
+    if Path(args.out).exists():
+        parser.error(f"{args.out} exists; name a new folder with --out")
     lines = Path(args.names).read_text(encoding="utf-8").splitlines()
     known = {line.strip() for line in lines if line.strip()}
     with train(sorted(known), args.max_steps, Path(args.out)) as lm:

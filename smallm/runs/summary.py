@@ -59,7 +59,7 @@ class Run:
     seconds: float | None
     """Time spent on training."""
     written: float
-    """Time of the last change, in seconds since 1970."""
+    """Time at which training last wrote something, in seconds since 1970."""
     exports: dict[str, str]
     """Precision of each export, by the name of its folder within the run."""
     checkpoints: tuple[Path, ...]
@@ -106,8 +106,10 @@ def read_run(run: Path, max_bytes: int | None = TAIL_BYTES) -> Run:
     """
     try:
         next(run.iterdir(), None)
-        files = (run, run / METRICS, run / CHECKPOINTS)
-        written = max(file.stat().st_mtime for file in files if file.exists())
+        running = is_running(run)
+        trained = [file for file in (run / METRICS, run / CHECKPOINTS) if file.exists()]
+        files = [run, *trained] if running or not trained else trained  # exports and plots change the folder, too
+        written = max(file.stat().st_mtime for file in files)
         checkpoints = tuple(checkpoint_folders(run))
     except OSError as error:
         raise UserError(f"cannot read {run}: {error.strerror}") from None
@@ -116,7 +118,6 @@ def read_run(run: Path, max_bytes: int | None = TAIL_BYTES) -> Run:
     config = _section(state, "config") or read_config(run)
     config = {name: section for name, section in config.items() if isinstance(section, dict)}
     metrics = tuple(read_metrics(run, max_bytes))
-    running = is_running(run)
     last = next((line for line in reversed(metrics) if line.get("kind") == "train"), {}) if running or not state else {}
     facts = _section(state, "facts")
     step = _whole(last.get("step", state.get("step")))

@@ -29,6 +29,7 @@ from smallm.serve.completion_request import CompletionRequest
 from smallm.serve.generation_queue import BusyError, GenerationQueue, Slice
 
 RETRY_AFTER = 2  # seconds after which a client that found the server busy may come back
+PATHS = "POST /v1/completions, GET /v1/models, GET /health and a page at /"
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 503: "overloaded_error"}
 
 
@@ -232,7 +233,12 @@ def error_response(
 async def http_error(request: Request, error: Exception) -> Response:
     """An error of Starlette: unknown paths, methods that a path does not have."""
     assert isinstance(error, HTTPException)
-    return error_response(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = f"there is no {request.url.path[:80]}; this server has {PATHS}"
+    elif error.status_code == 405:
+        message = f"{request.url.path[:80]} does not take {request.method}; this server has {PATHS}"
+    return error_response(error.status_code, message, headers=dict(error.headers or {}))
 
 
 class TokenMiddleware:

@@ -142,7 +142,7 @@ def environment_facts(accelerator: Accelerator) -> dict[str, str | int]:
     if accelerator.device.type == "cuda":
         device = torch.cuda.get_device_name(accelerator.device)
     elif accelerator.device.type == "cpu":
-        device = f"cpu with {threads} thread(s)"
+        device = f"cpu with {threads} thread{'s' if threads > 1 else ''}"
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     return {"device": device, "precision": precision, "processes": accelerator.num_processes,
             "threads": threads, **versions()}  # fmt: skip

@@ -116,6 +116,8 @@ def test_newest_first(runs, capsys):
     written = [run["written"] for run in listed(capsys)]
     assert written == sorted(written, reverse=True)
     assert written[1] == "2001-09-09T01:46:42Z"
+    (runs / "old" / "export-int8").mkdir()  # changes the time of the folder
+    assert [run["name"] for run in listed(capsys)] == ["tiny", "new", "middle", "old"]
 
 
 def test_one_run_may_be_named(runs, capsys):

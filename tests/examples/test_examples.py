@@ -83,6 +83,9 @@ def test_names(tmp_path, monkeypatch, capsys):
     *_, loss, a, b, c, d, e = printed_by("names", argv, monkeypatch, capsys)
     assert "nats per character" in loss
     assert len({a, b, c, d, e} - known - {""}) == 5
+    with pytest.raises(SystemExit):
+        printed_by("names", argv, monkeypatch, capsys)
+    assert "out exists; name a new folder with --out" in capsys.readouterr().err
 
 
 def test_typos(exported, tmp_path, monkeypatch, capsys):

@@ -192,10 +192,16 @@ def test_bad_json(server, body):
 
 def test_statuses(server):
     assert ask(server, "POST", "/v1/completions", {}, {"content-type": "text/plain"})[0] == 415
-    assert ask(server, "GET", "/v1/completions")[0] == 405
+    status, _, answer = ask(server, "GET", "/v1/completions")
+    assert status == 405
+    assert json.loads(answer)["error"]["message"].startswith("/v1/completions does not take GET; this server has POST ")
     status, _, answer = ask(server, "GET", "/../secret")
     assert status == 404
     assert "error" in json.loads(answer)
+    status, _, answer = ask(server, "POST", "/v1/chat/completions", {})
+    message = json.loads(answer)["error"]["message"]
+    assert (status, message.partition(";")[0]) == (404, "there is no /v1/chat/completions")
+    assert "POST /v1/completions" in message
 
 
 def test_ten_megabytes(server):

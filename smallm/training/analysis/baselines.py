@@ -71,15 +71,18 @@ def comparison_line(baselines: list[Baseline], bits_per_char: float) -> str:
     return f"bits per character: the model {bits_per_char:.3f}; {others}: the model {verdict(baselines, bits_per_char)}"
 
 
-def verdict(baselines: list[Baseline], bits_per_char: float) -> str:
-    """Where a model stands against each baseline, as the predicate of a sentence about the model."""
+def verdict(baselines: list[Baseline], bits_per_char: float, every: str = "all of them") -> str:
+    """Where a model stands against each baseline, as the predicate of a sentence about the model.
+
+    every: what to call all baselines; by default they are named before the sentence.
+    """
     ordered = sorted(baselines, key=lambda one: one.bits_per_char)
     excess = {one.name: bits_per_char / one.bits_per_char - 1 if one.bits_per_char > 0 else math.inf for one in ordered}
     beaten = [name for name, more in excess.items() if more <= -EQUAL]
     equal = [name for name, more in excess.items() if -EQUAL < more < EQUAL]
     ahead = [_percent(more, f"more than {name}") for name, more in excess.items() if more >= EQUAL]
     if len(beaten) == len(excess):
-        return f"beats all of them, and needs {_percent(-excess[beaten[0]], f'less than {beaten[0]}')}"
+        return f"beats {every}, and needs {_percent(-excess[beaten[0]], f'less than {beaten[0]}')}"
     parts = [("beats", beaten), ("is about as good as", equal), ("needs", ahead)]
     clauses = [f"{verb} {_joined(names)}" for verb, names in parts if names]
     return ", and ".join([*filter(None, [", ".join(clauses[:-1])]), clauses[-1]])

@@ -39,6 +39,10 @@ LOSS_EXPLAINED = (
     "nats. Lower is better. The validation loss is measured on text that the model does not train on. If it rises "
     "while the training loss falls, the model memorises its training text instead of learning what is general in it."
 )
+ENSEMBLE_EXPLAINED = (
+    "{} trained {} models one after another (train.ensemble), so the loss jumps wherever the next model starts. Each "
+    "learns from the text and from the models before it; the last one is the result."
+)
 MEMORISATION_EXPLAINED = (
     "How much of the last samples stands word for word in the training text, and, for comparison, how much of the "
     "validation text does, which the model has never seen."
@@ -64,7 +68,7 @@ def report_page(runs: Sequence[RunHistory]) -> str:
     title = title if len(title) < 90 else f"{len(runs)} runs"
     sections = {
         "Results": _results(runs),
-        "Loss": _soft(LOSS_EXPLAINED) + page_charts(runs),
+        "Loss": _soft(LOSS_EXPLAINED) + _ensembles(runs) + page_charts(runs),
         "Baselines": _baselines(runs),
         "Samples": _samples(runs),
         "Memorisation": _memorisation(runs),
@@ -105,7 +109,8 @@ def _about(run: RunHistory) -> str:
     state = " · ".join(filter(None, [run.name, text, STATES.get(record.state, ""), began]))
     model = [one.bits_per_char for one in run.baselines if one.name == "model"]
     others = [one for one in run.baselines if one.name != "model"]
-    words = f"In bits per character, the model {verdict(others, model[0])}." if model and others else ""
+    place = verdict(others, model[0], every="all baselines") if model and others else ""
+    words = f"In bits per character, the model {place}." if place else ""
     risen = (
         f"<p>Since step {run.best_step:,} the validation loss has risen to {last[0]:.4f}: the model overfits, that is, "
         "it memorises its training text. More text, <code>--model.dropout 0.2</code> or fewer steps help. The "
@@ -145,6 +150,13 @@ def _figures(run: RunHistory) -> dict[str, str]:
         **usage,
         "device": str(facts.get("device", "")),
     }
+
+
+def _ensembles(runs: Sequence[RunHistory]) -> str:
+    """Why the curves of some runs have jumps."""
+    sizes = {run.name if len(runs) > 1 else "This run": run.config.get("train.ensemble") for run in runs}
+    return "".join(_soft(ENSEMBLE_EXPLAINED.format(name, size)) for name, size in sizes.items()
+                   if isinstance(size, int) and size > 1)  # fmt: skip
 
 
 def _baselines(runs: Sequence[RunHistory]) -> str:

@@ -142,6 +142,13 @@ def test_the_charts_show_the_losses(run, tiny_run, charts):
     assert data[1]["lines"][0]["points"][-1][2] == pytest.approx(last["epoch"] * record.train_characters, rel=1e-4)
 
 
+def test_an_ensemble_explains_its_jumps(run):
+    assert "one after another" not in page_of(run).text
+    config = run / "config.toml"
+    config.write_text(re.sub(r"^ensemble = 1$", "ensemble = 2", config.read_text(), flags=re.MULTILINE))
+    assert "This run trained 2 models one after another" in page_of(run).text
+
+
 def test_the_passage_is_of_the_best_step_and_coloured(tiny_run):
     passage = read_record(tiny_run).passage
     evaluations = metrics(tiny_run, "eval")
