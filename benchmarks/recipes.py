@@ -4,10 +4,10 @@
     python benchmarks/recipes.py --config shakespeare-cpu --results decay.jsonl \\
         --variant "decay 0.3" optim.weight_decay=0.3 --variant wide model.n_embd=160 model.n_head=5
 
-Every run has the floating-point operations of the unchanged config: a variant with a larger model or batch makes fewer
-steps. The time of a run therefore does not matter, and the machine may be busy. The gain of a variant is the loss of
-the unchanged config minus that of the variant with the same seed, in nats per character. A variant pays if every seed
-gains on every text.
+Every run has the floating-point operations of the unchanged config: a variant with a larger model or batch, or with
+teachers (train.ensemble), makes fewer steps. A forward pass of a teacher counts as a third of a step. The time of a run
+therefore does not matter, and the machine may be busy. The gain of a variant is the loss of the unchanged config minus
+that of the variant with the same seed, in nats per character. A variant pays if every seed gains on every text.
 
 The texts are Shakespeare (the training part of `--data shakespeare`; the validation text of that config is never
 read), Python sources (the standard library of this Python) and translated manual pages (`--manuals`; the default
@@ -41,7 +41,7 @@ from smallm.training.cli import parse
 from smallm.training.config import Config, DataConfig
 from smallm.training.data.corpus import open_corpus
 from smallm.training.model.transformer import TransformerLanguageModel
-from smallm.training.optim.schedule import total_steps
+from smallm.training.optim.schedule import mean_step_cost, total_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 JUDGE = 50_000  # characters at the end of each text
@@ -82,10 +82,11 @@ def parse_config(config: str, flags: Sequence[str]) -> Config:
     return parse(["--config", config, *flags]).config
 
 
-def operations_per_step(config: Config) -> int:
-    """Floating-point operations of a step in windows of full length."""
+def operations_per_step(config: Config) -> float:
+    """Floating-point operations of a mean step in windows of full length, with the forward passes of teachers."""
     ids = config.train.batch_size * config.model.block_size
-    return ids * TransformerLanguageModel(VOCABULARY, config.model).flops_per_id()
+    flops = ids * TransformerLanguageModel(VOCABULARY, config.model).flops_per_id()
+    return flops * mean_step_cost(config.train.ensemble)
 
 
 def train(text: Path, flags: Sequence[str]) -> float:

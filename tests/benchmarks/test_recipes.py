@@ -45,11 +45,13 @@ def series(recipes, tmp_path, monkeypatch):
 
 
 def test_variants_have_equal_compute(recipes, series):
-    variants = ["--variant", "batch", "train.batch_size=8", "--variant", "wide", "model.n_embd=128", "--seeds", "1"]
+    variants = ["--variant", "batch", "train.batch_size=8", "--variant", "wide", "model.n_embd=128",
+                "--variant", "taught", "train.ensemble=2", "--seeds", "1"]  # fmt: skip
     _, runs = series(lambda flags: 1.0, *variants)
     steps = [next(int(flag.split("=")[1]) for flag in flags if "max_steps" in flag) for flags in runs]
     assert steps[:2] == [100, 50]
     assert 25 < steps[2] < 50  # four times the products, but the attention and the vocabulary grow twofold
+    assert steps[3] == 82  # two thirds of the steps take a third longer, for the teacher's forward pass
 
 
 def test_a_series_goes_on_after_a_failure(series, tmp_path, capsys):
