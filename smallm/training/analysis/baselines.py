@@ -80,16 +80,29 @@ def verdict(baselines: list[Baseline], bits_per_char: float, every: str = "all o
     excess = {one.name: bits_per_char / one.bits_per_char - 1 if one.bits_per_char > 0 else math.inf for one in ordered}
     beaten = [name for name, more in excess.items() if more <= -EQUAL]
     equal = [name for name, more in excess.items() if -EQUAL < more < EQUAL]
-    ahead = [_percent(more, f"more than {name}") for name, more in excess.items() if more >= EQUAL]
+    ahead = [_excess(more, name) for name, more in excess.items() if more >= EQUAL]
     if len(beaten) == len(excess):
-        return f"beats {every}, and needs {_percent(-excess[beaten[0]], f'less than {beaten[0]}')}"
+        beats = f"beats {every}, and " if len(beaten) > 1 else ""
+        return f"{beats}needs {_percent(-excess[beaten[0]])} less than {beaten[0]}"
     parts = [("beats", beaten), ("is about as good as", equal), ("needs", ahead)]
     clauses = [f"{verb} {_joined(names)}" for verb, names in parts if names]
     return ", and ".join([*filter(None, [", ".join(clauses[:-1])]), clauses[-1]])
 
 
-def _percent(share: float, than: str) -> str:
-    return f"{max(1, round(100 * share))} % {than}" if share < math.inf else than
+def _excess(more: float, name: str) -> str:
+    """How much more than a baseline a model needs: in percent, from 100 % on as a factor.
+
+    more: the excess as a fraction of the baseline; infinite for a baseline that needs no bits.
+    """
+    if more == math.inf:
+        return f"more than {name}"
+    if round(100 * more) < 100:
+        return f"{_percent(more)} more than {name}"
+    return f"{1 + more:,.{0 if more >= 9 else 1}f} times the bits of {name}"
+
+
+def _percent(share: float) -> str:
+    return f"{max(1, round(100 * share))} %"
 
 
 def _joined(names: list[str]) -> str:
