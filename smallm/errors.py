@@ -41,6 +41,15 @@ def pip_install(package: str) -> str:
     return quoted("pip", "install", package)
 
 
+def missing_package(what: str, package: str | None, extra: str = "") -> UserError:
+    """The error for a package that is not installed.
+
+    what: the command or option that needs it; extra: the extra of smallm that installs it, default: the base install.
+    """
+    install = pip_install(f"smallm[{extra}]" if extra else "smallm")
+    return UserError(f"{what} needs the package {package!r}; install it with: {install}")
+
+
 def quoted(*words: str) -> str:
     """A command line for sh, bash and zsh; words with control characters as $'…', which sh does not know.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smallm.errors import UserError, command, pip_install, quoted
+from smallm.errors import UserError, command, missing_package, pip_install, quoted
 from smallm.language_model import find_model
 from smallm.runs.next_commands import next_commands
 
@@ -61,4 +61,6 @@ def test_quoting_on_windows(monkeypatch):
 def test_quoting():
     assert quoted("a", "b c", "", "x\ny'") == "a 'b c' '' $'x\\ny\\''"
     assert pip_install("smallm[train]") == "pip install 'smallm[train]'"
+    assert str(missing_package("serve", "uvicorn", "serve")).endswith("install it with: pip install 'smallm[serve]'")
+    assert str(missing_package("infer", "numpy")).endswith("'numpy'; install it with: pip install smallm")
     assert next_commands(Path("-run"), {}, "")["resume"] == "python -m smallm train --resume ./-run"

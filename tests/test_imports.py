@@ -1,6 +1,7 @@
 """The three rooms: what runs on the base install, what needs torch, and which way the imports go."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -120,6 +121,59 @@ sys.exit(main())
     assert done.stderr.endswith("install it with: pip install 'smallm[train]'\n")
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+BASE = """
+import contextlib, io, json
+from smallm.cli.main import _call, run
+said = []
+for command, *argv in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = run(lambda argv: _call(command, argv), argv)
+    said.append([code, out.getvalue(), err.getvalue()])
+import smallm
+try:
+    smallm.export(sys.argv[2])
+except smallm.UserError as error:
+    said.append([2, "", f"smallm: {error}\\n"])
+print(json.dumps(said))
+"""
+
+
+def test_commands_of_the_base_install_work_or_name_the_extra(tiny_run, exported, tmp_path):
+    """Except `doctor`, see tests/cli, and `smallm.train`, see tests/training."""
+    text, page = tiny_run / "validation.txt", "page.html"
+    (tmp_path / "a.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    works = [
+        ["runs", tiny_run], ["runs", tiny_run, "--json"], ["show", tiny_run], ["show", tiny_run, "--json"],
+        ["watch", tiny_run], ["compare", tiny_run, tiny_run], ["compare", tiny_run, tiny_run, "--json"],
+        ["cache"], ["cache", "--json"],
+        *(["infer", "--model", exported, *more] for more in (
+            ["--seed", "the", "--max-length", "5"], ["--seed", "the", "--json"], ["--next", "3"],
+            ["--perplexity", text], ["--surprise", text, "--html", page])),
+    ]  # fmt: skip
+    needs = {
+        "train": [["train"], ["train", "--check", text], ["train", "--eval-only", tiny_run],
+                  ["train", "--resume", tiny_run], ["train", "--init-from", tiny_run], ["export", tiny_run],
+                  ["export", tiny_run, "--gguf"], ["plot", tiny_run], ["plot", tiny_run, "--html", page],
+                  ["compare", tiny_run, tiny_run, "--html", page]],
+        "serve": [["serve", exported]], "hub": [["push", exported, "me/mine"]],
+        "zstd": [["infer", "--model", exported, "--perplexity", "a.zst"]] * (sys.version_info < (3, 14)),
+    }  # fmt: skip
+    commands = [*works, *(each for group in needs.values() for each in group)]
+    blocked = (*HEAVY, "starlette", "uvicorn", "huggingface_hub", "gguf", "datasets", "zstandard")
+    done = python(BASE, json.dumps([list(map(str, each)) for each in commands]), str(tiny_run), blocked=blocked,
+                  cwd=tmp_path)  # fmt: skip
+    assert done.stderr == ""
+    said = json.loads(done.stdout)
+    for command, (code, out, err) in zip(works, said, strict=False):
+        assert (code, bool(out)) == (0, True), (command, err)
+    extras = [*(extra for extra, group in needs.items() for _ in group), "train"]  # the last: `smallm.export`
+    assert len(said) == len(works) + len(extras)
+    for command, extra, (code, out, err) in zip([*commands, "export"][len(works) :], extras, said[len(works) :],
+                                                strict=True):  # fmt: skip
+        assert (code, out, err.count("\n")) == (2, "", 1), (command, err)
+        assert f"pip install 'smallm[{extra}]'" in err, (command, err)
 
 
 def test_import_smallm_is_light():

@@ -35,8 +35,10 @@ def main(argv: Sequence[str]) -> int:
         values = {"runs": [as_json(run) for run in runs], "settings": differing_settings(runs)}
         print(json.dumps(values, ensure_ascii=True, indent=1))
         return 0
+    if options.html:  # first, since it needs the extra `train`
+        plot([*map(str, options.runs), "--html", options.html], shown="compare --html")
     print(*lines(runs), sep="\n")
-    return plot([*map(str, options.runs), "--html", options.html]) or 0 if options.html else 0
+    return 0
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:

@@ -10,7 +10,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from smallm.errors import ProcessError, UserError, pip_install
+from smallm.errors import ProcessError, UserError, missing_package
 from smallm.html.escape import printable
 
 USAGE = """\
@@ -41,7 +41,8 @@ COMMANDS = {"train": "smallm.training.cli", "export": "smallm.export.cli", "infe
             "doctor": "smallm.cli.doctor", "push": "smallm.export.push",
             "serve": "smallm.serve.cli"}  # fmt: skip
 """Command -> the module whose `main(argv)` runs it."""
-NEED_TRAIN_EXTRA = ("train", "export", "plot")
+EXTRAS = {"train": "train", "export": "train", "plot": "train", "serve": "serve", "push": "hub"}
+"""Command -> the extra that it needs; the others need no more than the base install."""
 
 
 def main() -> int:
@@ -129,7 +130,8 @@ def _no_missing_streams() -> Iterator[None]:
         yield
 
 
-def _call(command: str, argv: Sequence[str]) -> int | None:
+def _call(command: str, argv: Sequence[str], shown: str = "") -> int | None:
+    """Runs a command. shown: how messages name it; default: its name."""
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}; use one of: {', '.join(COMMANDS)}")
     try:
@@ -138,8 +140,7 @@ def _call(command: str, argv: Sequence[str]) -> int | None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "smallm":
             raise
-        install = pip_install("smallm[train]" if command in NEED_TRAIN_EXTRA else "smallm")
-        raise UserError(f"{command} needs the package {error.name!r}; install it with: {install}") from None
+        raise missing_package(shown or command, error.name, EXTRAS.get(command, "")) from None
 
 
 train, export, infer, runs, show, plot, watch, compare, cache, doctor, push, serve = (

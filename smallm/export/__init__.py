@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+from smallm.errors import missing_package
 from smallm.options import check_names
 
 
@@ -48,8 +49,10 @@ def export(
         UserError: The run or an option is not usable, the exported model differs from the PyTorch model, the
             precision costs too much, or the folder cannot be written. Nothing has been written then.
     """
-    from smallm.export.folder import export_run  # imports torch and onnx
-
+    try:
+        from smallm.export.folder import export_run  # imports torch and onnx
+    except ModuleNotFoundError as error:
+        raise missing_package("export", error.name, "train") from None
     path: Any = getattr(run, "path", run)  # any type: `export_run` checks it
     return export_run(
         path, precision=precision, kit=kit, out=out, allow_loss=allow_loss, gguf=gguf, portable=portable

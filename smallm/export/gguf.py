@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from smallm.errors import UserError, pip_install
+from smallm.errors import UserError, missing_package
 from smallm.export.hugging_face import PAD_ID
 from smallm.export.precision import PRECISIONS
 
@@ -27,7 +27,7 @@ def check_gguf(precision: str, window: int = 0) -> None:
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise UserError(f"--gguf needs the package 'gguf'; install it with: {pip_install('smallm[gguf]')}") from None
+        raise missing_package("--gguf", "gguf", "gguf") from None
 
 
 def write_gguf(checkpoint: Path, path: Path, precision: str, name: str) -> None:

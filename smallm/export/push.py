@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from smallm.cli.arguments import ArgumentParser
-from smallm.errors import UserError, command, pip_install
+from smallm.errors import UserError, command, missing_package
 from smallm.language_model import find_model
 from smallm.model_file.manifest import MANIFEST_FILE
 
@@ -38,8 +38,7 @@ def push(run: Path, repo: str, public: bool, message: str) -> str:
     try:
         import huggingface_hub as hub
     except ImportError:
-        install = pip_install("smallm[hub]")
-        raise UserError(f"push needs the package 'huggingface_hub'; install it with: {install}") from None
+        raise missing_package("push", "huggingface_hub", "hub") from None
     if hub.get_token() is None:
         raise UserError("there is no token for the Hugging Face hub; set HF_TOKEN, or run: hf auth login")
     try:

@@ -7,7 +7,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from smallm.cli.arguments import ArgumentParser
-from smallm.errors import UserError, pip_install
+from smallm.errors import UserError, missing_package
 from smallm.language_model import ENGINES, LanguageModel, find_model
 from smallm.runs.layout import EXPORT
 from smallm.serve.completion_request import Limits
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--max-length, --max-requests, --threads and --deadline must be positive")
     missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
     if missing:
-        raise UserError(f"serve needs the package {missing[0]!r}; install it with: {pip_install('smallm[serve]')}")
+        raise missing_package("serve", missing[0], "serve")
     import uvicorn
 
     from smallm.serve.app import build_app

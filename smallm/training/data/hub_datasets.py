@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from smallm.errors import UserError, pip_install
+from smallm.errors import UserError, missing_package
 from smallm.tokenizer.text_files import text_of_record
 from smallm.training.cache import digest, unfinished_file
 from smallm.training.output import Output
@@ -41,8 +41,7 @@ def _texts(name: str, path: str, config: str, split: str, column: str) -> Iterat
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
-        install = pip_install("smallm[datasets]")
-        raise UserError(f"{name} needs the package 'datasets'; install it with: {install}") from None
+        raise missing_package(name, "datasets", "datasets") from None
     try:
         records = datasets.load_dataset(path, config or None, split=split, streaming=True)
         bar = tqdm(records, desc="loading", unit=" texts", leave=False, disable=None, file=Output("stderr"))
