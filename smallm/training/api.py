@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smallm.errors import UserError, pip_install
+from smallm.errors import UserError, missing_package
 from smallm.options import as_path
 from smallm.runs.config_file import flatten
 from smallm.runs.summary import Run, read_run
@@ -63,9 +63,10 @@ def train(
     try:
         from smallm.training.request import resolve
         from smallm.training.run import run_training
+
+        imports = time.perf_counter() - started
     except ModuleNotFoundError as error:
-        missing = f"train needs the package {error.name!r}"
-        raise UserError(f"{missing}; install it with: {pip_install('smallm[train]')}") from None
+        raise missing_package("train", error.name, "train") from None
     shortcuts = {"source": source, "encoding": encoding, "minutes": minutes, "init_from": init_from}
     given = _settings(settings, shortcuts)
     if isinstance(source, str) and ("\n" in source or len(source) > MAX_SOURCE):
@@ -78,7 +79,7 @@ def train(
     if not _TRAINING.acquire(blocking=False):
         raise UserError("another training is running in this process; wait for it, or start a second process")
     try:
-        code = run_training(request, started, last=False)
+        code = run_training(request, started, imports, last=False)
     finally:
         _TRAINING.release()
     if code:

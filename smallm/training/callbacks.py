@@ -26,6 +26,7 @@ from smallm.training.analysis.text_check import report_lines, summary_lines
 from smallm.training.analysis.text_statistics import compute_statistics
 from smallm.training.budget.clock import Forecast
 from smallm.training.budget.configure import bz2_nats_per_character
+from smallm.training.budget.planner import MAX_EPOCHS, MIN_STEPS, has_few_steps
 from smallm.training.checkpoint.format import TrainingState, checkpoint_folder, load_weights
 from smallm.training.checkpoint.manager import model_name
 from smallm.training.config import Config
@@ -35,6 +36,7 @@ from smallm.training.evaluate import sample_text
 from smallm.training.finetune import old_text_loss
 from smallm.training.logger import Logger
 from smallm.training.model.transformer import TransformerLanguageModel
+from smallm.training.optim.schedule import member_shares
 from smallm.training.report.passage import read_passage
 from smallm.training.report.record import RecordWriter, machine_facts
 from smallm.training.step_plan import StepPlan
@@ -42,6 +44,7 @@ from smallm.training.usage import matrix_flops, peak_memory
 
 MAX_SEARCHED_IDS = 1 << 24  # a longer training text is not searched for copies, which would take too long
 SEARCHED_SAMPLES = 3  # the last ones
+EARLY = 0.9  # fraction of a time budget; a run that ends before it says why
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,12 @@ class RunSnapshot:
     def progress(self) -> float:
         """Share of the run that is done, from 0 to 1."""
         return self.state.step / self.total_steps
+
+    @property
+    def has_few_steps(self) -> bool:
+        """Whether train.minutes leaves the model so few steps that it hardly learns anything."""
+        t = self.config.train
+        return bool(t.minutes) and has_few_steps(self.total_steps, self.plan.steps_per_epoch, t.ensemble)
 
     @property
     def member(self) -> str:
@@ -177,7 +186,8 @@ class MetricsLog(Callback):
         self._peak_flops: float | None = None
 
     def on_start(self, run: RunSnapshot) -> None:
-        if run.config.train.minutes and run.is_main and not run.member:  # the forecast is fitted to single models
+        # The forecast is fitted to single models that learn something.
+        if run.config.train.minutes and run.is_main and not run.member and not run.has_few_steps:
             self._forecast = Forecast(run.progress, bz2_nats_per_character(run.corpus))
         if run.is_main:
             self._peak_flops = matrix_flops(run.accelerator.device, run.accelerator.mixed_precision)
@@ -229,13 +239,20 @@ class FinalSummary(Callback):
         if not run.is_main:
             return
         if run.stopped_early:
-            run.logger.info(f"stopped: no better validation loss in {run.config.train.patience} evaluations")
+            count = run.config.train.patience
+            run.logger.info(f"stopped: no better validation loss in {count} evaluation{'s' if count > 1 else ''}")
+        elif self._has_read_enough(run):
+            run.logger.info(f"ended before its time: the text was read {MAX_EPOCHS} times, and more would not help")
         best, curves = run.state.best_val_loss, self._plot(run)
         assert best is not None  # the last step is always evaluated
         run.logger.result(
             f"best validation loss {best:.4f} nats per character ({best / math.log(2):.3f} bits, perplexity "
             f"{perplexity(best):.2f}) at step {run.state.best_step:,}, {run.seconds:.0f} s{curves}"
         )
+
+    def _has_read_enough(self, run: RunSnapshot) -> bool:
+        early = run.seconds < EARLY * 60 * run.config.train.minutes  # never without a time budget
+        return early and run.state.step >= int(MAX_EPOCHS * run.plan.steps_per_epoch)
 
     def _plot(self, run: RunSnapshot) -> str:
         """Draws the curves, which a single evaluation does not have. A run does not fail if its plot fails."""
@@ -372,8 +389,15 @@ class NextCommand(Callback):
     """Prints where a resumed run starts, and at the end the command to type next."""
 
     def on_start(self, run: RunSnapshot) -> None:
-        if run.state.step:
-            run.logger.info(f"going on from step {run.state.step:,}")
+        if not run.state.step:
+            return  # the plan of a new run has warned
+        run.logger.info(f"going on from step {run.state.step:,}")
+        if run.has_few_steps:
+            steps = round(run.total_steps * member_shares(run.config.train.ensemble)[-1])
+            minutes = f"{math.ceil(10 * run.config.train.minutes * MIN_STEPS / max(1, steps)) / 10:g}"
+            again = command("train", "--resume", run.folder, "--minutes", minutes)
+            run.logger.warning(f"minutes = {run.config.train.minutes:g} leaves the model about {steps} steps in all, "
+                               f"in which it hardly learns anything; train longer with: {again}")  # fmt: skip
 
     def on_end(self, run: RunSnapshot) -> None:
         run.logger.result(f"next: {command('export', run.folder)}")

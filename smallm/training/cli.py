@@ -35,6 +35,7 @@ Trains a character-level language model on a text and writes a run folder with c
 Every setting below is also a line of a TOML file: --model.n_layer 6 is n_layer = 6 in the section [model]. Flags
 override files."""
 
+MAX_WAIT = 2.0  # duration of the imports at most, as a multiple of their processor time
 MODE_OPTIONS = ("check", "eval_only", "json", "profile")
 """The options that `resolve` does not take."""
 TITLES = {"data": "the text", "model": "the Transformer", "optim": "the optimiser and the learning rate",
@@ -57,11 +58,14 @@ def main(argv: Sequence[str]) -> int:
         for bf16 in {False, has_bf16()}:
             beside.submit(compile_kernels, bf16)
         gc.disable()  # collecting garbage during the imports would take 0.2 s and find none
+        wall, busy = time.perf_counter(), time.thread_time()
         from smallm.training.run import run_training
 
+        wall, busy = time.perf_counter() - wall, time.thread_time() - busy
         gc.enable()
         gc.freeze()
-    code = run_training(request, started)
+    # Without the compilation, which happens once, and which slows the imports down too.
+    code = run_training(request, started, imports=min(wall, MAX_WAIT * busy))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _exit_at_once(code)
     return code

@@ -19,7 +19,7 @@ from smallm.training.config import Config
 from smallm.training.distributed import full_tensor, shard_like
 from smallm.training.model.operations import cross_entropy
 from smallm.training.model.transformer import TransformerLanguageModel
-from smallm.training.optim.schedule import mean_step_cost, member_shares
+from smallm.training.optim.schedule import member_shares
 
 TEACHER_WEIGHT = 0.7  # of the loss against the teachers' probabilities; the rest is the loss against the text
 
@@ -37,12 +37,8 @@ class Ensemble:
         return state.member == self.size - 1
 
     def end(self, state: TrainingState, total_steps: int) -> int:
-        """The step at which the training of the current model ends."""
-        if self.is_last(state):
-            return total_steps
+        """The step at which the training of the current model ends, after at least one step."""
         share = sum(member_shares(self.size)[: state.member + 1])
-        if self._config.train.minutes:  # the estimate of `total_steps` does not know yet that later steps take longer
-            share /= mean_step_cost(self.size)
         return max(state.member_start + 1, round(total_steps * share))
 
     def loss(self, logits: Tensor, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

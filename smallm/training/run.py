@@ -2,7 +2,6 @@
 
 import errno
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -39,13 +38,13 @@ NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}  # of f
 STORE_SECONDS = 5  # to wait for the launcher's store when a process has failed
 
 
-def run_training(request: Request, started: float, last: bool = True) -> int:
+def run_training(request: Request, started: float, imports: float, last: bool = True) -> int:
     """Trains, and returns 0, or 128 + the number of the signal that interrupted the run.
 
-    started: time.perf_counter() when the program began; a time budget counts from there. last: whether this process
-    trains no more. Several processes keep their process group also then. Raises `UserError`.
+    started: time.perf_counter() when the program began; a time budget counts from there. imports: seconds that the
+    imports took. last: whether this process trains no more. Several processes keep their process group also then.
+    Raises `UserError`.
     """
-    imports = time.perf_counter() - started
     config, out = request.config, request.out
     trackers.check(config.train.trackers)
     accelerator = build_accelerator(config.train, request.precision, request.threads)

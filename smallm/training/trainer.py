@@ -92,7 +92,7 @@ class Trainer:
             with self.signals:
                 if self.saved and self._is_due(self.plan.eval_every):
                     self._evaluate_and_save()  # the evaluation during which the run was interrupted
-                while not (self.signals.signum or self.state.step >= self.total_steps or self._stopped_early()):
+                while not (self.signals.signum or self._is_finished() or self._stopped_early()):
                     if self._is_trained():
                         self._start_next_member()
                     step = self.state.step
@@ -164,7 +164,7 @@ class Trainer:
         if checkpoint.load_vocabulary(folder) != self.corpus.vocabulary:
             raise UserError(f"{self.folder} has another vocabulary; do not change data.min_count or data.val_fraction")
         self.budget.resume(state, before.train)
-        if state.step >= self.total_steps and state.val_loss is not None:
+        if self.ensemble.is_last(state) and state.step >= self.total_steps and state.val_loss is not None:
             used = f"{state.step} steps, {state.seconds / 60:.1f} minutes"
             raise UserError(f"{self.folder} is finished ({used}); train longer with {self.budget.extend_flag}")
         checkpoint.load_weights(folder, self.model)
@@ -189,7 +189,7 @@ class Trainer:
         # A forward pass takes a third of a step.
         steps_per_evaluation = len(self.corpus.val_ids) / (3 * t.batch_size * self.config.model.block_size)
         return TimeBudget(t.minutes, planned_steps, plan.steps_per_epoch, plan.eval_every, steps_per_evaluation,
-                          self.clock.end_seconds)  # fmt: skip
+                          self.clock.end_seconds, t.ensemble)  # fmt: skip
 
     def _start(self) -> None:
         """Creates the run folder, prints the summary, compiles the model and starts the clock."""
@@ -267,6 +267,10 @@ class Trainer:
     def _out_of_patience(self) -> bool:
         return 0 < self.config.train.patience <= self.state.evaluations_since_best
 
+    def _is_finished(self) -> bool:
+        """Whether the last step is done; the time of an ensemble may be up before its last model has begun."""
+        return self.ensemble.is_last(self.state) and self.state.step >= self.member_end
+
     def _is_trained(self) -> bool:
         """Whether it is the turn of the next model of an ensemble."""
         ended = self.state.step >= self.member_end or self._out_of_patience()
@@ -284,8 +288,9 @@ class Trainer:
     def _update_budget(self) -> None:
         """Under train.minutes: updates the estimate of `total_steps`, by the clock of the main process."""
         if self.config.train.minutes:
-            clock = broadcast_from_main(self.accelerator, self.meter.seconds, self.meter.paused_seconds)
-            self.budget.update(self.state.step, *clock)
+            s = self.state
+            seconds, paused = broadcast_from_main(self.accelerator, self.meter.seconds, self.meter.paused_seconds)
+            self.budget.update(s.step, seconds, paused, s.member, s.member_start)
 
     def _clip_gradient(self) -> Tensor:
         """Clips the gradient to optim.grad_clip, if that is set; returns its norm before, without fp16's loss scale."""

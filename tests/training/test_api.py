@@ -70,7 +70,7 @@ def test_from_a_worker_thread(train):
 def test_one_training_at_a_time(train, monkeypatch):
     begin, end = threading.Event(), threading.Event()
 
-    def run_training(request, started, last):
+    def run_training(request, started, imports, last):
         request.out.mkdir()
         begin.set()
         end.wait(60)

@@ -25,7 +25,7 @@ NAMES = ("quickstart", "shakespeare-cpu", "shakespeare-gpu", "lr-decay", "no-lr-
 def folder(tmp_path, monkeypatch):
     """An empty folder to work in, and no training: a mistake must be reported before the training begins."""
 
-    def run_training(request, started):
+    def run_training(request, started, imports):
         pytest.fail("training began")
 
     monkeypatch.setattr("smallm.training.run.run_training", run_training)

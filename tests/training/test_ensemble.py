@@ -22,9 +22,9 @@ from smallm.training.report.history import read_histories
 TWO = {"train__ensemble": 2, "train__max_steps": 12, "train__eval_every": 3}  # models of 4 and 8 steps
 
 
-def members(size, steps, minutes=0.0):
+def members(size, steps):
     """(first step, end) of each model."""
-    config, state, found = Config.from_dict({"train.ensemble": size, "train.minutes": minutes}), TrainingState(), []
+    config, state, found = Config.from_dict({"train.ensemble": size}), TrainingState(), []
     models = Ensemble(build_accelerator(config.train), config, 256)
     while True:
         end = models.end(state, steps)
@@ -39,7 +39,7 @@ def test_the_last_model_gets_twice_as_many_steps_as_each_other():
     assert members(2, 90) == [(0, 30), (30, 90)]
     assert members(3, 100) == [(0, 25), (25, 50), (50, 100)]
     assert members(4, 4) == [(0, 1), (1, 2), (2, 3), (3, 4)]
-    assert members(2, 110, minutes=1.0) == [(0, 30), (30, 110)]  # in the time of 80 steps a taught model makes 60
+    assert members(2, 1) == [(0, 1), (1, 2)]  # under train.minutes; each makes a step
 
 
 def test_each_model_is_new_and_its_schedule_starts_anew(train, capsys):  # noqa: F811

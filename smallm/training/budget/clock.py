@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from smallm.training.budget.planner import MAX_EPOCHS
 from smallm.training.checkpoint.format import TrainingState
 from smallm.training.config import TrainConfig
+from smallm.training.optim.schedule import cost_done, cost_left, steps_at_cost
 
 CHECKPOINT_SECONDS = 0.2  # estimate for a checkpoint before the first measurement
 MAX_FIRST_PAUSE = 0.1  # estimate for the first evaluation at most, as a fraction of all time
@@ -48,7 +49,7 @@ class StepBudget:
         if self._is_default and not (before.max_steps or before.epochs or before.minutes):
             self.total_steps = state.planned_steps or self.total_steps
 
-    def update(self, step: int, seconds: float, paused: float) -> None:
+    def update(self, step: int, seconds: float, paused: float, member: int = 0, member_start: int = 0) -> None:
         """Corrects `total_steps` after `step` steps; does nothing here."""
 
 
@@ -58,14 +59,15 @@ class TimeBudget(StepBudget):
     On a busy machine the time of a step may double or halve. The budget therefore tracks the progress of the run, from
     0 to 1, and derives `total_steps` = step / progress. Between two updates the progress grows by the time that has
     passed, divided by the time that was left for steps, times the remaining progress. It never falls, never jumps, and
-    reaches 1 when the time is up. Schedules that depend on step / total_steps thus follow the clock.
+    reaches 1 when the time is up. Schedules that depend on step / total_steps thus follow the clock. In an ensemble
+    the steps of the later models take longer, so progress is a share of the time, and `total_steps` allows for that.
     """
 
     extend_flag = "--minutes N"
 
     def __init__(
         self, minutes: float, planned_steps: int, steps_per_epoch: float, eval_every: int,
-        steps_per_evaluation: float = 0.0, end_seconds: float = END_SECONDS,
+        steps_per_evaluation: float = 0.0, end_seconds: float = END_SECONDS, models: int = 1,
     ):  # fmt: skip
         """
         Args:
@@ -75,10 +77,11 @@ class TimeBudget(StepBudget):
             eval_every: steps between evaluations.
             steps_per_evaluation: duration of an evaluation, in steps, before the first measurement.
             end_seconds: time to reserve after the last step.
+            models: number of models that the run trains (train.ensemble).
         """
         self._max_steps = max(1, int(MAX_EPOCHS * steps_per_epoch))
         super().__init__(max(1, min(planned_steps, self._max_steps)))
-        self._seconds, self._end_seconds = 60 * minutes, end_seconds
+        self._seconds, self._end_seconds, self._models = 60 * minutes, end_seconds, models
         self._eval_every, self._steps_per_evaluation = eval_every, steps_per_evaluation
         self._pause: float | None = None  # seconds of the last evaluation and checkpoint
         self._progress = 0.0
@@ -86,11 +89,15 @@ class TimeBudget(StepBudget):
 
     def resume(self, state: TrainingState, before: TrainConfig) -> None:
         """Continues with the same progress; if the duration has changed, with the elapsed part of the new duration."""
-        same = 60 * before.minutes == self._seconds and state.planned_steps
-        self._progress = min(1.0, state.step / state.planned_steps if same else state.seconds / self._seconds)
-        self._estimate(state.step)
+        if 60 * before.minutes == self._seconds and state.planned_steps:
+            done = cost_done(state.step, state.member, state.member_start)
+            left = max(0.0, cost_left(state.step, state.planned_steps, state.member, self._models))
+            self._progress = done / (done + left)
+        else:
+            self._progress = min(1.0, state.seconds / self._seconds)
+        self._estimate(state.step, state.member, state.member_start)
 
-    def update(self, step: int, seconds: float, paused: float) -> None:
+    def update(self, step: int, seconds: float, paused: float, member: int = 0, member_start: int = 0) -> None:
         """Corrects `total_steps` after `step` steps; the first call only sets the reference point.
 
         Args:
@@ -98,6 +105,8 @@ class TimeBudget(StepBudget):
             seconds: duration of the whole run so far, from the start of the program.
             paused: seconds spent on evaluations and checkpoints since this process began to train. One evaluation and
                 one checkpoint are still to come at the end.
+            member: the model that trains, from 0.
+            member_start: its first step.
         """
         now = (step, seconds, paused)
         (last_step, last_seconds, last_paused), self._last = self._last or now, now
@@ -107,17 +116,20 @@ class TimeBudget(StepBudget):
         guess = CHECKPOINT_SECONDS + self._steps_per_evaluation * stepping / max(1, step - last_step)
         each = self._pause or min(guess, MAX_FIRST_PAUSE * self._seconds)
         left = self._seconds - self._end_seconds - seconds - each
-        left -= min(each * self._evaluations_left(step), MAX_PAUSES * max(0.0, left))
+        left -= min(each * self._evaluations_left(step, member), MAX_PAUSES * max(0.0, left))
         self._progress += (1 - self._progress) * (stepping / (stepping + left) if left > 0 else 1.0)
-        self._estimate(step)
+        self._estimate(step, member, member_start)
 
-    def _estimate(self, step: int) -> None:
+    def _estimate(self, step: int, member: int, member_start: int) -> None:
         if self._progress and step:
-            self.total_steps = max(step, min(self._max_steps, round(step / self._progress)))
+            left = cost_done(step, member, member_start) * (1 - self._progress) / self._progress
+            total = steps_at_cost(left, step, member, self._models)
+            self.total_steps = max(step, min(self._max_steps, round(total)))
 
-    def _evaluations_left(self, step: int) -> int:
-        """Number of evaluations before the final one, including one that is due at this step."""
-        return max(0, (self.total_steps - 1) // self._eval_every - max(0, step - 1) // self._eval_every)
+    def _evaluations_left(self, step: int, member: int) -> int:
+        """Number of evaluations before the final one, including one that is due at this step, and those of teachers."""
+        regular = (self.total_steps - 1) // self._eval_every - max(0, step - 1) // self._eval_every
+        return max(0, regular) + self._models - 1 - member
 
 
 class Forecast:

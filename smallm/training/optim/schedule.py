@@ -1,6 +1,7 @@
 """The learning rate, window length and number of steps of a run: pure functions of the config."""
 
 import math
+from itertools import accumulate
 
 from smallm.errors import UserError
 from smallm.training.config import Config, OptimConfig
@@ -49,9 +50,40 @@ def member_shares(size: int) -> list[float]:
     return [1 / (size + 1)] * (size - 1) + [2 / (size + 1)] if size > 1 else [1.0]
 
 
+def step_cost(teachers: int) -> float:
+    """Duration of a step with so many teachers, in steps of a single model: a teacher's forward pass takes a third."""
+    return 1 + teachers / 3
+
+
 def mean_step_cost(size: int) -> float:
-    """Duration of a mean step of an ensemble, in steps of a single model: a teacher's forward pass takes a third."""
-    return sum(share * (1 + teachers / 3) for teachers, share in enumerate(member_shares(size)))
+    """Duration of a mean step of an ensemble, in steps of a single model."""
+    return sum(share * step_cost(teachers) for teachers, share in enumerate(member_shares(size)))
+
+
+def cost_done(step: int, member: int, member_start: int) -> float:
+    """Duration of the first `step` steps of an ensemble, in steps of a single model.
+
+    member: the model that trains, from 0; member_start: its first step. The models before it had equal shares.
+    """
+    before = sum(map(step_cost, range(member))) / max(1, member)
+    return member_start * before + (step - member_start) * step_cost(member)
+
+
+def cost_left(step: int, total_steps: float, member: int, size: int) -> float:
+    """Duration of the steps from `step` to the end of an ensemble, in steps of a single model."""
+    return total_steps * _cost_from(member, size) - step * step_cost(member)
+
+
+def steps_at_cost(left: float, step: int, member: int, size: int) -> float:
+    """The `total_steps` with which `cost_left` is `left`."""
+    return (left + step * step_cost(member)) / _cost_from(member, size)
+
+
+def _cost_from(member: int, size: int) -> float:
+    """As `mean_step_cost`, if all steps before the end of a model were its own."""
+    shares = member_shares(size)
+    later = sum(share * step_cost(teachers) for teachers, share in enumerate(shares) if teachers > member)
+    return list(accumulate(shares))[member] * step_cost(member) + later
 
 
 def divide_batch(batch_size: int, micro_batch_size: int, ranks: int) -> tuple[int, int]:

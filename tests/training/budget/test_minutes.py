@@ -1,5 +1,6 @@
 """`train.py --minutes`: the run ends on time, prints its plan, and a resumed run uses the remaining time."""
 
+import itertools
 import math
 import random
 import re
@@ -13,11 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_training import ctrl_c, flags, metrics
+from toys import message
 
-from smallm.training import cli, run
-from smallm.training.budget import planner, probe
+from smallm.training import callbacks, cli, run
+from smallm.training.budget import configure, planner, probe
 from smallm.training.budget.clock import END_SECONDS, Clock, Forecast, StepBudget, TimeBudget
-from smallm.training.budget.configure import compressed_bytes, open_text, plan_run
+from smallm.training.budget.configure import check_time, compressed_bytes, open_text, plan_run
+from smallm.training.budget.planner import Plan
 from smallm.training.budget.probe import flops_per_second
 from smallm.training.checkpoint.format import TrainingState, read_state
 from smallm.training.checkpoint.manager import checkpoints
@@ -25,6 +28,8 @@ from smallm.training.cli import parse
 from smallm.training.config import Config, TrainConfig
 from smallm.training.devices import build_accelerator
 from smallm.training.distributed import broadcast_from_main
+from smallm.training.ensemble import Ensemble
+from smallm.training.optim.schedule import mean_step_cost, member_shares
 
 TINY = {
     "model.n_layer": 1, "model.n_head": 1, "model.n_embd": 32, "model.block_size": 32, "train.batch_size": 8,
@@ -152,13 +157,13 @@ def test_time_is_reserved_for_the_final_evaluation():
     assert seconds + 10 == pytest.approx(60, abs=1.0)
 
 
-@pytest.mark.parametrize(("imports", "reserved"), [(10, 10), (0, END_SECONDS)])
+@pytest.mark.parametrize(("imports", "reserved"), [(10, 10), (1, END_SECONDS)])
 def test_the_end_is_expected_to_take_as_long_as_the_imports(monkeypatch, text_file, imports, reserved):
     clocks = []
     monkeypatch.setattr(run, "Trainer", lambda *arguments: clocks.append(arguments[4]))
     with pytest.raises(AttributeError):
-        run.run_training(parse(["--data", str(text_file)]), time.perf_counter() - imports)
-    assert clocks[0].end_seconds == pytest.approx(reserved, abs=1)
+        run.run_training(parse(["--data", str(text_file)]), time.perf_counter() - 20, imports)
+    assert clocks[0].end_seconds == reserved
 
 
 def test_a_short_text_ends_the_run_before_its_time():
@@ -188,6 +193,70 @@ def test_more_minutes_extend_a_finished_run():
     assert longer.total_steps == pytest.approx(2000, rel=0.05)
 
 
+def drive_ensemble(
+    size, seconds_per_step, *, minutes=0.8, seconds=5.0, teacher=1 / 3, max_epochs_at=1e9, until=math.inf
+):
+    """Simulates a run of several models on a fake clock.
+
+    Returns the seconds, the state, the first step of each model and the estimates of `total_steps`.
+    """
+    planned = max(1, round((60 * minutes - seconds - END_SECONDS) / (seconds_per_step * mean_step_cost(size))))
+    eval_every = math.ceil(planned / 4.5)
+    budget = TimeBudget(minutes, planned, max_epochs_at / planner.MAX_EPOCHS, eval_every, models=size)
+    models = Ensemble(build_accelerator(TrainConfig()), Config.from_dict({"train.ensemble": size}), 256)
+    state, paused, starts, totals = TrainingState(), 0.0, [0], []
+    budget.update(0, seconds, paused)
+
+    def pause(duration):
+        nonlocal seconds, paused
+        seconds, paused = seconds + duration, paused + duration
+
+    while not (models.is_last(state) and state.step >= models.end(state, budget.total_steps)) and state.step < until:
+        if state.step >= models.end(state, budget.total_steps):
+            state.member, state.member_start = state.member + 1, state.step
+            starts.append(state.step)
+            pause(0.1)
+        seconds += seconds_per_step * (1 + teacher * state.member)
+        state.step += 1
+        budget.update(state.step, seconds, paused, state.member, state.member_start)
+        totals.append(budget.total_steps)
+        if state.step % eval_every == 0 or state.step >= models.end(state, budget.total_steps):
+            pause(0.5)
+    state.seconds, state.planned_steps = seconds, budget.total_steps
+    return seconds, state, starts, totals
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("teacher", "share"), [(1 / 3, 1.0), (0.6, 0.8)], ids=["as expected", "slow teachers"])
+def test_an_ensemble_uses_its_time(size, teacher, share):
+    """share: of the steps that the last model gets if steps with teachers take as long as expected."""
+    seconds, state, starts, totals = drive_ensemble(size, 0.1, teacher=teacher)
+    assert seconds + END_SECONDS == pytest.approx(48, rel=0.05)
+    kept = state.step - starts[-1]
+    assert kept / starts[1] == pytest.approx(2 * share, rel=0.1)
+    if share == 1:
+        assert totals[len(totals) // 8 :] == pytest.approx([state.step] * (len(totals) - len(totals) // 8), rel=0.08)
+
+
+def test_a_short_text_shortens_all_models_of_an_ensemble():
+    seconds, state, starts, _ = drive_ensemble(2, 0.1, max_epochs_at=150)
+    assert (state.step, starts) == (150, [0, 50])
+    assert seconds < 48 * 0.7
+
+
+def test_an_ensemble_without_time_left_trains_each_model():
+    _, state, starts, _ = drive_ensemble(2, 1.0, minutes=0.15, seconds=8.0)
+    assert (state.step, starts) == (2, [0, 1])
+
+
+@pytest.mark.parametrize("until", [40, 120, 200])
+def test_a_resumed_ensemble_keeps_its_progress(until):
+    _, state, _, totals = drive_ensemble(2, 0.1, until=until)
+    again = TimeBudget(0.8, 0, 1e9, 300, models=2)
+    again.resume(state, TrainConfig(minutes=0.8))
+    assert again.total_steps == pytest.approx(totals[-1], abs=1)
+
+
 def test_a_step_budget_does_not_change():
     budget = StepBudget(7)
     budget.resume(TrainingState(step=3, planned_steps=9), TrainConfig(max_steps=9))
@@ -213,6 +282,74 @@ def test_the_forecast_comes_once_after_a_tenth():
     assert not any(Forecast(0.3, 1.6).update(step / 100, 2.0) for step in range(31, 101))
 
 
+# A time that is too short.
+
+
+def plan_of(seconds: float, steps_per_second: float = 20.0, models: int = 1, short_text_at: float = math.inf) -> Plan:
+    """A plan whose steps grow with the time."""
+    steps = round(steps_per_second * min(seconds, short_text_at))
+    return Plan({}, 0.0, 0.0, steps, member_shares(models)[-1] * steps, 1.0, seconds >= short_text_at)
+
+
+def warned(minutes: float, beside: float, plan=plan_of) -> list[str]:
+    return check_time(minutes, beside, plan(max(1.0, 60 * minutes - beside)), plan)
+
+
+def test_a_time_that_is_too_short_gives_a_warning_with_the_least_time():
+    (line,) = warned(0.2, 5.0)
+    assert line == ("warning: minutes = 0.2 leaves the model about 140 steps, in which it hardly learns anything; give "
+                    "minutes = 0.3 or more")  # fmt: skip
+    assert warned(0.3, 5.0) == []
+    assert "give minutes = 24 or more" in warned(10, 5.0, lambda seconds: plan_of(seconds, 0.16))[0]
+
+
+def test_no_steps_are_a_mistake():
+    assert message(warned, 0.05, 5.2) == (
+        "minutes = 0.05 leaves time for 0 steps, since the start and the end of the run take 5 s here; give "
+        "minutes = 0.3 or more"
+    )
+    assert "time for 1 step, since" in message(warned, 0.1, 5.94)
+    assert len(warned(0.1, 5.69)) == 1  # 6 steps
+
+
+def test_the_model_that_an_ensemble_keeps_needs_enough_steps():
+    (line,) = warned(0.25, 5.0, lambda seconds: plan_of(seconds, models=2))  # 200 steps, 133 of them for the last one
+    assert "about 133 steps" in line
+
+
+def test_a_short_text_is_no_lack_of_time():
+    def plan(seconds):
+        return plan_of(seconds, short_text_at=4.0)
+
+    assert warned(0.2, 5.0, plan) == []
+    assert "give minutes = 0.2 or more" in message(warned, 0.05, 5.0, plan)
+
+
+def test_a_whole_run_without_time_is_refused(text_file, refused, monkeypatch):
+    monkeypatch.setattr(run, "END_SECONDS", 100.0)
+    line = refused("--data", str(text_file), "--minutes", "0.05", "--out", "run", *flags(TINY))
+    assert "minutes = 0.05 leaves time for 0 steps" in line
+    assert not Path("run").exists()
+
+
+def test_few_steps_give_no_forecast_and_a_resumed_run_warns(text_file, monkeypatch, capsys):
+    for module in (planner, configure, callbacks):
+        monkeypatch.setattr(module, "MIN_STEPS", 10**6)
+    monkeypatch.setattr(planner, "MAX_EPOCHS", 10**9)
+    forecasts = []
+    monkeypatch.setattr(callbacks, "Forecast", lambda *arguments: forecasts.append(arguments))
+    settings = TINY | {"train.ensemble": 1}
+    with ctrl_c(1):
+        assert cli.main(["--data", str(text_file), "--minutes", "1", "--out", "run", *flags(settings)]) == 130
+    assert capsys.readouterr().err.count("warning: minutes = 1 leaves the model about") == 1
+    with ctrl_c(3):
+        assert cli.main(["--resume", "run"]) == 130
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: "))
+    assert re.fullmatch(r"warning: minutes = 1 leaves the model about \d+ steps in all, in which it hardly learns "
+                        r"anything; train longer with: .* train --resume run --minutes \d+(\.\d)?", line)  # fmt: skip
+    assert forecasts == []
+
+
 # Machine and text.
 
 
@@ -231,6 +368,7 @@ def test_the_last_probe_compiles_the_model_if_the_run_will(monkeypatch, text_fil
     """Otherwise the plan would be made for a slower run."""
     calls = []
     monkeypatch.setattr(probe, "compile_model", lambda model, *arguments, say: calls.append(model) or model)
+    monkeypatch.setattr(configure, "HANDFUL", 0)  # a busy machine has no time left
     config = Config.from_dict({"data.source": str(text_file), "train.minutes": 0.1, "train.compile": choice} | TINY)
     accelerator = build_accelerator(config.train)
     plan_run(accelerator, config, open_text(accelerator, config), set(TINY), Clock(time.perf_counter()))
@@ -258,6 +396,20 @@ def test_compressed_bytes():
 
 
 # Whole runs.
+
+
+def test_compiling_the_kernels_is_not_part_of_the_imports(monkeypatch, text_file):
+    """Else a first run would reserve as long for its end as the compiler takes."""
+    monkeypatch.setattr(cli, "compile_kernels", lambda bf16: time.sleep(0.3))
+    given = []
+    monkeypatch.setattr(run, "run_training", lambda request, started, imports: given.append(imports) or 0)
+    assert cli.main(["--data", str(text_file)]) == 0
+    assert given[0] < 0.2
+
+    clock = itertools.count(step=100.0)
+    monkeypatch.setattr(cli.time, "perf_counter", lambda: next(clock))
+    assert cli.main(["--data", str(text_file)]) == 0
+    assert given[1] < 10  # the compiler may also slow the imports down
 
 
 @pytest.mark.slow
@@ -291,7 +443,8 @@ def test_a_timed_run_prints_its_plan_and_resumes_after_ctrl_c(text_file, capsys)
     assert end.seconds < 40  # 12 seconds were requested
 
 
-def test_resuming_a_finished_timed_run_asks_for_more_minutes(text_file, refused, capsys):
+def test_resuming_a_finished_timed_run_asks_for_more_minutes(text_file, refused, capsys, monkeypatch):
+    monkeypatch.setattr(configure, "HANDFUL", 0)  # a busy machine has no time left
     argv = ["--data", str(text_file), "--data.val_fraction", "0.2", "--minutes", "0.04", "--out", "run", *flags(TINY)]
     assert cli.main(argv) == 0
     line = refused("--resume", "run")
@@ -305,6 +458,7 @@ def test_resuming_a_finished_timed_run_asks_for_more_minutes(text_file, refused,
 
 
 def test_the_saved_config_gives_the_same_shape_and_parts_again(text_file, monkeypatch):
+    monkeypatch.setattr(configure, "HANDFUL", 0)  # a busy machine has no time left
     monkeypatch.setattr(planner, "MAX_VALIDATION", len(text_file.read_text()) // 20)
     assert cli.main(["--data", str(text_file), "--minutes", "0.04", "--out", "a"]) == 0
     assert cli.main(["--config", "a/config.toml", "--out", "b"]) == 0

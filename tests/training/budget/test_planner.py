@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,12 +10,18 @@ from hypothesis import strategies as st
 
 from smallm.runs.config_file import flatten
 from smallm.training.budget.planner import (
+    DROPOUT,
+    ENSEMBLE_DROPOUT,
+    ENSEMBLE_FROM,
     LADDER,
     MAX_EPOCHS,
+    MIN_STEPS,
     Plan,
     choose_dropout,
     choose_settings,
     choose_val_fraction,
+    has_few_steps,
+    least_seconds,
 )
 from smallm.training.config import Config
 from smallm.training.model.transformer import TransformerLanguageModel
@@ -124,6 +131,18 @@ def test_dropout_rises_with_the_epochs():
     assert rising == sorted(rising)
 
 
+def test_the_documentation_states_these_rules():
+    text = " ".join((Path(__file__).parents[3] / "docs" / "time-budget.md").read_text(encoding="utf-8").split())
+    (none, _), (some, middle), (most, highest) = DROPOUT
+    assert f"none up to {none} epochs, {middle} at {some}, {highest} from {most} on" in text
+    assert f"read the text {ENSEMBLE_FROM} times or more, it trains two models" in text
+    assert f"dropout of at most {ENSEMBLE_DROPOUT}" in text
+    assert f"the text has been read {MAX_EPOCHS} times" in text
+    assert f"fewer than {MIN_STEPS} steps" in text
+    assert "noise (`--train.noise`) is never chosen" in text
+    assert not any("noise" in key for key in plan().settings | plan(200_000, 180).settings)
+
+
 def test_a_text_that_is_read_many_times_gets_two_models():
     few, many = plan(1e6, 600), plan(200_000, 180)
     assert (few.epochs < 8, few.settings["train.ensemble"]) == (True, 1)
@@ -133,6 +152,26 @@ def test_a_text_that_is_read_many_times_gets_two_models():
     assert many.settings["optim.warmup_steps"] == round(0.02 * many.steps / 3)
     assert plan(200_000, 180, train__init_from="runs/a").settings["train.ensemble"] == 1
     assert plan(1e6, 600, train__ensemble=3).ids == pytest.approx(plan(1e6, 600).ids / (1 + 1 / 12 + 1 / 3))
+
+
+def test_the_least_time_gives_enough_steps():
+    def slow(seconds):
+        return plan(seconds=seconds, flops=1e9)
+
+    assert slow(10).kept_steps < MIN_STEPS
+    least = least_seconds(slow, 10.0)
+    assert slow(least).kept_steps >= MIN_STEPS > slow(least / 1.1).kept_steps
+    tiny = plan(3000, 60)
+    assert tiny.short_text
+    assert least_seconds(lambda seconds: plan(3000, seconds), 60) == 60
+    assert plan(200_000, 180).kept_steps == pytest.approx(plan(200_000, 180).steps * 2 / 3)
+
+
+def test_few_steps():
+    assert has_few_steps(MIN_STEPS - 1, 1e9, 1)
+    assert not has_few_steps(MIN_STEPS, 1e9, 1)
+    assert has_few_steps(MIN_STEPS, 1e9, 2)  # the last model makes two thirds of them
+    assert not has_few_steps(60, 1.0, 1)  # the text is short, not the time
 
 
 def test_a_gpu_gets_a_long_window_and_clipping():
