@@ -94,7 +94,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 def check_run(path: Path) -> None:
     """Raises `UserError` unless the folder is a run."""
-    if find_runs(path) != [path]:
+    if not path.is_dir() or find_runs(path) != [path]:
         raise UserError(f"{path} is not a run; see the runs with: {command('runs')}")
 
 

@@ -137,6 +137,13 @@ def test_show(runs, capsys):
     assert last["sample"].strip("\n").splitlines()[0] in out
 
 
+@pytest.mark.parametrize("command", ["show", "watch", "plot"])
+def test_a_folder_that_does_not_exist(runs, capsys, monkeypatch, command):
+    monkeypatch.setattr(sys, "argv", ["python", command, "runs/mime"])
+    assert cli.main() == 2
+    assert capsys.readouterr().err == "smallm: runs/mime is not a run; see the runs with: python -m smallm runs\n"
+
+
 def test_show_as_json(runs, capsys):
     run = json.loads(shown(capsys, "runs/tiny", "--json"))
     assert [one["step"] for one in run["evaluations"]] == [20, 40, 60]

@@ -20,6 +20,9 @@ for (const [name, viewport] of Object.entries(sizes)) {
   await page.getByRole("button", { name: "Write" }).click();
   await page.waitForFunction(() => /^Done/.test(document.querySelector("#status").textContent));
   saw.texts.push(await page.locator("#text").textContent());
+  await page.getByLabel("Random seed").fill("4294967295"); // the longest that the button Another draws
+  const cut = await page.getByLabel("Random seed").evaluate((field) => field.scrollWidth > field.clientWidth);
+  if (cut) saw.problems.push(`${name}: a random seed is cut off`);
   const tooWide = await page.evaluate(() => document.documentElement.scrollWidth > innerWidth);
   if (tooWide) saw.problems.push(`${name}: wider than the window`);
   if (process.env.SMALLM_SHOTS) await page.screenshot({ path: `${process.env.SMALLM_SHOTS}/${name}.png`, fullPage: true });
