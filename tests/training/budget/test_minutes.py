@@ -413,6 +413,13 @@ def test_a_compiler_beside_the_imports_does_not_count(wall, busy, compiling, sec
     assert cli.import_seconds(wall, busy, compiling) == seconds
 
 
+def test_a_run_without_time_left_ends_with_its_last_model(text_file, monkeypatch):
+    monkeypatch.setattr(configure, "HANDFUL", 0)
+    settings = TINY | {"train.ensemble": 2, "train.log_every": 1}
+    assert cli.main(["--data", str(text_file), "--minutes", "0.001", "--out", "run", *flags(settings)]) == 0
+    assert [line["member"] for line in metrics(Path("run"))] == [1, 2]
+
+
 @pytest.mark.slow
 def test_a_timed_run_prints_its_plan_and_resumes_after_ctrl_c(text_file, capsys):
     argv = ["--data", str(text_file), "--minutes", "0.2", "--out", "run", *flags(TINY)]
