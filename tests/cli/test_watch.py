@@ -110,7 +110,7 @@ def test_the_chart():
 
 
 @pytest.mark.parametrize(
-    ("argv", "problem"), [(["nowhere"], "cannot read nowhere"), (["--every", "0"], "--every 0.0 is out of range")]
+    ("argv", "problem"), [(["nowhere"], "nowhere is not a run; see"), (["--every", "0"], "--every 0.0 is out of range")]
 )
 def test_mistakes(argv, problem, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -366,7 +366,7 @@ def test_missing_figures_are_left_out(run, charts):
 @pytest.mark.parametrize("argv", [["none"], ["runs/tiny", "none"]])
 def test_a_folder_that_is_not_a_run_is_an_error(run, argv, monkeypatch):
     monkeypatch.chdir(run.parents[1])
-    with pytest.raises(UserError, match="cannot read none: No such file"):
+    with pytest.raises(UserError, match=r"^none is not a run; see the runs with: "):
         plot([*argv, "--html", "a.html"])
     assert not Path("a.html").exists()
 
