@@ -3,7 +3,8 @@
        ./smallm_generate [MODEL] --seed "Once" --rng-seed 1
        ./smallm_generate [MODEL] --score FILE
 
-   Results go to stdout, everything else to stderr; an error is one line and exit code 2. */
+   Results go to stdout, everything else to stderr; an error is one line and exit code 2. Arguments and texts are UTF-8, also on
+   Windows, where lines end in LF as elsewhere: the same call writes the same bytes on every system. */
 
 #include "smallm.h"
 
@@ -13,6 +14,16 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+
+#ifdef _WIN32
+#include <fcntl.h>
+#include <io.h>
+#include <windows.h>
+#include <shellapi.h>
+#ifdef _MSC_VER
+#pragma comment(lib, "shell32") /* CommandLineToArgvW */
+#endif
+#endif
 
 static const char USAGE[] =
     "usage: smallm_generate [MODEL] [options]          MODEL: default model.onnx\n"
@@ -136,10 +147,22 @@ static int read_arguments(int argc, char **argv, arguments *a)
     return 0;
 }
 
+/* fopen for a UTF-8 path; on Windows, whose fopen takes the system's code page, through UTF-16. */
+static FILE *open_file(const char *path)
+{
+#ifdef _WIN32
+    wchar_t wide[32768]; /* the longest path of Windows */
+    if (MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, 32768) == 0) return NULL;
+    return _wfopen(wide, L"rb");
+#else
+    return fopen(path, "rb");
+#endif
+}
+
 /* Reads a whole file into memory that the caller frees; NULL if the file cannot be read. */
 static char *read_file(const char *path, size_t *bytes)
 {
-    FILE *file = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
+    FILE *file = strcmp(path, "-") == 0 ? stdin : open_file(path);
     char *data = NULL, *more;
     size_t room = 0, got = 1;
     *bytes = 0;
@@ -201,7 +224,7 @@ static smallm_options options_for(const smallm_model *model, const arguments *a)
     return options;
 }
 
-int main(int argc, char **argv)
+static int perform(int argc, char **argv)
 {
     arguments a;
     smallm_model *model = NULL;
@@ -232,3 +255,43 @@ int main(int argc, char **argv)
     smallm_close(model);
     return code;
 }
+
+#ifdef _WIN32
+
+/* The arguments in UTF-8, which the caller frees: those of `main` are in the system's code page, and lack characters that it
+   does not have. NULL if memory is short. */
+static char **utf8_arguments(int *argc)
+{
+    wchar_t *line = GetCommandLineW(), **wide = CommandLineToArgvW(line, argc);
+    if (wide == NULL) return NULL;
+    size_t pointers = ((size_t)*argc + 1) * sizeof(char *), room = 3 * (wcslen(line) + 1) + (size_t)*argc;
+    char **argv = calloc(pointers + room, 1), *at = (char *)argv + pointers;
+    for (int i = 0; argv != NULL && i < *argc; i++) {
+        argv[i] = at;
+        at += WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, at, (int)room, NULL, NULL);
+    }
+    LocalFree(wide);
+    return argv;
+}
+
+int main(void)
+{
+    int argc;
+    UINT code_page = GetConsoleOutputCP();
+    char **argv = utf8_arguments(&argc);
+    if (argv == NULL) return complain("there is not enough memory", "");
+    SetConsoleOutputCP(CP_UTF8);
+    _setmode(_fileno(stdin), _O_BINARY);
+    _setmode(_fileno(stdout), _O_BINARY);
+    int code = perform(argc, argv);
+    fflush(stdout);
+    SetConsoleOutputCP(code_page);
+    free(argv);
+    return code;
+}
+
+#else
+
+int main(int argc, char **argv) { return perform(argc, argv); }
+
+#endif

@@ -40,6 +40,9 @@
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
+#if defined(__SEH__) /* GCC on 64-bit Windows aligns variables of 32 and 64 bytes only in functions without these tables */
+#pragma GCC optimize("no-asynchronous-unwind-tables", "no-unwind-tables")
+#endif
 #elif defined(_MSC_VER)
 #pragma fp_contract(off)
 #endif
@@ -1577,7 +1580,8 @@ static INLINE void fetch(const void *panel, size_t lines, size_t from, size_t co
 
 #if defined(__x86_64__) || defined(__i386__) || defined(_M_X64)
 #include <immintrin.h>
-#if defined(__GNUC__)
+#if defined(__GNUC__) && !defined(_MSC_VER) /* Clang with the headers and libraries of MSVC lacks what this needs */
+#define SMALLM_AVX 1
 #define SUFFIX avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
 #define SMALLM_AVX512 1
@@ -1631,7 +1635,7 @@ static INLINE void fetch(const void *panel, size_t lines, size_t from, size_t co
 static bool choose_kernels(smallm_model *model, const char *name)
 {
     struct { const char *name; const kernels *kernels; bool there; } known[] = {
-#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+#if SMALLM_AVX
         {"avx512", &KERNELS_avx512, __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
                                     __builtin_cpu_supports("avx512vl")},
         {"avx2", &KERNELS_avx2, __builtin_cpu_supports("avx2") != 0},

@@ -100,9 +100,9 @@ static void wait_until(pool *p, counter *n, bool zero)
         PAUSE();
     }
     LOCK(p);
-    ADD_TO_COUNTER(&p->sleepers, 1); /* first, so that `wake` sees it or this thread sees the change */
+    (void)ADD_TO_COUNTER(&p->sleepers, 1); /* first, so that `wake` sees it or this thread sees the change */
     while ((LOAD_COUNTER(n) == 0) != zero) SLEEP(p);
-    ADD_TO_COUNTER(&p->sleepers, -1);
+    (void)ADD_TO_COUNTER(&p->sleepers, -1);
     UNLOCK(p);
 }
 
