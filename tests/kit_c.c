@@ -23,8 +23,14 @@ static void *counted_realloc(void *old, size_t size)
 #undef realloc
 
 #include <pthread.h>
+#include <sched.h>
+#ifdef _WIN32
+#include <fcntl.h>
+#include <io.h>
+#else
 #include <sys/wait.h>
 #include <unistd.h>
+#endif
 
 static int print_draws(char **argv)
 {
@@ -605,7 +611,6 @@ static int print_threads(char **argv)
     void *shared = (void *)context->model;
     pthread_t threads[3];
     void *text;
-    int state = 0;
     for (int i = 0; i < 3; i++)
         if (pthread_create(&threads[i], NULL, write_text, shared) != 0) return 1;
     for (int i = 0; i < 3; i++) {
@@ -613,6 +618,8 @@ static int print_threads(char **argv)
         printf("%s\x1e", (char *)text);
         free(text);
     }
+#ifndef _WIN32 /* which has no fork */
+    int state = 0;
     fflush(stdout);
     pid_t child = fork();
     if (child == 0) {
@@ -624,12 +631,51 @@ static int print_threads(char **argv)
         _exit(0); /* without the search for leaks, which expects the other threads */
     }
     if (waitpid(child, &state, 0) != child || state != 0) return 1;
+#endif
     close_context(context);
     printf("closed");
     return 0;
 }
 
-int main(int argc, char **argv)
+/* A text without end, in a thread of its own. */
+typedef struct {
+    smallm_context *context;
+    smallm_status status;
+    int chunks;
+} endless_text;
+
+static void *write_endlessly(void *shared)
+{
+    endless_text *t = shared;
+    const char *chunk;
+    size_t bytes;
+    while ((t->status = smallm_next(t->context, &chunk, &bytes)) == SMALLM_OK)
+        __atomic_fetch_add(&t->chunks, 1, __ATOMIC_SEQ_CST);
+    return NULL;
+}
+
+/* Cancels a text from another thread; writes the statuses then and of the next call. */
+static int print_cancelled(char **argv)
+{
+    endless_text t = {open_context(argv[0], NULL, (size_t)atoi(argv[1])), SMALLM_OK, 0};
+    smallm_options options;
+    pthread_t writer;
+    const char *chunk;
+    size_t bytes;
+    smallm_default_options(t.context->model, &options, sizeof options);
+    options.max_length = INT64_MAX;
+    if (smallm_generate_start(t.context, "the ", 4, &options) != SMALLM_OK) return 1;
+    if (pthread_create(&writer, NULL, write_endlessly, &t) != 0) return 1;
+    while (__atomic_load_n(&t.chunks, __ATOMIC_SEQ_CST) < 100) sched_yield();
+    smallm_cancel(t.context);
+    pthread_join(writer, NULL);
+    printf("%d ", (int)t.status);
+    printf("%d\n", (int)smallm_next(t.context, &chunk, &bytes));
+    close_context(t.context);
+    return 0;
+}
+
+static int perform(int argc, char **argv)
 {
     const char *what = argc > 1 ? argv[1] : "";
     if (strcmp(what, "draws") == 0) return print_draws(argv + 2);
@@ -649,5 +695,24 @@ int main(int argc, char **argv)
     if (strcmp(what, "drafts") == 0) return print_drafts(argv + 2);
     if (strcmp(what, "getters") == 0) return print_getters(argv + 2);
     if (strcmp(what, "threads") == 0) return print_threads(argv + 2);
+    if (strcmp(what, "cancelled") == 0) return print_cancelled(argv + 2);
     return 2;
+}
+
+/* The same with a stack that begins some bytes further down. */
+static int perform_shifted(size_t bytes, int argc, char **argv)
+{
+    volatile char room[bytes];
+    room[0] = 0;
+    return perform(argc, argv) + room[0];
+}
+
+int main(int argc, char **argv)
+{
+#ifdef _WIN32
+    for (int file = 0; file < 3; file++) _setmode(file, _O_BINARY);
+#endif
+    if (argc > 2 && strcmp(argv[1], "shifted") == 0)
+        return perform_shifted((size_t)atoi(argv[2]), argc - 2, argv + 2);
+    return perform(argc, argv);
 }

@@ -661,6 +661,11 @@ def test_several_threads(inner, lm, exported, threads):
     assert end == "closed"
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_text_is_cancelled_from_another_thread(inner, exported, threads):
+    assert inner("cancelled", exported / "model.onnx", threads) == "5 0\n"
+
+
 @pytest.mark.slow
 def test_threads_do_not_race(exported, tmp_path):
     flags = ["-O1", "-g", "-fsanitize=thread", "-std=gnu99", f"-I{C}"]

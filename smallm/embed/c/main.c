@@ -281,10 +281,11 @@ int main(void)
     char **argv = utf8_arguments(&argc);
     if (argv == NULL) return complain("there is not enough memory", "");
     SetConsoleOutputCP(CP_UTF8);
-    _setmode(_fileno(stdin), _O_BINARY);
-    _setmode(_fileno(stdout), _O_BINARY);
+    setvbuf(stdout, NULL, _IOFBF, 1 << 16); /* a console shows characters whose bytes come in one call */
+    setvbuf(stderr, NULL, _IOFBF, 1 << 12);
+    for (int file = 0; file < 3; file++) _setmode(file, _O_BINARY);
     int code = perform(argc, argv);
-    fflush(stdout);
+    fflush(NULL);
     SetConsoleOutputCP(code_page);
     free(argv);
     return code;
