@@ -68,8 +68,9 @@ def test_a_pair_of_runs(headline, monkeypatch, tmp_path):
     """Real processes of a few seconds; the loss of a run is the one that the run itself reports."""
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(3000)))
-    reference, ours = headline.run_pair(text, tmp_path, 0.1, 1, 30)
+    headline.warm_up(text, tmp_path)
+    reference, ours = headline.run_pair(text, tmp_path, 0.4, 1, 30)
     assert set(reference.losses) == {"64"}
     assert 0.5 < reference.best() < 4.2
-    assert ours.best() == pytest.approx(read_run(tmp_path / "smallm-0.1-1").val_loss, abs=0.002)  # bf16 in the run
+    assert ours.best() == pytest.approx(read_run(tmp_path / "smallm-0.4-1").val_loss, abs=0.002)  # bf16 in the run
     assert min(reference.seconds, ours.seconds) > 1
