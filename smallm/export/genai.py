@@ -18,7 +18,7 @@ def genai_config(manifest: Manifest, model_file: str) -> dict[str, Any]:
             "vocab_size": manifest.vocab_size,
             "context_length": manifest.block_size,
             "bos_token_id": start_id(manifest),
-            "eos_token_id": [],  # the vocabulary has no end-of-text id
+            "eos_token_id": [],  # the vocabulary has no end-of-text id; genai takes the pad id, which no text contains
             "pad_token_id": PAD_ID,
             "decoder": {
                 "filename": model_file,

@@ -22,7 +22,6 @@ from toys import torch_text
 
 from smallm.cli import main as cli
 from smallm.errors import UserError
-from smallm.export.genai import GENAI_FILE
 from smallm.export.gguf import write_gguf
 from smallm.export.hugging_face import PAD_ID
 from smallm.export.model_card import CARD_FILE
@@ -69,13 +68,18 @@ def transformers_js(folder: Path, seed: str, new: int, *more: str) -> dict:
 
 @pytest.fixture(scope="module")
 def run(text_file, tmp_path_factory) -> Path:
-    """A run with room for a seed and 200 characters; heads of 32, as q8_0 wants them."""
+    """A run with room for a seed and 200 characters; heads of 32, as q8_0 wants them.
+
+    Its model has seen little: among 40 ids it would at times draw NUL, at which genai cuts a text, or the pad id, at
+    which genai and llama.cpp end one. All hosts therefore sample from the 5 most likely ids.
+    """
     run = tmp_path_factory.mktemp("hosts") / "owls"
     settings = {
         "model.n_layer": 2, "model.n_head": 2, "model.n_kv_head": 1, "model.n_embd": 64, "model.block_size": 256,
         "model.rope_theta": 10000.0, "optim.warmup_steps": 10, "optim.decay_fraction": 0.6, "optim.weight_decay": 0.0,
         "optim.adam_learning_rate": 0.005,
         "train.max_steps": 40, "train.batch_size": 8, "train.eval_every": 40, "train.sample_length": 0,
+        "sample.top_k": 5,
     }  # fmt: skip
     argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     assert cli.run(cli.train, ["--data", str(text_file), "--out", str(run), *argv]) == 0
@@ -306,7 +310,7 @@ def test_gguf_holds_weights_and_vocabulary(run, tmp_path, vocabulary, precision)
     assert values["tokenizer.ggml.merges"] == vocabulary.tokenizer_json()["model"]["merges"]
     assert values["tokenizer.ggml.eos_token_id"] == values["tokenizer.ggml.padding_token_id"] == PAD_ID
     sampling = {key: values[f"general.sampling.{key}"] for key in ("temp", "top_k", "top_p", "min_p", "penalty_repeat")}
-    assert sampling == pytest.approx({"temp": 0.8, "top_k": 40, "top_p": 1.0, "min_p": 0.0, "penalty_repeat": 1.0})
+    assert sampling == pytest.approx({"temp": 0.8, "top_k": 5, "top_p": 1.0, "min_p": 0.0, "penalty_repeat": 1.0})
     expected = load_file(best_checkpoint(run) / "model.safetensors")
     assert len(reader.tensors) == len(expected)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 2)
@@ -386,7 +390,7 @@ sys.modules["llama_cpp"] = types.SimpleNamespace(Llama=Llama)
         ("ONNX Runtime, in any language", "onnxruntime", "", 1),
     ],
 )
-def test_python_of_the_card(folder, tmp_path, host, module, prelude, blocks):
+def test_python_of_the_card(folder, host, module, prelude, blocks):
     package(module)
     if host == "llama.cpp":
         package("gguf")
@@ -395,11 +399,6 @@ def test_python_of_the_card(folder, tmp_path, host, module, prelude, blocks):
     codes = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert len(codes) == blocks
     (seed,) = re.findall(r'model\.generate\(("[^"]*"), max', card)
-    if host == "onnxruntime-genai":  # it cuts a text at a NUL, which a toy model may draw: only likely ids
-        folder = Path(shutil.copytree(folder, tmp_path / "copy"))
-        config = json.loads((folder / GENAI_FILE).read_text(encoding="utf-8"))
-        config["search"]["top_k"] = 5
-        (folder / GENAI_FILE).write_text(json.dumps(config), encoding="utf-8")
     for code in codes:
         done = run_python(prelude + code, folder)
         assert done.returncode == 0, done.stderr
