@@ -246,7 +246,7 @@ def test_autocomplete_html(chromium, node, exported, tmp_path):  # noqa: F811 (f
 def test_slurm_sh(tmp_path):
     for name, body in (
         ("scontrol", 'if [ "$1" = show ]; then echo first; else echo "$@" >> requeued; fi'),
-        ("srun", 'echo "$@" > started; trap "exit 0" TERM; sleep 30 & wait'),
+        ("srun", 'trap "exit 0" TERM; echo "$@" > started; sleep 30 & wait'),
     ):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
@@ -261,7 +261,7 @@ def test_slurm_sh(tmp_path):
             time.sleep(0.02)
         assert expected in started.read_text()
         assert "--main_process_ip first" in started.read_text()
-        time.sleep(0.2)  # until the trap is set
+        time.sleep(0.5)  # until the job, which has just started srun, has set its trap
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 128 + signal.SIGTERM  # of the `wait` that the signal ended
 

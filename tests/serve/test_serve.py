@@ -211,25 +211,25 @@ def test_ten_megabytes(server):
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
 
 
-def test_a_client_that_hangs_and_one_that_leaves(exported, model):
+COMPLETION = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+
+
+def completion(**fields: object) -> bytes:
+    """The bytes of a request for a long text."""
+    body = json.dumps({"max_tokens": 10**7, **fields}).encode()
+    return COMPLETION % len(body) + body
+
+
+def test_a_client_that_hangs(exported, model):
     limits = Limits(max_length=10**7, body_deadline=0.3, deadline=1.5)
     with serving(exported, model, limits) as server:
         with socket.create_connection(server[:2], timeout=60) as connection:
-            head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: "
-            connection.sendall(head + b"100\r\n\r\n{")
+            connection.sendall(COMPLETION % 100 + b"{")
             assert connection.recv(100).startswith(b"HTTP/1.1 408")
         assert ask(server, "POST", "/v1/completions", {"max_tokens": 10**7})[0] == 504
         queue = server[2]
-        for stream in (False, True):
-            body = json.dumps({"max_tokens": 10**7, "stream": stream}).encode()
-            with socket.create_connection(server[:2], timeout=60) as connection:
-                connection.sendall(head + b"%d\r\n\r\n" % len(body) + body)
-                wait_until(lambda: queue.active == 1)
-            started = time.monotonic()
-            wait_until(lambda: queue.active == 0)
-            assert time.monotonic() - started < 1.2  # before the deadline
         with socket.create_connection(server[:2], timeout=60) as connection:  # one that does not read
-            connection.sendall(head + b"%d\r\n\r\n" % len(body) + body)
+            connection.sendall(completion(stream=True))
             wait_until(lambda: queue.active == 1)
             wait_until(lambda: queue.active == 0)
         time.sleep(0.1)
@@ -238,8 +238,18 @@ def test_a_client_that_hangs_and_one_that_leaves(exported, model):
         assert queue.characters == before
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves(exported, model, stream):
+    with serving(exported, model, Limits(max_length=10**7, deadline=1000)) as server:
+        queue = server[2]
+        with socket.create_connection(server[:2], timeout=60) as connection:
+            connection.sendall(completion(stream=stream))
+            wait_until(lambda: queue.active == 1)
+        wait_until(lambda: queue.active == 0)
+
+
 @pytest.mark.parametrize("first_request", [False, True])
-@pytest.mark.parametrize("sends", [b"", b"GET /health HTTP/1.1\r\nhost: x\r\nx: " + b"x" * 200])
+@pytest.mark.parametrize("sends", [b"", b"GET /health HTTP/1.1\r\nhost: x\r\nx: " + b"x" * 2000])
 def test_a_client_whose_request_does_not_begin(exported, model, sends, first_request):
     with (
         serving(exported, model, keep_alive=0.4) as server,
@@ -258,7 +268,7 @@ def test_a_client_whose_request_does_not_begin(exported, model, sends, first_req
             assert connection.recv(1000) == b""
         except ConnectionError:
             pass  # closed while the client was sending
-        assert 0.2 < time.monotonic() - started < 3.5  # all bytes would take 4.8 seconds
+        assert 0.2 < time.monotonic() - started < 20  # all bytes would take 40 seconds
 
 
 def test_an_answer_may_take_longer_than_a_request(exported, model):
