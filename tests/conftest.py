@@ -12,7 +12,10 @@ from hypothesis import settings
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # threads that outnumber the cores wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
-settings.register_profile("smallm", deadline=None)  # a slow machine must not fail a test
+# A slow machine must not fail a test, and the same code always meets the same examples. `--hypothesis-profile explore`
+# draws new ones.
+settings.register_profile("explore", deadline=None)
+settings.register_profile("smallm", deadline=None, derandomize=True)
 settings.load_profile("smallm")
 
 SLOW_FIXTURES = {"sanitized", "inner", "chromium", "node", "read_tensorboard"}
