@@ -41,9 +41,11 @@ OBJECTS = ["the moon", "a crème brûlée", "the long winter", "its façade", "t
 
 @pytest.fixture(scope="session", autouse=True)
 def interrupts():
-    """SIGINT is handled as in a terminal; a shell makes its background jobs ignore the signal."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Signals are handled as in a terminal; a shell makes its background jobs ignore SIGINT, and `nohup` SIGHUP."""
+    usual = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}
+    for signum, handler in ((getattr(signal, name, None), handler) for name, handler in usual.items()):
+        if signum is not None and signal.getsignal(signum) is signal.SIG_IGN:
+            signal.signal(signum, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
