@@ -43,7 +43,8 @@ OBJECTS = ["the moon", "a crème brûlée", "the long winter", "its façade", "t
 def interrupts():
     """Signals are handled as in a terminal; a shell makes its background jobs ignore SIGINT, and `nohup` SIGHUP."""
     usual = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}
-    for signum, handler in ((getattr(signal, name, None), handler) for name, handler in usual.items()):
+    for name, handler in usual.items():
+        signum = getattr(signal, name, None)  # Windows has no SIGHUP
         if signum is not None and signal.getsignal(signum) is signal.SIG_IGN:
             signal.signal(signum, handler)
 
