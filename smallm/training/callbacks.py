@@ -24,8 +24,7 @@ from smallm.training.analysis.baselines import affordable_baselines, comparison_
 from smallm.training.analysis.memorisation import measure_memorisation
 from smallm.training.analysis.text_check import report_lines, summary_lines
 from smallm.training.analysis.text_statistics import compute_statistics
-from smallm.training.budget.clock import Forecast
-from smallm.training.budget.configure import bz2_nats_per_character
+from smallm.training.budget.clock import FORECAST_FROM, forecast
 from smallm.training.budget.planner import MAX_EPOCHS, MIN_STEPS, has_few_steps
 from smallm.training.checkpoint.format import TrainingState, checkpoint_folder, load_weights
 from smallm.training.checkpoint.manager import model_name
@@ -178,23 +177,17 @@ class StartupSummary(Callback):
 class MetricsLog(Callback):
     """Writes metrics.jsonl, shows loss, speed, MFU and memory beside the bar, prints evaluations with a sample.
 
-    After a tenth of a run under train.minutes, prints the loss to expect at the end.
+    Under train.minutes, each evaluation also says which loss to expect at the end.
     """
 
     def __init__(self) -> None:
-        self._forecast: Forecast | None = None
         self._peak_flops: float | None = None
 
     def on_start(self, run: RunSnapshot) -> None:
-        # The forecast is fitted to single models that learn something.
-        if run.config.train.minutes and run.is_main and not run.member and not run.has_few_steps:
-            self._forecast = Forecast(run.progress, bz2_nats_per_character(run.corpus))
         if run.is_main:
             self._peak_flops = matrix_flops(run.accelerator.device, run.accelerator.mixed_precision)
 
     def on_log(self, run: RunSnapshot, metrics: dict[str, Any]) -> None:
-        if self._forecast and (line := self._forecast.update(run.progress, metrics["loss"])):
-            run.logger.info(line)
         speed, memory = metrics["characters_per_second"], peak_memory(run.accelerator.device)
         flops = speed * run.plan.ids_per_character * run.model.flops_per_id() / run.accelerator.num_processes
         mfu = flops / self._peak_flops if self._peak_flops else None
@@ -212,6 +205,7 @@ class MetricsLog(Callback):
         at = f"epoch {epoch:.2f}, {run.member}" if run.member else f"epoch {epoch:.2f}"
         run.logger.info(
             f"step {step:,} ({at}): validation {loss:.4f} nats per character = {bits:.3f} bits{train}"
+            f"{expected_end(run, loss)}"
         )
         if sample:
             run.logger.info("    " + sample.strip("\n").replace("\n", "\n    "))
@@ -230,6 +224,15 @@ class MetricsLog(Callback):
         ids = vocabulary.encode(c.sample.seed or run.corpus.start_text).tolist()
         length, block_size = c.train.sample_length, c.model.block_size
         return c.sample.seed + sample_text(run.model, vocabulary, ids, length, block_size, c.sample.sampling)
+
+
+def expected_end(run: RunSnapshot, loss: float) -> str:
+    """For a validation loss under train.minutes: the loss to expect at the end of the run; otherwise empty."""
+    # The forecast is fitted to single models that learn something.
+    if not run.config.train.minutes or run.member or run.has_few_steps or not FORECAST_FROM <= run.progress < 1:
+        return ""
+    end, error = forecast(run.progress, loss)
+    return f"; expect about {end:.2f} at the end, give or take {error:.2f}"
 
 
 class FinalSummary(Callback):

@@ -142,11 +142,6 @@ def compressed_bytes(corpus: Corpus) -> float:
     return len(bz2.compress(sample)) * len(ids) / max(1, size * SAMPLE_PIECES)
 
 
-def bz2_nats_per_character(corpus: Corpus) -> float:
-    """Size of the training part compressed by bz2, in nats per character."""
-    return compressed_bytes(corpus) * 8 * math.log(2) / corpus.train_characters
-
-
 def _summary(plan: Plan, config: Config, corpus: Corpus, text_bytes: float, speed: float) -> list[str]:
     """Three lines: the speed, the text, the model."""
     m, t = config.model, config.train

@@ -7,6 +7,7 @@ import time
 import tomllib
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from toys import message
 
 from smallm.training import callbacks, cli, run
 from smallm.training.budget import configure, planner, probe
-from smallm.training.budget.clock import END_SECONDS, Clock, Forecast, StepBudget, TimeBudget
+from smallm.training.budget.clock import END_SECONDS, Clock, StepBudget, TimeBudget, forecast
 from smallm.training.budget.configure import check_time, compressed_bytes, open_text, plan_run
 from smallm.training.budget.planner import Plan
 from smallm.training.budget.probe import flops_per_second
@@ -273,12 +274,30 @@ def test_a_resumed_run_of_the_default_length_keeps_its_length(is_default, before
     assert budget.total_steps == steps
 
 
-def test_the_forecast_comes_once_after_a_tenth():
-    forecast = Forecast(0.0, 1.6)
-    said = [forecast.update(step / 100, 3.0 - step / 100) for step in range(1, 101)]
-    assert [step for step, line in enumerate(said, start=1) if line] == [10]
-    assert re.fullmatch(r"expect about \d\.\d\d nats per character at the end, give or take 0\.\d\d", said[9])
-    assert not any(Forecast(0.3, 1.6).update(step / 100, 2.0) for step in range(31, 101))
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0.1, 10))
+def test_the_forecast_approaches_the_loss(earlier, later, loss):
+    (before, error_before), (after, error_after) = (forecast(progress, loss) for progress in sorted((earlier, later)))
+    assert forecast(1.0, loss)[0] == pytest.approx(loss)
+    assert before <= after <= loss * (1 + 1e-9)
+    assert 0 < error_after / after <= error_before / before * (1 + 1e-9)
+
+
+def test_evaluations_under_a_time_budget_say_what_to_expect_at_the_end():
+    def said(progress: float, minutes: float = 1.0, member: str = "", few: bool = False) -> str:
+        run = SimpleNamespace(config=Config(train=TrainConfig(minutes=minutes)), progress=progress, member=member,
+                              has_few_steps=few)  # fmt: skip
+        return callbacks.expected_end(run, 2.0)
+
+    lines = [said(progress) for progress in (0.1, 0.2, 0.5, 0.9)]
+    assert not lines[0]  # too early
+    pattern = r"; expect about (\d\.\d\d) at the end, give or take 0\.\d\d"
+    expected = [float(re.fullmatch(pattern, line)[1]) for line in lines[1:]]
+    assert expected == sorted(expected)
+    assert expected[-1] < 2
+    assert not said(1.0)
+    assert not said(0.5, minutes=0)
+    assert not said(0.5, member="model 1 of 2")
+    assert not said(0.5, few=True)
 
 
 # A time that is too short.
@@ -331,12 +350,10 @@ def test_a_whole_run_without_time_is_refused(text_file, refused, monkeypatch):
     assert not Path("run").exists()
 
 
-def test_few_steps_give_no_forecast_and_a_resumed_run_warns(text_file, monkeypatch, capsys):
+def test_a_resumed_run_of_few_steps_warns(text_file, monkeypatch, capsys):
     for module in (planner, configure, callbacks):
         monkeypatch.setattr(module, "MIN_STEPS", 10**6)
     monkeypatch.setattr(planner, "MAX_EPOCHS", 10**9)
-    forecasts = []
-    monkeypatch.setattr(callbacks, "Forecast", lambda *arguments: forecasts.append(arguments))
     settings = TINY | {"train.ensemble": 1}
     with ctrl_c(1):
         assert cli.main(["--data", str(text_file), "--minutes", "1", "--out", "run", *flags(settings)]) == 130
@@ -346,7 +363,6 @@ def test_few_steps_give_no_forecast_and_a_resumed_run_warns(text_file, monkeypat
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: "))
     assert re.fullmatch(r"warning: minutes = 1 leaves the model about \d+ steps in all, in which it hardly learns "
                         r"anything; train longer with: .* train --resume run --minutes \d+(\.\d)?", line)  # fmt: skip
-    assert forecasts == []
 
 
 # Machine and text.
