@@ -228,11 +228,13 @@ class MetricsLog(Callback):
 
 def expected_end(run: RunSnapshot, loss: float) -> str:
     """For a validation loss under train.minutes: the loss to expect at the end of the run; otherwise empty."""
-    # The forecast is fitted to single models that learn something.
-    if not run.config.train.minutes or run.member or run.has_few_steps or not FORECAST_FROM <= run.progress < 1:
+    # The forecast is fitted to single models that start with random weights and learn something.
+    t = run.config.train
+    fits = t.minutes and not t.init_from and not run.member and not run.has_few_steps
+    if not fits or not FORECAST_FROM <= run.progress < 1:
         return ""
     end, error = forecast(run.progress, loss)
-    return f"; expect about {end:.2f} at the end, give or take {error:.2f}"
+    return f"; expect about {end:.2f} nats at the end, give or take {error:.2f}"
 
 
 class FinalSummary(Callback):

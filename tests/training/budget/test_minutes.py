@@ -283,14 +283,15 @@ def test_the_forecast_approaches_the_loss(earlier, later, loss):
 
 
 def test_evaluations_under_a_time_budget_say_what_to_expect_at_the_end():
-    def said(progress: float, minutes: float = 1.0, member: str = "", few: bool = False) -> str:
-        run = SimpleNamespace(config=Config(train=TrainConfig(minutes=minutes)), progress=progress, member=member,
+    def said(progress: float, minutes: float = 1.0, member: str = "", few: bool = False, base: str = "") -> str:
+        train = TrainConfig(minutes=minutes, init_from=base)
+        run = SimpleNamespace(config=Config(train=train), progress=progress, member=member,
                               has_few_steps=few)  # fmt: skip
         return callbacks.expected_end(run, 2.0)
 
     lines = [said(progress) for progress in (0.1, 0.2, 0.5, 0.9)]
     assert not lines[0]  # too early
-    pattern = r"; expect about (\d\.\d\d) at the end, give or take 0\.\d\d"
+    pattern = r"; expect about (\d\.\d\d) nats at the end, give or take 0\.\d\d"
     expected = [float(re.fullmatch(pattern, line)[1]) for line in lines[1:]]
     assert expected == sorted(expected)
     assert expected[-1] < 2
@@ -298,6 +299,7 @@ def test_evaluations_under_a_time_budget_say_what_to_expect_at_the_end():
     assert not said(0.5, minutes=0)
     assert not said(0.5, member="model 1 of 2")
     assert not said(0.5, few=True)
+    assert not said(0.5, base="runs/other")
 
 
 # A time that is too short.
